@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Builds the guest kernel from Debian's linux-source-6.12 and resources/kernel.config and prints the
+# path of the stripped vmlinux. The result is kept in the user's cache under a hash of everything
+# that decides its bytes (source package, fragment, this script, compiler), so that each machine
+# builds it once, whatever the number of checkouts.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
+source_tar=/usr/src/linux-source-6.12.tar.xz
+build_log=$cache/kernel-build.log
+
+say() { echo "kernel: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+[ -r "$source_tar" ] || die "$source_tar is missing; 'make tools' installs linux-source-6.12"
+
+key=$({
+    dpkg-query -W -f '${Version}\n' linux-source-6.12
+    gcc -dumpfullversion
+    ld --version | head -n 1
+    cat "$here/kernel.config" "$here/kernel.sh"
+} | sha256sum | cut -c1-16)
+image=$cache/vmlinux-$key
+
+mkdir -p "$cache"
+exec 9>"$cache/kernel.lock"
+flock 9
+if [ ! -s "$image" ]; then
+    say "building Linux $(dpkg-query -W -f '${Version}' linux-source-6.12), about 10 minutes on two cores; log: $build_log"
+    work=$(mktemp -d "$cache/kernel-build.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    tar -xf "$source_tar" -C "$work"
+    tree=$(echo "$work"/linux-source-*)
+    # Fixed identity: two builds of the same inputs give the same bytes.
+    export KBUILD_BUILD_TIMESTAMP='2026-01-01 00:00:00 UTC' KBUILD_BUILD_USER=mote KBUILD_BUILD_HOST=mote
+    kmake() { make -C "$tree" O="$work/out" "$@" >>"$build_log" 2>&1 || die "'make $*' failed; see $build_log"; }
+    : >"$build_log"
+    kmake KCONFIG_ALLCONFIG="$here/kernel.config" allnoconfig
+
+    lost=$(while IFS= read -r line; do
+        case $line in
+            CONFIG_*=n) ! grep -q "^${line%=n}=" "$work/out/.config" || echo "$line" ;;
+            CONFIG_*) grep -qxF "$line" "$work/out/.config" || echo "$line" ;;
+        esac
+    done <"$here/kernel.config")
+    [ -z "$lost" ] || die "Kconfig did not take these lines of kernel.config: $(echo $lost)"
+
+    kmake -j"$(nproc)" vmlinux
+    strip -o "$image.tmp" "$work/out/vmlinux"
+    mv "$image.tmp" "$image"
+    say "built $image"
+fi
+echo "$image"
