@@ -1,0 +1,333 @@
+//! Messages between VMM and agent, and the vsock ports they travel on.
+//!
+//! The agent connects to the host (CID 2) on three ports before it starts anything else: the
+//! control channel and the entrypoint's two output streams. The host accepts one connection per
+//! port for the life of the VM, so nothing that runs later in the guest can take them.
+//!
+//! A message is `type: u8 | length: u32 big-endian | payload`, the framing of the exec protocol
+//! (contract §4.1). Integers are big-endian. The host treats every message as hostile.
+
+/// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
+/// `MOTE_INITRAMFS` names an archive of another build.
+pub const VERSION: u32 = 1;
+
+/// Host port of the control channel ("mote" in ASCII, plus an index).
+pub const CONTROL_PORT: u32 = 0x6d6f_7465;
+/// Host port of the entrypoint's standard output.
+pub const STDOUT_PORT: u32 = CONTROL_PORT + 1;
+/// Host port of the entrypoint's standard error.
+pub const STDERR_PORT: u32 = CONTROL_PORT + 2;
+
+/// Longest payload of a message: a failure text, with room to spare.
+pub const MAX_PAYLOAD: usize = 4096;
+
+const HEADER_LEN: usize = 5;
+
+/// A point in the guest's start that the timeline records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mark {
+    /// The kernel has started PID 1.
+    AgentStarted = 0,
+    /// The root share is mounted.
+    RootMounted = 1,
+    /// The entrypoint's `execve` succeeded.
+    EntrypointStarted = 2,
+}
+
+impl Mark {
+    /// All marks, in the order in which they happen.
+    pub const ALL: [Mark; 3] = [Mark::AgentStarted, Mark::RootMounted, Mark::EntrypointStarted];
+
+    fn from_u8(value: u8) -> Option<Mark> {
+        Mark::ALL.into_iter().find(|mark| *mark as u8 == value)
+    }
+}
+
+/// How the entrypoint ended. There is no "unknown": an agent that cannot tell sends nothing, and
+/// the host reports that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EntrypointEnd {
+    /// It called `exit` with this status.
+    Exited(u8),
+    /// This signal killed it.
+    Signaled(u8),
+    /// It never ran: the exit code the caller sees, and why.
+    NotStarted {
+        /// 125 (set-up in the guest failed), 126 (not executable) or 127 (not found).
+        code: u8,
+        /// What was being done, to what, and what the reader can change.
+        reason: String,
+    },
+}
+
+/// Guest to host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FromGuest {
+    /// First message: the version, and the guest's monotonic clock as it was sent, so that the
+    /// host can place the marks in its own time.
+    Hello {
+        /// [`VERSION`] of the agent.
+        version: u32,
+        /// Guest monotonic clock now, in nanoseconds.
+        now_ns: u64,
+    },
+    /// Something was reached at this guest monotonic time.
+    Reached {
+        /// What was reached.
+        mark: Mark,
+        /// Guest monotonic clock then, in nanoseconds.
+        at_ns: u64,
+    },
+    /// The entrypoint is over, all its output has been sent and all files are synced.
+    Ended(EntrypointEnd),
+}
+
+/// Host to guest. There is no "done": once the host has the end and all output, it drops the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FromHost {
+    /// Send this signal to every process of the box, and end it when the entrypoint has gone.
+    Stop {
+        /// Signal number.
+        signal: u8,
+    },
+}
+
+/// Why bytes on the control channel are not a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Malformed {
+    /// No message has this type.
+    Type(u8),
+    /// A length that the type does not have, or more than [`MAX_PAYLOAD`].
+    Length(u32),
+    /// A field outside its range.
+    Value,
+}
+
+impl std::fmt::Display for Malformed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Malformed::Type(t) => write!(f, "unknown message type {t:#04x}"),
+            Malformed::Length(len) => write!(f, "message length {len} is out of range"),
+            Malformed::Value => write!(f, "message field out of range"),
+        }
+    }
+}
+
+impl FromGuest {
+    /// The bytes on the wire. A reason longer than [`MAX_PAYLOAD`] allows is cut.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut payload = Vec::new();
+        let kind = match self {
+            FromGuest::Hello { version, now_ns } => {
+                payload.extend(version.to_be_bytes());
+                payload.extend(now_ns.to_be_bytes());
+                1
+            }
+            FromGuest::Reached { mark, at_ns } => {
+                payload.push(*mark as u8);
+                payload.extend(at_ns.to_be_bytes());
+                2
+            }
+            FromGuest::Ended(EntrypointEnd::Exited(code)) => {
+                payload.push(*code);
+                3
+            }
+            FromGuest::Ended(EntrypointEnd::Signaled(signal)) => {
+                payload.push(*signal);
+                4
+            }
+            FromGuest::Ended(EntrypointEnd::NotStarted { code, reason }) => {
+                payload.push(*code);
+                let mut end = reason.len().min(MAX_PAYLOAD - 1);
+                while !reason.is_char_boundary(end) {
+                    end -= 1;
+                }
+                payload.extend(&reason.as_bytes()[..end]);
+                5
+            }
+        };
+        frame(kind, &payload)
+    }
+
+    fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
+        let length = Malformed::Length(payload.len() as u32);
+        match kind {
+            1 => {
+                let (version, now_ns) = payload.split_at_checked(4).ok_or(length)?;
+                Ok(FromGuest::Hello {
+                    version: u32::from_be_bytes(version.try_into().map_err(|_| length)?),
+                    now_ns: u64::from_be_bytes(now_ns.try_into().map_err(|_| length)?),
+                })
+            }
+            2 => {
+                let (mark, at_ns) = payload.split_first().ok_or(length)?;
+                Ok(FromGuest::Reached {
+                    mark: Mark::from_u8(*mark).ok_or(Malformed::Value)?,
+                    at_ns: u64::from_be_bytes(at_ns.try_into().map_err(|_| length)?),
+                })
+            }
+            3 | 4 => {
+                let [value] = payload.try_into().map_err(|_| length)?;
+                Ok(FromGuest::Ended(match kind {
+                    3 => EntrypointEnd::Exited(value),
+                    _ if (1..=64).contains(&value) => EntrypointEnd::Signaled(value),
+                    _ => return Err(Malformed::Value),
+                }))
+            }
+            5 => {
+                let (code, reason) = payload.split_first().ok_or(length)?;
+                if !(125..=127).contains(code) {
+                    return Err(Malformed::Value);
+                }
+                Ok(FromGuest::Ended(EntrypointEnd::NotStarted {
+                    code: *code,
+                    reason: String::from_utf8_lossy(reason).into_owned(),
+                }))
+            }
+            _ => Err(Malformed::Type(kind)),
+        }
+    }
+}
+
+impl FromHost {
+    /// The bytes on the wire.
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            FromHost::Stop { signal } => frame(1, &[*signal]),
+        }
+    }
+
+    fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
+        match (kind, payload) {
+            (1, [signal]) => Ok(FromHost::Stop { signal: *signal }),
+            (1, _) => Err(Malformed::Length(payload.len() as u32)),
+            _ => Err(Malformed::Type(kind)),
+        }
+    }
+}
+
+fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
+    bytes.push(kind);
+    bytes.extend((payload.len() as u32).to_be_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+/// Cuts a byte stream into messages, whatever the boundaries it arrives in. Holds at most one
+/// message and one read's worth of bytes.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    bytes: Vec<u8>,
+}
+
+impl Decoder {
+    /// Adds what was read.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next whole message from the guest, `None` when more bytes are needed.
+    pub fn next_from_guest(&mut self) -> Result<Option<FromGuest>, Malformed> {
+        self.next_with(FromGuest::decode)
+    }
+
+    /// The next whole message from the host, `None` when more bytes are needed.
+    pub fn next_from_host(&mut self) -> Result<Option<FromHost>, Malformed> {
+        self.next_with(FromHost::decode)
+    }
+
+    fn next_with<T>(
+        &mut self,
+        decode: fn(u8, &[u8]) -> Result<T, Malformed>,
+    ) -> Result<Option<T>, Malformed> {
+        let Some((header, rest)) = self.bytes.split_first_chunk::<HEADER_LEN>() else {
+            return Ok(None);
+        };
+        let [kind, length @ ..] = *header;
+        let length = u32::from_be_bytes(length);
+        if length as usize > MAX_PAYLOAD {
+            return Err(Malformed::Length(length));
+        }
+        let Some(payload) = rest.get(..length as usize) else {
+            return Ok(None);
+        };
+        let message = decode(kind, payload)?;
+        self.bytes.drain(..HEADER_LEN + length as usize);
+        Ok(Some(message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples() -> Vec<FromGuest> {
+        vec![
+            FromGuest::Hello { version: VERSION, now_ns: u64::MAX },
+            FromGuest::Reached { mark: Mark::RootMounted, at_ns: 7 },
+            FromGuest::Ended(EntrypointEnd::Exited(255)),
+            FromGuest::Ended(EntrypointEnd::Signaled(9)),
+            FromGuest::Ended(EntrypointEnd::NotStarted {
+                code: 127,
+                reason: "no such program".into(),
+            }),
+        ]
+    }
+
+    #[test]
+    fn messages_survive_any_fragmentation() {
+        let wire: Vec<u8> = samples().iter().flat_map(FromGuest::encode).collect();
+        for piece in 1..wire.len() {
+            let mut decoder = Decoder::default();
+            let mut seen = Vec::new();
+            for chunk in wire.chunks(piece) {
+                decoder.feed(chunk);
+                while let Some(message) = decoder.next_from_guest().expect("valid") {
+                    seen.push(message);
+                }
+            }
+            assert_eq!(seen, samples(), "in pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn host_messages_round_trip() {
+        let message = FromHost::Stop { signal: 15 };
+        let mut decoder = Decoder::default();
+        decoder.feed(&message.encode());
+        assert_eq!(decoder.next_from_host(), Ok(Some(message)));
+    }
+
+    #[test]
+    fn hostile_bytes_are_refused() {
+        let cases: [(&[u8], Malformed); 6] = [
+            (&[9, 0, 0, 0, 0], Malformed::Type(9)),
+            (&[3, 0xff, 0xff, 0xff, 0xff], Malformed::Length(u32::MAX)),
+            (&[3, 0, 0, 0, 2, 1, 1], Malformed::Length(2)),
+            (&[4, 0, 0, 0, 1, 0], Malformed::Value),
+            (&[5, 0, 0, 0, 1, 0], Malformed::Value),
+            (&[2, 0, 0, 0, 9, 200, 0, 0, 0, 0, 0, 0, 0, 0], Malformed::Value),
+        ];
+        for (bytes, expected) in cases {
+            let mut decoder = Decoder::default();
+            decoder.feed(bytes);
+            assert_eq!(decoder.next_from_guest(), Err(expected), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn long_reasons_are_cut_at_a_character() {
+        let reason = "é".repeat(MAX_PAYLOAD);
+        let wire = FromGuest::Ended(EntrypointEnd::NotStarted { code: 125, reason }).encode();
+        let mut decoder = Decoder::default();
+        decoder.feed(&wire);
+        let Ok(Some(FromGuest::Ended(EntrypointEnd::NotStarted { reason, .. }))) =
+            decoder.next_from_guest()
+        else {
+            panic!("cut message does not decode");
+        };
+        assert!(reason.chars().all(|c| c == 'é') && reason.len() > MAX_PAYLOAD - 4);
+    }
+}

@@ -1,0 +1,132 @@
+//! The spec's `user` (contract §1.5), resolved against the guest's own `/etc/passwd` and
+//! `/etc/group`: `uid`, `uid:gid`, `name` or `name:group`.
+
+use std::fs;
+
+/// Who a program runs as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// User id.
+    pub uid: u32,
+    /// Primary group id.
+    pub gid: u32,
+    /// Supplementary groups: those that list the user as a member.
+    pub groups: Vec<u32>,
+}
+
+impl Identity {
+    const ROOT: Identity = Identity { uid: 0, gid: 0, groups: Vec::new() };
+}
+
+/// Resolves `user` with the files of the running system. `None` and `""` are root.
+pub fn resolve(user: Option<&str>) -> Result<Identity, String> {
+    match user {
+        None | Some("") => Ok(Identity::ROOT),
+        Some(user) => resolve_in(
+            user,
+            &fs::read_to_string("/etc/passwd").unwrap_or_default(),
+            &fs::read_to_string("/etc/group").unwrap_or_default(),
+        ),
+    }
+}
+
+fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<Identity, String> {
+    let (user, wanted_group) = match user.split_once(':') {
+        Some((user, group)) => (user, Some(group).filter(|g| !g.is_empty())),
+        None => (user, None),
+    };
+    let accounts = || passwd.lines().filter_map(Account::parse);
+    let numeric: Option<u32> = user.parse().ok();
+    let account = match numeric {
+        Some(uid) => accounts().find(|account| account.uid == uid),
+        None => Some(accounts().find(|account| account.name == user).ok_or_else(|| {
+            format!("user '{user}' is not in the guest's /etc/passwd; name one that is, or use its numeric id")
+        })?),
+    };
+    let uid = account.as_ref().map(|a| a.uid).or(numeric).unwrap_or(0);
+    let entries = || group.lines().filter_map(Group::parse);
+    let gid = match wanted_group {
+        None => account.as_ref().map_or(0, |account| account.gid),
+        Some(name) => match name.parse() {
+            Ok(gid) => gid,
+            Err(_) => entries().find(|entry| entry.name == name).map(|entry| entry.gid).ok_or_else(
+                || format!("group '{name}' is not in the guest's /etc/group; name one that is, or use its numeric id"),
+            )?,
+        },
+    };
+    let groups = match &account {
+        Some(account) => entries()
+            .filter(|entry| entry.gid != gid && entry.members.split(',').any(|m| m == account.name))
+            .map(|entry| entry.gid)
+            .collect(),
+        None => Vec::new(),
+    };
+    Ok(Identity { uid, gid, groups })
+}
+
+struct Account<'a> {
+    name: &'a str,
+    uid: u32,
+    gid: u32,
+}
+
+impl<'a> Account<'a> {
+    /// `name:password:uid:gid:…` (passwd(5)).
+    fn parse(line: &'a str) -> Option<Self> {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let uid = fields.nth(1)?.parse().ok()?;
+        let gid = fields.next()?.parse().ok()?;
+        Some(Account { name, uid, gid })
+    }
+}
+
+struct Group<'a> {
+    name: &'a str,
+    gid: u32,
+    members: &'a str,
+}
+
+impl<'a> Group<'a> {
+    /// `name:password:gid:member,…` (group(5)).
+    fn parse(line: &'a str) -> Option<Self> {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let gid = fields.nth(1)?.parse().ok()?;
+        Some(Group { name, gid, members: fields.next().unwrap_or("") })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1001::/home/app:/bin/sh\n";
+    const GROUP: &str = "root:x:0:\nstaff:x:50:app,other\napp:x:1001:\nwheel:x:10:app\n";
+
+    #[test]
+    fn names_and_numbers_resolve() {
+        let app = |uid, gid, groups: &[u32]| Ok(Identity { uid, gid, groups: groups.to_vec() });
+        for (user, expected) in [
+            ("app", app(1000, 1001, &[50, 10])),
+            ("1000", app(1000, 1001, &[50, 10])),
+            ("app:wheel", app(1000, 10, &[50])),
+            ("app:7", app(1000, 7, &[50, 10])),
+            ("app:", app(1000, 1001, &[50, 10])),
+            ("4242", app(4242, 0, &[])),
+            ("4242:4343", app(4242, 4343, &[])),
+            ("root", app(0, 0, &[])),
+        ] {
+            assert_eq!(resolve_in(user, PASSWD, GROUP), expected, "{user}");
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_named() {
+        for (user, named) in [("ghost", "'ghost'"), ("app:ghosts", "'ghosts'"), ("-1", "'-1'")] {
+            let error = resolve_in(user, PASSWD, GROUP).expect_err(user);
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}
