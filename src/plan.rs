@@ -1,0 +1,755 @@
+//! [`Spec`] to [`Plan`]: the one place where what was asked for is judged. Everything wrong is
+//! reported at once with its path in the spec; after this stage a failure means that the host
+//! refused something, not that the user mistyped.
+//!
+//! Planning changes nothing on the host, so `mote check` is this stage and a printout.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use mote_agent::instance::{Entrypoint, Instance, ROOT_TAG, Rlimit};
+
+use crate::json::Report;
+use crate::spec::{self, Spec};
+use crate::{image, layout};
+
+/// Longest Unix socket path (`sun_path` less its terminator, unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+/// Longest virtio-fs tag (virtio 1.2, 5.11.4: a 36-byte field, no terminator when full).
+pub const MAX_TAG: usize = 36;
+/// Smallest guest in which kernel, agent and a small program fit.
+const MIN_MEMORY_MIB: u32 = 64;
+/// Longest host name (`HOST_NAME_MAX`, gethostname(2)).
+const MAX_HOSTNAME: usize = 64;
+/// The agent's default when the spec's environment has no `PATH`.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Guest vsock ports of the box services (contract §3).
+const EXEC_PORT: u32 = 4089;
+const PTY_PORT: u32 = 4090;
+const ATTEST_PORT: u32 = 4091;
+
+/// What of mote's own environment matters; read once, in `main`.
+#[derive(Debug, Clone, Default)]
+pub struct Environment {
+    /// `PATH`, to find virtiofsd.
+    pub path: Option<OsString>,
+    /// `MOTE_VIRTIOFSD`: the virtiofsd to run.
+    pub virtiofsd: Option<PathBuf>,
+    /// `MOTE_KERNEL`: a vmlinux to boot instead of the built-in one.
+    pub kernel: Option<PathBuf>,
+    /// `MOTE_INITRAMFS`: an archive to boot with instead of the built-in one.
+    pub initramfs: Option<PathBuf>,
+    /// `MOTE_DEBUG`: all kernel messages.
+    pub debug: bool,
+    /// `MOTE_TIMELINE`: where to write the timeline.
+    pub timeline: Option<PathBuf>,
+    /// `TMPDIR`: where a socket may exist for an instant.
+    pub temp_dir: PathBuf,
+}
+
+impl Environment {
+    /// Reads the process environment.
+    pub fn from_process() -> Self {
+        let path = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        Environment {
+            path: std::env::var_os("PATH"),
+            virtiofsd: path("MOTE_VIRTIOFSD"),
+            kernel: path("MOTE_KERNEL"),
+            initramfs: path("MOTE_INITRAMFS"),
+            debug: path("MOTE_DEBUG").is_some(),
+            timeline: path("MOTE_TIMELINE"),
+            temp_dir: std::env::temp_dir(),
+        }
+    }
+}
+
+/// A VM to build: checked, with all defaults applied.
+#[derive(Debug)]
+pub struct Plan {
+    /// Identity of the box, for messages.
+    pub box_id: String,
+    /// Number of virtual CPUs, 1 to [`layout::MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest RAM in bytes, a multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// Virtio-fs shares, the root file system first.
+    pub shares: Vec<Share>,
+    /// Host sockets and the guest ports behind them.
+    pub sockets: Vec<HostSocket>,
+    /// File for the guest's output; `None` is mote's own stdout and stderr.
+    pub console_output: Option<PathBuf>,
+    /// What the agent is told.
+    pub instance: Instance,
+    /// The vmlinux to boot.
+    pub kernel: Image,
+    /// The archive with the agent.
+    pub initramfs: Image,
+    /// The virtio-fs daemon.
+    pub virtiofsd: PathBuf,
+    /// Whether the kernel shall say everything.
+    pub debug: bool,
+    /// Directory for a socket that exists for an instant.
+    pub temp_dir: PathBuf,
+}
+
+/// One virtio-fs share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// Its tag, 1 to [`MAX_TAG`] bytes.
+    pub tag: String,
+    /// The host directory, absolute.
+    pub host_path: PathBuf,
+    /// Whether virtiofsd refuses writes.
+    pub read_only: bool,
+}
+
+/// A Unix socket whose connections go to a port of the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostSocket {
+    /// Where mote listens.
+    pub path: PathBuf,
+    /// Guest vsock port.
+    pub guest_port: u32,
+}
+
+/// Bytes to load, and where they come from.
+#[derive(Clone)]
+pub struct Image {
+    /// The bytes.
+    pub bytes: Cow<'static, [u8]>,
+    /// "built in", or the file's path.
+    pub origin: String,
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Image({}, {} bytes)", self.origin, self.bytes.len())
+    }
+}
+
+impl Plan {
+    /// Judges a spec against this host. `None` when `report` has errors.
+    pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
+        let errors_before = report.errors.len();
+        check_size(spec, report);
+        let shares = plan_shares(spec, report);
+        let sockets = plan_sockets(spec, report);
+        check_console(spec.console_output.as_deref(), report);
+        let instance = plan_instance(spec, report);
+        refuse_unsupported(spec, report);
+        let kernel =
+            plan_image(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
+        let initramfs = plan_image(
+            environment.initramfs.as_deref(),
+            image::initramfs(),
+            "MOTE_INITRAMFS",
+            report,
+        );
+        let virtiofsd = find_virtiofsd(environment, report);
+        if report.errors.len() > errors_before {
+            return None;
+        }
+        Some(Plan {
+            box_id: spec.box_id.clone(),
+            vcpus: spec.vcpus,
+            memory_bytes: u64::from(spec.memory_mib) << 20,
+            shares,
+            sockets,
+            console_output: spec.console_output.clone(),
+            instance,
+            kernel: kernel?,
+            initramfs: initramfs?,
+            virtiofsd: virtiofsd?,
+            debug: environment.debug,
+            temp_dir: environment.temp_dir.clone(),
+        })
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Instance { hostname, entrypoint, workdir, user, rlimits } = &self.instance;
+        writeln!(f, "box        {}", self.box_id)?;
+        writeln!(f, "vcpus      {}", self.vcpus)?;
+        writeln!(f, "memory     {} MiB", self.memory_bytes >> 20)?;
+        for share in &self.shares {
+            let name = if share.tag == ROOT_TAG { "/" } else { &share.tag };
+            let mode = if share.read_only { "read-only" } else { "read-write" };
+            writeln!(f, "share      {name} = {} ({mode})", share.host_path.display())?;
+        }
+        for socket in &self.sockets {
+            writeln!(
+                f,
+                "socket     {} -> guest port {}",
+                socket.path.display(),
+                socket.guest_port
+            )?;
+        }
+        match &self.console_output {
+            Some(path) => writeln!(f, "console    {}", path.display())?,
+            None => writeln!(f, "console    mote's stdout and stderr")?,
+        }
+        let command: Vec<String> = [&entrypoint.executable]
+            .into_iter()
+            .chain(&entrypoint.args)
+            .map(|word| format!("{word:?}"))
+            .collect();
+        writeln!(f, "run        {}", command.join(" "))?;
+        writeln!(f, "in         {workdir}")?;
+        writeln!(f, "as         {}", user.as_deref().unwrap_or("root"))?;
+        writeln!(f, "hostname   {hostname}")?;
+        for (name, value) in &entrypoint.env {
+            writeln!(f, "env        {name}={value:?}")?;
+        }
+        for Rlimit { resource, soft, hard } in rlimits {
+            let name =
+                ULIMITS.iter().find(|(_, number)| number == resource).map_or("?", |(n, _)| n);
+            writeln!(f, "ulimit     {name}={}:{}", limit_text(*soft), limit_text(*hard))?;
+        }
+        writeln!(f, "kernel     {}", self.kernel.origin)?;
+        writeln!(f, "initramfs  {}", self.initramfs.origin)?;
+        write!(f, "virtiofsd  {}", self.virtiofsd.display())
+    }
+}
+
+fn check_size(spec: &Spec, report: &mut Report) {
+    let max = layout::MAX_VCPUS;
+    if !(1..=max).contains(&spec.vcpus) {
+        report.error("vcpus", format!("is {}, must be from 1 to {max}", spec.vcpus));
+    }
+    let mib = spec.memory_mib;
+    if mib < MIN_MEMORY_MIB {
+        report.error("memory_mib", format!("is {mib}, must be at least {MIN_MEMORY_MIB}"));
+    } else if let Some(host_mib) = host_memory_mib().filter(|host| u64::from(mib) > *host) {
+        report.error("memory_mib", format!("is {mib}, but this host has {host_mib} MiB of memory"));
+    }
+}
+
+/// `MemTotal` of proc(5); `None` where /proc does not say.
+fn host_memory_mib() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib >> 10)
+}
+
+fn plan_shares(spec: &Spec, report: &mut Report) -> Vec<Share> {
+    let mut shares = Vec::new();
+    if let Some(host_path) = directory(&spec.rootfs_path, "rootfs_path", report) {
+        shares.push(Share { tag: ROOT_TAG.into(), host_path, read_only: false });
+    }
+    if spec.fs_mounts.len() > layout::MAX_SHARES {
+        report.error(
+            "fs_mounts",
+            format!("has {} shares, mote can have {}", spec.fs_mounts.len(), layout::MAX_SHARES),
+        );
+    }
+    let mut tags = HashSet::from([ROOT_TAG]);
+    for (index, mount) in spec.fs_mounts.iter().enumerate() {
+        let path = |field| format!("fs_mounts[{index}].{field}");
+        let tag = mount.tag.as_str();
+        if tag.is_empty() {
+            report.error(path("tag"), format!("is empty, must have 1 to {MAX_TAG} bytes"));
+        } else if tag.len() > MAX_TAG {
+            let len = tag.len();
+            report.error(path("tag"), format!("has {len} bytes, must have 1 to {MAX_TAG}"));
+        } else if tag.contains('\0') {
+            report.error(path("tag"), "contains a NUL character");
+        } else if tag == ROOT_TAG {
+            report.error(
+                path("tag"),
+                format!("\"{ROOT_TAG}\" is the root file system's own tag; choose another"),
+            );
+        } else if !tags.insert(tag) {
+            report.error(
+                path("tag"),
+                format!("\"{tag}\" is used by an earlier share; choose another"),
+            );
+        }
+        if let Some(host_path) = directory(&mount.host_path, &path("host_path"), report) {
+            shares.push(Share { tag: tag.into(), host_path, read_only: mount.read_only });
+        }
+    }
+    shares
+}
+
+/// An existing directory that can be read, as an absolute path.
+fn directory(path: &Path, field: &str, report: &mut Report) -> Option<PathBuf> {
+    let shown = path.display();
+    let checked = fs::metadata(path).and_then(|metadata| {
+        if metadata.is_dir() {
+            fs::read_dir(path).map(drop)
+        } else {
+            Err(io::ErrorKind::NotADirectory.into())
+        }
+    });
+    match checked.and_then(|()| fs::canonicalize(path)) {
+        Ok(absolute) => Some(absolute),
+        Err(error) => {
+            report.error(
+                field,
+                match error.kind() {
+                    _ if path.as_os_str().is_empty() => "is empty, must be a host directory".into(),
+                    io::ErrorKind::NotFound => format!("{shown} does not exist; name a host directory"),
+                    io::ErrorKind::NotADirectory => format!("{shown} is not a directory; name one"),
+                    io::ErrorKind::PermissionDenied => {
+                        format!("{shown} may not be read by this user; change its permissions or run as its owner")
+                    }
+                    _ => format!("{shown} cannot be read: {error}"),
+                },
+            );
+            None
+        }
+    }
+}
+
+fn plan_sockets(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
+    let mut sockets: Vec<HostSocket> = Vec::new();
+    for (field, path, guest_port) in [
+        ("exec_socket_path", &spec.exec_socket_path, EXEC_PORT),
+        ("pty_socket_path", &spec.pty_socket_path, PTY_PORT),
+        ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT),
+    ] {
+        if path.as_os_str().is_empty() {
+            continue;
+        }
+        if let Some(problem) = socket_problem(path) {
+            report.error(field, problem);
+        } else if sockets.iter().any(|socket| socket.path == *path) {
+            report.error(
+                field,
+                format!("{} is another socket's path too; give each its own", path.display()),
+            );
+        } else {
+            sockets.push(HostSocket { path: path.clone(), guest_port });
+        }
+    }
+    sockets
+}
+
+fn socket_problem(path: &Path) -> Option<String> {
+    let len = path.as_os_str().len();
+    if len > MAX_SOCKET_PATH {
+        return Some(format!(
+            "has {len} bytes, a Unix socket's path can have {MAX_SOCKET_PATH}; use a shorter directory"
+        ));
+    }
+    // A socket of an earlier run is replaced; anything else is somebody's file.
+    if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.file_type().is_socket()) {
+        return Some(format!(
+            "{} exists and is not a socket; remove it or choose another path",
+            path.display()
+        ));
+    }
+    parent_problem(path)
+}
+
+fn check_console(path: Option<&Path>, report: &mut Report) {
+    let Some(path) = path else { return };
+    let problem = if path.is_dir() {
+        Some(format!("{} is a directory; name a file", path.display()))
+    } else {
+        parent_problem(path)
+    };
+    if let Some(problem) = problem {
+        report.error("console_output", problem);
+    }
+}
+
+/// Why a file cannot be created at `path`, as far as its directory goes.
+fn parent_problem(path: &Path) -> Option<String> {
+    let parent = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return Some("is not the path of a file".into()),
+    };
+    match fs::metadata(parent) {
+        Ok(metadata) if metadata.is_dir() => None,
+        Ok(_) => Some(format!("{} is not a directory; name a file in one", parent.display())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Some(format!("its directory {} does not exist; create it first", parent.display()))
+        }
+        Err(error) => Some(format!("its directory {} cannot be used: {error}", parent.display())),
+    }
+}
+
+fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
+    let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
+    if executable.is_empty() {
+        report.error("entrypoint.executable", "is empty; name a program");
+    }
+    if !spec.workdir.starts_with('/') {
+        report.error(
+            "workdir",
+            format!("is \"{}\", must be an absolute path like \"/\"", spec.workdir),
+        );
+    }
+    for (index, (name, _)) in env.iter().enumerate() {
+        if name.is_empty() || name.contains('=') {
+            report.error(
+                format!("entrypoint.env[{index}]"),
+                format!("has the name \"{name}\", which must not be empty or contain ="),
+            );
+        }
+    }
+    let strings =
+        [("entrypoint.executable".to_owned(), executable), ("workdir".to_owned(), &spec.workdir)];
+    let args_named = args.iter().enumerate().map(|(i, arg)| (format!("entrypoint.args[{i}]"), arg));
+    let env_named = env.iter().enumerate().flat_map(|(i, (name, value))| {
+        [name, value].map(|text| (format!("entrypoint.env[{i}]"), text))
+    });
+    for (path, text) in strings.into_iter().chain(args_named).chain(env_named) {
+        if text.contains('\0') {
+            report.error(path, "contains a NUL character, which no program can receive");
+        }
+    }
+
+    // Contract §7.1: the initial environment, over which the spec's own entries win. The default
+    // PATH is ours: the reference starts programs without one.
+    let defaults = [("HOME", "/"), ("TERM", "linux"), ("PATH", DEFAULT_PATH)];
+    let defaults = defaults.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let hostname = env.iter().rev().find(|(name, _)| name == "HOSTNAME").map(|(_, value)| value);
+    let hostname = hostname.filter(|name| !name.is_empty()).map_or("localhost", String::as_str);
+    if hostname.len() > MAX_HOSTNAME {
+        report.error(
+            "entrypoint.env",
+            format!("HOSTNAME has {} bytes, a host name can have {MAX_HOSTNAME}", hostname.len()),
+        );
+    }
+    Instance {
+        hostname: hostname.into(),
+        entrypoint: Entrypoint {
+            executable: executable.clone(),
+            args: args.clone(),
+            env: defaults.into_iter().chain(env.iter().cloned()).collect(),
+        },
+        workdir: spec.workdir.clone(),
+        user: spec.user.clone().filter(|user| !user.is_empty()),
+        rlimits: plan_rlimits(&spec.resource_limits.ulimits, report),
+    }
+}
+
+/// Names of `ulimits` and their `RLIMIT_*` numbers (contract §1.4; `as` is not one of them).
+const ULIMITS: [(&str, u32); 15] = [
+    ("cpu", 0),
+    ("fsize", 1),
+    ("data", 2),
+    ("stack", 3),
+    ("core", 4),
+    ("rss", 5),
+    ("nproc", 6),
+    ("nofile", 7),
+    ("memlock", 8),
+    ("locks", 10),
+    ("sigpending", 11),
+    ("msgqueue", 12),
+    ("nice", 13),
+    ("rtprio", 14),
+    ("rttime", 15),
+];
+
+fn plan_rlimits(ulimits: &[String], report: &mut Report) -> Vec<Rlimit> {
+    // Contract §1.4: always set, in this order, before the spec's own.
+    let mut rlimits = vec![
+        Rlimit { resource: 7, soft: 1 << 20, hard: 1 << 20 },
+        Rlimit { resource: 6, soft: 4096, hard: 8192 },
+    ];
+    for (index, text) in ulimits.iter().enumerate() {
+        match parse_ulimit(text) {
+            Ok(rlimit) => rlimits.push(rlimit),
+            Err(problem) => report.error(format!("resource_limits.ulimits[{index}]"), problem),
+        }
+    }
+    rlimits
+}
+
+fn parse_ulimit(text: &str) -> Result<Rlimit, String> {
+    let wanted = "must be NAME=SOFT:HARD or NAME=LIMIT, each a number, -1 or unlimited";
+    let (name, limits) = text.split_once('=').ok_or_else(|| format!("is \"{text}\", {wanted}"))?;
+    let known = ULIMITS.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+    let (_, resource) = known.ok_or_else(|| {
+        let names: Vec<&str> = ULIMITS.iter().map(|(name, _)| *name).collect();
+        format!("\"{name}\" is not a limit; known are {}", names.join(", "))
+    })?;
+    let limit = |text: &str| match text {
+        "-1" | "unlimited" => Ok(u64::MAX),
+        text => text.parse().map_err(|_| format!("is \"{name}={limits}\", {wanted}")),
+    };
+    let (soft, hard) = match limits.split_once(':') {
+        Some((soft, hard)) => (limit(soft)?, limit(hard)?),
+        None => (limit(limits)?, limit(limits)?),
+    };
+    if soft > hard {
+        return Err(format!("is \"{text}\", but the soft limit must not exceed the hard limit"));
+    }
+    Ok(Rlimit { resource: *resource, soft, hard })
+}
+
+fn limit_text(limit: u64) -> String {
+    if limit == u64::MAX { "unlimited".into() } else { limit.to_string() }
+}
+
+/// What the contract has and this version of mote has not. Refused by name: a limit that is not
+/// enforced is worse than none.
+fn refuse_unsupported(spec: &Spec, report: &mut Report) {
+    if spec.tee_config.is_some() {
+        report.error(
+            "tee_config",
+            "asks for a confidential VM, which mote cannot run; leave it null",
+        );
+    }
+    if spec.network.is_some() {
+        report.error(
+            "network",
+            "asks for a passt network, which this version of mote does not have yet; leave it null",
+        );
+    }
+    if !spec.port_map.is_empty() {
+        report.error("port_map", "asks for published ports, which this version of mote does not have yet; leave it empty");
+    }
+    let limits = &spec.resource_limits;
+    for (name, wanted) in [
+        ("pids_limit", limits.pids_limit.is_some()),
+        ("cpuset_cpus", limits.cpuset_cpus.is_some()),
+        ("cpu_shares", limits.cpu_shares.is_some()),
+        ("cpu_quota", limits.cpu_quota.is_some()),
+        ("cpu_period", limits.cpu_period.is_some()),
+        ("memory_reservation", limits.memory_reservation.is_some()),
+        ("memory_swap", limits.memory_swap.is_some()),
+    ] {
+        if wanted {
+            report.error(
+                format!("resource_limits.{name}"),
+                "is a limit that this version of mote cannot enforce yet; leave it null",
+            );
+        }
+    }
+}
+
+fn plan_image(
+    path: Option<&Path>,
+    built_in: &'static [u8],
+    variable: &str,
+    report: &mut Report,
+) -> Option<Image> {
+    let Some(path) = path else {
+        return Some(Image { bytes: Cow::Borrowed(built_in), origin: "built in".into() });
+    };
+    match fs::read(path) {
+        Ok(bytes) => Some(Image { bytes: Cow::Owned(bytes), origin: path.display().to_string() }),
+        Err(error) => {
+            report.error(
+                variable,
+                format!(
+                    "{} cannot be read: {error}; unset it to use the built-in one",
+                    path.display()
+                ),
+            );
+            None
+        }
+    }
+}
+
+/// Where distributions put it outside `PATH`.
+const VIRTIOFSD_PLACES: [&str; 3] =
+    ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd/virtiofsd", "/usr/lib/virtiofsd"];
+
+/// Finds the virtio-fs daemon.
+pub fn find_virtiofsd(environment: &Environment, report: &mut Report) -> Option<PathBuf> {
+    if let Some(path) = &environment.virtiofsd {
+        if is_executable(path) {
+            return Some(path.clone());
+        }
+        report.error("MOTE_VIRTIOFSD", format!("{} is not an executable file", path.display()));
+        return None;
+    }
+    let path = environment.path.as_deref().unwrap_or(OsStr::new(""));
+    let on_path = path
+        .as_bytes()
+        .split(|&byte| byte == b':')
+        .filter(|dir| !dir.is_empty())
+        .map(|dir| Path::new(OsStr::from_bytes(dir)).join("virtiofsd"));
+    let found = on_path.chain(VIRTIOFSD_PLACES.map(PathBuf::from)).find(|file| is_executable(file));
+    if found.is_none() {
+        report.error(
+            "virtiofsd",
+            format!(
+                "is not installed: it is in no directory of PATH and not at {}; run 'cargo install virtiofsd' or name it in MOTE_VIRTIOFSD",
+                VIRTIOFSD_PLACES.join(", ")
+            ),
+        );
+    }
+    found
+}
+
+fn is_executable(path: &Path) -> bool {
+    File::open(path)
+        .and_then(|file| file.metadata())
+        .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> Spec {
+        let mut report = Report::default();
+        let text = r#"{"box_id":"b","vcpus":1,"memory_mib":256,"rootfs_path":"/",
+            "exec_socket_path":"","fs_mounts":[],"workdir":"/",
+            "entrypoint":{"executable":"/bin/true","args":[],"env":[]}}"#;
+        Spec::parse(text, &mut report).expect("a spec")
+    }
+
+    fn environment() -> Environment {
+        // Any executable will do: planning never runs it.
+        Environment { virtiofsd: Some("/bin/sh".into()), ..Environment::default() }
+    }
+
+    fn plan(change: impl FnOnce(&mut Spec)) -> Result<Plan, Vec<String>> {
+        let mut spec = spec();
+        change(&mut spec);
+        let mut report = Report::default();
+        let plan = Plan::new(&spec, &environment(), &mut report);
+        assert_eq!(plan.is_none(), !report.errors.is_empty());
+        plan.ok_or_else(|| report.errors.iter().map(ToString::to_string).collect())
+    }
+
+    fn errors(change: impl FnOnce(&mut Spec)) -> Vec<String> {
+        plan(change).expect_err("must be refused")
+    }
+
+    fn share(tag: &str, host_path: &str) -> spec::FsMount {
+        spec::FsMount { tag: tag.into(), host_path: host_path.into(), read_only: true }
+    }
+
+    #[test]
+    fn defaults_are_applied() {
+        let plan = plan(|_| ()).expect("a plan");
+        assert_eq!(plan.memory_bytes, 256 << 20);
+        assert_eq!(plan.shares[0].tag, ROOT_TAG);
+        assert_eq!(plan.instance.hostname, "localhost");
+        assert_eq!(plan.instance.entrypoint.env[0], ("HOME".into(), "/".into()));
+        assert!(plan.sockets.is_empty());
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_refused() {
+        for (vcpus, mib, expected) in [
+            (0, 256, "vcpus: is 0, must be from 1 to 64"),
+            (65, 256, "vcpus: is 65, must be from 1 to 64"),
+            (1, 0, "memory_mib: is 0, must be at least 64"),
+            (1, 1, "memory_mib: is 1, must be at least 64"),
+        ] {
+            assert_eq!(errors(|s| (s.vcpus, s.memory_mib) = (vcpus, mib)), [expected]);
+        }
+        let errors = errors(|s| s.memory_mib = u32::MAX);
+        assert!(errors[0].contains("but this host has"), "{errors:?}");
+    }
+
+    #[test]
+    fn paths_that_are_no_directories_are_refused() {
+        assert_eq!(
+            errors(|s| s.rootfs_path = "/no/such".into()),
+            ["rootfs_path: /no/such does not exist; name a host directory"]
+        );
+        assert_eq!(
+            errors(|s| s.rootfs_path = "/etc/passwd".into()),
+            ["rootfs_path: /etc/passwd is not a directory; name one"]
+        );
+        assert_eq!(
+            errors(|s| s.fs_mounts = vec![share("a", "/no/such")]),
+            ["fs_mounts[0].host_path: /no/such does not exist; name a host directory"]
+        );
+    }
+
+    #[test]
+    fn bad_tags_are_refused_with_their_index() {
+        let long = "x".repeat(37);
+        let errors = errors(|s| {
+            s.fs_mounts = ["a", "", &long, "a", ROOT_TAG].map(|tag| share(tag, "/")).to_vec();
+        });
+        for (index, start) in [
+            (1, "is empty"),
+            (2, "has 37 bytes"),
+            (3, "\"a\" is used by an earlier share"),
+            (4, "\"mote-root\" is the root"),
+        ] {
+            let expected = format!("fs_mounts[{index}].tag: {start}");
+            assert!(errors.iter().any(|e| e.starts_with(&expected)), "{expected}: {errors:?}");
+        }
+        assert_eq!(errors.len(), 4);
+        assert!(plan(|s| s.fs_mounts = vec![share(&long[1..], "/")]).is_ok());
+    }
+
+    #[test]
+    fn socket_and_console_paths_are_checked() {
+        let long = format!("/tmp/{}", "s".repeat(103));
+        for (change, expected) in [
+            (long.as_str(), "exec_socket_path: has 108 bytes"),
+            ("/etc/passwd", "exec_socket_path: /etc/passwd exists and is not a socket"),
+            ("/no/such/s", "exec_socket_path: its directory /no/such does not exist"),
+        ] {
+            let errors = errors(|s| s.exec_socket_path = change.into());
+            assert!(errors[0].starts_with(expected), "{errors:?}");
+        }
+        let errors = errors(|s| {
+            s.exec_socket_path = "/tmp/s".into();
+            s.pty_socket_path = "/tmp/s".into();
+            s.console_output = Some("/no/such/console".into());
+        });
+        assert!(errors[0].starts_with("pty_socket_path: /tmp/s is another socket's"), "{errors:?}");
+        assert!(errors[1].starts_with("console_output: its directory /no/such"), "{errors:?}");
+    }
+
+    #[test]
+    fn every_error_is_reported_at_once() {
+        let errors = errors(|s| {
+            s.vcpus = 0;
+            s.memory_mib = 0;
+            s.rootfs_path = "/no".into();
+            s.workdir = "here".into();
+            s.entrypoint.executable.clear();
+            s.entrypoint.env = vec![("A=B".into(), String::new())];
+            s.port_map = vec!["1:2".into()];
+            s.resource_limits.pids_limit = Some(1);
+        });
+        assert_eq!(errors.len(), 8, "{errors:?}");
+    }
+
+    #[test]
+    fn ulimits_follow_the_defaults() {
+        let limits = |text: &str| plan(|s| s.resource_limits.ulimits = vec![text.into()]);
+        for (text, soft, hard) in [
+            ("NoFile=10:20", 10, 20),
+            ("nofile=5", 5, 5),
+            ("nofile=-1:unlimited", u64::MAX, u64::MAX),
+        ] {
+            let plan = limits(text).expect(text);
+            assert_eq!(plan.instance.rlimits[2], Rlimit { resource: 7, soft, hard });
+        }
+        for text in ["nofile", "as=1:1", "nofile=x", "nofile=2:1", "nofile=1:2:3"] {
+            let errors = limits(text).expect_err(text);
+            assert!(errors[0].starts_with("resource_limits.ulimits[0]: "), "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_virtiofsd_says_how_to_get_it() {
+        let mut report = Report::default();
+        let environment =
+            Environment { virtiofsd: Some("/no/virtiofsd".into()), ..Environment::default() };
+        assert!(Plan::new(&spec(), &environment, &mut report).is_none());
+        assert_eq!(
+            report.errors[0].to_string(),
+            "MOTE_VIRTIOFSD: /no/virtiofsd is not an executable file"
+        );
+    }
+}
