@@ -1,0 +1,80 @@
+//! Where a vCPU's port and MMIO accesses go. Called on the vCPU threads.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::console::KernelConsole;
+use crate::layout;
+use crate::virtio::mmio::MmioDevice;
+
+const SERIAL: u16 = 0x3f8;
+const SERIAL_END: u16 = 0x3ff;
+/// Keyboard controller command and status port.
+const KEYBOARD_COMMAND: u16 = 0x64;
+/// The command that pulses the reset line (`reboot=k`).
+const PULSE_RESET: u8 = 0xfe;
+
+/// All devices that the guest reaches by address.
+#[derive(Debug)]
+pub struct Bus {
+    serial: Mutex<KernelConsole>,
+    /// By register page. A lock each: two vCPUs may configure two devices at once.
+    devices: Vec<Mutex<MmioDevice>>,
+}
+
+/// What an access means for the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Go on.
+    None,
+    /// The guest asked for a reset: its way to power off.
+    Reset,
+}
+
+impl Bus {
+    /// Assembles the bus; the position of a device decides its address.
+    pub fn new(serial: KernelConsole, devices: Vec<MmioDevice>) -> Self {
+        Bus { serial: Mutex::new(serial), devices: devices.into_iter().map(Mutex::new).collect() }
+    }
+
+    /// `out`.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
+        match (port, data) {
+            (SERIAL..=SERIAL_END, [value]) => {
+                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                // Only an interrupt that cannot be raised fails, and the kernel polls.
+                let _ = serial.write((port - SERIAL) as u8, *value);
+            }
+            (KEYBOARD_COMMAND, [PULSE_RESET, ..]) => return Effect::Reset,
+            _ => {}
+        }
+        Effect::None
+    }
+
+    /// `in`. Ports without a device read as all ones, like an empty ISA bus.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match (port, data) {
+            (SERIAL..=SERIAL_END, [value]) => {
+                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                *value = serial.read((port - SERIAL) as u8);
+            }
+            // Buffers empty: the kernel polls this before it resets.
+            (KEYBOARD_COMMAND, [value, ..]) => *value = 0,
+            _ => {}
+        }
+    }
+
+    /// A store to an address without memory behind it.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        let Some(offset) = address.checked_sub(layout::MMIO) else { return };
+        let Some(device) = self.devices.get((offset / layout::MMIO_PAGE) as usize) else { return };
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.write(offset % layout::MMIO_PAGE, data);
+    }
+
+    /// A load from an address without memory behind it: register pages are memory, so there is no
+    /// device here.
+    pub fn mmio_read(&self, _address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+}

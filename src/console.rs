@@ -1,0 +1,225 @@
+//! Output: where the entrypoint's streams and the kernel's messages go, and the 8250 serial port
+//! that carries the latter.
+//!
+//! The entrypoint's streams arrive as vsock connections that the mux relays into socket pairs; one
+//! thread per stream writes them out, so that a slow reader of mote's stdout slows down that stream
+//! and nothing else. A thread ends at end of file, when everything has been written: nothing is
+//! lost at exit.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::log;
+
+/// What the kernel prints first when it gives up (kernel/panic.c).
+const PANIC: &str = "Kernel panic - not syncing: ";
+/// Longest line kept to be looked at; the kernel's own limit is 1,024.
+const MAX_LINE: usize = 1024;
+
+/// Where output goes.
+#[derive(Debug)]
+pub struct Sinks {
+    /// The entrypoint's standard output.
+    pub stdout: File,
+    /// The entrypoint's standard error.
+    pub stderr: File,
+    /// Kernel messages.
+    pub kernel: File,
+}
+
+impl Sinks {
+    /// Opens `console_output` (created 0600, or emptied; contract §2.5) or mote's own streams.
+    pub fn open(console_output: Option<&Path>) -> Result<Sinks> {
+        match console_output {
+            Some(path) => {
+                // Appending: the three writers never overwrite each other.
+                let open = || {
+                    let file =
+                        OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+                    if file.metadata()?.is_file() {
+                        file.set_len(0)?;
+                    }
+                    Ok::<File, io::Error>(file)
+                };
+                let file =
+                    open().with_context(|| format!("console_output: create {}", path.display()))?;
+                let copy = || file.try_clone().context("duplicate the console file");
+                Ok(Sinks { stdout: copy()?, stderr: copy()?, kernel: file })
+            }
+            None => {
+                let duplicate = |fd: io::Result<std::os::fd::OwnedFd>| {
+                    fd.map(File::from).context("duplicate mote's own output streams")
+                };
+                Ok(Sinks {
+                    stdout: duplicate(io::stdout().as_fd().try_clone_to_owned())?,
+                    stderr: duplicate(io::stderr().as_fd().try_clone_to_owned())?,
+                    kernel: duplicate(io::stderr().as_fd().try_clone_to_owned())?,
+                })
+            }
+        }
+    }
+}
+
+/// When the guest's first byte of output was written, for the timeline.
+pub type FirstOutput = Arc<OnceLock<Instant>>;
+
+/// Copies a stream to its sink until end of file, on a thread of its own; then signals `done` once.
+/// A sink that fails is reported and the rest of the stream is dropped, as a closed pipe would.
+pub fn spawn_writer(
+    name: &'static str,
+    mut from: UnixStream,
+    mut to: File,
+    first_output: FirstOutput,
+    done: EventFd,
+) -> Result<()> {
+    let copy = move || {
+        let mut buffer = vec![0; 64 * 1024];
+        let mut failed = false;
+        loop {
+            let read = match from.read(&mut buffer) {
+                Ok(0) | Err(_) => break,
+                Ok(read) => read,
+            };
+            if !failed && let Err(error) = to.write_all(&buffer[..read]) {
+                failed = true;
+                log::error(&format!(
+                    "{name}: write the guest's output: {error}; the rest of it is lost"
+                ));
+            }
+            first_output.get_or_init(Instant::now);
+        }
+        // Failing would need a counter of 2^64 - 1.
+        let _ = done.write(1);
+    };
+    thread::Builder::new()
+        .name(name.into())
+        .spawn(copy)
+        .with_context(|| format!("start the {name} thread"))?;
+    Ok(())
+}
+
+/// The serial port's interrupt line.
+#[derive(Debug)]
+pub struct SerialIrq(pub EventFd);
+
+impl Trigger for SerialIrq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The 8250 serial port: kernel messages out, nothing in.
+pub type KernelConsole = Serial<SerialIrq, NoEvents, KernelLog>;
+
+/// Creates the serial port.
+pub fn kernel_console(irq: EventFd, log: KernelLog) -> KernelConsole {
+    Serial::new(SerialIrq(irq), log)
+}
+
+/// The last thing a panicking kernel said, shared between the console and whoever reports.
+pub type PanicMessage = Arc<Mutex<Option<String>>>;
+
+/// Takes the kernel's bytes, passes whole lines on, and notices a panic.
+#[derive(Debug)]
+pub struct KernelLog {
+    line: Vec<u8>,
+    to: File,
+    panic: PanicMessage,
+}
+
+impl KernelLog {
+    /// Writes to `to`, noting a panic in `panic`.
+    pub fn new(to: File, panic: PanicMessage) -> Self {
+        KernelLog { line: Vec::new(), to, panic }
+    }
+
+    fn finish_line(&mut self) {
+        let text = String::from_utf8_lossy(&self.line);
+        if let Some((_, reason)) = text.split_once(PANIC) {
+            let mut panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            panic.get_or_insert_with(|| reason.trim_end().to_owned());
+        }
+        // A log that cannot be written must not stop the guest.
+        let _ = self.to.write_all(&self.line);
+        self.line.clear();
+    }
+}
+
+impl Write for KernelLog {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for byte in bytes {
+            // The kernel's console writes \r\n; the log is a text file.
+            if *byte != b'\r' {
+                self.line.push(*byte);
+            }
+            if *byte == b'\n' || self.line.len() >= MAX_LINE {
+                self.finish_line();
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_noticed_and_lines_pass_through() {
+        let (mut reader, writer) = io::pipe().expect("pipe");
+        let panic = PanicMessage::default();
+        let mut log = KernelLog::new(File::from(std::os::fd::OwnedFd::from(writer)), panic.clone());
+        for byte in b"[    1.0] hello\r\n[    2.0] Kernel panic - not syncing: no root\r\n" {
+            log.write_all(&[*byte]).expect("writes");
+        }
+        drop(log);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).expect("text");
+        assert_eq!(text, "[    1.0] hello\n[    2.0] Kernel panic - not syncing: no root\n");
+        assert_eq!(panic.lock().expect("lock").as_deref(), Some("no root"));
+    }
+
+    #[test]
+    fn an_endless_line_is_bounded() {
+        let null = OpenOptions::new().write(true).open("/dev/null").expect("null");
+        let mut log = KernelLog::new(null, PanicMessage::default());
+        log.write_all(&vec![b'x'; 10 * MAX_LINE]).expect("writes");
+        assert!(log.line.len() < MAX_LINE);
+    }
+
+    #[test]
+    fn writers_drain_everything_before_they_signal() {
+        let (mut ours, theirs) = UnixStream::pair().expect("pair");
+        let (mut reader, writer) = io::pipe().expect("pipe");
+        let done = EventFd::new(0).expect("eventfd");
+        let sink = File::from(std::os::fd::OwnedFd::from(writer));
+        let first = FirstOutput::default();
+        spawn_writer("test", theirs, sink, first.clone(), done.try_clone().expect("clone"))
+            .expect("thread");
+        ours.write_all(b"last words").expect("writes");
+        drop(ours);
+        assert_eq!(done.read().expect("signal"), 1);
+        assert!(first.get().is_some());
+        let mut text = [0; 10];
+        reader.read_exact(&mut text).expect("text");
+        assert_eq!(&text, b"last words");
+    }
+}

@@ -1,0 +1,20 @@
+//! `mote`: reads the arguments and the environment, calls [`mote::execute`], exits with its code.
+//! The only exit point.
+
+use std::process::ExitCode;
+
+use mote::plan::Environment;
+use mote::timeline::Timeline;
+use mote::{cli, log, outcome};
+
+fn main() -> ExitCode {
+    let timeline = Timeline::start();
+    let environment = Environment::from_process();
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(command) => ExitCode::from(mote::execute(command, &environment, timeline)),
+        Err(problem) => {
+            log::error(&problem);
+            ExitCode::from(outcome::USAGE)
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Guest RAM and the register pages, and the KVM memory slots that show them to the guest.
+//!
+//! All RAM is one sealed memory file: vhost-user back-ends map the same file. What is mapped here
+//! stays mapped until the process ends, because KVM and the vCPU threads use it until then.
+
+#![allow(unsafe_code, reason = "maps memory and hands its addresses to KVM")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context, Result, anyhow};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress,
+};
+
+use crate::{layout, sys};
+
+/// Guest RAM. Cloning shares it.
+pub type GuestRam = GuestMemoryMmap<()>;
+
+/// Size of a huge page on x86-64.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Creates and maps the guest's RAM.
+pub fn create_ram(memory_bytes: u64) -> Result<GuestRam> {
+    let file = sys::sealed_memory_file(memory_bytes)
+        .with_context(|| format!("create {} MiB of guest memory", memory_bytes >> 20))?;
+    let file = Arc::new(file);
+    let regions = layout::ram_ranges(memory_bytes)
+        .into_iter()
+        .map(|(start, len, offset)| map_region(&file, start, len, offset))
+        .collect::<Result<Vec<_>>>()?;
+    GuestRam::from_regions(regions).map_err(|e| anyhow!("arrange guest memory: {e}"))
+}
+
+fn map_region(file: &Arc<File>, start: u64, len: u64, offset: u64) -> Result<GuestRegionMmap<()>> {
+    let address = map_aligned(file, len, offset)
+        .with_context(|| format!("map {} MiB of guest memory", len >> 20))?;
+    // SAFETY: `map_aligned` has just mapped `len` bytes at `address`, and nothing ever unmaps them.
+    let builder = unsafe { MmapRegionBuilder::new(len as usize).with_raw_mmap_pointer(address) };
+    let region = builder
+        .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|e| anyhow!("describe guest memory: {e}"))?;
+    GuestRegionMmap::new(region, GuestAddress(start))
+        .ok_or_else(|| anyhow!("guest memory at {start:#x} exceeds the address space"))
+}
+
+/// Maps part of the memory file at an address that is aligned like a huge page: the kernel can
+/// then back it, and the guest's second-level tables map it, with huge pages. Measured: 4 KiB
+/// pages cost over 4,000 more exits in one boot.
+fn map_aligned(file: &File, len: u64, offset: u64) -> io::Result<*mut u8> {
+    let reserved = (len + HUGE_PAGE) as usize;
+    let check = |address: *mut libc::c_void| {
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address) }
+    };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new private mapping at an address of the kernel's choice.
+    let base = check(unsafe {
+        libc::mmap(std::ptr::null_mut(), reserved, libc::PROT_NONE, flags, -1, 0)
+    })?;
+    let aligned = (base as u64).next_multiple_of(HUGE_PAGE) as *mut libc::c_void;
+    // SAFETY: `aligned..aligned + len` lies inside the reservation made above, which nothing else
+    // uses; the fixed mapping replaces that part of it.
+    check(unsafe {
+        libc::mmap(
+            aligned,
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            offset as libc::off_t,
+        )
+    })?;
+    // SAFETY: advice on the mapping just made. A host without huge pages for shared memory refuses
+    // or ignores it, and then the guest runs on small pages.
+    unsafe { libc::madvise(aligned, len as usize, libc::MADV_HUGEPAGE) };
+    Ok(aligned.cast())
+}
+
+/// Backs the part of RAM that every boot writes (`bytes` from address 0) with huge pages even
+/// where the host's `shmem_enabled` is `never`: MADV_COLLAPSE (Linux 6.1) asks for them now. Best
+/// effort: without them the boot is only slower.
+pub fn collapse_boot_memory(ram: &GuestRam, bytes: u64) {
+    let Some(region) = ram.iter().next() else { return };
+    let len = bytes.next_multiple_of(HUGE_PAGE).min(region.len() / HUGE_PAGE * HUGE_PAGE);
+    // SAFETY: advice on the first `len` bytes of a live mapping that is longer.
+    unsafe { libc::madvise(region.as_ptr().cast(), len as usize, libc::MADV_COLLAPSE) };
+}
+
+/// Gives the VM its RAM. Returns the number of the first free slot.
+pub fn add_ram(vm: &VmFd, ram: &GuestRam) -> Result<u32> {
+    let mut slot = 0;
+    for region in ram.iter() {
+        let memory = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region stays mapped until the process ends (see the module's first lines).
+        unsafe { vm.set_user_memory_region(memory) }
+            .with_context(|| format!("give the VM its memory at {:#x}", memory.guest_phys_addr))?;
+        slot += 1;
+    }
+    Ok(slot)
+}
+
+/// The register pages of all virtio devices: the guest reads them without an exit, its writes
+/// arrive as MMIO exits or ioeventfds (KVM API 4.35, `KVM_MEM_READONLY`).
+#[derive(Debug)]
+pub struct RegisterPages {
+    region: Arc<GuestRegionMmap<()>>,
+}
+
+impl RegisterPages {
+    /// Maps `count` pages and shows them to the guest, using memory slot `slot`.
+    pub fn new(vm: &VmFd, slot: u32, count: usize) -> Result<Self> {
+        let len = count * layout::MMIO_PAGE as usize;
+        let region = GuestRegionMmap::from_range(GuestAddress(layout::MMIO), len, None)
+            .map_err(|e| anyhow!("map {count} register pages: {e}"))?;
+        let memory = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: layout::MMIO,
+            memory_size: len as u64,
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the pages stay mapped while the VM lives: `region` is leaked just below.
+        unsafe { vm.set_user_memory_region(memory) }
+            .context("show the virtio register pages to the VM (needs KVM_CAP_READONLY_MEM)")?;
+        let region = Arc::new(region);
+        std::mem::forget(Arc::clone(&region));
+        Ok(RegisterPages { region })
+    }
+
+    /// The page of the `index`-th device.
+    pub fn page(&self, index: usize) -> RegisterPage {
+        let base = index as u64 * layout::MMIO_PAGE;
+        RegisterPage { region: Arc::clone(&self.region), base }
+    }
+}
+
+/// One device's register page, as the guest sees it.
+#[derive(Debug)]
+pub struct RegisterPage {
+    region: Arc<GuestRegionMmap<()>>,
+    base: u64,
+}
+
+impl RegisterPage {
+    /// A page that no guest sees.
+    #[cfg(test)]
+    pub fn unattached() -> Self {
+        let region = GuestRegionMmap::from_range(GuestAddress(0), layout::MMIO_PAGE as usize, None);
+        RegisterPage { region: Arc::new(region.expect("one page")), base: 0 }
+    }
+
+    /// Sets a 32-bit register; `offset` is a multiple of 4 below the page size.
+    pub fn set(&self, offset: u64, value: u32) {
+        let at = MemoryRegionAddress(self.base + offset);
+        // Registers are aligned and inside the page, so this cannot fail; one store, so that the
+        // guest never sees half a value.
+        let stored = self.region.store(value.to_le(), at, Ordering::Release);
+        debug_assert!(stored.is_ok());
+    }
+
+    /// Reads a 32-bit register back.
+    #[cfg(test)]
+    pub fn value(&self, offset: u64) -> u32 {
+        let at = MemoryRegionAddress(self.base + offset);
+        u32::from_le(self.region.load(at, Ordering::Acquire).expect("in the page"))
+    }
+
+    /// Sets bytes that the guest only reads once the device is announced (configuration space).
+    pub fn set_bytes(&self, offset: u64, bytes: &[u8]) {
+        let written = self.region.write_slice(bytes, MemoryRegionAddress(self.base + offset));
+        debug_assert!(written.is_ok());
+    }
+}

@@ -1,0 +1,140 @@
+//! How a box ended, and the exit code that says so. The table is part of the interface (README):
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0–255 | the entrypoint's own exit code |
+//! | 128+n | signal n killed the entrypoint |
+//! | 127 | the entrypoint was not found |
+//! | 126 | the entrypoint is not executable |
+//! | 125 | mote or the guest could not start it: spec, host, back-end, set-up |
+//! | 124 | a back-end process died while the guest ran |
+//! | 123 | the guest kernel panicked or crashed |
+//! | 122 | the guest ended without an exit status |
+//! | 121 | stopped hard: a second signal, or the grace was over |
+//! | 2 | wrong command line, or `mote check` found errors |
+//!
+//! A guest program can exit with any of these numbers itself; `--outcome FILE` tells them apart.
+
+use std::fmt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+/// Exit code for a wrong command line and for errors that `mote check` finds.
+pub const USAGE: u8 = 2;
+
+/// How a box ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The entrypoint called `exit`.
+    Exited(u8),
+    /// A signal killed the entrypoint.
+    Signaled(u8),
+    /// The guest runs, the entrypoint never did.
+    EntrypointNotStarted {
+        /// 125, 126 or 127.
+        code: u8,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// mote could not start the box.
+    NotStarted(anyhow::Error),
+    /// A back-end process died while the guest ran.
+    BackendDied(String),
+    /// The guest kernel panicked or crashed.
+    GuestCrashed(String),
+    /// The guest ended and nobody said how the entrypoint did.
+    NoStatus(String),
+    /// Stopped hard.
+    Stopped(String),
+}
+
+impl Outcome {
+    /// The process exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Outcome::Exited(code) => *code,
+            Outcome::Signaled(signal) => 128 + signal,
+            Outcome::EntrypointNotStarted { code, .. } => *code,
+            Outcome::NotStarted(_) => 125,
+            Outcome::BackendDied(_) => 124,
+            Outcome::GuestCrashed(_) => 123,
+            Outcome::NoStatus(_) => 122,
+            Outcome::Stopped(_) => 121,
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Outcome::Exited(_) => "exited",
+            Outcome::Signaled(_) => "signaled",
+            Outcome::EntrypointNotStarted { .. } => "entrypoint-not-started",
+            Outcome::NotStarted(_) => "not-started",
+            Outcome::BackendDied(_) => "backend-died",
+            Outcome::GuestCrashed(_) => "guest-crashed",
+            Outcome::NoStatus(_) => "no-status",
+            Outcome::Stopped(_) => "stopped",
+        }
+    }
+
+    /// One line for stderr, when the exit code alone is not the whole story.
+    pub fn message(&self) -> Option<String> {
+        match self {
+            Outcome::Exited(_) | Outcome::Signaled(_) => None,
+            Outcome::EntrypointNotStarted { reason, .. } => Some(reason.clone()),
+            Outcome::NotStarted(error) => Some(format!("{error:#}")),
+            Outcome::BackendDied(reason)
+            | Outcome::GuestCrashed(reason)
+            | Outcome::NoStatus(reason)
+            | Outcome::Stopped(reason) => Some(reason.clone()),
+        }
+    }
+
+    /// The object that `--outcome FILE` receives.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut object = json!({ "kind": self.kind(), "exit_code": self.exit_code() });
+        match self {
+            Outcome::Exited(code) => object["code"] = json!(code),
+            Outcome::Signaled(signal) => object["signal"] = json!(signal),
+            _ => {}
+        }
+        if let Some(message) = self.message() {
+            object["message"] = json!(message);
+        }
+        object
+    }
+
+    /// Writes [`Outcome::to_json`] to a file.
+    pub fn write_to(&self, path: &Path) -> Result<()> {
+        std::fs::write(path, format!("{}\n", self.to_json()))
+            .with_context(|| format!("write the outcome to {}", path.display()))
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.message().as_deref().unwrap_or(self.kind()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_code_cannot_be_taken_for_motes() {
+        let own = Outcome::NotStarted(anyhow::anyhow!("inner").context("outer"));
+        let guests = Outcome::Exited(125);
+        assert_eq!(own.exit_code(), guests.exit_code());
+        assert_eq!(guests.to_json(), json!({"kind": "exited", "exit_code": 125, "code": 125}));
+        assert_eq!(
+            own.to_json(),
+            json!({"kind": "not-started", "exit_code": 125, "message": "outer: inner"})
+        );
+        assert_eq!(
+            Outcome::Signaled(9).to_json(),
+            json!({"kind": "signaled", "exit_code": 137, "signal": 9})
+        );
+    }
+}

@@ -1,0 +1,48 @@
+//! `mote probe`: can this host run boxes, and if not, what to change.
+
+use std::io::{self, Write};
+use std::process::{Command, Stdio};
+
+use crate::json::Report;
+use crate::kvm;
+use crate::plan::{self, Environment};
+
+/// Checks everything and prints a line for each. `true` when the host is ready.
+pub fn run(environment: &Environment) -> bool {
+    let checks = [("kvm", kvm()), ("virtiofsd", virtiofsd(environment))];
+    let ready = checks.iter().all(|(_, result)| result.is_ok());
+    let mut text = String::new();
+    for (name, result) in checks {
+        let line = match result {
+            Ok(found) => format!("{name:<10} ok: {found}\n"),
+            Err(problem) => format!("{name:<10} NOT READY: {problem}\n"),
+        };
+        text += &line;
+    }
+    text += if ready { "ready\n" } else { "not ready\n" };
+    let _ = io::stdout().write_all(text.as_bytes());
+    ready
+}
+
+fn kvm() -> Result<String, String> {
+    kvm::check().map_err(|error| format!("{error:#}"))?;
+    Ok(format!("{} ran a test guest", kvm::DEVICE))
+}
+
+fn virtiofsd(environment: &Environment) -> Result<String, String> {
+    let mut report = Report::default();
+    let Some(path) = plan::find_virtiofsd(environment, &mut report) else {
+        return Err(report.errors.iter().map(|fault| fault.problem.clone()).collect());
+    };
+    let output = Command::new(&path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("run {} --version: {error}", path.display()))?;
+    let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if output.status.success() {
+        Ok(format!("{} ({version})", path.display()))
+    } else {
+        Err(format!("{} --version failed: {}", path.display(), output.status))
+    }
+}

@@ -1,0 +1,395 @@
+//! The main loop: signals, device events, the control channel, ends of everything; and the ordered
+//! shutdown that turns them into one [`Outcome`].
+//!
+//! The box is over when the entrypoint's end and both complete output streams have arrived; the VM
+//! is then simply dropped, because the agent has synced before it reported. Everything that ends
+//! the VM otherwise first lets the output drain.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::rc::Rc;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Mark};
+
+use crate::outcome::Outcome;
+use crate::timeline::{GuestClock, Timeline};
+use crate::token::Token;
+use crate::vcpu::Exit;
+use crate::virtio::rng::Rng;
+use crate::virtio::{Activation, DeviceEvent, MainLoopDeviceKind};
+use crate::vm::Vm;
+use crate::{log, sys};
+
+/// The signals that ask for an orderly end.
+const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+/// How long the guest may take to stop: longer than the agent's own grace of 5 s, and well inside
+/// the 10 s after which the runtime sends SIGKILL (contract §2.6).
+const STOP_LIMIT: Duration = Duration::from_secs(8);
+/// How long the VM may live on without its agent.
+const AGENTLESS_LIMIT: Duration = Duration::from_secs(2);
+/// Output streams: stdout and stderr.
+const STREAMS: u64 = 2;
+
+/// Blocks the signals that the main loop takes from a descriptor. To be called before any thread
+/// is started, so that all inherit it.
+pub fn block_signals() -> Result<File> {
+    sys::signal_file(&STOP_SIGNALS).context("watch for signals")
+}
+
+/// Runs the VM to its end.
+pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome> {
+    vm.start()?;
+    timeline.mark("first_kvm_run");
+    let state = Rc::new(RefCell::new(MainLoop {
+        vm,
+        signals,
+        rng: None,
+        decoder: Decoder::default(),
+        guest_clock: None,
+        marks: Vec::new(),
+        streams_done: 0,
+        end: None,
+        stop: None,
+        agent_lost: None,
+        ending: None,
+        failure: None,
+    }));
+    let mut manager =
+        EventManager::<Rc<RefCell<MainLoop>>>::new().context("create the main loop")?;
+    let id = manager.add_subscriber(Rc::clone(&state));
+    let outcome = loop {
+        if let Some(outcome) = state.borrow_mut().outcome() {
+            break outcome;
+        }
+        let timeout = state.borrow().timeout_ms();
+        manager.run_with_timeout(timeout).context("wait for events")?;
+        let mut ops = manager.event_ops(id).context("access the main loop")?;
+        state.borrow_mut().check_deadlines(Instant::now(), &mut ops);
+    };
+    let state = state.borrow();
+    for (name, at) in &state.marks {
+        timeline.mark_at(name, *at);
+    }
+    if let Some(at) = state.vm.first_output.get() {
+        timeline.mark_at("first_output", *at);
+    }
+    Ok(outcome)
+}
+
+struct MainLoop {
+    vm: Vm,
+    signals: File,
+    rng: Option<Rng>,
+    decoder: Decoder,
+    guest_clock: Option<GuestClock>,
+    marks: Vec<(&'static str, Instant)>,
+    streams_done: u64,
+    /// How the entrypoint ended.
+    end: Option<EntrypointEnd>,
+    /// The signal that asked to stop, and until when that may take.
+    stop: Option<(i32, Instant)>,
+    /// Since when the control channel is gone, as the time until which that may last.
+    agent_lost: Option<Instant>,
+    /// The VM is over; this is the outcome once the output has drained.
+    ending: Option<Outcome>,
+    /// Ends the box at once, output or not.
+    failure: Option<Outcome>,
+}
+
+impl MainLoop {
+    /// The outcome, once there is one.
+    fn outcome(&mut self) -> Option<Outcome> {
+        if let Some(failure) = self.failure.take() {
+            return Some(failure);
+        }
+        if self.streams_done < STREAMS {
+            return None;
+        }
+        match self.end.take() {
+            Some(EntrypointEnd::Exited(code)) => Some(Outcome::Exited(code)),
+            Some(EntrypointEnd::Signaled(signal)) => Some(Outcome::Signaled(signal)),
+            Some(EntrypointEnd::NotStarted { code, reason }) => {
+                Some(Outcome::EntrypointNotStarted { code, reason })
+            }
+            None => self.ending.take(),
+        }
+    }
+
+    fn timeout_ms(&self) -> i32 {
+        let deadlines = [self.stop.map(|(_, at)| at), self.agent_lost, self.vm.mux.next_deadline()];
+        let Some(next) = deadlines.into_iter().flatten().min() else { return -1 };
+        // Rounded up: waking early would only mean waking again.
+        let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
+        i32::try_from(left).unwrap_or(i32::MAX)
+    }
+
+    fn check_deadlines(&mut self, now: Instant, ops: &mut EventOps<'_>) {
+        if let Some((signal, limit)) = self.stop
+            && now >= limit
+        {
+            self.fail(Outcome::Stopped(format!(
+                "the guest did not stop within {} s of {}; stopped it hard",
+                STOP_LIMIT.as_secs(),
+                signal_name(signal)
+            )));
+        }
+        if self.agent_lost.is_some_and(|limit| now >= limit) {
+            self.agent_lost = None;
+            self.end_vm(
+                Outcome::NoStatus(
+                    "the guest's agent closed its control channel without an exit status".into(),
+                ),
+                ops,
+            );
+        }
+        let expired = self.vm.mux.expire(now, ops);
+        self.check_vsock(expired, ops);
+    }
+
+    fn fail(&mut self, outcome: Outcome) {
+        self.failure.get_or_insert(outcome);
+    }
+
+    /// The VM is over: collect what the guest had sent, and end when it is written out.
+    fn end_vm(&mut self, outcome: Outcome, ops: &mut EventOps<'_>) {
+        if self.ending.is_some() {
+            return;
+        }
+        if let Err(error) = self.vm.mux.close(ops) {
+            log::error(&format!("vsock: {error:#}"));
+        }
+        self.read_control();
+        self.agent_lost = None;
+        self.ending = Some(outcome);
+    }
+
+    fn on_signal(&mut self) {
+        while let Some(signal) = sys::next_signal(&self.signals) {
+            if self.stop.is_some() {
+                let name = signal_name(signal);
+                self.fail(Outcome::Stopped(format!("stopped hard by a second signal ({name})")));
+                return;
+            }
+            self.stop = Some((signal, Instant::now() + STOP_LIMIT));
+            if self.guest_clock.is_some() {
+                self.send_stop(signal);
+            }
+        }
+    }
+
+    fn send_stop(&mut self, signal: i32) {
+        let message = FromHost::Stop { signal: signal as u8 }.encode();
+        // A socket pair with room for thousands of these: what it does not take, nobody reads, and
+        // the time limit decides.
+        let _ = self.vm.control.write(&message);
+    }
+
+    fn on_vcpu_exit(&mut self, ops: &mut EventOps<'_>) {
+        let _ = self.vm.exits.1.read();
+        let Ok(exit) = self.vm.exits.0.try_recv() else { return };
+        let panic = self.vm.panic.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let outcome = match (exit, panic) {
+            (_, Some(panic)) => {
+                Outcome::GuestCrashed(format!("the guest kernel panicked: {panic}"))
+            }
+            (Exit::Reset, None) => {
+                Outcome::NoStatus("the guest ended without reporting how the entrypoint did".into())
+            }
+            (Exit::TripleFault, None) => {
+                Outcome::GuestCrashed("the guest kernel crashed (triple fault)".into())
+            }
+            (Exit::Failed(reason), None) => Outcome::GuestCrashed(reason),
+        };
+        self.end_vm(outcome, ops);
+    }
+
+    fn on_device_event(&mut self, ops: &mut EventOps<'_>) {
+        let _ = self.vm.device_events.1.read();
+        while let Ok(event) = self.vm.device_events.0.try_recv() {
+            let handled = match event {
+                DeviceEvent::Activated(MainLoopDeviceKind::Vsock, activation) => {
+                    self.vm.mux.activate(activation, ops)
+                }
+                DeviceEvent::Reset(MainLoopDeviceKind::Vsock) => self.vm.mux.reset(ops),
+                DeviceEvent::Activated(MainLoopDeviceKind::Rng, activation) => {
+                    self.activate_rng(activation, ops)
+                }
+                DeviceEvent::Reset(MainLoopDeviceKind::Rng) => self.stop_rng(ops),
+            };
+            if let Err(error) = handled {
+                self.fail(Outcome::GuestCrashed(format!(
+                    "a device of the guest failed: {error:#}"
+                )));
+            }
+        }
+    }
+
+    fn activate_rng(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
+        self.stop_rng(ops)?;
+        let rng = Rng::new(activation)?;
+        ops.add(Events::with_data(rng.kick(), Token::Rng.to_data(), EventSet::IN))?;
+        self.rng = Some(rng);
+        Ok(())
+    }
+
+    fn stop_rng(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        match self.rng.take() {
+            Some(rng) => Ok(ops.remove(Events::empty(rng.kick()))?),
+            None => Ok(()),
+        }
+    }
+
+    fn on_rng(&mut self, ops: &mut EventOps<'_>) {
+        let Some(Err(error)) = self.rng.as_mut().map(Rng::process) else { return };
+        // The driver broke its own queue: this device stops, the guest lives on.
+        log::error(&format!("rng: {error:#}; the device stops"));
+        let _ = self.stop_rng(ops);
+    }
+
+    fn check_vsock(&mut self, handled: Result<()>, ops: &mut EventOps<'_>) {
+        let Err(error) = handled else { return };
+        // Without vsock there is no agent, and so no exit status.
+        let _ = self.vm.mux.reset(ops);
+        self.end_vm(Outcome::NoStatus(format!("the guest broke its vsock device: {error:#}")), ops);
+    }
+
+    fn on_control(&mut self) {
+        if self.read_control() && self.end.is_none() && self.agent_lost.is_none() {
+            self.agent_lost = Some(Instant::now() + AGENTLESS_LIMIT);
+        }
+    }
+
+    /// Reads and handles all messages there are. `true` when no more will come.
+    fn read_control(&mut self) -> bool {
+        let mut bytes = [0; 4096];
+        loop {
+            match self.vm.control.read(&mut bytes) {
+                Ok(0) => return true,
+                Ok(read) => self.decoder.feed(&bytes[..read]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                Err(_) => return true,
+            }
+            loop {
+                match self.decoder.next_from_guest() {
+                    Ok(Some(message)) => self.on_message(message),
+                    Ok(None) => break,
+                    Err(malformed) => {
+                        log::error(&format!("the guest's control channel: {malformed}"));
+                        let _ = self.vm.control.shutdown(std::net::Shutdown::Both);
+                        return true;
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: FromGuest) {
+        match message {
+            FromGuest::Hello { version, now_ns } => {
+                if version != protocol::VERSION {
+                    self.fail(Outcome::NotStarted(anyhow::anyhow!(
+                        "the guest's agent speaks protocol version {version}, this mote {}; unset MOTE_INITRAMFS or build both together",
+                        protocol::VERSION
+                    )));
+                    return;
+                }
+                self.guest_clock.get_or_insert(GuestClock::new(now_ns));
+                if let Some((signal, _)) = self.stop {
+                    self.send_stop(signal);
+                }
+            }
+            FromGuest::Reached { mark, at_ns } => {
+                let name = match mark {
+                    Mark::AgentStarted => "agent_started",
+                    Mark::RootMounted => "root_mounted",
+                    Mark::EntrypointStarted => "entrypoint_started",
+                };
+                // Only the first of each counts, so a guest cannot make this grow.
+                if let Some(clock) = self.guest_clock
+                    && self.marks.iter().all(|(known, _)| *known != name)
+                {
+                    self.marks.push((name, clock.to_host(at_ns)));
+                }
+            }
+            FromGuest::Ended(end) => {
+                self.end.get_or_insert(end);
+            }
+        }
+    }
+
+    fn on_backend_end(&mut self, index: usize) {
+        if let Some(backend) = self.vm.backends.get_mut(index) {
+            let obituary = backend.obituary();
+            self.fail(Outcome::BackendDied(obituary));
+        }
+    }
+}
+
+impl MutEventSubscriber for MainLoop {
+    fn init(&mut self, ops: &mut EventOps) {
+        let watch = |ops: &mut EventOps, fd, token: Token| {
+            ops.add(Events::with_data_raw(fd, token.to_data(), EventSet::IN))
+        };
+        let mut registered = self.vm.mux.register(ops);
+        for (fd, token) in [
+            (self.signals.as_raw_fd(), Token::Signal),
+            (self.vm.exits.1.as_raw_fd(), Token::VcpuExit),
+            (self.vm.device_events.1.as_raw_fd(), Token::Device),
+            (self.vm.control.as_raw_fd(), Token::Control),
+            (self.vm.output_done.as_raw_fd(), Token::OutputDone),
+        ] {
+            registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
+        }
+        for (index, backend) in self.vm.backends.iter().enumerate() {
+            let token = Token::Backend(index as u32);
+            let fd = backend.ended().as_fd().as_raw_fd();
+            registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
+        }
+        if let Err(error) = registered {
+            self.fail(Outcome::NotStarted(error.context("set up the main loop")));
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let Some(token) = Token::from_data(events.data()) else { return };
+        match token {
+            Token::Signal => self.on_signal(),
+            Token::VcpuExit => self.on_vcpu_exit(ops),
+            Token::Device => self.on_device_event(ops),
+            Token::Control => {
+                self.on_control();
+                if self.agent_lost.is_some() {
+                    // At its end the socket stays readable: stop listening to it.
+                    let _ = ops.remove(Events::empty(&self.vm.control));
+                }
+            }
+            Token::OutputDone => self.streams_done += self.vm.output_done.read().unwrap_or(0),
+            Token::Backend(index) => self.on_backend_end(index as usize),
+            Token::Rng => self.on_rng(ops),
+            Token::VsockReceive
+            | Token::VsockTransmit
+            | Token::VsockListener(_)
+            | Token::VsockConnection(_) => {
+                let handled = self.vm.mux.handle(token, events.event_set(), ops);
+                self.check_vsock(handled, ops);
+            }
+        }
+    }
+}
+
+fn signal_name(signal: i32) -> String {
+    match signal {
+        libc::SIGTERM => "SIGTERM".into(),
+        libc::SIGINT => "SIGINT".into(),
+        libc::SIGHUP => "SIGHUP".into(),
+        libc::SIGQUIT => "SIGQUIT".into(),
+        other => format!("signal {other}"),
+    }
+}

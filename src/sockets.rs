@@ -1,0 +1,101 @@
+//! The box's Unix sockets on the host (contract §2.8): bound before the guest runs, so that a
+//! client that sees the file can connect; private to the user; unlinked at the end.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::plan::HostSocket;
+use crate::sys;
+
+/// Clients that may wait to be accepted; the main loop accepts at once.
+const BACKLOG: i32 = 128;
+
+/// A socket file of ours; dropping it removes the file, if it still is ours.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|file| (file.dev(), file.ino()) == (self.device, self.inode));
+        if ours {
+            // The directory may have gone with everything in it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Binds a socket, mode 0600, replacing one that a dead process left behind.
+pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
+    let path = &plan.path;
+    let bind = || -> Result<(UnixListener, SocketFile)> {
+        match UnixStream::connect(path) {
+            Ok(_) => bail!("another process listens on it; is this box running already?"),
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(_) => {}
+        }
+        let socket = sys::unix_stream_socket()?;
+        sys::set_socket_mode(&socket, 0o600)?;
+        sys::bind_and_listen(&socket, path.as_os_str().as_bytes(), BACKLOG)?;
+        let metadata = fs::symlink_metadata(path)?;
+        let file = SocketFile { path: path.clone(), device: metadata.dev(), inode: metadata.ino() };
+        let listener = UnixListener::from(socket);
+        listener.set_nonblocking(true)?;
+        Ok((listener, file))
+    };
+    bind().with_context(|| format!("listen on {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn scratch(name: &str) -> HostSocket {
+        let path = std::env::temp_dir().join(format!("mote-{name}-{}", std::process::id()));
+        let _ = fs::remove_file(&path);
+        HostSocket { path, guest_port: 1 }
+    }
+
+    #[test]
+    fn stale_sockets_are_replaced_and_ours_removed() {
+        let plan = scratch("stale");
+        drop(UnixListener::bind(&plan.path).expect("leaves a file behind"));
+        let (listener, file) = listen(&plan).expect("replaces it");
+        let mode = fs::metadata(&plan.path).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        UnixStream::connect(&plan.path).expect("connects");
+        drop((listener, file));
+        assert!(!plan.path.exists());
+    }
+
+    #[test]
+    fn a_live_socket_is_left_alone() {
+        let plan = scratch("live");
+        let (_listener, _file) = listen(&plan).expect("binds");
+        let error = listen(&plan).expect_err("taken");
+        assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
+        UnixStream::connect(&plan.path).expect("still there");
+    }
+
+    #[test]
+    fn somebody_elses_file_is_not_removed() {
+        let plan = scratch("foreign");
+        let (_listener, file) = listen(&plan).expect("binds");
+        fs::remove_file(&plan.path).expect("removed");
+        fs::write(&plan.path, "new").expect("written");
+        drop(file);
+        assert!(plan.path.exists());
+        fs::remove_file(&plan.path).expect("cleaned");
+    }
+}

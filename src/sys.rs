@@ -1,0 +1,166 @@
+//! Thin, safe wrappers over the libc calls that no crate of ours covers. Together with
+//! [`crate::memory`] this is all the unsafe code of mote.
+
+#![allow(unsafe_code, reason = "the module that talks to libc")]
+
+use std::fs::File;
+use std::io;
+use std::mem::{MaybeUninit, size_of, zeroed};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr;
+
+fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+}
+
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: every caller passes a descriptor that a system call has just returned, so it is open
+    // and nobody else owns it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// An anonymous memory file of a fixed size: sealed against growing and shrinking, so that no
+/// process it is shared with can pull pages away from under the others.
+pub fn sealed_memory_file(len: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a NUL-terminated literal.
+    let file =
+        File::from(owned(check(unsafe { libc::memfd_create(c"mote-guest-ram".as_ptr(), flags) })?));
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
+}
+
+/// Fills `buffer` from the kernel's random number generator.
+pub fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
+    while !buffer.is_empty() {
+        // SAFETY: pointer and length describe `buffer`.
+        let ret = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        match usize::try_from(ret) {
+            Ok(filled) => buffer = &mut buffer[filled..],
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Blocks these signals for the calling thread and those it starts, and returns a non-blocking
+/// descriptor to read them from.
+pub fn signal_file(signals: &[libc::c_int]) -> io::Result<File> {
+    // SAFETY: an all-zero sigset is a valid argument of sigemptyset, which initialises it.
+    unsafe {
+        let mut set: libc::sigset_t = zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in signals {
+            libc::sigaddset(&mut set, *signal);
+        }
+        check(libc::sigprocmask(libc::SIG_BLOCK, &set, ptr::null_mut()))?;
+        let fd = check(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
+        Ok(File::from(owned(fd)))
+    }
+}
+
+/// The next signal waiting in a [`signal_file`].
+pub fn next_signal(file: &File) -> Option<i32> {
+    let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+    let size = size_of::<libc::signalfd_siginfo>();
+    // SAFETY: the buffer has the size given; a read of a signalfd fills it whole or not at all.
+    unsafe {
+        let read = libc::read(file.as_raw_fd(), info.as_mut_ptr().cast(), size);
+        (read == size as isize).then(|| info.assume_init().ssi_signo as i32)
+    }
+}
+
+/// A descriptor that becomes readable when the process ends.
+pub fn process_file(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
+    Ok(owned(check(fd as libc::c_int)?))
+}
+
+/// Makes a child die with the thread that starts it, and hands it one descriptor as number
+/// [`INHERITED_FD`]; everything else is closed on exec as usual.
+pub fn helper(command: &mut Command, inherited: BorrowedFd<'_>) {
+    let source = inherited.as_raw_fd();
+    let parent = std::process::id();
+    // SAFETY: the closure runs in the forked child and only makes async-signal-safe system calls on
+    // plain integers. `source` stays open until the command is spawned: callers spawn it while they
+    // still hold the descriptor.
+    unsafe {
+        command.pre_exec(move || {
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+            // A group of its own: a terminal's Ctrl-C is mote's to handle.
+            check(libc::setpgid(0, 0))?;
+            // The parent may have died before the line above took effect.
+            if libc::getppid() as u32 != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            // Signals that mote takes from a descriptor are blocked; programs expect them open.
+            let mut none: libc::sigset_t = zeroed();
+            libc::sigemptyset(&mut none);
+            check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
+            if source == INHERITED_FD {
+                check(libc::fcntl(source, libc::F_SETFD, 0))?;
+            } else {
+                check(libc::dup2(source, INHERITED_FD))?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// The number under which a [`helper`] finds its descriptor.
+pub const INHERITED_FD: RawFd = 3;
+
+/// Limits who may connect to a socket that is about to be bound to a path: its file gets this mode.
+pub fn set_socket_mode(socket: &impl AsRawFd, mode: libc::mode_t) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::fchmod(socket.as_raw_fd(), mode) })?;
+    Ok(())
+}
+
+/// An unbound Unix stream socket.
+pub fn unix_stream_socket() -> io::Result<OwnedFd> {
+    // SAFETY: plain system call.
+    Ok(owned(check(unsafe {
+        libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0)
+    })?))
+}
+
+/// Binds a Unix socket to a path of at most 107 bytes and listens.
+pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int) -> io::Result<()> {
+    // SAFETY: an all-zero sockaddr_un is valid.
+    let mut address: libc::sockaddr_un = unsafe { zeroed() };
+    if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, from) in address.sun_path.iter_mut().zip(path) {
+        *to = *from as libc::c_char;
+    }
+    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: pointer and length describe `address`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
+    Ok(())
+}
+
+/// Makes reads and writes on a descriptor return instead of waiting.
+pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: plain system calls on an open descriptor.
+    unsafe {
+        let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
+        check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
+    }
+    Ok(())
+}

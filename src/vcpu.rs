@@ -1,0 +1,143 @@
+//! One virtual CPU: its set-up, its thread, and the loop around `KVM_RUN`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{Bus, Effect};
+use crate::cpu;
+
+/// Why a vCPU stopped, which ends the VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest reset itself: power-off, or a panic.
+    Reset,
+    /// A triple fault: the guest kernel crashed beyond its own help.
+    TripleFault,
+    /// KVM could not go on.
+    Failed(String),
+}
+
+/// Exits to user space, by reason.
+#[derive(Debug, Default)]
+pub struct ExitCounts {
+    port: AtomicU64,
+    mmio: AtomicU64,
+    other: AtomicU64,
+}
+
+impl ExitCounts {
+    /// The counts so far.
+    pub fn read(&self) -> BTreeMap<&'static str, u64> {
+        [("port_io", &self.port), ("mmio", &self.mmio), ("other", &self.other)]
+            .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
+            .into()
+    }
+}
+
+/// Creates the `index`-th vCPU with its CPUID.
+pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd> {
+    let vcpu = vm.create_vcpu(u64::from(index)).with_context(|| format!("create vCPU {index}"))?;
+    vcpu.set_cpuid2(cpuid).with_context(|| format!("set CPUID of vCPU {index}"))?;
+    Ok(vcpu)
+}
+
+/// Sets the boot vCPU's registers for the kernel entry. The others wait for its start-up message,
+/// as KVM creates them.
+pub fn prepare_boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
+    let msrs = cpu::boot_msrs().context("list MSRs of the boot vCPU")?;
+    let written = vcpu.set_msrs(&msrs).context("set MSRs of the boot vCPU")?;
+    if written != msrs.as_slice().len() {
+        bail!("set MSRs of the boot vCPU: KVM refused MSR {:#x}", msrs.as_slice()[written].index);
+    }
+    let sregs = vcpu.get_sregs().context("read special registers of the boot vCPU")?;
+    vcpu.set_sregs(&cpu::long_mode_sregs(&sregs))
+        .context("set special registers of the boot vCPU")?;
+    vcpu.set_regs(&cpu::boot_regs(entry)).context("set registers of the boot vCPU")?;
+    vcpu.set_fpu(&cpu::boot_fpu()).context("set floating-point state of the boot vCPU")?;
+    let mut lapic = vcpu.get_lapic().context("read the boot vCPU's APIC")?;
+    cpu::connect_local_interrupts(&mut lapic);
+    vcpu.set_lapic(&lapic).context("set the boot vCPU's APIC")
+}
+
+/// How vCPU threads report: the first `Exit` ends the VM.
+#[derive(Debug)]
+pub struct ExitReporter {
+    /// Receives the reason.
+    pub sender: Sender<Exit>,
+    /// Written once the reason has been sent.
+    pub event: EventFd,
+}
+
+impl ExitReporter {
+    /// Another handle to the same receiver.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(ExitReporter { sender: self.sender.clone(), event: self.event.try_clone()? })
+    }
+
+    fn report(&self, exit: Exit) {
+        // The receiver lives as long as the process; the event's counter cannot overflow.
+        let _ = self.sender.send(exit);
+        let _ = self.event.write(1);
+    }
+}
+
+/// Starts the thread. It runs until the VM ends, and is never joined: the process's exit stops
+/// it wherever it is, which no other way can promise.
+pub fn spawn(
+    index: u8,
+    mut vcpu: VcpuFd,
+    bus: Arc<Bus>,
+    counts: Arc<ExitCounts>,
+    reporter: ExitReporter,
+) -> Result<()> {
+    thread::Builder::new()
+        .name(format!("vcpu{index}"))
+        .spawn(move || reporter.report(run(index, &mut vcpu, &bus, &counts)))
+        .with_context(|| format!("start the thread of vCPU {index}"))?;
+    Ok(())
+}
+
+fn run(index: u8, vcpu: &mut VcpuFd, bus: &Bus, counts: &ExitCounts) -> Exit {
+    let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                count(&counts.port);
+                if bus.port_write(port, data) == Effect::Reset {
+                    return Exit::Reset;
+                }
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                count(&counts.port);
+                bus.port_read(port, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                count(&counts.mmio);
+                bus.mmio_write(address, data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                count(&counts.mmio);
+                bus.mmio_read(address, data);
+            }
+            Ok(VcpuExit::Shutdown) => return Exit::TripleFault,
+            Ok(VcpuExit::Intr) => {
+                count(&counts.other);
+            }
+            Ok(exit) => return Exit::Failed(format!("vCPU {index}: KVM stopped it with {exit:?}")),
+            // SIGSTOP and SIGCONT interrupt KVM_RUN; so does a debugger.
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                count(&counts.other);
+            }
+            Err(error) => return Exit::Failed(format!("vCPU {index}: run: {error}")),
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! virtio-fs (virtio 1.2, 5.11): the guest's file systems. virtiofsd serves the queues through
+//! vhost-user, in guest memory; this is only the front-end that introduces the two.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::memory::GuestRam;
+use crate::plan::MAX_TAG;
+use crate::virtio::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
+
+/// The high-priority queue (FORGET, INTERRUPT) and one request queue.
+const QUEUE_SIZES: [u16; 2] = [64, 256];
+
+/// One share's front-end.
+#[derive(Debug)]
+pub struct Fs {
+    config: Vec<u8>,
+    features: u64,
+    connection: Connection,
+    queues_in_use: bool,
+}
+
+/// The vhost crate's front-end has no `Debug`.
+struct Connection(Frontend);
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Frontend({})", self.0.as_raw_fd())
+    }
+}
+
+impl Fs {
+    /// Negotiates with the back-end: waits until it is up.
+    pub fn connect(tag: &str, connection: UnixStream, ram: &GuestRam) -> Result<Self> {
+        let mut frontend = Frontend::from_stream(connection, QUEUE_SIZES.len() as u64);
+        let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        frontend.set_owner().map_err(protocol)?;
+        let offered = frontend.get_features().map_err(protocol)?;
+        ensure!(
+            offered & protocol_bit != 0,
+            "virtiofsd does not speak vhost-user protocol features"
+        );
+        ensure!(offered & F_VERSION_1 != 0, "virtiofsd does not offer virtio 1.0");
+        // The front-end must know the acknowledged features before it may ask for the protocol's.
+        frontend.set_features(offered & (protocol_bit | F_VERSION_1)).map_err(protocol)?;
+        let protocol_offered = frontend.get_protocol_features().map_err(protocol)?;
+        let wanted = VhostUserProtocolFeatures::MQ;
+        frontend.set_protocol_features(protocol_offered & wanted).map_err(protocol)?;
+        let regions = ram
+            .iter()
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(protocol)?;
+        frontend.set_mem_table(&regions).map_err(protocol)?;
+
+        Ok(Fs {
+            config: config_space(tag),
+            features: offered & (F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX),
+            connection: Connection(frontend),
+            queues_in_use: false,
+        })
+    }
+}
+
+fn protocol(error: vhost::Error) -> anyhow::Error {
+    anyhow!("talk to virtiofsd: {error}")
+}
+
+/// `struct virtio_fs_config`: the tag, filled with zeros, and the number of request queues.
+fn config_space(tag: &str) -> Vec<u8> {
+    let mut config = tag.as_bytes().to_vec();
+    config.resize(MAX_TAG, 0);
+    config.extend((QUEUE_SIZES.len() as u32 - 1).to_le_bytes());
+    config
+}
+
+impl VirtioDevice for Fs {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<()> {
+        let Activation { ram, features, queues, interrupt } = activation;
+        let frontend = &mut self.connection.0;
+        let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        frontend.set_features(features | protocol_bit).map_err(protocol)?;
+        let host_address = |guest: u64| {
+            let address = ram.get_host_address(GuestAddress(guest));
+            address.map(|a| a as u64).context("a queue is outside guest memory")
+        };
+        for (index, ready) in queues.iter().enumerate() {
+            let queue = &ready.queue;
+            let config = VringConfigData {
+                queue_max_size: queue.max_size(),
+                queue_size: queue.size(),
+                flags: 0,
+                desc_table_addr: host_address(queue.desc_table())?,
+                used_ring_addr: host_address(queue.used_ring())?,
+                avail_ring_addr: host_address(queue.avail_ring())?,
+                log_addr: None,
+            };
+            frontend.set_vring_num(index, queue.size()).map_err(protocol)?;
+            frontend.set_vring_addr(index, &config).map_err(protocol)?;
+            frontend.set_vring_base(index, 0).map_err(protocol)?;
+            frontend.set_vring_call(index, &interrupt).map_err(protocol)?;
+            frontend.set_vring_kick(index, &ready.kick).map_err(protocol)?;
+            frontend.set_vring_enable(index, true).map_err(protocol)?;
+        }
+        self.queues_in_use = true;
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if !std::mem::take(&mut self.queues_in_use) {
+            return;
+        }
+        for index in 0..QUEUE_SIZES.len() {
+            // GET_VRING_BASE stops the queue. A back-end that fails here is seen to die elsewhere.
+            let _ = self.connection.0.get_vring_base(index);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_space_holds_tag_and_queue_count() {
+        let config = config_space("data");
+        assert_eq!(config.len(), 40);
+        assert_eq!(&config[..5], b"data\0");
+        assert_eq!(config[36..], [1, 0, 0, 0]);
+        assert_eq!(config_space(&"x".repeat(36))[35..37], [b'x', 1]);
+    }
+}

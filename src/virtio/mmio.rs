@@ -1,0 +1,375 @@
+//! The virtio-mmio transport (virtio 1.2, 4.2): one device's register file.
+//!
+//! Reads never come here. The guest reads the device's register page directly (a read-only memory
+//! slot), so this side keeps the page up to date on every write that changes what a read returns.
+//! Writes arrive as exits, but for the two that happen at run time: QueueNotify is an ioeventfd per
+//! queue, and InterruptACK one that nobody reads. InterruptStatus therefore always says "used
+//! buffer": the driver looks at its rings on every interrupt, which is right for devices whose
+//! back-end raises the interrupt itself and harmless for the others.
+
+use anyhow::{Context, Result, bail, ensure};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
+};
+use virtio_bindings::virtio_mmio::*;
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::{GuestRam, RegisterPage};
+use crate::virtio::{Activation, F_VERSION_1, ReadyQueue, VirtioDevice};
+use crate::{layout, log};
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"mote");
+/// SHMLen of a region that does not exist (4.2.2).
+const NO_SHARED_MEMORY: u32 = u32::MAX;
+
+/// One device behind its registers.
+#[derive(Debug)]
+pub struct MmioDevice {
+    device: Box<dyn VirtioDevice>,
+    page: RegisterPage,
+    ram: GuestRam,
+    interrupt: EventFd,
+    kicks: Vec<EventFd>,
+    state: State,
+}
+
+/// What the driver has negotiated so far; gone at reset.
+#[derive(Debug)]
+struct State {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: usize,
+    queues: Vec<Queue>,
+}
+
+impl State {
+    fn new(queue_sizes: &[u16]) -> Result<Self> {
+        let queues = queue_sizes.iter().map(|size| Queue::new(*size));
+        Ok(State {
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+            queues: queues.collect::<Result<_, _>>().context("create the queues")?,
+        })
+    }
+}
+
+impl MmioDevice {
+    /// Puts a device behind the `index`-th register page and connects its interrupt and
+    /// notifications to the VM.
+    pub fn attach(
+        device: Box<dyn VirtioDevice>,
+        index: usize,
+        page: RegisterPage,
+        vm: &VmFd,
+        ram: &GuestRam,
+    ) -> Result<Self> {
+        let mmio = Self::new(device, page, ram)?;
+        let base = layout::device_page(index);
+        let register = |offset: u32| IoEventAddress::Mmio(base + u64::from(offset));
+        vm.register_irqfd(&mmio.interrupt, layout::device_irq(index))
+            .context("connect the interrupt")?;
+        for (queue, kick) in mmio.kicks.iter().enumerate() {
+            vm.register_ioevent(kick, &register(VIRTIO_MMIO_QUEUE_NOTIFY), queue as u32)
+                .context("connect a queue's notification")?;
+        }
+        let ignored = EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd")?;
+        vm.register_ioevent(
+            &ignored,
+            &register(VIRTIO_MMIO_INTERRUPT_ACK),
+            kvm_ioctls::NoDatamatch,
+        )
+        .context("connect the interrupt acknowledgement")?;
+        Ok(mmio)
+    }
+
+    fn new(device: Box<dyn VirtioDevice>, page: RegisterPage, ram: &GuestRam) -> Result<Self> {
+        let eventfd = || EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd");
+        let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect::<Result<_>>()?;
+        let state = State::new(device.queue_sizes())?;
+        let set = |register: u32, value| page.set(register.into(), value);
+        set(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
+        set(VIRTIO_MMIO_VERSION, VERSION);
+        set(VIRTIO_MMIO_DEVICE_ID, device.id());
+        set(VIRTIO_MMIO_VENDOR_ID, VENDOR);
+        set(VIRTIO_MMIO_SHM_LEN_LOW, NO_SHARED_MEMORY);
+        set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
+        page.set_bytes(VIRTIO_MMIO_CONFIG.into(), device.config());
+        let mmio =
+            MmioDevice { device, page, ram: ram.clone(), interrupt: eventfd()?, kicks, state };
+        mmio.show_state();
+        Ok(mmio)
+    }
+
+    /// Brings every register that depends on the state up to date.
+    fn show_state(&self) {
+        let state = &self.state;
+        let set = |register: u32, value| self.page.set(register.into(), value);
+        set(VIRTIO_MMIO_STATUS, state.status);
+        set(VIRTIO_MMIO_DEVICE_FEATURES, half(self.device.features(), state.device_features_sel));
+        let queue = state.queues.get(state.queue_sel);
+        set(VIRTIO_MMIO_QUEUE_NUM_MAX, queue.map_or(0, |q| q.max_size().into()));
+        set(VIRTIO_MMIO_QUEUE_READY, queue.is_some_and(Queue::ready).into());
+        let config_changed =
+            if state.status & NEEDS_RESET != 0 { VIRTIO_MMIO_INT_CONFIG } else { 0 };
+        set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING | config_changed);
+    }
+
+    /// A driver's store to the register page. Registers are 32 bits wide (4.2.2.2); anything else
+    /// is ignored.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return };
+        let Ok(register) = u32::try_from(offset) else { return };
+        match register {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.state.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.state.driver_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES if self.state.status & FEATURES_OK == 0 => {
+                set_half(&mut self.state.driver_features, self.state.driver_features_sel, value);
+            }
+            VIRTIO_MMIO_QUEUE_SEL => self.state.queue_sel = value as usize,
+            VIRTIO_MMIO_STATUS if value == 0 => self.reset(),
+            VIRTIO_MMIO_STATUS => self.set_status(value),
+            _ => self.set_up_queue(register, value),
+        }
+        self.show_state();
+    }
+
+    /// Queue set-up is open between FEATURES_OK and DRIVER_OK (3.1.1, steps 6 and 7).
+    fn set_up_queue(&mut self, register: u32, value: u32) {
+        if self.state.status & (FEATURES_OK | DRIVER_OK) != FEATURES_OK {
+            return;
+        }
+        let Some(queue) = self.state.queues.get_mut(self.state.queue_sel) else { return };
+        match register {
+            VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
+            // 4.2.2.2: nothing else may change while the queue is ready.
+            _ if queue.ready() => {}
+            // A size that does not fit is dropped and shows as an invalid queue at activation.
+            VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
+            VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, wanted: u32) {
+        let state = &mut self.state;
+        // The driver may only add bits (2.1.1), and not this one, which is the device's.
+        let added = wanted & !state.status & !NEEDS_RESET;
+        state.status |= added;
+        if added & FEATURES_OK != 0 {
+            let unknown = state.driver_features & !self.device.features();
+            if unknown != 0 || state.driver_features & F_VERSION_1 == 0 {
+                state.status &= !FEATURES_OK;
+            }
+        }
+        if added & DRIVER_OK != 0
+            && let Err(error) = self.activate()
+        {
+            log::error(&format!("virtio device {}: activate: {error:#}", self.device.id()));
+            self.state.status |= NEEDS_RESET;
+            self.show_state();
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    fn activate(&mut self) -> Result<()> {
+        ensure!(self.state.status & FEATURES_OK != 0, "the driver skipped feature negotiation");
+        let mut queues = Vec::with_capacity(self.kicks.len());
+        for (index, kick) in self.kicks.iter().enumerate() {
+            let template = &self.state.queues[index];
+            if !template.is_valid(&self.ram) {
+                bail!("the driver's set-up of queue {index} is not valid");
+            }
+            // A copy: the transport's own stays as the driver's record of the set-up.
+            let queue = Queue::try_from(template.state()).context("take over a queue")?;
+            queues.push(ReadyQueue { queue, kick: kick.try_clone()? });
+        }
+        self.device.activate(Activation {
+            ram: self.ram.clone(),
+            features: self.state.driver_features,
+            queues,
+            interrupt: self.interrupt.try_clone()?,
+        })
+    }
+
+    fn reset(&mut self) {
+        if self.state.status & DRIVER_OK != 0 {
+            self.device.reset();
+        }
+        // The sizes were accepted when the device was attached.
+        if let Ok(state) = State::new(self.device.queue_sizes()) {
+            self.state = state;
+        }
+    }
+}
+
+/// The low (0) or high (1) word; other selections read as zero.
+fn half(value: u64, sel: u32) -> u32 {
+    match sel {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_half(value: &mut u64, sel: u32, word: u32) {
+    match sel {
+        0 => *value = *value & !0xffff_ffff | u64::from(word),
+        1 => *value = *value & 0xffff_ffff | u64::from(word) << 32,
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+    use vm_memory::GuestAddress;
+
+    /// Records what the transport tells it.
+    #[derive(Debug, Default)]
+    struct Fake {
+        log: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl VirtioDevice for Fake {
+        fn id(&self) -> u32 {
+            4
+        }
+        fn features(&self) -> u64 {
+            F_VERSION_1 | 1
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[16]
+        }
+        fn config(&self) -> &[u8] {
+            b"conf"
+        }
+        fn activate(&mut self, activation: Activation) -> Result<()> {
+            let line = format!("activate {:#x}", activation.features);
+            self.log.lock().expect("lock").push(line);
+            Ok(())
+        }
+        fn reset(&mut self) {
+            self.log.lock().expect("lock").push("reset".into());
+        }
+    }
+
+    struct Driver {
+        device: MmioDevice,
+        log: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl Driver {
+        fn new() -> Self {
+            let fake = Fake::default();
+            let log = Arc::clone(&fake.log);
+            let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("ram");
+            let device = MmioDevice::new(Box::new(fake), RegisterPage::unattached(), &ram);
+            Driver { device: device.expect("a device"), log }
+        }
+        fn write(&mut self, register: u32, value: u32) {
+            self.device.write(register.into(), &value.to_le_bytes());
+        }
+        fn read(&self, register: u32) -> u32 {
+            self.device.page.value(register.into())
+        }
+        fn negotiate(&mut self, low: u32, high: u32) {
+            self.write(VIRTIO_MMIO_STATUS, 3);
+            for (sel, word) in [(0, low), (1, high)] {
+                self.write(VIRTIO_MMIO_DRIVER_FEATURES_SEL, sel);
+                self.write(VIRTIO_MMIO_DRIVER_FEATURES, word);
+            }
+            self.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK);
+        }
+        fn set_up_queue(&mut self, size: u32) {
+            self.write(VIRTIO_MMIO_QUEUE_SEL, 0);
+            self.write(VIRTIO_MMIO_QUEUE_NUM, size);
+            self.write(VIRTIO_MMIO_QUEUE_DESC_LOW, 0x1000);
+            self.write(VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0x2000);
+            self.write(VIRTIO_MMIO_QUEUE_USED_LOW, 0x3000);
+            self.write(VIRTIO_MMIO_QUEUE_READY, 1);
+        }
+        fn log(&self) -> Vec<String> {
+            self.log.lock().expect("lock").clone()
+        }
+    }
+
+    #[test]
+    fn a_well_behaved_driver_gets_its_device() {
+        let mut driver = Driver::new();
+        assert_eq!(driver.read(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG), u32::from_le_bytes(*b"conf"));
+        driver.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+        assert_eq!(driver.read(VIRTIO_MMIO_DEVICE_FEATURES), 1);
+        driver.negotiate(1, 1);
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 3 | FEATURES_OK);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_NUM_MAX), 16);
+        driver.set_up_queue(16);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 1);
+        driver.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK | DRIVER_OK);
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 3 | FEATURES_OK | DRIVER_OK);
+        driver.write(VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
+        assert_eq!(driver.log(), ["activate 0x100000001", "reset"]);
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_refused() {
+        for (low, high) in [(2, 1), (1, 0)] {
+            let mut driver = Driver::new();
+            driver.negotiate(low, high);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 3);
+            driver.set_up_queue(16);
+            driver.write(VIRTIO_MMIO_STATUS, 3 | DRIVER_OK);
+            assert_eq!(driver.log(), Vec::<String>::new());
+        }
+    }
+
+    #[test]
+    fn an_invalid_queue_asks_for_a_reset() {
+        for size in [0, 3, 17, 0x1_0010] {
+            let mut driver = Driver::new();
+            driver.negotiate(1, 1);
+            driver.set_up_queue(size);
+            driver.write(VIRTIO_MMIO_QUEUE_READY, if size == 0 { 0 } else { 1 });
+            driver.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, 0xffff);
+            driver.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK | DRIVER_OK);
+            if size == 0 {
+                assert_ne!(driver.read(VIRTIO_MMIO_STATUS) & NEEDS_RESET, 0, "{size}");
+                assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+                driver.write(VIRTIO_MMIO_STATUS, 0);
+                assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn nonsense_is_ignored() {
+        let mut driver = Driver::new();
+        driver.device.write(VIRTIO_MMIO_STATUS.into(), &[1]);
+        driver.device.write(u64::MAX, &[1, 0, 0, 0]);
+        driver.write(VIRTIO_MMIO_QUEUE_SEL, 99);
+        driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+        driver.write(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 7);
+        driver.write(VIRTIO_MMIO_DRIVER_FEATURES, u32::MAX);
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_NUM_MAX), 0);
+        assert_eq!(driver.log(), Vec::<String>::new());
+    }
+}

@@ -1,0 +1,153 @@
+//! A queue that mote serves itself: popping descriptor chains, returning them used, and notifying
+//! the driver no more than it asks for.
+//!
+//! virtio-queue does the ring arithmetic and bounds every chain by the queue's size; what is wrong
+//! with a chain fails that chain, never the process.
+
+use anyhow::{Result, anyhow};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestRam;
+use crate::virtio::{F_EVENT_IDX, ReadyQueue};
+
+/// A chain of guest buffers.
+pub type Chain<'a> = DescriptorChain<&'a GuestRam>;
+
+/// A queue in service.
+#[derive(Debug)]
+pub struct ServedQueue {
+    queue: Queue,
+    kick: EventFd,
+    interrupt: EventFd,
+}
+
+impl ServedQueue {
+    /// Takes a queue into service.
+    pub fn new(ready: ReadyQueue, features: u64, interrupt: &EventFd) -> Result<Self> {
+        let mut queue = ready.queue;
+        queue.set_event_idx(features & F_EVENT_IDX != 0);
+        let interrupt = interrupt.try_clone()?;
+        Ok(ServedQueue { queue, kick: ready.kick, interrupt })
+    }
+
+    /// Readable when the driver has made buffers available.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Takes the pending kicks. Buffers are looked for whatever it says.
+    pub fn clear_kick(&self) {
+        let _ = self.kick.read();
+    }
+
+    /// The next chain.
+    pub fn pop<'a>(&mut self, ram: &'a GuestRam) -> Option<Chain<'a>> {
+        self.queue.pop_descriptor_chain(ram)
+    }
+
+    /// Puts the chain popped last back: it will be popped again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns a chain to the driver with `len` bytes written into it.
+    pub fn push(&mut self, ram: &GuestRam, head: u16, len: u32) -> Result<()> {
+        self.queue.add_used(ram, head, len).map_err(|e| anyhow!("return a buffer: {e}"))
+    }
+
+    /// Interrupts the driver if it wants to know of what was returned.
+    pub fn notify(&mut self, ram: &GuestRam) -> Result<()> {
+        let wanted = self.queue.needs_notification(ram).map_err(|e| anyhow!("notify: {e}"))?;
+        if wanted {
+            self.interrupt.write(1)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for a kick at the next buffer. `true` when one has come in between.
+    pub fn wait_for_kick(&mut self, ram: &GuestRam) -> Result<bool> {
+        self.queue.enable_notification(ram).map_err(|e| anyhow!("ask for a kick: {e}"))
+    }
+
+    /// Pops and returns every available chain, `handle` saying how many bytes it wrote. Stops after
+    /// `limit` chains, so that a driver that never stops feeding cannot keep the caller from its
+    /// other work; the rest waits for the next kick, which this gives itself.
+    pub fn serve(
+        &mut self,
+        ram: &GuestRam,
+        limit: usize,
+        mut handle: impl FnMut(Chain<'_>) -> u32,
+    ) -> Result<()> {
+        self.clear_kick();
+        for _ in 0..limit {
+            let Some(chain) = self.pop(ram) else {
+                if self.wait_for_kick(ram)? {
+                    continue;
+                }
+                return self.notify(ram);
+            };
+            let head = chain.head_index();
+            let len = handle(chain);
+            self.push(ram, head, len)?;
+        }
+        self.kick.write(1)?;
+        self.notify(ram)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::GuestAddress;
+
+    fn ram() -> GuestRam {
+        GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB")
+    }
+
+    fn served(mock: &MockSplitQueue<'_, GuestRam>) -> ServedQueue {
+        let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
+        let ready = ReadyQueue { queue: mock.create_queue().expect("queue"), kick: eventfd() };
+        ServedQueue::new(ready, 0, &eventfd()).expect("served")
+    }
+
+    fn one_byte_chains(count: u16) -> Vec<RawDescriptor> {
+        (0..count)
+            .map(|i| RawDescriptor::from(Descriptor::new(0x8000 + u64::from(i), 1, 2, 0)))
+            .collect()
+    }
+
+    #[test]
+    fn every_chain_is_returned_and_the_driver_told_once() {
+        let ram = ram();
+        let mock = MockSplitQueue::new(&ram, 16);
+        mock.build_multiple_desc_chains(&one_byte_chains(5)).expect("chains");
+        let mut queue = served(&mock);
+        let mut handled = 0;
+        queue
+            .serve(&ram, 100, |_| {
+                handled += 1;
+                1
+            })
+            .expect("served");
+        assert_eq!(handled, 5);
+        assert_eq!(u16::from_le(mock.used().idx().load()), 5);
+        assert_eq!(queue.interrupt.read().expect("interrupt"), 1);
+    }
+
+    #[test]
+    fn a_flood_is_cut_and_continued() {
+        let ram = ram();
+        let mock = MockSplitQueue::new(&ram, 16);
+        mock.build_multiple_desc_chains(&one_byte_chains(5)).expect("chains");
+        let mut queue = served(&mock);
+        queue.serve(&ram, 3, |_| 0).expect("served");
+        assert_eq!(u16::from_le(mock.used().idx().load()), 3);
+        assert_eq!(queue.kick.read().expect("kicked itself"), 1);
+        queue.serve(&ram, 3, |_| 0).expect("served");
+        assert_eq!(u16::from_le(mock.used().idx().load()), 5);
+        assert!(queue.kick.read().is_err(), "nothing is left");
+    }
+}

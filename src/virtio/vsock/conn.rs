@@ -1,0 +1,453 @@
+//! One vsock connection: packets from the guest and bytes from the host socket in, packets for the
+//! guest and bytes for the host socket out. No sockets, queues or clocks here; [`super::mux`] owns
+//! those and carries out what this decides.
+//!
+//! Each direction ends on its own (virtio 1.2, 5.10.6.5), so that bytes and ends of file arrive as
+//! over a Unix socket pair; a reset follows only when both have ended and everything is delivered.
+//!
+//! ```text
+//!   to the host:   Open ──SHUTDOWN(send) from guest──▶ ending ──buffer drained──▶ ended
+//!   to the guest:  Open ──end of file from host──────▶ ending ──SHUTDOWN sent───▶ ended
+//!   both ended ──▶ RST to the guest ──▶ gone
+//! ```
+
+use std::collections::VecDeque;
+
+use super::packet::{Header, Op, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+
+/// Bytes the guest may have on the way to one host socket: what one slow reader can cost mote.
+/// Above Linux's default of 256 KiB on the guest's side there is nothing to gain.
+pub const BUFFER_LEN: usize = 256 * 1024;
+/// The guest hears of freed buffer space at the latest when this much has been freed.
+const UPDATE_STEP: u32 = BUFFER_LEN as u32 / 4;
+
+/// What a read from the host socket gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostRead {
+    /// This many bytes, at least one.
+    Data(usize),
+    /// Nothing for now.
+    Empty,
+    /// The end.
+    End,
+    /// An error: the peer is gone without a proper end.
+    Broken,
+}
+
+/// Whether the guest has accepted yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The host asked; the guest has not answered.
+    Requested,
+    /// Data may flow.
+    Open,
+    /// The guest has no such connection any more; what it sent is still being delivered.
+    Forgotten,
+}
+
+/// State of one connection.
+#[derive(Debug)]
+pub struct Conn {
+    ports: Ports,
+    phase: Phase,
+    /// A packet that opens the connection is still to be sent.
+    opening: Option<Op>,
+    /// A reset is to be sent, after which the connection is gone.
+    resetting: bool,
+    /// Gone: nothing is left to do.
+    closed: bool,
+
+    /// The guest's receive buffer, and how much it has taken out of it.
+    guest_alloc: u32,
+    guest_taken: u32,
+    /// Bytes sent to the guest, wrapping.
+    sent: u32,
+    credit_requested: bool,
+    guest_receives: bool,
+    /// The host socket has reached its end.
+    host_ended: bool,
+    /// Shutdown flags the guest has been told.
+    told_shutdown: u32,
+
+    /// From the guest, not yet taken by the host socket; at most [`BUFFER_LEN`].
+    to_host: VecDeque<u8>,
+    /// Bytes the host socket has taken, wrapping, and the last such count the guest was told.
+    taken: u32,
+    told_taken: u32,
+    update_wanted: bool,
+    guest_sends: bool,
+    /// The host socket still accepts bytes.
+    host_receives: bool,
+}
+
+impl Conn {
+    fn new(ports: Ports, phase: Phase, opening: Op) -> Self {
+        Conn {
+            ports,
+            phase,
+            opening: Some(opening),
+            resetting: false,
+            closed: false,
+            guest_alloc: 0,
+            guest_taken: 0,
+            sent: 0,
+            credit_requested: false,
+            guest_receives: true,
+            host_ended: false,
+            told_shutdown: 0,
+            to_host: VecDeque::new(),
+            taken: 0,
+            told_taken: 0,
+            update_wanted: false,
+            guest_sends: true,
+            host_receives: true,
+        }
+    }
+
+    /// A connection that the guest asked for with `request`, and gets.
+    pub fn accepted(request: &Header) -> Self {
+        let mut conn = Conn::new(request.ports, Phase::Open, Op::Response);
+        conn.note_credit(request);
+        conn
+    }
+
+    /// A connection that a host client asks the guest for.
+    pub fn requested(ports: Ports) -> Self {
+        Conn::new(ports, Phase::Requested, Op::Request)
+    }
+
+    /// The connection's ports.
+    pub fn ports(&self) -> Ports {
+        self.ports
+    }
+
+    /// Whether the guest still owes an answer to a request.
+    pub fn is_requested(&self) -> bool {
+        self.phase == Phase::Requested
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    fn note_credit(&mut self, header: &Header) {
+        self.guest_alloc = header.buf_alloc;
+        self.guest_taken = header.fwd_cnt;
+        self.credit_requested = false;
+    }
+
+    /// How many bytes the guest has room for. A guest that contradicts itself has room for none.
+    fn credit(&self) -> usize {
+        let on_the_way = self.sent.wrapping_sub(self.guest_taken);
+        self.guest_alloc.saturating_sub(on_the_way) as usize
+    }
+
+    /// Handles a packet from the guest, with its data.
+    pub fn on_packet(&mut self, header: &Header, data: &[u8]) {
+        if self.phase == Phase::Forgotten || self.resetting {
+            return;
+        }
+        self.note_credit(header);
+        match (header.op, self.phase) {
+            (Op::Reset, _) => self.forget(),
+            (Op::Response, Phase::Requested) => self.phase = Phase::Open,
+            (Op::Data, Phase::Open) if self.guest_sends => {
+                if self.to_host.len() + data.len() > BUFFER_LEN {
+                    // More than its credit allows: it would have been dropped or unbounded.
+                    self.abort();
+                } else if self.host_receives {
+                    self.to_host.extend(data);
+                }
+            }
+            (Op::Shutdown, Phase::Open) => {
+                self.guest_sends &= header.flags & SHUTDOWN_SEND == 0;
+                self.guest_receives &= header.flags & SHUTDOWN_RECEIVE == 0;
+            }
+            (Op::CreditUpdate, Phase::Open) => {}
+            (Op::CreditRequest, Phase::Open) => self.update_wanted = true,
+            _ => self.abort(),
+        }
+        self.settle();
+    }
+
+    /// The guest's side is gone; deliver what it had sent, then end.
+    fn forget(&mut self) {
+        self.phase = Phase::Forgotten;
+        self.guest_sends = false;
+        self.guest_receives = false;
+        self.opening = None;
+    }
+
+    /// Ends the connection at once, telling the guest.
+    pub fn abort(&mut self) {
+        self.resetting = true;
+        self.to_host.clear();
+    }
+
+    /// Ends the connection at once, with nobody to tell: the guest's device is gone.
+    pub fn vanish(&mut self) {
+        self.closed = true;
+    }
+
+    /// Notes that the host socket accepts nothing any more.
+    pub fn host_stopped_receiving(&mut self) {
+        self.host_receives = false;
+        self.to_host.clear();
+        self.settle();
+    }
+
+    /// Bytes for the host socket, oldest first.
+    pub fn for_host(&self) -> &[u8] {
+        let (head, tail) = self.to_host.as_slices();
+        if head.is_empty() { tail } else { head }
+    }
+
+    /// Notes that the host socket took `len` bytes of [`Conn::for_host`].
+    pub fn host_took(&mut self, len: usize) {
+        self.to_host.drain(..len);
+        self.taken = self.taken.wrapping_add(len as u32);
+        self.settle();
+    }
+
+    /// Whether the host socket has got everything it will ever get and shall see the end.
+    pub fn is_host_direction_over(&self) -> bool {
+        !self.guest_sends && self.to_host.is_empty()
+    }
+
+    /// Whether bytes from the host socket still have a receiver.
+    pub fn guest_receives(&self) -> bool {
+        self.guest_receives
+    }
+
+    fn settle(&mut self) {
+        let to_guest_over = !self.guest_receives || self.told_shutdown & SHUTDOWN_SEND != 0;
+        let to_host_over =
+            self.is_host_direction_over() || !self.host_receives && !self.guest_sends;
+        if to_guest_over && to_host_over {
+            match self.phase {
+                Phase::Forgotten => self.closed = true,
+                _ => self.resetting = true,
+            }
+        }
+    }
+
+    /// The shutdown flags that are true now.
+    fn shutdown_flags(&self) -> u32 {
+        let send = if self.host_ended { SHUTDOWN_SEND } else { 0 };
+        let receive = if self.host_receives { 0 } else { SHUTDOWN_RECEIVE };
+        send | receive
+    }
+
+    /// The next packet for the guest, if there is one to send. Data is read by `read`, which gets
+    /// the largest number of bytes to read (at most `space`).
+    pub fn next(
+        &mut self,
+        space: usize,
+        mut read: impl FnMut(usize) -> HostRead,
+    ) -> Option<Header> {
+        if self.closed || self.phase == Phase::Forgotten {
+            return None;
+        }
+        if self.resetting {
+            self.closed = true;
+            return Some(Header::reset(self.ports));
+        }
+        if let Some(op) = self.opening.take() {
+            return Some(self.header(op, 0, 0));
+        }
+        if self.phase == Phase::Requested {
+            return None;
+        }
+        if self.guest_receives && !self.host_ended && self.told_shutdown & SHUTDOWN_SEND == 0 {
+            match self.credit().min(space) {
+                0 if !self.credit_requested && self.credit() == 0 => {
+                    self.credit_requested = true;
+                    return Some(self.header(Op::CreditRequest, 0, 0));
+                }
+                0 => {}
+                room => match read(room) {
+                    HostRead::Data(len) => {
+                        self.sent = self.sent.wrapping_add(len as u32);
+                        return Some(self.header(Op::Data, len as u32, 0));
+                    }
+                    HostRead::Empty => {}
+                    HostRead::End => self.host_ended = true,
+                    HostRead::Broken => {
+                        self.host_ended = true;
+                        self.host_receives = false;
+                        self.to_host.clear();
+                    }
+                },
+            }
+        }
+        let shutdown = self.shutdown_flags();
+        if shutdown & !self.told_shutdown != 0 {
+            self.told_shutdown = shutdown;
+            let header = self.header(Op::Shutdown, 0, shutdown);
+            self.settle();
+            return Some(header);
+        }
+        if self.update_wanted || self.taken.wrapping_sub(self.told_taken) >= UPDATE_STEP {
+            return Some(self.header(Op::CreditUpdate, 0, 0));
+        }
+        None
+    }
+
+    fn header(&mut self, op: Op, len: u32, flags: u32) -> Header {
+        self.told_taken = self.taken;
+        self.update_wanted = false;
+        Header {
+            ports: self.ports,
+            len,
+            op,
+            flags,
+            buf_alloc: BUFFER_LEN as u32,
+            fwd_cnt: self.taken,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORTS: Ports = Ports { host: 1024, guest: 4089 };
+    const BOTH: u32 = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+
+    fn packet(op: Op, flags: u32) -> Header {
+        Header { op, flags, buf_alloc: 100, ..Header::reset(PORTS) }
+    }
+
+    fn open() -> Conn {
+        let mut conn = Conn::accepted(&packet(Op::Request, 0));
+        assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Response));
+        conn
+    }
+
+    fn next(conn: &mut Conn, read: HostRead) -> Option<Header> {
+        conn.next(1 << 16, |room| match read {
+            HostRead::Data(len) => HostRead::Data(len.min(room)),
+            other => other,
+        })
+    }
+
+    #[test]
+    fn a_host_request_waits_for_the_answer() {
+        let mut conn = Conn::requested(PORTS);
+        assert_eq!(next(&mut conn, HostRead::Data(1)).map(|h| h.op), Some(Op::Request));
+        assert_eq!(next(&mut conn, HostRead::Data(1)), None);
+        conn.on_packet(&packet(Op::Response, 0), &[]);
+        assert_eq!(next(&mut conn, HostRead::Data(1)).map(|h| (h.op, h.len)), Some((Op::Data, 1)));
+    }
+
+    #[test]
+    fn a_refused_request_is_over_at_once() {
+        let mut conn = Conn::requested(PORTS);
+        next(&mut conn, HostRead::Empty);
+        conn.on_packet(&packet(Op::Reset, 0), &[]);
+        assert!(conn.is_closed());
+    }
+
+    #[test]
+    fn host_half_close_keeps_guest_reply() {
+        let mut conn = open();
+        let header = next(&mut conn, HostRead::End).expect("a shutdown");
+        assert_eq!((header.op, header.flags), (Op::Shutdown, SHUTDOWN_SEND));
+        assert_eq!(next(&mut conn, HostRead::End), None);
+        conn.on_packet(&packet(Op::Data, 0), b"reply");
+        assert_eq!(conn.for_host(), b"reply");
+        conn.host_took(5);
+        conn.on_packet(&packet(Op::Shutdown, BOTH), &[]);
+        assert!(conn.is_host_direction_over());
+        assert_eq!(next(&mut conn, HostRead::End).map(|h| h.op), Some(Op::Reset));
+        assert!(conn.is_closed());
+    }
+
+    #[test]
+    fn guest_half_close_keeps_host_reply() {
+        let mut conn = open();
+        conn.on_packet(&packet(Op::Data, 0), b"ask");
+        conn.on_packet(&packet(Op::Shutdown, SHUTDOWN_SEND), &[]);
+        assert!(!conn.is_host_direction_over(), "not before the bytes are delivered");
+        conn.host_took(3);
+        assert!(conn.is_host_direction_over());
+        assert_eq!(next(&mut conn, HostRead::Data(7)).map(|h| h.len), Some(7));
+        assert_eq!(next(&mut conn, HostRead::End).map(|h| h.op), Some(Op::Shutdown));
+        assert_eq!(next(&mut conn, HostRead::End).map(|h| h.op), Some(Op::Reset));
+    }
+
+    #[test]
+    fn data_never_exceeds_the_guests_credit() {
+        let mut conn = open();
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.len), Some(100));
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.op), Some(Op::CreditRequest));
+        assert_eq!(next(&mut conn, HostRead::Data(1000)), None);
+        conn.on_packet(&Header { fwd_cnt: 40, ..packet(Op::CreditUpdate, 0) }, &[]);
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.len), Some(40));
+        // A guest that lies about what it took gets nothing rather than too much.
+        conn.on_packet(&Header { fwd_cnt: 5000, ..packet(Op::CreditUpdate, 0) }, &[]);
+        assert_ne!(next(&mut conn, HostRead::Data(1000)).map(|h| h.op), Some(Op::Data));
+    }
+
+    #[test]
+    fn a_guest_that_ignores_our_credit_is_cut_off() {
+        let mut conn = open();
+        for _ in 0..4 {
+            conn.on_packet(&packet(Op::Data, 0), &[0; BUFFER_LEN / 4]);
+        }
+        assert!(!conn.is_closed());
+        conn.on_packet(&packet(Op::Data, 0), &[0]);
+        assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Reset));
+        assert!(conn.is_closed() && conn.for_host().is_empty());
+    }
+
+    #[test]
+    fn freed_space_is_announced_in_time() {
+        let mut conn = open();
+        conn.on_packet(&packet(Op::Data, 0), &[0; BUFFER_LEN]);
+        conn.host_took(UPDATE_STEP as usize - 1);
+        assert_eq!(next(&mut conn, HostRead::Empty), None);
+        conn.host_took(1);
+        let update = next(&mut conn, HostRead::Empty).expect("an update");
+        assert_eq!((update.op, update.fwd_cnt), (Op::CreditUpdate, UPDATE_STEP));
+        conn.on_packet(&packet(Op::CreditRequest, 0), &[]);
+        assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::CreditUpdate));
+    }
+
+    #[test]
+    fn what_a_vanished_guest_had_sent_is_delivered() {
+        let mut conn = open();
+        conn.on_packet(&packet(Op::Data, 0), b"last");
+        conn.on_packet(&packet(Op::Reset, 0), &[]);
+        assert_eq!(next(&mut conn, HostRead::Data(1)), None);
+        assert_eq!(conn.for_host(), b"last");
+        conn.host_took(4);
+        assert!(conn.is_host_direction_over() && conn.is_closed());
+    }
+
+    #[test]
+    fn a_host_that_closed_fully_is_announced_fully() {
+        let mut conn = open();
+        conn.host_stopped_receiving();
+        assert_eq!(next(&mut conn, HostRead::Data(3)).map(|h| h.op), Some(Op::Data));
+        let header = next(&mut conn, HostRead::End).expect("a shutdown");
+        assert_eq!((header.op, header.flags), (Op::Shutdown, BOTH));
+        conn.on_packet(&packet(Op::Data, 0), b"to nobody");
+        assert!(conn.for_host().is_empty());
+        conn.on_packet(&packet(Op::Shutdown, BOTH), &[]);
+        assert_eq!(next(&mut conn, HostRead::End).map(|h| h.op), Some(Op::Reset));
+    }
+
+    #[test]
+    fn packets_out_of_place_reset() {
+        for op in [Op::Request, Op::Response] {
+            let mut conn = open();
+            conn.on_packet(&packet(op, 0), &[]);
+            assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Reset), "{op:?}");
+        }
+        let mut conn = Conn::requested(PORTS);
+        conn.on_packet(&packet(Op::Data, 0), b"early");
+        assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Reset));
+    }
+}

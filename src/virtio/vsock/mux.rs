@@ -1,0 +1,508 @@
+//! The vsock device at work, in the main loop: moves packets between the queues and the
+//! connections, and bytes between the connections and their host sockets.
+//!
+//! Host sockets are non-blocking and registered once, edge-triggered; a socket that has said "no
+//! more for now" is left alone until epoll speaks of it again. Everything a guest or a client can
+//! make this hold is bounded: connections, bytes per connection, waiting resets.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use event_manager::{EventOps, EventSet, Events};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::conn::{Conn, HostRead};
+use super::packet::{Foreign, HEADER_LEN, Header, Op, Ports};
+use crate::memory::GuestRam;
+use crate::token::Token;
+use crate::virtio::Activation;
+use crate::virtio::queue::{Chain, ServedQueue};
+
+/// Most connections at once; what is beyond is refused.
+const MAX_CONNECTIONS: usize = 4096;
+/// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
+/// loses them.
+const MAX_RESETS: usize = 1024;
+/// Most data in one packet (Linux's `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
+const MAX_PACKET: usize = 64 * 1024;
+/// Most packets per queue before the main loop turns to other work.
+const BATCH: usize = 256;
+/// How long a client's connection waits for the guest to answer (contract §3: a bounded hold).
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// First port given to connections from the host; the guest's own start at 1024 too, but those are
+/// a different set.
+const FIRST_HOST_PORT: u32 = 1024;
+
+/// The queues, while the driver lends them.
+#[derive(Debug)]
+struct Queues {
+    ram: GuestRam,
+    receive: ServedQueue,
+    transmit: ServedQueue,
+    /// Never used: it announces migrations.
+    _event: ServedQueue,
+}
+
+/// A connection and its host socket.
+#[derive(Debug)]
+struct Entry {
+    conn: Conn,
+    socket: UnixStream,
+    readable: bool,
+    writable: bool,
+    write_shut: bool,
+    /// Stands in `Mux::ready`.
+    queued: bool,
+    requested_at: Instant,
+}
+
+/// A host socket whose clients are connected to a guest port.
+#[derive(Debug)]
+pub struct Listener {
+    /// The listening socket, non-blocking.
+    pub socket: UnixListener,
+    /// Where its connections go.
+    pub guest_port: u32,
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Mux {
+    queues: Option<Queues>,
+    entries: Vec<Option<Entry>>,
+    free: Vec<usize>,
+    by_ports: HashMap<Ports, usize>,
+    /// Connections that may have something for the guest, first come first served.
+    ready: VecDeque<usize>,
+    resets: VecDeque<Header>,
+    /// Sockets for guest connections to these host ports, one each.
+    offers: HashMap<u32, UnixStream>,
+    listeners: Vec<Listener>,
+    next_host_port: u32,
+    buffer: Vec<u8>,
+}
+
+impl Mux {
+    /// A device that connects the guest to `offers` (one connection per host port) and the clients
+    /// of `listeners` to the guest.
+    pub fn new(offers: HashMap<u32, UnixStream>, listeners: Vec<Listener>) -> Result<Self> {
+        for socket in offers.values() {
+            socket.set_nonblocking(true).context("prepare an internal socket")?;
+        }
+        Ok(Mux {
+            queues: None,
+            entries: Vec::new(),
+            free: Vec::new(),
+            by_ports: HashMap::new(),
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+            offers,
+            listeners,
+            next_host_port: FIRST_HOST_PORT,
+            buffer: vec![0; MAX_PACKET],
+        })
+    }
+
+    /// Starts watching the host sockets.
+    pub fn register(&self, ops: &mut EventOps<'_>) -> Result<()> {
+        for (index, listener) in self.listeners.iter().enumerate() {
+            let token = Token::VsockListener(index as u32);
+            ops.add(Events::with_data(&listener.socket, token.to_data(), EventSet::IN))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the queues over.
+    pub fn activate(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
+        self.reset(ops)?;
+        let Activation { ram, features, queues, interrupt } = activation;
+        let served: Vec<ServedQueue> = queues
+            .into_iter()
+            .map(|queue| ServedQueue::new(queue, features, &interrupt))
+            .collect::<Result<_>>()?;
+        let Ok([receive, transmit, event]) = <[ServedQueue; 3]>::try_from(served) else {
+            bail!("the vsock device has three queues");
+        };
+        watch_kick(receive.kick(), Token::VsockReceive, ops)?;
+        watch_kick(transmit.kick(), Token::VsockTransmit, ops)?;
+        self.queues = Some(Queues { ram, receive, transmit, _event: event });
+        self.transmit(ops)?;
+        self.deliver(ops)
+    }
+
+    /// Gives the queues back. All connections end: the guest knows none of them any more.
+    pub fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        if let Some(queues) = self.queues.take() {
+            for queue in [&queues.receive, &queues.transmit] {
+                ops.remove(Events::empty(queue.kick()))?;
+            }
+            for index in 0..self.entries.len() {
+                if let Some(entry) = &mut self.entries[index]
+                    && !entry.conn.is_requested()
+                {
+                    entry.conn.vanish();
+                    self.remove_if_closed(index, ops)?;
+                }
+            }
+            self.resets.clear();
+        }
+        Ok(())
+    }
+
+    /// Handles an event of the main loop. Errors are the device's end, not the process's: the
+    /// guest's own doing, or a host without descriptors.
+    pub fn handle(&mut self, token: Token, set: EventSet, ops: &mut EventOps<'_>) -> Result<()> {
+        match token {
+            Token::VsockTransmit => self.transmit(ops)?,
+            Token::VsockReceive => {
+                if let Some(queues) = &self.queues {
+                    queues.receive.clear_kick();
+                }
+            }
+            Token::VsockListener(index) => self.accept(index as usize, ops)?,
+            Token::VsockConnection(index) => self.note_socket(index as usize, set, ops)?,
+            _ => {}
+        }
+        self.deliver(ops)
+    }
+
+    /// When [`Mux::expire`] has something to do next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let waiting = self.entries.iter().flatten().filter(|entry| entry.conn.is_requested());
+        waiting.map(|entry| entry.requested_at + ANSWER_LIMIT).min()
+    }
+
+    /// Closes clients' connections that the guest has not answered in time.
+    pub fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
+        for index in 0..self.entries.len() {
+            if let Some(entry) = &mut self.entries[index]
+                && entry.conn.is_requested()
+                && now >= entry.requested_at + ANSWER_LIMIT
+            {
+                entry.conn.abort();
+                self.queue(index);
+            }
+        }
+        self.deliver(ops)
+    }
+
+    /// Whether the connection to one of the offers has been made.
+    pub fn is_taken(&self, host_port: u32) -> bool {
+        !self.offers.contains_key(&host_port)
+    }
+
+    /// Gives up on offers that the guest has not taken, and on everything else: each host socket is
+    /// closed once it has been given all the guest had sent.
+    pub fn close(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        self.transmit(ops)?;
+        self.offers.clear();
+        for index in 0..self.entries.len() {
+            let Some(entry) = &mut self.entries[index] else { continue };
+            let reset = Header { op: Op::Reset, ..Header::reset(entry.conn.ports()) };
+            entry.conn.on_packet(&reset, &[]);
+            self.flush_to_host(index, ops)?;
+        }
+        Ok(())
+    }
+
+    // ---- from the guest ----------------------------------------------------------------------
+
+    fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        // Taken out while packets are handled: a packet may change anything else of the device.
+        let Some(mut queues) = self.queues.take() else { return Ok(()) };
+        let mut touched = Vec::new();
+        let served = queues.transmit.serve(&queues.ram, BATCH, |chain| {
+            touched.extend(self.take_packet(chain, &queues.ram, ops));
+            0
+        });
+        self.queues = Some(queues);
+        served?;
+        for index in touched {
+            self.flush_to_host(index, ops)?;
+        }
+        Ok(())
+    }
+
+    /// Handles one packet; returns the connection that may now have bytes for its host socket.
+    fn take_packet(
+        &mut self,
+        chain: Chain<'_>,
+        ram: &GuestRam,
+        ops: &mut EventOps<'_>,
+    ) -> Option<usize> {
+        let mut reader = chain.reader(ram).ok()?;
+        let mut bytes = [0; HEADER_LEN];
+        reader.read_exact(&mut bytes).ok()?;
+        let header = match Header::from_guest(&bytes) {
+            Ok(header) => header,
+            Err(Foreign::Refuse(ports)) => {
+                self.refuse(ports);
+                return None;
+            }
+            Err(Foreign::Ignore) => return None,
+        };
+        let len = header.len as usize;
+        let mut data = std::mem::take(&mut self.buffer);
+        let complete = match header.op {
+            Op::Data => {
+                len <= MAX_PACKET && reader.read_exact(&mut data[..len.min(MAX_PACKET)]).is_ok()
+            }
+            _ => len == 0,
+        };
+        let touched = match self.by_ports.get(&header.ports).copied() {
+            Some(index) => self.entries[index].as_mut().map(|entry| {
+                if complete {
+                    let data = if header.op == Op::Data { &data[..len] } else { &[] };
+                    entry.conn.on_packet(&header, data);
+                } else {
+                    entry.conn.abort();
+                }
+                index
+            }),
+            None => {
+                match (header.op, self.offers.remove(&header.ports.host)) {
+                    (Op::Request, Some(socket)) => {
+                        if self.insert(Conn::accepted(&header), socket, ops).is_err() {
+                            self.refuse(header.ports);
+                        }
+                    }
+                    (op, offer) => {
+                        if let Some(socket) = offer {
+                            self.offers.insert(header.ports.host, socket);
+                        }
+                        if op != Op::Reset {
+                            self.refuse(header.ports);
+                        }
+                    }
+                }
+                None
+            }
+        };
+        self.buffer = data;
+        touched
+    }
+
+    fn refuse(&mut self, ports: Ports) {
+        if self.resets.len() < MAX_RESETS {
+            self.resets.push_back(Header::reset(ports));
+        }
+    }
+
+    /// Writes what the guest sent to the host socket, as far as it takes it, and closes the
+    /// direction once it is over.
+    fn flush_to_host(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
+        let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(());
+        };
+        while entry.writable && !entry.conn.for_host().is_empty() {
+            match entry.socket.write(entry.conn.for_host()) {
+                Ok(taken) => entry.conn.host_took(taken),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => entry.writable = false,
+                Err(_) => entry.conn.host_stopped_receiving(),
+            }
+        }
+        if entry.conn.is_host_direction_over() && !std::mem::replace(&mut entry.write_shut, true) {
+            // Failing means that the peer is gone, which reading will tell.
+            let _ = entry.socket.shutdown(Shutdown::Write);
+        }
+        self.queue(index);
+        self.remove_if_closed(index, ops)
+    }
+
+    // ---- to the guest ------------------------------------------------------------------------
+
+    fn deliver(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        let Some(mut queues) = self.queues.take() else { return Ok(()) };
+        let delivered = self.deliver_to(&mut queues, ops);
+        self.queues = Some(queues);
+        delivered
+    }
+
+    fn deliver_to(&mut self, queues: &mut Queues, ops: &mut EventOps<'_>) -> Result<()> {
+        let Queues { ram, receive, .. } = queues;
+        let mut sent = 0;
+        while !(self.resets.is_empty() && self.ready.is_empty()) {
+            if sent == BATCH {
+                // Come back after everybody else's turn.
+                receive.kick().write(1)?;
+                break;
+            }
+            let Some(chain) = receive.pop(ram) else {
+                if receive.wait_for_kick(ram)? {
+                    continue;
+                }
+                break;
+            };
+            let head = chain.head_index();
+            let Ok(mut writer) = chain.writer(ram) else {
+                receive.push(ram, head, 0)?;
+                continue;
+            };
+            let Some(space) = writer.available_bytes().checked_sub(HEADER_LEN) else {
+                receive.push(ram, head, 0)?;
+                continue;
+            };
+            let Some(header) = self.next_packet(space.min(MAX_PACKET), ops)? else {
+                receive.unpop();
+                break;
+            };
+            let data = &self.buffer[..header.len as usize];
+            let written =
+                writer.write_all(&header.to_guest()).and_then(|()| writer.write_all(data));
+            let len = if written.is_ok() { HEADER_LEN + data.len() } else { 0 };
+            receive.push(ram, head, len as u32)?;
+            sent += 1;
+        }
+        if sent > 0 { receive.notify(ram) } else { Ok(()) }
+    }
+
+    /// The next packet for the guest; its data is at the start of `self.buffer`.
+    fn next_packet(&mut self, space: usize, ops: &mut EventOps<'_>) -> Result<Option<Header>> {
+        if let Some(reset) = self.resets.pop_front() {
+            return Ok(Some(reset));
+        }
+        while let Some(index) = self.ready.pop_front() {
+            let Some(entry) = self.entries[index].as_mut() else { continue };
+            entry.queued = false;
+            let Entry { conn, socket, readable, .. } = entry;
+            let buffer = &mut self.buffer;
+            let header = conn.next(space, |room| {
+                if !*readable {
+                    return HostRead::Empty;
+                }
+                loop {
+                    match socket.read(&mut buffer[..room]) {
+                        Ok(0) => return HostRead::End,
+                        Ok(read) => return HostRead::Data(read),
+                        Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                            *readable = false;
+                            return HostRead::Empty;
+                        }
+                        Err(_) => return HostRead::Broken,
+                    }
+                }
+            });
+            if header.is_some() {
+                // There may be more; at the end of the line, so that nobody starves.
+                self.queue(index);
+            }
+            self.remove_if_closed(index, ops)?;
+            if header.is_some() {
+                return Ok(header);
+            }
+        }
+        Ok(None)
+    }
+
+    // ---- host sockets ------------------------------------------------------------------------
+
+    fn note_socket(&mut self, index: usize, set: EventSet, ops: &mut EventOps<'_>) -> Result<()> {
+        let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(());
+        };
+        if set
+            .intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR)
+        {
+            entry.readable = true;
+        }
+        if set.contains(EventSet::OUT) {
+            entry.writable = true;
+        }
+        // HANG_UP: both directions are closed. If we shut ours ourselves, the peer's is news.
+        if set.intersects(EventSet::HANG_UP | EventSet::ERROR) && !entry.write_shut {
+            entry.conn.host_stopped_receiving();
+        }
+        self.flush_to_host(index, ops)
+    }
+
+    fn accept(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
+        let listener = &self.listeners[index];
+        let guest_port = listener.guest_port;
+        let socket = match listener.socket.accept() {
+            Ok((socket, _)) => socket,
+            // Level-triggered: what is still waiting comes again.
+            Err(_) => return Ok(()),
+        };
+        socket.set_nonblocking(true)?;
+        let Some(host) = self.free_host_port(guest_port) else { return Ok(()) };
+        // Refused (dropped, so the client sees the end) when there are too many.
+        let _ = self.insert(Conn::requested(Ports { host, guest: guest_port }), socket, ops);
+        Ok(())
+    }
+
+    fn free_host_port(&mut self, guest: u32) -> Option<u32> {
+        if self.by_ports.len() >= MAX_CONNECTIONS {
+            return None;
+        }
+        loop {
+            let host = self.next_host_port;
+            self.next_host_port = match host.wrapping_add(1) {
+                next if next < FIRST_HOST_PORT => FIRST_HOST_PORT,
+                next => next,
+            };
+            if !self.by_ports.contains_key(&Ports { host, guest }) {
+                return Some(host);
+            }
+        }
+    }
+
+    fn insert(&mut self, conn: Conn, socket: UnixStream, ops: &mut EventOps<'_>) -> Result<()> {
+        if self.by_ports.len() >= MAX_CONNECTIONS {
+            bail!("too many connections");
+        }
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            self.entries.len() - 1
+        });
+        let events =
+            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let token = Token::VsockConnection(index as u32);
+        if let Err(error) = ops.add(Events::with_data(&socket, token.to_data(), events)) {
+            self.free.push(index);
+            return Err(error).context("watch a connection");
+        }
+        self.by_ports.insert(conn.ports(), index);
+        self.entries[index] = Some(Entry {
+            conn,
+            socket,
+            readable: true,
+            writable: true,
+            write_shut: false,
+            queued: false,
+            requested_at: Instant::now(),
+        });
+        self.queue(index);
+        Ok(())
+    }
+
+    fn queue(&mut self, index: usize) {
+        if let Some(entry) = &mut self.entries[index]
+            && !std::mem::replace(&mut entry.queued, true)
+        {
+            self.ready.push_back(index);
+        }
+    }
+
+    fn remove_if_closed(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
+        if !self.entries[index].as_ref().is_some_and(|entry| entry.conn.is_closed()) {
+            return Ok(());
+        }
+        if let Some(entry) = self.entries[index].take() {
+            ops.remove(Events::empty(&entry.socket))?;
+            self.by_ports.remove(&entry.conn.ports());
+            self.ready.retain(|ready| *ready != index);
+            self.free.push(index);
+        }
+        Ok(())
+    }
+}
+
+fn watch_kick(kick: &EventFd, token: Token, ops: &mut EventOps<'_>) -> Result<()> {
+    Ok(ops.add(Events::with_data(kick, token.to_data(), EventSet::IN))?)
+}

@@ -1,0 +1,153 @@
+//! The virtio-fs back-end: one virtiofsd process per share, started and owned by mote.
+//!
+//! The listening socket is made, connected to and unlinked before virtiofsd exists, and handed to
+//! it as an open descriptor. So mote is always its first and only client, there is no waiting for a
+//! socket file to appear, and none is left behind.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use mote_agent::instance::ROOT_TAG;
+
+use crate::plan::Share;
+use crate::sys;
+
+/// How long one answer of virtiofsd may take before it counts as hung.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// A running virtiofsd. It dies with the thread that started it, and with this.
+#[derive(Debug)]
+pub struct Virtiofsd {
+    child: Child,
+    ended: OwnedFd,
+    share: String,
+}
+
+impl Virtiofsd {
+    /// Starts the daemon for a share. Returns it with the vhost-user connection, on which it may
+    /// not have begun to listen yet.
+    pub fn spawn(
+        program: &Path,
+        share: &Share,
+        temp_dir: &Path,
+    ) -> Result<(Virtiofsd, UnixStream)> {
+        let (listener, connection) = private_connection(temp_dir)
+            .with_context(|| format!("create the vhost-user socket in {}", temp_dir.display()))?;
+        let mut command = Command::new(program);
+        command
+            .arg(format!("--fd={}", sys::INHERITED_FD))
+            .arg("--shared-dir")
+            .arg(&share.host_path)
+            .args(["--cache=auto", "--xattr", "--inode-file-handles=never", "--log-level=error"])
+            .args(share.read_only.then_some("--readonly"))
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        sys::helper(&mut command, listener.as_fd());
+        let child = command.spawn().with_context(|| format!("start {}", program.display()))?;
+        let ended = sys::process_file(child.id()).context("watch virtiofsd")?;
+        let share = describe(share);
+        Ok((Virtiofsd { child, ended, share }, connection))
+    }
+
+    /// Readable when it has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Says how it ended, with its own last words. To be called when it has ended or should have.
+    pub fn obituary(&mut self) -> String {
+        let status = match self.child.try_wait() {
+            Ok(Some(status)) => status.to_string(),
+            _ => {
+                let _ = self.child.kill();
+                self.child.wait().map_or_else(|e| e.to_string(), |_| "it did not answer".into())
+            }
+        };
+        let mut text = Vec::new();
+        if let Some(stderr) = self.child.stderr.take() {
+            // Bounded, and not waiting for a grandchild that still holds the pipe.
+            let _ = sys::set_nonblocking(&stderr);
+            let _ = stderr.take(64 * 1024).read_to_end(&mut text);
+        }
+        let text = String::from_utf8_lossy(&text);
+        let last = text.lines().rev().find(|line| !line.trim().is_empty());
+        match last {
+            Some(last) => format!("virtiofsd for {} ended ({status}): {}", self.share, last.trim()),
+            None => format!("virtiofsd for {} ended ({status})", self.share),
+        }
+    }
+}
+
+impl Drop for Virtiofsd {
+    fn drop(&mut self) {
+        // Killing what has ended is no error; waiting leaves no zombie.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn describe(share: &Share) -> String {
+    if share.tag == ROOT_TAG {
+        format!("the root file system ({})", share.host_path.display())
+    } else {
+        format!("share '{}' ({})", share.tag, share.host_path.display())
+    }
+}
+
+/// A listening Unix socket with one connection already waiting in its queue, and that connection.
+fn private_connection(temp_dir: &Path) -> io::Result<(OwnedFd, UnixStream)> {
+    let mut random = [0; 8];
+    sys::fill_random(&mut random)?;
+    let path = temp_dir.join(format!("mote-{:016x}", u64::from_ne_bytes(random)));
+    let listener = sys::unix_stream_socket()?;
+    // Only this user, for the microseconds in which the name exists.
+    sys::set_socket_mode(&listener, 0o600)?;
+    sys::bind_and_listen(&listener, path.as_os_str().as_bytes(), 1)?;
+    let connection = UnixStream::connect(&path);
+    fs::remove_file(&path)?;
+    let connection = connection?;
+    connection.set_read_timeout(Some(ANSWER_LIMIT))?;
+    connection.set_write_timeout(Some(ANSWER_LIMIT))?;
+    debug_assert!(listener.as_raw_fd() > 2);
+    Ok((listener, connection))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn share() -> Share {
+        Share { tag: "t".into(), host_path: "/".into(), read_only: true }
+    }
+
+    #[test]
+    fn a_daemon_that_dies_at_start_is_quoted() {
+        let dir = std::env::temp_dir().join(format!("mote-test-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("directory");
+        let script = dir.join("virtiofsd");
+        fs::write(&script, "#!/bin/sh\necho first >&2\necho 'cannot serve' >&2\nexit 3\n")
+            .expect("script");
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("mode");
+        let (mut daemon, mut connection) =
+            Virtiofsd::spawn(&script, &share(), &dir).expect("starts");
+        // Its end closes the listening socket, and with it the waiting connection.
+        assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
+        daemon.child.wait().expect("waits");
+        assert_eq!(
+            daemon.obituary(),
+            "virtiofsd for share 't' (/) ended (exit status: 3): cannot serve"
+        );
+        fs::remove_file(&script).expect("removed");
+        fs::remove_dir(&dir).expect("nothing else is left in the directory");
+    }
+}
