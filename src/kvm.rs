@@ -1,8 +1,8 @@
 //! Opening KVM, and finding out whether it can run a guest at all.
 //!
 //! Some KVMs accept every call and then cannot run Linux (software KVMs that emulate a subset).
-//! So a tiny built-in guest, [`self_test`], does what every kernel does in its first millisecond:
-//! CPUID, then user mode and SYSCALL. It runs on the boot vCPU of every VM before the kernel is
+//! So a tiny built-in guest, [`self_test`], does what Linux cannot do without: a locked 16-byte
+//! compare-and-exchange, and a visit to user mode with CPUID and SYSCALL. It runs on the boot vCPU of every VM before the kernel is
 //! entered, which costs one exit, and alone for `mote probe`.
 
 use std::io::{self, ErrorKind};
@@ -11,9 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use kvm_bindings::{
-    KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
-};
+use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -97,26 +95,31 @@ pub fn supported_cpuid(kvm: &Kvm) -> Result<kvm_bindings::CpuId> {
 // The self-test's page: code at its start, page tables behind it. Addresses are guest-physical.
 const CODE: u64 = layout::SELF_TEST;
 const TABLES: [u64; 3] = [CODE + 0x1000, CODE + 0x2000, CODE + 0x3000];
-/// Where user mode starts, and where SYSCALL enters; offsets into [`PROGRAM`].
-const SYSCALL_ENTRY: u64 = 0x10;
-/// The port that reports success, with CPUID's answer in EAX.
+/// Where SYSCALL enters; offset into [`PROGRAM`].
+const SYSCALL_ENTRY: u64 = 0x30;
+/// The port that reports success.
 const REPORT_PORT: u16 = 0xf4;
 
-/// Ring 3, 64-bit:
 /// ```text
-/// 00: 31 c0        xor  eax, eax
-/// 02: 0f a2        cpuid
-/// 04: 0f 05        syscall
-/// 06: f4           hlt            ; not reached: faults in ring 3
+/// ring 0, 64-bit:
+/// 00: f0 48 0f c7 0c 24      lock cmpxchg16b [rsp]  ; the slab allocator's; emulators lack it
+/// 06: 48 c7 c1 20 00 01 00   mov   rcx, 0x10020
+/// 0d: 41 bb 02 00 00 00      mov   r11d, 2
+/// 13: 48 0f 07               sysretq
+/// ring 3:
+/// 20: 31 c0                  xor   eax, eax
+/// 22: 0f a2                  cpuid
+/// 24: 0f 05                  syscall
+/// ring 0 again, where LSTAR points:
+/// 30: b8 4f 4b 00 00         mov   eax, 0x4b4f
+/// 35: e7 f4                  out   0xf4, eax
+/// 37: f4                     hlt
 /// ```
-/// Ring 0, where LSTAR points:
-/// ```text
-/// 10: b8 4f 4b 00 00   mov  eax, 0x4b4f
-/// 15: e7 f4            out  0xf4, eax
-/// 17: f4               hlt
-/// ```
-const PROGRAM: [u8; 24] = [
-    0x31, 0xc0, 0x0f, 0xa2, 0x0f, 0x05, 0xf4, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90,
+#[rustfmt::skip]
+const PROGRAM: [u8; 0x38] = [
+    0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x24, 0x48, 0xc7, 0xc1, 0x20, 0x00, 0x01, 0x00, 0x41, 0xbb, 0x02,
+    0x00, 0x00, 0x00, 0x48, 0x0f, 0x07, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4,
+    0x31, 0xc0, 0x0f, 0xa2, 0x0f, 0x05, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4,
     0xb8, 0x4f, 0x4b, 0x00, 0x00, 0xe7, 0xf4, 0xf4,
 ];
 const REPORT_VALUE: [u8; 4] = 0x4b4fu32.to_le_bytes();
@@ -148,7 +151,7 @@ pub fn self_test(vcpu: VcpuFd, ram: &GuestRam) -> Result<VcpuFd> {
 
 fn unfit(reason: String) -> anyhow::Error {
     anyhow!(
-        "{DEVICE}: this KVM cannot run an unmodified Linux guest: a test guest of 9 instructions (CPUID, then SYSCALL from user mode) failed: {reason}; use a host with hardware virtualisation, or nested virtualisation enabled"
+        "{DEVICE}: this KVM cannot run an unmodified Linux guest: a tiny test guest (CMPXCHG16B, SYSRET, CPUID, SYSCALL) failed: {reason}; use a host with hardware virtualisation, or nested virtualisation enabled"
     )
 }
 
@@ -164,16 +167,13 @@ fn prepare_self_test(vcpu: &VcpuFd, ram: &GuestRam) -> Result<()> {
         ram.write_obj(entry, GuestAddress(table))?;
     }
 
-    let ring3 =
-        |segment: kvm_segment| kvm_segment { dpl: 3, selector: segment.selector | 3, ..segment };
     let mut sregs = cpu::long_mode_sregs(&vcpu.get_sregs()?);
-    (sregs.cs, sregs.ss) = (ring3(sregs.cs), ring3(sregs.ss));
     sregs.cr3 = TABLES[0];
     sregs.efer |= EFER_SCE;
     vcpu.set_sregs(&sregs)?;
     vcpu.set_regs(&kvm_regs { rip: CODE, rsp: CODE + 0x800, rflags: 2, ..Default::default() })?;
-    // STAR 47:32: the kernel's code selector, its stack selector is the next one.
-    set_syscall_msrs(vcpu, 0x10 << 32, CODE + SYSCALL_ENTRY)
+    // STAR: SYSCALL loads CS 0x10 and SS 0x18, SYSRET CS 0x23 and SS 0x1b.
+    set_syscall_msrs(vcpu, 0x13 << 48 | 0x10 << 32, CODE + SYSCALL_ENTRY)
 }
 
 fn set_syscall_msrs(vcpu: &VcpuFd, star: u64, lstar: u64) -> Result<()> {
@@ -193,6 +193,9 @@ fn run_self_test(vcpu: &mut VcpuFd) -> Result<(), String> {
             Ok(VcpuExit::Intr) => {}
             Ok(VcpuExit::Shutdown) => {
                 return Err("it crashed (triple fault), so SYSCALL is not delivered".into());
+            }
+            Ok(VcpuExit::InternalError) => {
+                return Err("it stopped at an instruction that this KVM cannot execute".into());
             }
             Ok(exit) => return Err(format!("it stopped with {exit:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}

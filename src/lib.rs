@@ -44,8 +44,11 @@ pub mod virtio;
 pub mod virtiofsd;
 pub mod vm;
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -132,7 +135,7 @@ fn run_to_end(
     config: &Config,
     environment: &Environment,
     timeline: &mut Timeline,
-    exits: &mut std::collections::BTreeMap<&'static str, u64>,
+    exits: &mut BTreeMap<&'static str, u64>,
 ) -> Result<Outcome> {
     let mut report = Report::default();
     let text = read_config(config)?;
@@ -148,12 +151,20 @@ fn run_to_end(
     };
     timeline.mark("plan_ready");
     let signals = run::block_signals()?;
-    let vm = Vm::build(&plan, timeline)?;
-    let counts = std::sync::Arc::clone(&vm.exit_counts);
-    let outcome = run::run(vm, signals, timeline);
-    *exits = counts.read();
+    sys::adopt_orphans().context("become the parent of back-ends' children")?;
+    let outcome = Vm::build(&plan, timeline).and_then(|vm| {
+        let counts = Arc::clone(&vm.exit_counts);
+        let outcome = run::run(vm, signals, timeline);
+        *exits = counts.read();
+        outcome
+    });
+    // The VM is dropped: its back-ends were killed, and nothing shall outlive this process.
+    sys::reap_children(REAP_LIMIT);
     outcome
 }
+
+/// How long killed back-ends may take to vanish; one that is stuck in the kernel never will.
+const REAP_LIMIT: Duration = Duration::from_secs(1);
 
 fn read_config(config: &Config) -> Result<String> {
     match config {

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
@@ -117,6 +118,30 @@ pub fn helper(command: &mut Command, inherited: BorrowedFd<'_>) {
         });
     }
 }
+
+/// Makes the orphans of this process's children its own children, so that [`reap_children`] sees
+/// them: virtiofsd forks.
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) })?;
+    Ok(())
+}
+
+/// Waits until no children are left, at most this long.
+pub fn reap_children(limit: Duration) {
+    let deadline = Instant::now() + limit;
+    loop {
+        // SAFETY: plain system call; a null status pointer is allowed.
+        match unsafe { libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) } {
+            0 if Instant::now() < deadline => std::thread::sleep(REAP_STEP),
+            pid if pid > 0 => {}
+            _ => return,
+        }
+    }
+}
+
+/// How often [`reap_children`] looks; what it waits for has been killed already.
+const REAP_STEP: Duration = Duration::from_micros(200);
 
 /// The number under which a [`helper`] finds its descriptor.
 pub const INHERITED_FD: RawFd = 3;
