@@ -1,0 +1,52 @@
+# make build   the release binary, at target/release/mote
+# make test    everything that CI checks: format, lints, unit tests, boot tests
+# make demo    install what is missing, build, and run one box from a spec file
+# make bench   start-up side by side with QEMU microvm
+# make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
+# make tools   install what the tests need, saying what and why
+
+TARGET := x86_64-unknown-linux-gnu
+WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
+
+.PHONY: build test demo bench lab tools check unit boots deny clean
+
+build:
+	resources/tools.sh build
+	cargo build --locked --release
+	mkdir -p target/release
+	cp -f target/$(TARGET)/release/mote target/release/mote.new
+	mv -f target/release/mote.new target/release/mote
+
+test: tools build check unit boots
+
+tools:
+	resources/tools.sh test
+
+check:
+	cargo fmt --all --check
+	cargo clippy --locked --release --workspace --all-targets -- -D warnings
+
+unit:
+	cargo test --locked --release --workspace --lib --bins
+
+# The boot tests drive target/release/mote with real specs, on this machine or in the lab.
+boots:
+	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" \
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) \
+	cargo test --locked --release --test boots -- $(ARGS)
+
+demo: tools build
+	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
+
+bench: tools build
+	$(WITH_KVM) tests/bench.py $(ARGS)
+
+lab: tools
+	tests/lab/lab.sh $(ARGS)
+
+deny:
+	command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny check bans licenses sources
+
+clean:
+	cargo clean

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Installs what building and testing need and is not here yet: Debian packages with apt, virtiofsd
+# from crates.io, virtme-ng from PyPI (both below the user's cache). Says what it installs and why;
+# does nothing when all is there.
+#   tools.sh build    what `make build` needs
+#   tools.sh test     that, and what the tests, the demo and the lab need
+set -euo pipefail
+
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
+virtiofsd_version=1.14.0
+virtme_version=1.42
+
+say() { echo "tools: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+# package, a file it brings, why
+build_packages="
+linux-source-6.12   /usr/src/linux-source-6.12.tar.xz    source of the guest kernel
+gcc                 /usr/bin/gcc                         compiles the guest kernel, links everything
+libc6-dev           /usr/lib/x86_64-linux-gnu/libc.a     static linking
+make                /usr/bin/make                        builds the guest kernel
+binutils            /usr/bin/ld                          links the guest kernel
+flex                /usr/bin/flex                        builds the guest kernel
+bison               /usr/bin/bison                       builds the guest kernel
+bc                  /usr/bin/bc                          builds the guest kernel
+libelf-dev          /usr/include/libelf.h                the kernel's objtool
+xz-utils            /usr/bin/xz                          unpacks the kernel source
+"
+test_packages="
+libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
+libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
+busybox-static      /bin/busybox                         the small test root file system
+debootstrap         /usr/sbin/debootstrap                the large test root file system
+cpio                /usr/bin/cpio                        a unit test lists our archives with it
+python3-venv        /usr/lib/python3/dist-packages       runs virtme-ng, which starts the lab
+qemu-system-x86     /usr/bin/qemu-system-x86_64          the lab's machine, and the peer to compare with
+linux-image-cloud-amd64 /usr/share/doc/linux-image-cloud-amd64 the lab's kernel, with kvm_amd
+kmod                /sbin/modprobe                       loads kvm_amd in the lab
+udev                /usr/bin/udevadm                     virtme-ng runs it in the lab
+iproute2            /sbin/ip                             virtme-ng runs it in the lab
+"
+
+install_packages() {
+    local missing=() package file why
+    while read -r package file why; do
+        [ -n "$package" ] && [ ! -e "$file" ] || continue
+        say "installing $package: $why"
+        missing+=("$package")
+    done <<<"$1"
+    [ ${#missing[@]} -gt 0 ] || return 0
+    [ "$(id -u)" = 0 ] || die "installing needs root; run: sudo apt-get install ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq || die "apt-get update failed"
+    apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null || die "apt-get install failed"
+}
+
+install_virtiofsd() {
+    local root=$cache/virtiofsd-$virtiofsd_version
+    [ -x "$root/bin/virtiofsd" ] && return
+    say "building virtiofsd $virtiofsd_version from crates.io: serves the guest's file systems"
+    # Outside this checkout, whose cargo settings are not meant for it.
+    (cd / && cargo install --quiet --locked --root "$root" --version "$virtiofsd_version" virtiofsd)
+}
+
+install_virtme() {
+    local root=$cache/virtme-ng-$virtme_version
+    [ -x "$root/bin/vng" ] && return
+    say "installing virtme-ng $virtme_version from PyPI: starts the lab"
+    rm -rf "$root"
+    /usr/bin/python3 -m venv "$root"
+    "$root/bin/pip" install --quiet --disable-pip-version-check "virtme-ng==$virtme_version"
+}
+
+mkdir -p "$cache"
+exec 9>"$cache/tools.lock"
+flock 9
+command -v cargo >/dev/null || die "cargo is missing; install Rust from https://rustup.rs"
+case ${1:-} in
+    build) install_packages "$build_packages" ;;
+    test)
+        install_packages "$build_packages$test_packages"
+        install_virtiofsd
+        install_virtme
+        ;;
+    *) die "usage: $0 build|test" ;;
+esac

@@ -1,0 +1,266 @@
+//! Specs, guests and hosts that are wrong: one clear line, the right code, nothing left behind.
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::common::{Ran, TestBox, executable, mote};
+
+/// Runs a box that cannot start and checks the form of the refusal: one line on stderr.
+fn refused(test: &TestBox, code: i32) -> String {
+    let ran = test.run();
+    assert_one_line(&ran);
+    assert_eq!(ran.code, code, "{}", ran.stderr);
+    assert_eq!(ran.outcome["exit_code"], code);
+    assert_ne!(ran.outcome["kind"], "exited");
+    ran.stderr.trim_end().trim_start_matches("mote: ").to_owned()
+}
+
+fn assert_one_line(ran: &Ran) {
+    assert_eq!(ran.stdout, "");
+    assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+    assert!(ran.stderr.starts_with("mote: "), "{}", ran.stderr);
+}
+
+#[test]
+fn bad_specs_name_the_field() {
+    let long_socket = format!("/run/{}", "s".repeat(103));
+    let cases: [(&str, Value, &str); 14] = [
+        ("vcpus", json!(0), "spec: vcpus: is 0, must be from 1 to 64"),
+        ("vcpus", json!(65), "spec: vcpus: is 65, must be from 1 to 64"),
+        ("vcpus", json!("2"), "spec: vcpus: is a string, must be a whole number"),
+        ("memory_mib", json!(0), "spec: memory_mib: is 0, must be at least 64"),
+        ("memory_mib", json!(1), "spec: memory_mib: is 1, must be at least 64"),
+        ("memory_mib", json!(4_000_000), "spec: memory_mib: is 4000000, but this host has "),
+        ("rootfs_path", json!("/no/such"), "spec: rootfs_path: /no/such does not exist"),
+        ("rootfs_path", json!("/etc/passwd"), "spec: rootfs_path: /etc/passwd is not a directory"),
+        (
+            "console_output",
+            json!("/no/such/log"),
+            "spec: console_output: its directory /no/such does not exist",
+        ),
+        ("exec_socket_path", json!(long_socket), "spec: exec_socket_path: has 108 bytes"),
+        (
+            "fs_mounts",
+            json!([{"tag": "", "host_path": "/", "read_only": true}]),
+            "spec: fs_mounts[0].tag: is empty",
+        ),
+        (
+            "fs_mounts",
+            json!([{"tag": "t".repeat(37), "host_path": "/", "read_only": true}]),
+            "spec: fs_mounts[0].tag: has 37 bytes",
+        ),
+        (
+            "fs_mounts",
+            json!([{"tag": "a", "host_path": "/", "read_only": true}, {"tag": "a", "host_path": "/", "read_only": true}]),
+            "spec: fs_mounts[1].tag: \"a\" is used by an earlier share",
+        ),
+        (
+            "fs_mounts",
+            json!([{"tag": "a", "host_path": "/no/such", "read_only": true}]),
+            "spec: fs_mounts[0].host_path: /no/such does not exist",
+        ),
+    ];
+    for (field, value, expected) in cases {
+        let message = refused(&TestBox::busybox().with(field, value), 125);
+        assert!(message.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn not_json_and_missing_fields_are_refused() {
+    let run = |config: &str| {
+        let output = Command::new(mote()).args(["--config", config]).output().expect("mote runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, stderr) = run("{nonsense");
+    assert_eq!(code, Some(125));
+    assert!(
+        stderr.starts_with("mote: spec: is not JSON: key must be a string at line 1"),
+        "{stderr}"
+    );
+    let (code, stderr) = run("{}");
+    assert_eq!((code, stderr.lines().count()), (Some(125), 1));
+    assert!(
+        stderr.contains("workdir: is missing") && stderr.contains("box_id: is missing"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn check_lists_every_error_and_exits_2() {
+    let test = TestBox::busybox().with("vcpus", json!(0)).with("workdir", json!("x"));
+    let check = |spec: &Value| {
+        Command::new(mote())
+            .args(["check", "--config", &spec.to_string()])
+            .output()
+            .expect("mote runs")
+    };
+    let output = check(&test.spec);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 2), "{stderr}");
+    let output = check(&TestBox::busybox().spec);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("\"/bin/true\""));
+}
+
+#[test]
+fn unknown_fields_are_warned_of_and_ignored() {
+    let ran = TestBox::busybox().shell("exit 3").with("work_dir", json!("/x")).run();
+    assert_eq!(ran.code, 3);
+    assert_eq!(
+        ran.stderr,
+        "mote: warning: work_dir: is not a field of the spec and is ignored; did you mean workdir?\n"
+    );
+}
+
+#[test]
+fn entrypoints_that_cannot_run_say_why() {
+    let test = TestBox::busybox();
+    let root = test.path("root");
+    fs::create_dir(root.join("directory")).expect("directory");
+    fs::write(root.join("plain"), "data").expect("file");
+    executable(&root.join("garbage"), b"neither this nor that");
+    executable(&root.join("script"), b"#!/no/interpreter -x\n");
+    executable(&root.join("empty-script"), b"#!\n");
+    let mut arm = fs::read("/bin/busybox").expect("busybox");
+    arm[18..20].copy_from_slice(&183u16.to_le_bytes());
+    executable(&root.join("arm"), &arm);
+    let mut test = test;
+    for (program, code, expected) in [
+        ("/missing", 127, "entrypoint: '/missing' is not in the root file system"),
+        ("missing", 127, "entrypoint: 'missing' is in no directory of PATH (/usr/local/sbin:"),
+        ("/directory", 126, "entrypoint: '/directory' is a directory"),
+        ("/plain", 126, "entrypoint: '/plain' may not be executed by this user (chmod +x it"),
+        (
+            "/garbage",
+            126,
+            "entrypoint: '/garbage' is neither a program nor a script with a #! line",
+        ),
+        (
+            "/script",
+            126,
+            "entrypoint: '/script' is a script whose interpreter '/no/interpreter' cannot be run",
+        ),
+        (
+            "/empty-script",
+            126,
+            "entrypoint: '/empty-script' is a script whose #! line names no interpreter",
+        ),
+        ("/arm", 126, "entrypoint: '/arm' is a program for ARM (aarch64), and this VM is x86-64"),
+    ] {
+        test = test.with_entrypoint("executable", json!(program));
+        let message = refused(&test, code);
+        assert!(message.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn a_missing_workdir_or_user_is_named() {
+    let message = refused(&TestBox::busybox().with("workdir", json!("/no/such")), 125);
+    assert!(
+        message.starts_with("workdir: enter '/no/such' in the guest: No such file"),
+        "{message}"
+    );
+    let message = refused(&TestBox::busybox().with("user", json!("ghost")), 125);
+    assert!(
+        message.starts_with("user: user 'ghost' is not in the guest's /etc/passwd"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_root_that_is_no_system_is_explained() {
+    let test = TestBox::busybox();
+    let root = test.path("root");
+    fs::remove_dir_all(&root).expect("removed");
+    fs::create_dir(&root).expect("empty");
+    let message = refused(&test, 127);
+    assert!(
+        message.starts_with("entrypoint: '/bin/true' is not in the root file system"),
+        "{message}"
+    );
+}
+
+#[test]
+fn virtiofsd_missing_or_dying_is_explained() {
+    let with_virtiofsd = |test: &TestBox, program: &str| {
+        let output = test.command().env("MOTE_VIRTIOFSD", program).output().expect("mote runs");
+        test.finished(output)
+    };
+    let test = TestBox::busybox();
+    let ran = with_virtiofsd(&test, "/no/virtiofsd");
+    assert_eq!(
+        (ran.code, ran.stderr.as_str()),
+        (125, "mote: spec: MOTE_VIRTIOFSD: /no/virtiofsd is not an executable file\n")
+    );
+
+    let script = test.path("out/virtiofsd");
+    executable(&script, b"#!/bin/sh\necho cannot do this >&2\nexit 9\n");
+    let ran = with_virtiofsd(&test, script.to_str().expect("text"));
+    assert_one_line(&ran);
+    assert_eq!(ran.code, 125);
+    assert!(
+        ran.stderr.contains("virtiofsd for the root file system (")
+            && ran.stderr.contains("(exit status: 9): cannot do this"),
+        "{}",
+        ran.stderr
+    );
+
+    let output = test.command().env("PATH", "/usr/bin:/bin").output().expect("mote runs");
+    let ran = test.finished(output);
+    assert_eq!(ran.code, 125);
+    assert!(
+        ran.stderr.contains("virtiofsd: is not installed: it is in no directory of PATH"),
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn a_kernel_that_is_none_is_named() {
+    let test = TestBox::busybox();
+    let output = test.command().env("MOTE_KERNEL", "/etc/passwd").output().expect("mote runs");
+    let ran = test.finished(output);
+    assert_one_line(&ran);
+    assert_eq!(ran.code, 125);
+    assert!(
+        ran.stderr.contains("load the guest kernel (/etc/passwd) as an uncompressed ELF vmlinux"),
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn kvm_missing_or_unreadable_is_explained() {
+    // In a mount namespace of the test's own, where /dev/kvm is something else.
+    for (setup, expected) in [
+        ("mount -t tmpfs none /dev", "open /dev/kvm: No such file or directory"),
+        ("mount --bind /dev/null /dev/kvm", "/dev/kvm: API version is "),
+    ] {
+        let script = format!("{setup} && exec \"$0\" \"$@\"");
+        let test = TestBox::busybox();
+        let output = Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script])
+            .arg(mote())
+            .args(["--config", &test.spec.to_string(), "--outcome"])
+            .arg(test.path("out/outcome.json"))
+            .env("TMPDIR", test.path("tmp"))
+            .output()
+            .expect("unshare runs");
+        let ran = test.finished(output);
+        assert_one_line(&ran);
+        assert_eq!(ran.code, 125);
+        assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn a_wrong_command_line_exits_2() {
+    for arguments in [&[][..], &["--nonsense"], &["--config"], &["nonsense"]] {
+        let output = Command::new(mote()).args(arguments).output().expect("mote runs");
+        assert_eq!(output.status.code(), Some(2));
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
+    }
+}

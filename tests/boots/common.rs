@@ -1,0 +1,317 @@
+//! A box under test: a directory of its own, a spec to change, and what a run left behind.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+
+/// Far beyond any boot: a run that takes longer hangs.
+const DEADLINE_S: &str = "180";
+
+const APPLETS: [&str; 40] = [
+    "sh",
+    "cat",
+    "echo",
+    "ls",
+    "mkdir",
+    "mount",
+    "umount",
+    "sleep",
+    "kill",
+    "pwd",
+    "env",
+    "id",
+    "hostname",
+    "head",
+    "tail",
+    "wc",
+    "seq",
+    "dd",
+    "grep",
+    "touch",
+    "rm",
+    "true",
+    "false",
+    "ip",
+    "ps",
+    "uname",
+    "nproc",
+    "free",
+    "sha256sum",
+    "stat",
+    "test",
+    "date",
+    "awk",
+    "sync",
+    "chmod",
+    "cut",
+    "tr",
+    "printf",
+    "readlink",
+    "ifconfig",
+];
+
+/// The binary under test.
+pub fn mote() -> PathBuf {
+    PathBuf::from(env!("CARGO_BIN_EXE_mote"))
+}
+
+/// A box's directory and spec.
+pub struct TestBox {
+    pub dir: PathBuf,
+    pub spec: Value,
+    mounted: bool,
+}
+
+/// What a finished run left.
+pub struct Ran {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+    pub console: String,
+    pub outcome: Value,
+    pub timeline: Value,
+}
+
+impl TestBox {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        // A tmpfs on every Linux, so that an overlay can be made on it.
+        let dir = PathBuf::from(format!("/run/mote-test-{}-{count}", std::process::id()));
+        for sub in ["root", "tmp", "sock", "out"] {
+            fs::create_dir_all(dir.join(sub)).expect("directory");
+        }
+        let spec = json!({
+            "box_id": format!("test-{count}"),
+            "vcpus": 1,
+            "memory_mib": 256,
+            "rootfs_path": dir.join("root"),
+            "exec_socket_path": dir.join("sock/exec.sock"),
+            "fs_mounts": [],
+            "entrypoint": { "executable": "/bin/true", "args": [], "env": [] },
+            "console_output": dir.join("out/console.log"),
+            "workdir": "/",
+        });
+        TestBox { dir, spec, mounted: false }
+    }
+
+    /// A box on a small tree: busybox and little else, made in an instant.
+    pub fn busybox() -> Self {
+        let new = Self::new();
+        let root = new.dir.join("root");
+        for sub in ["bin", "etc", "tmp"] {
+            fs::create_dir(root.join(sub)).expect("directory");
+        }
+        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+        for applet in APPLETS {
+            symlink("busybox", root.join("bin").join(applet)).expect("link");
+        }
+        fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\napp:x:1000:1000::/:/bin/sh\n")
+            .expect("passwd");
+        fs::write(root.join("etc/group"), "root:x:0:\napp:x:1000:\nextra:x:2000:app\n")
+            .expect("group");
+        new
+    }
+
+    /// A box on the Debian tree, which stays as it is under an overlay.
+    pub fn debian() -> Self {
+        let mut new = Self::new();
+        let lower =
+            std::env::var("MOTE_TEST_DEBIAN").expect("MOTE_TEST_DEBIAN is set by `make boots`");
+        let [upper, work] = ["upper", "work"].map(|name| new.dir.join(name));
+        fs::create_dir(&upper).expect("directory");
+        fs::create_dir(&work).expect("directory");
+        let options =
+            format!("lowerdir={lower},upperdir={},workdir={}", upper.display(), work.display());
+        let status = Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o", &options])
+            .arg(new.dir.join("root"))
+            .status()
+            .expect("mount runs");
+        assert!(status.success(), "mount the overlay");
+        new.mounted = true;
+        new
+    }
+
+    /// Runs this shell script as the entrypoint.
+    pub fn shell(mut self, script: &str) -> Self {
+        self.spec["entrypoint"]["executable"] = json!("/bin/sh");
+        self.spec["entrypoint"]["args"] = json!(["-c", script]);
+        self
+    }
+
+    /// Sets a field of the spec.
+    pub fn with(mut self, field: &str, value: Value) -> Self {
+        self.spec[field] = value;
+        self
+    }
+
+    /// Sets a field of the spec's entrypoint.
+    pub fn with_entrypoint(mut self, field: &str, value: Value) -> Self {
+        self.spec["entrypoint"][field] = value;
+        self
+    }
+
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.dir.join(relative)
+    }
+
+    /// The command that runs the box: with a private TMPDIR, and with its reports in `out`.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new("timeout");
+        command
+            .args(["--foreground", "--signal=KILL", DEADLINE_S])
+            .arg(mote())
+            .arg("--config")
+            .arg(self.spec.to_string())
+            .arg("--outcome")
+            .arg(self.path("out/outcome.json"))
+            .arg("--timeline")
+            .arg(self.path("out/timeline.json"))
+            .env("TMPDIR", self.path("tmp"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the box to its end, and checks that it left nothing behind.
+    pub fn run(&self) -> Ran {
+        let output = self.command().output().expect("mote runs");
+        self.finished(output)
+    }
+
+    /// What a run left, given its output; fails if it left a process, socket or temporary file.
+    pub fn finished(&self, output: Output) -> Ran {
+        self.assert_nothing_left();
+        let text = |name: &str| fs::read_to_string(self.path(name)).unwrap_or_default();
+        let json = |name: &str| serde_json::from_str(&text(name)).unwrap_or(Value::Null);
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            console: text("out/console.log"),
+            outcome: json("out/outcome.json"),
+            timeline: json("out/timeline.json"),
+        }
+    }
+
+    /// Starts the box in the background.
+    pub fn start(&self) -> Started {
+        // Not under `timeout`: signals and the pid are mote's own.
+        let mut command = Command::new(mote());
+        command
+            .arg("--config")
+            .arg(self.spec.to_string())
+            .arg("--outcome")
+            .arg(self.path("out/outcome.json"))
+            .env("TMPDIR", self.path("tmp"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("mote starts");
+        let stdout = BufReader::new(child.stdout.take().expect("stdout"));
+        Started { child, stdout }
+    }
+
+    /// Fails if anything that belongs to this box is still there.
+    pub fn assert_nothing_left(&self) {
+        assert_eq!(processes_with(&self.dir), Vec::<String>::new(), "processes left");
+        for sub in ["tmp", "sock"] {
+            let left: Vec<_> = fs::read_dir(self.path(sub)).expect("directory").flatten().collect();
+            assert!(left.is_empty(), "left in {sub}: {left:?}");
+        }
+    }
+}
+
+impl Drop for TestBox {
+    fn drop(&mut self) {
+        if self.mounted {
+            let _ = Command::new("umount").arg(self.path("root")).status();
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A box that runs in the background; killed when dropped.
+pub struct Started {
+    pub child: Child,
+    pub stdout: BufReader<std::process::ChildStdout>,
+}
+
+impl Started {
+    /// Waits until the guest has written this line to stdout (the spec needs `console_output` null).
+    pub fn wait_for_line(&mut self, wanted: &str) {
+        let mut line = String::new();
+        while self.stdout.read_line(&mut line).expect("stdout") > 0 {
+            if line.trim_end() == wanted {
+                return;
+            }
+            line.clear();
+        }
+        let mut stderr = String::new();
+        let _ = self.child.stderr.take().expect("stderr").read_to_string(&mut stderr);
+        panic!("the guest ended before it said {wanted:?}; stderr: {stderr}");
+    }
+
+    pub fn signal(&self, signal: i32) {
+        kill(self.child.id(), signal);
+    }
+
+    /// Waits for the end.
+    pub fn finish(mut self) -> Output {
+        let mut stdout = Vec::new();
+        self.stdout.read_to_end(&mut stdout).expect("stdout");
+        let mut stderr = Vec::new();
+        self.child.stderr.take().expect("stderr").read_to_end(&mut stderr).expect("stderr");
+        let status = self.child.wait().expect("waits");
+        Output { status, stdout, stderr }
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Sends a signal.
+pub fn kill(pid: u32, signal: i32) {
+    let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
+    assert!(status.expect("kill runs").success());
+}
+
+/// Command lines of running processes that mention a path.
+pub fn processes_with(path: &Path) -> Vec<String> {
+    let path = path.to_str().expect("text");
+    let pids = fs::read_dir("/proc").expect("proc").flatten();
+    pids.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+        .map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " "))
+        .filter(|line| line.contains(path))
+        .collect()
+}
+
+/// Pids of the virtiofsd processes that serve a directory.
+pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
+    let path = path.to_str().expect("text").to_owned();
+    let pids = fs::read_dir("/proc").expect("proc").flatten();
+    let named = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    named
+        .filter(|pid: &u32| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|bytes| {
+                let line = String::from_utf8_lossy(&bytes).replace('\0', " ");
+                line.contains("virtiofsd") && line.contains(&path) && !line.contains("--config")
+            })
+        })
+        .collect()
+}
+
+/// Writes an executable file.
+pub fn executable(path: &Path, contents: &[u8]) {
+    fs::write(path, contents).expect("file");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("mode");
+}

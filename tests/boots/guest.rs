@@ -1,0 +1,178 @@
+//! What a program finds in the guest: CPUs, memory, mounts, identity, environment, time, entropy.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::common::TestBox;
+
+#[test]
+fn all_vcpus_are_up() {
+    for vcpus in [1, 2, 4] {
+        let ran = TestBox::debian()
+            .with("vcpus", json!(vcpus))
+            .with_entrypoint("executable", json!("python3"))
+            .with_entrypoint(
+                "args",
+                json!(["-c", "import os,platform;print(os.cpu_count(),platform.release())"]),
+            )
+            .run();
+        assert_eq!(ran.code, 0, "{} {}", ran.stderr, ran.console);
+        let words: Vec<&str> = ran.console.split_whitespace().collect();
+        assert_eq!(words[0], vcpus.to_string());
+        assert!(words[1].starts_with("6.12.") && words[1].ends_with("-mvm"), "{words:?}");
+        assert_eq!(
+            ran.console.lines().count(),
+            1,
+            "the kernel has nothing to complain about: {}",
+            ran.console
+        );
+    }
+}
+
+#[test]
+fn memory_is_what_was_asked_for() {
+    for mib in [64u64, 256, 3328, 6144] {
+        let ran = TestBox::busybox()
+            .shell("awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo")
+            .with("memory_mib", json!(mib))
+            .run();
+        assert_eq!(ran.code, 0, "{mib} MiB: {} {}", ran.stderr, ran.console);
+        let seen: u64 =
+            ran.console.trim().parse().unwrap_or_else(|_| panic!("{mib} MiB: {}", ran.console));
+        // The kernel keeps its image and its page array for itself.
+        assert!(seen < mib && seen > mib - 40 - mib / 25, "{seen} of {mib} MiB");
+    }
+}
+
+#[test]
+fn the_usual_file_systems_are_mounted() {
+    let ran = TestBox::busybox()
+        .shell("cat /proc/mounts; ls -l /dev/fd /dev/stdout; ls /sys/fs/cgroup")
+        .run();
+    for mount in [
+        "mote-root / virtiofs rw",
+        "/dev devtmpfs",
+        "/proc proc",
+        "/sys sysfs",
+        "/sys/fs/cgroup cgroup2",
+        "/dev/pts devpts",
+        "/dev/shm tmpfs",
+    ] {
+        assert!(ran.console.contains(mount), "{mount}: {}", ran.console);
+    }
+    assert!(ran.console.contains("/dev/fd -> /proc/self/fd"), "{}", ran.console);
+    assert!(ran.console.contains("cgroup.controllers"), "{}", ran.console);
+}
+
+#[test]
+fn loopback_is_up_and_the_only_interface() {
+    let ran = TestBox::busybox()
+        .shell("ls /sys/class/net; cat /sys/class/net/lo/flags; ip addr show lo")
+        .run();
+    let lines: Vec<&str> = ran.console.lines().collect();
+    assert_eq!(lines[..2], ["lo", "0x9"], "{}", ran.console);
+    assert!(ran.console.contains("127.0.0.1/8"), "{}", ran.console);
+}
+
+#[test]
+fn environment_and_arguments_arrive_intact() {
+    let long = "quo\"te's $x `y` \\ \n tab\tü ".repeat(2700);
+    assert!(long.len() > 64 * 1024);
+    let mut env: Vec<[String; 2]> =
+        (0..100).map(|i| [format!("VAR.{i}"), format!("value {i} \"=\n")]).collect();
+    env.push(["VAR.0".into(), "the later one wins".into()]);
+    let script = r#"
+import os, sys
+assert sys.argv[1] == sys.argv[2] * 2700, "argument"
+for i in range(1, 100):
+    assert os.environ[f"VAR.{i}"] == f'value {i} "=\n', i
+assert os.environ["VAR.0"] == "the later one wins"
+assert os.environ["HOME"] == "/" and os.environ["TERM"] == "linux", os.environ
+extra = set(os.environ) - {f"VAR.{i}" for i in range(100)} - {"LC_CTYPE"}  # python's own
+assert extra == {"HOME", "TERM", "PATH"}, extra
+print("intact")
+"#;
+    let ran = TestBox::debian()
+        .with_entrypoint("executable", json!("python3"))
+        .with_entrypoint("args", json!(["-c", script, long, "quo\"te's $x `y` \\ \n tab\tü "]))
+        .with_entrypoint("env", json!(env))
+        .run();
+    assert_eq!((ran.code, ran.console.as_str()), (0, "intact\n"), "{}", ran.stderr);
+}
+
+#[test]
+fn workdir_hostname_and_user_are_as_asked() {
+    let ran = TestBox::busybox()
+        .shell(
+            "pwd; hostname; id -u; id -g; id -G; echo more >/dev/stdout; readlink /proc/self/fd/0",
+        )
+        .with("workdir", json!("/etc"))
+        .with("user", json!("app"))
+        .with_entrypoint("env", json!([["HOSTNAME", "box-7"]]))
+        .run();
+    assert_eq!(ran.code, 0, "{} {}", ran.stderr, ran.console);
+    let lines: Vec<&str> = ran.console.lines().collect();
+    assert_eq!(lines, ["/etc", "box-7", "1000", "1000", "1000 2000", "more", "/dev/null"]);
+}
+
+#[test]
+fn limits_are_set() {
+    let ran = TestBox::busybox()
+        .shell("ulimit -n; ulimit -Hn; ulimit -c; ulimit -u 2>/dev/null || grep processes /proc/self/limits")
+        .with("resource_limits", json!({"ulimits": ["core=0", "nofile=500:600"]}))
+        .run();
+    assert!(ran.console.starts_with("500\n600\n0\n"), "{}", ran.console);
+    assert!(ran.console.contains("4096"), "{}", ran.console);
+}
+
+#[test]
+fn signals_are_at_their_defaults() {
+    // A shell's pipe ends by SIGPIPE, which Rust programs ignore and must not hand down.
+    let ran = TestBox::busybox()
+        .with_entrypoint("executable", json!("grep"))
+        .with_entrypoint("args", json!(["-E", "Sig(Blk|Ign)", "/proc/self/status"]))
+        .run();
+    assert_eq!(ran.console.lines().count(), 2, "{}", ran.console);
+    for line in ran.console.lines() {
+        assert!(line.ends_with("\t0000000000000000"), "{}", ran.console);
+    }
+}
+
+#[test]
+fn random_numbers_are_ready_at_once() {
+    let ran = TestBox::busybox()
+        .shell("dd if=/dev/random bs=64 count=1 2>/dev/null | wc -c; cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c")
+        .run();
+    let lines: Vec<&str> = ran.console.lines().collect();
+    assert_eq!(lines[0], "64");
+    assert!(lines[1].starts_with("virtio_rng"), "{}", ran.console);
+    assert_eq!(lines[2], "64");
+}
+
+#[test]
+fn the_clock_is_the_hosts() {
+    let seconds = || {
+        let now = std::time::SystemTime::now();
+        now.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs()
+    };
+    let before = seconds();
+    let ran = TestBox::busybox().shell("date +%s").run();
+    let guest: u64 = ran.console.trim().parse().expect("a time");
+    assert!((before..=seconds()).contains(&guest), "{guest} is not since {before}");
+}
+
+#[test]
+fn a_large_file_is_the_same_on_both_sides() {
+    let test = TestBox::debian().shell(
+        "set -e; dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null; sync; \
+         echo 3 >/proc/sys/vm/drop_caches; sha256sum /big | cut -d' ' -f1",
+    );
+    let ran = test.run();
+    assert_eq!(ran.code, 0, "{} {}", ran.stderr, ran.console);
+    let big = test.path("root/big");
+    assert_eq!(fs::metadata(&big).expect("there").len(), 200 << 20);
+    let host = std::process::Command::new("sha256sum").arg(&big).output().expect("sha256sum runs");
+    let host = String::from_utf8_lossy(&host.stdout).into_owned();
+    assert_eq!(ran.console.trim(), host.split_whitespace().next().expect("a digest"));
+}

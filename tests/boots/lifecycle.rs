@@ -1,0 +1,139 @@
+//! Stopping, killing, dying back-ends, and many boxes.
+
+use serde_json::json;
+
+use crate::common::{TestBox, kill, mote, processes_with, virtiofsd_of};
+
+/// A box that says `ready` and then goes on.
+fn ready_then(script: &str) -> TestBox {
+    TestBox::busybox().shell(script).with("console_output", json!(null))
+}
+
+#[test]
+fn a_stop_signal_reaches_the_entrypoint() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let name = if signal == libc::SIGTERM { "TERM" } else { "INT" };
+        let test = ready_then(&format!(
+            "trap 'echo got {name}; exit 9' {name}; echo ready; while :; do sleep 1; done"
+        ));
+        let mut started = test.start();
+        started.wait_for_line("ready");
+        started.signal(signal);
+        let ran = test.finished(started.finish());
+        assert_eq!(
+            (ran.code, ran.stdout.as_str()),
+            (9, format!("got {name}\n").as_str()),
+            "{}",
+            ran.stderr
+        );
+    }
+}
+
+#[test]
+fn an_entrypoint_that_ignores_the_signal_is_killed_after_the_grace() {
+    let test = ready_then("trap '' TERM; echo ready; while :; do sleep 1; done");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    started.signal(libc::SIGTERM);
+    assert_eq!(test.finished(started.finish()).code, 137);
+}
+
+#[test]
+fn a_second_signal_stops_hard() {
+    let test = ready_then("trap '' TERM; echo ready; while :; do sleep 1; done");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    started.signal(libc::SIGTERM);
+    started.signal(libc::SIGINT);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")));
+    assert!(ran.stderr.contains("stopped hard by a second signal"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_signal_during_boot_is_not_lost() {
+    let test = ready_then("echo ready; while :; do sleep 1; done");
+    let started = test.start();
+    // The socket is bound before the guest runs.
+    while !test.path("sock/exec.sock").exists() {
+        std::thread::yield_now();
+    }
+    started.signal(libc::SIGTERM);
+    let ran = test.finished(started.finish());
+    assert_eq!(ran.code, 143, "{}", ran.stderr);
+}
+
+#[test]
+fn a_killed_mote_leaves_no_process() {
+    let test = ready_then("echo ready; while :; do sleep 1; done");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    assert!(!virtiofsd_of(&test.dir).is_empty());
+    started.signal(libc::SIGKILL);
+    started.finish();
+    // Its children get their signal at its death and go at their own pace.
+    while !processes_with(&test.dir).is_empty() {
+        std::thread::yield_now();
+    }
+    // What it could not remove, the next start copes with.
+    let again = test.shell("exit 4");
+    assert_eq!(again.run().code, 4);
+}
+
+#[test]
+fn a_killed_back_end_ends_the_box_with_its_name() {
+    let test = ready_then("echo ready; while :; do sleep 1; done");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    kill(virtiofsd_of(&test.dir)[0], libc::SIGKILL);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+    assert!(ran.stderr.contains("virtiofsd for the root file system ("), "{}", ran.stderr);
+}
+
+#[test]
+fn a_paused_box_goes_on() {
+    let test = ready_then("echo ready; sleep 1; echo alive; exit 6");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    started.signal(libc::SIGSTOP);
+    started.signal(libc::SIGCONT);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, ran.stdout.as_str()), (6, "alive\n"));
+}
+
+#[test]
+fn twenty_boxes_in_a_row() {
+    let test = TestBox::busybox();
+    let mut test = test;
+    for code in 0..20 {
+        test = test.shell(&format!("echo run {code}; exit {code}"));
+        let ran = test.run();
+        assert_eq!((ran.code, ran.console), (code, format!("run {code}\n")), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn four_boxes_at_once() {
+    std::thread::scope(|scope| {
+        for code in 10..14 {
+            scope.spawn(move || {
+                let test = TestBox::busybox()
+                    .shell(&format!("sleep 1; exit {code}"))
+                    .with("vcpus", json!(2));
+                let ran = test.run();
+                assert_eq!(ran.code, code, "{}", ran.stderr);
+            });
+        }
+    });
+}
+
+#[test]
+fn probe_says_ready_where_boxes_run() {
+    let output = std::process::Command::new(mote()).arg("probe").output().expect("mote runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.ends_with("ready\n") && !text.contains("NOT"),
+        "{text}"
+    );
+}

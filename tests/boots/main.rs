@@ -1,0 +1,18 @@
+//! Boot tests: the real binary, real specs, real root file systems, real VMs. `make boots` runs them
+//! where /dev/kvm is complete, in the lab otherwise. Each test holds both halves of its
+//! conversation, host's and guest's.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a failed expectation is how a test fails"
+)]
+
+mod bad_input;
+mod common;
+mod guest;
+mod lifecycle;
+mod outcomes;
+mod shares;
+mod sockets;

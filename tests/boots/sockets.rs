@@ -1,0 +1,109 @@
+//! The box's Unix sockets on the host, with an agent of the image's own behind them.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::common::TestBox;
+
+/// Serves vsock port 4089: sends everything back in capitals, and `tail` after end of file.
+const AGENT: &str = r#"
+import socket, sys, threading
+server = socket.socket(socket.AF_VSOCK)
+server.bind((socket.VMADDR_CID_ANY, 4089))
+server.listen(64)
+print("listening", flush=True)
+def serve(conn):
+    while data := conn.recv(65536):
+        conn.sendall(data.upper())
+    conn.sendall(b"tail")
+    conn.close()
+while True:
+    conn, _ = server.accept()
+    threading.Thread(target=serve, args=(conn,), daemon=True).start()
+"#;
+
+fn with_agent() -> TestBox {
+    TestBox::debian()
+        .with("console_output", json!(null))
+        .with_entrypoint("executable", json!("python3"))
+        .with_entrypoint("args", json!(["-u", "-c", AGENT]))
+}
+
+fn connect(test: &TestBox) -> UnixStream {
+    let stream = UnixStream::connect(test.path("sock/exec.sock")).expect("connects");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout");
+    stream
+}
+
+#[test]
+fn bytes_and_ends_of_file_cross_in_both_directions() {
+    let test = with_agent();
+    let mut started = test.start();
+    started.wait_for_line("listening");
+    let mode = std::fs::metadata(test.path("sock/exec.sock")).expect("there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let mut stream = connect(&test);
+    stream.write_all(b"abc").expect("sends");
+    stream.shutdown(Shutdown::Write).expect("half-closes");
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).expect("reads");
+    assert_eq!(reply, "ABCtail");
+
+    // Four clients with more than any buffer holds, at once.
+    let payload = b"0123456789abcdef".repeat(256 * 1024);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut stream = connect(&test);
+                let mut sender = stream.try_clone().expect("clones");
+                let sent = payload.clone();
+                let writer = std::thread::spawn(move || {
+                    sender.write_all(&sent).expect("sends");
+                    sender.shutdown(Shutdown::Write).expect("half-closes");
+                });
+                let mut reply = Vec::new();
+                stream.read_to_end(&mut reply).expect("reads");
+                writer.join().expect("writes");
+                assert_eq!(reply.len(), payload.len() + 4);
+                assert!(reply.starts_with(&payload.to_ascii_uppercase()));
+            });
+        }
+    });
+    started.signal(libc::SIGTERM);
+    assert_eq!(test.finished(started.finish()).code, 143);
+}
+
+#[test]
+fn a_port_nobody_serves_closes_promptly() {
+    let test =
+        TestBox::busybox().shell("echo ready; sleep 1000").with("console_output", json!(null));
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    let mut stream = connect(&test);
+    assert_eq!(stream.read(&mut [0]).expect("the end, not a time-out"), 0);
+    started.signal(libc::SIGTERM);
+    test.finished(started.finish());
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let test = TestBox::busybox();
+    let path = test.path("sock/exec.sock");
+    drop(UnixListener::bind(&path).expect("binds"));
+    assert_eq!(test.run().code, 0);
+
+    let live = UnixListener::bind(&path).expect("binds");
+    let output = test.command().output().expect("mote runs");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is this box running already?"));
+    UnixStream::connect(&path).expect("still served");
+    drop(live);
+    std::fs::remove_file(&path).expect("removed");
+    test.assert_nothing_left();
+}

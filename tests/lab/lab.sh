@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Runs a command in the lab: a Linux machine with a complete /dev/kvm (nested SVM) under QEMU's
+# software emulation, on this machine's own root file system. Needs no hardware virtualisation.
+#   lab.sh COMMAND [ARGUMENT…]   its output, and its exit code
+#   lab.sh                       a shell
+# The file system is read-only there, but for /run, /tmp and /dev/shm, which are the lab's own.
+set -euo pipefail
+
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
+vng=$cache/virtme-ng-1.42/bin/vng
+virtiofsd=$cache/virtiofsd-1.14.0/bin
+# About one lab in ten hangs under emulation, at its start or later: one whose heart has not beaten
+# for this long is ended, and all is tried again.
+silence_limit_s=${LAB_SILENCE_S:-60}
+attempts=${LAB_ATTEMPTS:-3}
+run_limit_s=${LAB_LIMIT_S:-2400}
+
+die() { echo "lab: $*" >&2; exit 1; }
+[ -x "$vng" ] && [ -x "$virtiofsd/virtiofsd" ] || die "virtme-ng or virtiofsd is missing; run 'make tools'"
+kernel=$(find /boot -name 'vmlinuz-*-cloud-amd64' | sort -V | tail -n 1)
+[ -n "$kernel" ] || die "no cloud kernel in /boot; run 'make tools'"
+
+# Half of this machine's memory, enough for a 6 GiB guest where there is that much.
+total_mib=$(awk '/^MemTotal:/ { print int($2 / 1024) }' /proc/meminfo)
+memory_mib=$((total_mib / 2 < 12288 ? total_mib / 2 : 12288))
+
+# The guests' XSAVE would confuse nested emulation (it does not intercept XSETBV), and the lab's
+# kernel cannot use AVX without it.
+cpu=EPYC,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma,-aes,-pclmulqdq,-sha-ni,enforce=off
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/mote-lab.XXXXXX")
+lab_pid=
+end_lab() { [ -z "$lab_pid" ] || kill -KILL -- "-$lab_pid" 2>/dev/null || true; }
+trap 'end_lab; rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# The command goes into a file: it then needs no quoting on a kernel command line. Its exit code
+# and the lab's heartbeat come back through the one directory that is shared.
+shared=$work/shared
+mkdir "$shared"
+{
+    echo '#!/bin/bash'
+    echo "while echo >$shared/beat; do sleep 2; done &"
+    echo 'modprobe kvm_amd || exit 125'
+    # What a booted host has and virtme-ng's init does not set up: loopback.
+    echo 'ip link set lo up'
+    echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp MOTE_IN_LAB=1"
+    for name in MOTE_TEST_DEBIAN; do
+        [ -z "${!name:-}" ] || echo "export $name=$(printf %q "${!name}")"
+    done
+    echo "cd $(printf %q "$PWD")"
+    if [ $# -gt 0 ]; then printf '%q ' "$@"; else echo -n 'bash -i'; fi
+    echo
+    echo "echo \$? >$shared/code"
+} >"$work/command"
+
+start_lab() {
+    export PATH=$virtiofsd:$(dirname "$vng"):$PATH
+    exec "$@" "$vng" --run "$kernel" \
+        --disable-kvm --disable-microvm --cpus 2 --memory "${memory_mib}M" \
+        --rwdir="$shared" --qemu-opts="-cpu $cpu" --exec "bash $work/command"
+}
+
+if [ $# -eq 0 ]; then
+    (start_lab env)
+    exit
+fi
+
+# Seconds since the lab's last sign of life.
+silence() {
+    local last=$started
+    [ ! -e "$shared/beat" ] || last=$(stat -c %Y "$shared/beat")
+    echo $(($(date +%s) - last))
+}
+
+for attempt in $(seq $attempts); do
+    rm -f "$shared"/*
+    started=$(date +%s)
+    # A process group of its own, to be ended as one.
+    # Through a pipe: QEMU would reopen, and so empty, a file.
+    start_lab setsid </dev/null 2>"$work/stderr" > >(cat) &
+    lab_pid=$!
+    while kill -0 "$lab_pid" 2>/dev/null && [ ! -s "$shared/code" ]; do
+        [ "$(silence)" -lt $silence_limit_s ] || break
+        [ $(($(date +%s) - started)) -lt "$run_limit_s" ] || die "the command took more than $run_limit_s s"
+        sleep 0.2
+    done
+    if [ -s "$shared/code" ]; then
+        # Let it end by itself for a moment: its last output may still be on the way.
+        for _ in $(seq 50); do kill -0 "$lab_pid" 2>/dev/null && sleep 0.1 || break; done
+        exit "$(cat "$shared/code")"
+    fi
+    echo "lab: attempt $attempt of $attempts hung or died: $(tail -n 1 "$work/stderr")" >&2
+    end_lab
+    wait "$lab_pid" 2>/dev/null || true
+    lab_pid=
+done
+die "the lab does not work on this machine"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs a command where boxes can run: here, when this machine's /dev/kvm is complete, else in the
+# lab. Cargo uses it as the runner of the boot tests.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
+export PATH=$cache/virtiofsd-1.14.0/bin:$PATH
+mote=${MOTE:-$here/../../target/release/mote}
+
+if "$mote" probe >/dev/null 2>&1; then
+    exec "$@"
+fi
+exec "$here/lab.sh" "$@"
