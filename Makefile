@@ -39,7 +39,7 @@ demo: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
 
 bench: tools build
-	$(WITH_KVM) tests/bench.py $(ARGS)
+	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench.py $(ARGS)
 
 lab: tools
 	tests/lab/lab.sh $(ARGS)

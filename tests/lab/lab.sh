@@ -45,10 +45,8 @@ mkdir "$shared"
     echo 'modprobe kvm_amd || exit 125'
     # What a booted host has and virtme-ng's init does not set up: loopback.
     echo 'ip link set lo up'
-    echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp MOTE_IN_LAB=1"
-    for name in MOTE_TEST_DEBIAN; do
-        [ -z "${!name:-}" ] || echo "export $name=$(printf %q "${!name}")"
-    done
+    echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp"
+    for name in "${!MOTE_@}"; do echo "export $name=$(printf %q "${!name}")"; done
     echo "cd $(printf %q "$PWD")"
     if [ $# -gt 0 ]; then printf '%q ' "$@"; else echo -n 'bash -i'; fi
     echo
