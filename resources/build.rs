@@ -1,5 +1,5 @@
 //! Build script: makes the guest's two files, which [`image`](../src/image.rs) embeds. The kernel
-//! comes from `kernel.sh` (cached per machine), the initramfs holds the agent, built here as its own
+//! comes from `kernel.sh` (cached per machine) and is stripped of its zero pages, the initramfs holds the agent, built here as its own
 //! static program.
 
 use std::error::Error;
@@ -26,8 +26,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(env::var("OUT_DIR")?);
 
-    let kernel = build_kernel(&root)?;
-    println!("cargo::rustc-env=MOTE_BUILT_KERNEL={kernel}");
+    let kernel = out.join("vmlinux");
+    fs::write(&kernel, packed_kernel(&fs::read(build_kernel(&root)?)?)?)?;
+    println!("cargo::rustc-env=MOTE_BUILT_KERNEL={}", kernel.display());
 
     let initramfs = out.join("initramfs.cpio");
     fs::write(&initramfs, initramfs_of(&fs::read(build_agent(&root, &out)?)?))?;
@@ -44,6 +45,81 @@ fn build_kernel(root: &Path) -> Result<String, Box<dyn Error>> {
         return Err("resources/kernel.sh failed; its message is above".into());
     }
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// The same kernel without the zero pages between and inside its segments, a third of the file:
+/// guest memory is zero already. Each run of other pages becomes a segment of its own.
+fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
+    // Elf64_Ehdr and Elf64_Phdr (elf(5)): offsets of the fields used here.
+    const HEADER_LEN: usize = 64;
+    const E_PHOFF: usize = 32;
+    const E_SHOFF: usize = 40;
+    const E_PHNUM: usize = 56;
+    const E_SHNUM: usize = 60;
+    const PHDR_LEN: usize = 56;
+    const P_OFFSET: usize = 8;
+    const P_PADDR: usize = 24;
+    const P_FILESZ: usize = 32;
+    const P_MEMSZ: usize = 40;
+    const PT_LOAD: u32 = 1;
+    const PAGE: usize = 4096;
+    let u64_at = |at: usize| -> Result<usize, Box<dyn Error>> {
+        let bytes = elf.get(at..at + 8).ok_or("the kernel image is cut short")?;
+        Ok(u64::from_le_bytes(bytes.try_into()?) as usize)
+    };
+
+    // (physical address, file range, size in memory) of each piece.
+    let mut pieces = Vec::new();
+    let count = usize::from(u16::from_le_bytes([elf[E_PHNUM], elf[E_PHNUM + 1]]));
+    for index in 0..count {
+        let phdr = u64_at(E_PHOFF)? + index * PHDR_LEN;
+        if elf[phdr..phdr + 4] != PT_LOAD.to_le_bytes() {
+            continue;
+        }
+        let (offset, paddr) = (u64_at(phdr + P_OFFSET)?, u64_at(phdr + P_PADDR)?);
+        let (file_len, memory_len) = (u64_at(phdr + P_FILESZ)?, u64_at(phdr + P_MEMSZ)?);
+        let data = elf.get(offset..offset + file_len).ok_or("the kernel image is cut short")?;
+        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+        for (page, bytes) in data.chunks(PAGE).enumerate() {
+            if bytes.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let start = page * PAGE;
+            match runs.last_mut() {
+                Some(run) if run.end == start => run.end = start + bytes.len(),
+                _ => runs.push(start..start + bytes.len()),
+            }
+        }
+        let last = runs.len().saturating_sub(1);
+        for (index, run) in runs.into_iter().enumerate() {
+            // The last piece keeps the segment's end, and with it the kernel's end in memory.
+            let memory = if index == last { memory_len - run.start } else { run.len() };
+            pieces.push((paddr + run.start, offset + run.start..offset + run.end, memory));
+        }
+    }
+
+    let mut packed = elf[..HEADER_LEN].to_vec();
+    packed[E_PHOFF..E_PHOFF + 8].copy_from_slice(&(HEADER_LEN as u64).to_le_bytes());
+    packed[E_SHOFF..E_SHOFF + 8].fill(0);
+    packed[E_SHNUM..E_SHNUM + 4].fill(0);
+    packed[E_PHNUM..E_PHNUM + 2].copy_from_slice(&u16::try_from(pieces.len())?.to_le_bytes());
+    let mut offset = (HEADER_LEN + pieces.len() * PHDR_LEN).next_multiple_of(PAGE);
+    for (paddr, range, memory) in &pieces {
+        let mut phdr = [0; PHDR_LEN];
+        phdr[..4].copy_from_slice(&PT_LOAD.to_le_bytes());
+        for (at, value) in
+            [(P_OFFSET, offset), (P_PADDR, *paddr), (P_FILESZ, range.len()), (P_MEMSZ, *memory)]
+        {
+            phdr[at..at + 8].copy_from_slice(&(value as u64).to_le_bytes());
+        }
+        packed.extend(phdr);
+        offset += range.len().next_multiple_of(PAGE);
+    }
+    for (_, range, _) in pieces {
+        packed.resize(packed.len().next_multiple_of(PAGE), 0);
+        packed.extend(&elf[range]);
+    }
+    Ok(packed)
 }
 
 fn build_agent(root: &Path, out: &Path) -> Result<PathBuf, Box<dyn Error>> {

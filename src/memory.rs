@@ -1,6 +1,6 @@
 //! Guest RAM and the register pages, and the KVM memory slots that show them to the guest.
 //!
-//! All RAM is one sealed memory file: vhost-user back-ends map the same file. What is mapped here
+//! All RAM is one memory file: vhost-user back-ends map the same file. What is mapped here
 //! stays mapped until the process ends, because KVM and the vCPU threads use it until then.
 
 #![allow(unsafe_code, reason = "maps memory and hands its addresses to KVM")]
@@ -30,7 +30,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 
 /// Creates and maps the guest's RAM.
 pub fn create_ram(memory_bytes: u64) -> Result<GuestRam> {
-    let file = sys::sealed_memory_file(memory_bytes)
+    let file = memory_file(memory_bytes)
         .with_context(|| format!("create {} MiB of guest memory", memory_bytes >> 20))?;
     let file = Arc::new(file);
     let regions = layout::ram_ranges(memory_bytes)
@@ -39,6 +39,22 @@ pub fn create_ram(memory_bytes: u64) -> Result<GuestRam> {
         .collect::<Result<Vec<_>>>()?;
     GuestRam::from_regions(regions).map_err(|e| anyhow!("arrange guest memory: {e}"))
 }
+
+/// A sealed memfd where those get huge pages on advice. Most hosts say `never`, for which there is a
+/// tmpfs of our own, where mote may make one: then a back-end that has been taken over could shrink
+/// the file, and so end its own box. Without either, small pages: slower, nothing else.
+fn memory_file(memory_bytes: u64) -> io::Result<File> {
+    let setting = std::fs::read_to_string(SHMEM_HUGE_PAGES).unwrap_or_default();
+    if setting.contains("[never]")
+        && let Ok(file) = sys::huge_memory_file(memory_bytes)
+    {
+        return Ok(file);
+    }
+    sys::sealed_memory_file(memory_bytes)
+}
+
+/// Whether memfds get huge pages (Documentation/admin-guide/mm/transhuge.rst).
+const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 fn map_region(file: &Arc<File>, start: u64, len: u64, offset: u64) -> Result<GuestRegionMmap<()>> {
     let address = map_aligned(file, len, offset)

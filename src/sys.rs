@@ -36,6 +36,40 @@ pub fn sealed_memory_file(len: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// A memory file of a fixed size on a tmpfs of its own that is mounted nowhere and uses huge pages,
+/// whatever the host's setting for memfds. Needs CAP_SYS_ADMIN, and cannot be sealed.
+pub fn huge_memory_file(len: u64) -> io::Result<File> {
+    // include/uapi/linux/mount.h
+    const FSOPEN_CLOEXEC: libc::c_int = 1;
+    const FSCONFIG_SET_STRING: libc::c_int = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_int = 6;
+    const FSMOUNT_CLOEXEC: libc::c_int = 1;
+    const NOSUID_NODEV_NOEXEC: libc::c_int = 2 | 4 | 8;
+    let size = std::ffi::CString::new(len.to_string())?;
+    // SAFETY: system calls on descriptors that live to the end of the block, and on NUL-terminated
+    // strings that outlive the calls; null is what the commands without a value take.
+    unsafe {
+        let fs = libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC);
+        let fs = owned(check(fs as libc::c_int)?);
+        let config =
+            |command: libc::c_int, key: *const libc::c_char, value: *const libc::c_char| {
+                check(libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), command, key, value, 0)
+                    as libc::c_int)
+            };
+        config(FSCONFIG_SET_STRING, c"huge".as_ptr(), c"always".as_ptr())?;
+        config(FSCONFIG_SET_STRING, c"size".as_ptr(), size.as_ptr())?;
+        config(FSCONFIG_CMD_CREATE, ptr::null(), ptr::null())?;
+        let mount =
+            libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, NOSUID_NODEV_NOEXEC);
+        let mount = owned(check(mount as libc::c_int)?);
+        let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
+        let file = libc::openat(mount.as_raw_fd(), c".".as_ptr(), flags, 0o600);
+        let file = File::from(owned(check(file)?));
+        file.set_len(len)?;
+        Ok(file)
+    }
+}
+
 /// Fills `buffer` from the kernel's random number generator.
 pub fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
     while !buffer.is_empty() {

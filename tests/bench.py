@@ -62,7 +62,7 @@ def mote(root):
 
 def qemu(machine, append):
     return timed([
-        "qemu-system-x86_64", "-M", "microvm,accel=kvm,rtc=off,pit=off,pic=off,isa-serial=on",
+        "qemu-system-x86_64", "-M", "microvm,accel=kvm,acpi=off,rtc=off,pit=off,pic=off,isa-serial=on",
         "-cpu", "host,tsc-deadline=on", "-smp", "1", "-m", f"{MEMORY_MIB}M", "-nodefaults",
         "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", KERNEL,
         "-append", f"console=ttyS0 quiet reboot=t panic=-1 noreplace-smp swiotlb=noforce {append}", *machine,
@@ -82,6 +82,7 @@ def qemu_virtiofs(root):
         time.sleep(0.001)
     waited = time.monotonic() - start
     elapsed = qemu([
+        "-global", "virtio-mmio.force-legacy=false",
         "-object", f"memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on", "-machine", "memory-backend=mem",
         "-chardev", f"socket,id=fs,path={socket}", "-device", "vhost-user-fs-device,chardev=fs,tag=root",
     ], "root=root rootfstype=virtiofs rw init=/init")

@@ -11,8 +11,8 @@ vng=$cache/virtme-ng-1.42/bin/vng
 virtiofsd=$cache/virtiofsd-1.14.0/bin
 # About one lab in ten hangs under emulation, at its start or later: one whose heart has not beaten
 # for this long is ended, and all is tried again.
-silence_limit_s=${LAB_SILENCE_S:-60}
-attempts=${LAB_ATTEMPTS:-3}
+silence_limit_s=${LAB_SILENCE_S:-45}
+attempts=${LAB_ATTEMPTS:-4}
 run_limit_s=${LAB_LIMIT_S:-2400}
 
 die() { echo "lab: $*" >&2; exit 1; }
@@ -76,8 +76,8 @@ for attempt in $(seq $attempts); do
     rm -f "$shared"/*
     started=$(date +%s)
     # A process group of its own, to be ended as one.
-    # Through a pipe: QEMU would reopen, and so empty, a file.
-    start_lab setsid </dev/null 2>"$work/stderr" > >(cat) &
+    # Through pipes: QEMU would reopen, and so empty, a file.
+    start_lab setsid </dev/null > >(cat) 2> >(grep --line-buffered -v "TCG doesn't support" >&2) &
     lab_pid=$!
     while kill -0 "$lab_pid" 2>/dev/null && [ ! -s "$shared/code" ]; do
         [ "$(silence)" -lt $silence_limit_s ] || break
@@ -89,7 +89,7 @@ for attempt in $(seq $attempts); do
         for _ in $(seq 50); do kill -0 "$lab_pid" 2>/dev/null && sleep 0.1 || break; done
         exit "$(cat "$shared/code")"
     fi
-    echo "lab: attempt $attempt of $attempts hung or died: $(tail -n 1 "$work/stderr")" >&2
+    echo "lab: attempt $attempt of $attempts hung or died" >&2
     end_lab
     wait "$lab_pid" 2>/dev/null || true
     lab_pid=
