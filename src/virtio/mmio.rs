@@ -153,7 +153,7 @@ impl MmioDevice {
             VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
             // 4.2.2.2: nothing else may change while the queue is ready.
             _ if queue.ready() => {}
-            // A size that does not fit is dropped and shows as an invalid queue at activation.
+            // A size that does not fit leaves the largest in place.
             VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
             VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
@@ -343,20 +343,30 @@ mod tests {
 
     #[test]
     fn an_invalid_queue_asks_for_a_reset() {
-        for size in [0, 3, 17, 0x1_0010] {
+        // Not ready; and a ring that is not in memory.
+        for (ready, desc_high) in [(0, 0), (1, 0xffff)] {
             let mut driver = Driver::new();
             driver.negotiate(1, 1);
-            driver.set_up_queue(size);
-            driver.write(VIRTIO_MMIO_QUEUE_READY, if size == 0 { 0 } else { 1 });
-            driver.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, 0xffff);
+            driver.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, desc_high);
+            driver.set_up_queue(16);
+            driver.write(VIRTIO_MMIO_QUEUE_READY, ready);
             driver.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK | DRIVER_OK);
-            if size == 0 {
-                assert_ne!(driver.read(VIRTIO_MMIO_STATUS) & NEEDS_RESET, 0, "{size}");
-                assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
-                driver.write(VIRTIO_MMIO_STATUS, 0);
-                assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
-            }
+            assert_ne!(driver.read(VIRTIO_MMIO_STATUS) & NEEDS_RESET, 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+            assert_eq!(driver.log(), Vec::<String>::new());
+            driver.write(VIRTIO_MMIO_STATUS, 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
         }
+    }
+
+    #[test]
+    fn a_ready_queue_does_not_change() {
+        let mut driver = Driver::new();
+        driver.negotiate(1, 1);
+        driver.set_up_queue(16);
+        driver.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, 0xffff);
+        driver.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK | DRIVER_OK);
+        assert_eq!(driver.log(), ["activate 0x100000001"]);
     }
 
     #[test]
