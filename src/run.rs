@@ -94,7 +94,7 @@ struct MainLoop {
     end: Option<EntrypointEnd>,
     /// The signal that asked to stop, and until when that may take.
     stop: Option<(i32, Instant)>,
-    /// Since when the control channel is gone, as the time until which that may last.
+    /// The control channel is gone; until when the VM may live on without it.
     agent_lost: Option<Instant>,
     /// The VM is over; this is the outcome once the output has drained.
     ending: Option<Outcome>,
@@ -259,8 +259,8 @@ impl MainLoop {
         self.end_vm(Outcome::NoStatus(format!("the guest broke its vsock device: {error:#}")), ops);
     }
 
-    fn on_control(&mut self) {
-        if self.read_control() && self.end.is_none() && self.agent_lost.is_none() {
+    fn on_agent_lost(&mut self) {
+        if self.end.is_none() && self.ending.is_none() {
             self.agent_lost = Some(Instant::now() + AGENTLESS_LIMIT);
         }
     }
@@ -364,10 +364,10 @@ impl MutEventSubscriber for MainLoop {
             Token::VcpuExit => self.on_vcpu_exit(ops),
             Token::Device => self.on_device_event(ops),
             Token::Control => {
-                self.on_control();
-                if self.agent_lost.is_some() {
+                if self.read_control() {
                     // At its end the socket stays readable: stop listening to it.
                     let _ = ops.remove(Events::empty(&self.vm.control));
+                    self.on_agent_lost();
                 }
             }
             Token::OutputDone => self.streams_done += self.vm.output_done.read().unwrap_or(0),
