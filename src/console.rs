@@ -7,7 +7,7 @@
 //! lost at exit.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -21,7 +21,7 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::log;
+use crate::{log, sys};
 
 /// What the kernel prints first when it gives up (kernel/panic.c).
 const PANIC: &str = "Kernel panic - not syncing: ";
@@ -89,10 +89,12 @@ pub fn spawn_writer(
         let mut failed = false;
         loop {
             let read = match from.read(&mut buffer) {
-                Ok(0) | Err(_) => break,
+                Ok(0) => break,
                 Ok(read) => read,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(_) => break,
             };
-            if !failed && let Err(error) = to.write_all(&buffer[..read]) {
+            if !failed && let Err(error) = write_all(&mut to, &buffer[..read]) {
                 failed = true;
                 log::error(&format!(
                     "{name}: write the guest's output: {error}; the rest of it is lost"
@@ -107,6 +109,23 @@ pub fn spawn_writer(
         .name(name.into())
         .spawn(copy)
         .with_context(|| format!("start the {name} thread"))?;
+    Ok(())
+}
+
+/// Writes everything, also to a descriptor that somebody has made non-blocking: mote's own stdout is
+/// shared with whoever started it.
+fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                sys::wait_writable(to, -1);
+            }
+            Err(error) => return Err(error),
+        }
+    }
     Ok(())
 }
 
@@ -153,8 +172,8 @@ impl KernelLog {
             let mut panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
             panic.get_or_insert_with(|| reason.trim_end().to_owned());
         }
-        // A log that cannot be written must not stop the guest.
-        let _ = self.to.write_all(&self.line);
+        // A log that fails must not stop the guest; one that is full slows it down, as a real line.
+        let _ = write_all(&mut self.to, &self.line);
         self.line.clear();
     }
 }

@@ -119,12 +119,13 @@ fn run_box(
     let outcome = run_to_end(config, environment, &mut timeline, &mut exits)
         .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
-    if let Some(message) = outcome.message() {
-        log::error(&message);
-    }
     let files = outcome_file
         .map_or(Ok(()), |path| outcome.write_to(path))
         .and_then(|()| timeline_file.map_or(Ok(()), |path| timeline.write_to(path, &exits)));
+    // Last, because a stderr that nobody reads makes this wait for a moment.
+    if let Some(message) = outcome.message() {
+        log::error(&message);
+    }
     if let Err(error) = files {
         log::error(&format!("{error:#}"));
     }
@@ -151,6 +152,7 @@ fn run_to_end(
     };
     timeline.mark("plan_ready");
     let signals = run::block_signals()?;
+    sys::raise_open_file_limit();
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
     let outcome = Vm::build(&plan, timeline).and_then(|vm| {
         let counts = Arc::clone(&vm.exit_counts);

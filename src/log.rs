@@ -1,7 +1,15 @@
 //! mote's own messages: lines on stderr that start with `mote:`. stdout belongs to the guest.
-//! Nothing here can fail or panic; a closed stderr loses messages, not boxes.
+//! Nothing here can fail, panic or wait for long; a stderr that is closed or full loses messages, not
+//! boxes.
 
 use std::io::{self, Write};
+
+use crate::sys;
+
+/// What a pipe that is writable takes without waiting (`PIPE_BUF`, pipe(7)).
+const PIPE_BUF: usize = 4096;
+/// How long a full stderr is waited for.
+const PATIENCE_MS: i32 = 500;
 
 /// Something failed.
 pub fn error(message: &str) {
@@ -17,5 +25,13 @@ fn line(kind: &str, message: &str) {
     // One write, so that lines of several threads do not mix; no control characters, so that text
     // from a guest cannot move the cursor.
     let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let _ = io::stderr().write_all(format!("mote: {kind}{message}\n").as_bytes());
+    let mut text = format!("mote: {kind}{message}");
+    while text.len() >= PIPE_BUF {
+        text.pop();
+    }
+    text.push('\n');
+    // A stderr that is full and not read loses the line: it must not hold up the end of a box.
+    if sys::wait_writable(&io::stderr(), PATIENCE_MS) {
+        let _ = io::stderr().write_all(text.as_bytes());
+    }
 }

@@ -33,6 +33,8 @@ const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc:
 const STOP_LIMIT: Duration = Duration::from_secs(8);
 /// How long the VM may live on without its agent.
 const AGENTLESS_LIMIT: Duration = Duration::from_secs(2);
+/// Most activations and resets before the main loop turns to other work.
+const DEVICE_EVENT_BATCH: usize = 16;
 /// Output streams: stdout and stderr.
 const STREAMS: u64 = 2;
 
@@ -211,7 +213,8 @@ impl MainLoop {
 
     fn on_device_event(&mut self, ops: &mut EventOps<'_>) {
         let _ = self.vm.device_events.1.read();
-        while let Ok(event) = self.vm.device_events.0.try_recv() {
+        for _ in 0..DEVICE_EVENT_BATCH {
+            let Ok(event) = self.vm.device_events.0.try_recv() else { return };
             let handled = match event {
                 DeviceEvent::Activated(MainLoopDeviceKind::Vsock, activation) => {
                     self.vm.mux.activate(activation, ops)
@@ -228,6 +231,8 @@ impl MainLoop {
                 )));
             }
         }
+        // There may be more: after everybody else's turn.
+        let _ = self.vm.device_events.1.write(1);
     }
 
     fn activate_rng(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {

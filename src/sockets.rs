@@ -4,11 +4,11 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::plan::HostSocket;
 use crate::sys;
@@ -41,7 +41,14 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     let bind = || -> Result<(UnixListener, SocketFile)> {
         match UnixStream::connect(path) {
             Ok(_) => bail!("another process listens on it; is this box running already?"),
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                // The same answer comes from a file that is no socket.
+                ensure!(
+                    fs::symlink_metadata(path)?.file_type().is_socket(),
+                    "a file that is not a socket is in the way; remove it or choose another path"
+                );
+                fs::remove_file(path)?;
+            }
             Err(_) => {}
         }
         let socket = sys::unix_stream_socket()?;
@@ -86,6 +93,16 @@ mod tests {
         let error = listen(&plan).expect_err("taken");
         assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
         UnixStream::connect(&plan.path).expect("still there");
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_left_alone() {
+        let plan = scratch("regular");
+        fs::write(&plan.path, "precious").expect("written");
+        let error = listen(&plan).expect_err("in the way");
+        assert!(format!("{error:#}").contains("not a socket"), "{error:#}");
+        assert_eq!(fs::read_to_string(&plan.path).expect("still there"), "precious");
+        fs::remove_file(&plan.path).expect("cleaned");
     }
 
     #[test]

@@ -223,3 +223,32 @@ pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Raises the limit on open files as far as it goes: each connection is one (contract §1.3 step 4).
+/// A host that does not allow it has fewer connections.
+pub fn raise_open_file_limit() {
+    // SAFETY: an all-zero rlimit is valid, and both calls take a pointer to one.
+    unsafe {
+        let mut limit: libc::rlimit = zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
+/// Waits until a descriptor can be written to; `false` when the time is over first.
+pub fn wait_writable(fd: &impl AsRawFd, timeout_ms: i32) -> bool {
+    wait(fd.as_raw_fd(), libc::POLLOUT, timeout_ms)
+}
+
+/// Waits until a descriptor can be read from, or is at its end; `false` when the time is over first.
+pub fn wait_readable(fd: &impl AsRawFd, timeout_ms: i32) -> bool {
+    wait(fd.as_raw_fd(), libc::POLLIN, timeout_ms)
+}
+
+fn wait(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> bool {
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one pollfd, which outlives the call.
+    unsafe { libc::poll(&mut poll, 1, timeout_ms) > 0 }
+}

@@ -22,6 +22,9 @@ use crate::sys;
 /// How long one answer of virtiofsd may take before it counts as hung.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long virtiofsd may take from its first sign of ending to its end.
+const ENDING_MS: i32 = 200;
+
 /// A running virtiofsd. It dies with the thread that started it, and with this.
 #[derive(Debug)]
 pub struct Virtiofsd {
@@ -65,6 +68,8 @@ impl Virtiofsd {
 
     /// Says how it ended, with its own last words. To be called when it has ended or should have.
     pub fn obituary(&mut self) -> String {
+        // Its sockets close a moment before it can be waited for.
+        sys::wait_readable(&self.ended, ENDING_MS);
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status.to_string(),
             _ => {

@@ -83,7 +83,7 @@ impl Vm {
         timeline.mark("kernel_loaded");
 
         // Devices, in the order of their addresses.
-        let (device_sender, device_receiver) = mpsc::channel();
+        let (device_sender, device_receiver) = mpsc::sync_channel(DEVICE_EVENTS);
         let device_event = eventfd()?;
         let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
             Box::new(vsock::device(device_sender.clone(), device_event.try_clone()?)),
@@ -161,6 +161,9 @@ impl Vm {
         Ok(())
     }
 }
+
+/// Most activations and resets that wait for the main loop.
+const DEVICE_EVENTS: usize = 16;
 
 fn eventfd() -> Result<EventFd> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an eventfd")

@@ -93,6 +93,8 @@ pub struct Relay {
 impl Relay {
     /// A pipe's capacity: one read empties it.
     const BUFFER_LEN: usize = 64 * 1024;
+    /// Buffers to move before the agent looks at its other work.
+    const ROUNDS: usize = 16;
 
     /// Relays `from` (a pipe) to `to` (a connected socket); both must be non-blocking.
     pub fn new(from: File, to: File) -> Self {
@@ -107,7 +109,12 @@ impl Relay {
     /// Moves what can be moved without waiting. With `last`, an empty pipe counts as ended even if
     /// some process still holds its other end.
     pub fn pump(&mut self, last: bool) {
-        loop {
+        // A last pump goes to the end; any other leaves the agent time for everything else.
+        let rounds = if last { usize::MAX } else { Self::ROUNDS };
+        for round in 0.. {
+            if round == rounds {
+                return;
+            }
             while !self.filled.is_empty() {
                 let Some(to) = &mut self.to else {
                     self.filled = 0..0;

@@ -104,10 +104,16 @@ fn connect_to_host() -> Result<[File; 3], String> {
 }
 
 fn wait_until_connected(sockets: [&File; 3]) -> Result<(), String> {
-    for socket in sockets {
-        sys::poll(&[Interest::write(socket.as_fd())], Some(CONNECT_LIMIT.as_millis() as i32))
-            .and_then(|()| sys::socket_error(socket))
-            .map_err(|e| format!("connect to the host: {e}"))?;
+    for (name, socket) in
+        ["control channel", "standard output", "standard error"].iter().zip(sockets)
+    {
+        let limit_ms = CONNECT_LIMIT.as_millis() as i32;
+        match sys::poll(&[Interest::write(socket.as_fd())], Some(limit_ms)) {
+            Ok(true) => sys::socket_error(socket),
+            Ok(false) => Err(std::io::ErrorKind::TimedOut.into()),
+            Err(error) => Err(error),
+        }
+        .map_err(|e| format!("connect the {name} to the host: {e}"))?;
     }
     Ok(())
 }

@@ -190,8 +190,8 @@ impl<'a> Interest<'a> {
     }
 }
 
-/// Waits until one of the descriptors is ready or the time is over (`None`: no limit).
-pub fn poll(interests: &[Interest<'_>], timeout_ms: Option<i32>) -> io::Result<()> {
+/// Waits until one of the descriptors is ready (`true`) or the time is over (`None`: no limit).
+pub fn poll(interests: &[Interest<'_>], timeout_ms: Option<i32>) -> io::Result<bool> {
     let mut fds: Vec<libc::pollfd> = interests
         .iter()
         .map(|interest| libc::pollfd {
@@ -205,8 +205,8 @@ pub fn poll(interests: &[Interest<'_>], timeout_ms: Option<i32>) -> io::Result<(
         libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms.unwrap_or(-1))
     };
     match check(ret) {
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-        other => other.map(drop),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        other => other.map(|ready| ready > 0),
     }
 }
 

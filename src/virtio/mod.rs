@@ -15,7 +15,7 @@ pub mod queue;
 pub mod rng;
 pub mod vsock;
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::SyncSender;
 
 use anyhow::{Context, Result};
 use virtio_queue::Queue;
@@ -105,8 +105,8 @@ pub struct MainLoopDevice {
     pub queue_sizes: &'static [u16],
     /// See [`VirtioDevice::config`].
     pub config: Vec<u8>,
-    /// To the main loop.
-    pub sender: Sender<DeviceEvent>,
+    /// To the main loop; a full channel holds the vCPU back.
+    pub sender: SyncSender<DeviceEvent>,
     /// Written after each event.
     pub event: EventFd,
 }

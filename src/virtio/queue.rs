@@ -1,8 +1,8 @@
 //! A queue that mote serves itself: popping descriptor chains, returning them used, and notifying
 //! the driver no more than it asks for.
 //!
-//! virtio-queue does the ring arithmetic and bounds every chain by the queue's size; what is wrong
-//! with a chain fails that chain, never the process.
+//! virtio-queue does the ring arithmetic and bounds every chain; what is wrong with a chain fails
+//! that chain, what is wrong with the ring stops the device, and neither the process.
 
 use anyhow::{Result, anyhow};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -41,9 +41,28 @@ impl ServedQueue {
         let _ = self.kick.read();
     }
 
-    /// The next chain.
-    pub fn pop<'a>(&mut self, ram: &'a GuestRam) -> Option<Chain<'a>> {
-        self.queue.pop_descriptor_chain(ram)
+    /// The next chain; `None` when there is none and a kick will announce the next.
+    ///
+    /// # Errors
+    /// A ring that contradicts itself: chains are said to be there, and none can be had.
+    pub fn pop_or_wait<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>> {
+        if let Some(chain) = self.pop(ram)? {
+            return Ok(Some(chain));
+        }
+        let more =
+            self.queue.enable_notification(ram).map_err(|e| anyhow!("ask for a kick: {e}"))?;
+        if !more {
+            return Ok(None);
+        }
+        let chain = self.pop(ram)?;
+        chain.map(Some).ok_or_else(|| anyhow!("the available ring cannot be read"))
+    }
+
+    fn pop<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>> {
+        // Through `iter`, which unlike `pop_descriptor_chain` tells a bad index from an empty ring.
+        let mut chains =
+            self.queue.iter(ram).map_err(|e| anyhow!("read the available ring: {e}"))?;
+        Ok(chains.next())
     }
 
     /// Puts the chain popped last back: it will be popped again.
@@ -65,11 +84,6 @@ impl ServedQueue {
         Ok(())
     }
 
-    /// Asks for a kick at the next buffer. `true` when one has come in between.
-    pub fn wait_for_kick(&mut self, ram: &GuestRam) -> Result<bool> {
-        self.queue.enable_notification(ram).map_err(|e| anyhow!("ask for a kick: {e}"))
-    }
-
     /// Pops and returns every available chain, `handle` saying how many bytes it wrote. Stops after
     /// `limit` chains, so that a driver that never stops feeding cannot keep the caller from its
     /// other work; the rest waits for the next kick, which this gives itself.
@@ -81,10 +95,7 @@ impl ServedQueue {
     ) -> Result<()> {
         self.clear_kick();
         for _ in 0..limit {
-            let Some(chain) = self.pop(ram) else {
-                if self.wait_for_kick(ram)? {
-                    continue;
-                }
+            let Some(chain) = self.pop_or_wait(ram)? else {
                 return self.notify(ram);
             };
             let head = chain.head_index();
@@ -135,6 +146,17 @@ mod tests {
         assert_eq!(handled, 5);
         assert_eq!(u16::from_le(mock.used().idx().load()), 5);
         assert_eq!(queue.interrupt.read().expect("interrupt"), 1);
+    }
+
+    #[test]
+    fn a_ring_that_contradicts_itself_is_an_error() {
+        // More chains than the queue holds: once an endless loop.
+        let ram = ram();
+        let mock = MockSplitQueue::new(&ram, 16);
+        mock.avail().idx().store(u16::to_le(17));
+        let mut queue = served(&mock);
+        assert!(queue.serve(&ram, 100, |_| 0).is_err());
+        assert!(queue.pop_or_wait(&ram).is_err());
     }
 
     #[test]

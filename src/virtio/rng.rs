@@ -2,7 +2,7 @@
 //! guest's generator ready at once; this keeps it fed.
 
 use std::io::Write;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::SyncSender;
 
 use anyhow::Result;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -24,7 +24,7 @@ const MAX_BYTES: usize = 256;
 const BATCH: usize = 64;
 
 /// The vCPU side.
-pub fn device(sender: Sender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
+pub fn device(sender: SyncSender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
     MainLoopDevice {
         kind: MainLoopDeviceKind::Rng,
         id: VIRTIO_ID_RNG,

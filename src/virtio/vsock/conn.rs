@@ -145,7 +145,12 @@ impl Conn {
 
     /// Handles a packet from the guest, with its data.
     pub fn on_packet(&mut self, header: &Header, data: &[u8]) {
-        if self.phase == Phase::Forgotten || self.resetting {
+        if self.resetting {
+            // The guest's own reset saves it ours.
+            self.closed |= header.op == Op::Reset;
+            return;
+        }
+        if self.phase == Phase::Forgotten {
             return;
         }
         self.note_credit(header);
@@ -185,7 +190,7 @@ impl Conn {
         self.to_host.clear();
     }
 
-    /// Ends the connection at once, with nobody to tell: the guest's device is gone.
+    /// Ends the connection at once, without telling the guest.
     pub fn vanish(&mut self) {
         self.closed = true;
     }
@@ -400,6 +405,16 @@ mod tests {
         conn.on_packet(&packet(Op::Data, 0), &[0]);
         assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Reset));
         assert!(conn.is_closed() && conn.for_host().is_empty());
+    }
+
+    #[test]
+    fn a_reset_from_the_guest_ends_one_that_is_being_reset() {
+        let mut conn = open();
+        conn.abort();
+        conn.on_packet(&packet(Op::Data, 0), b"late");
+        assert!(!conn.is_closed());
+        conn.on_packet(&packet(Op::Reset, 0), &[]);
+        assert!(conn.is_closed());
     }
 
     #[test]

@@ -7,7 +7,7 @@ pub mod conn;
 pub mod mux;
 pub mod packet;
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::SyncSender;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,7 +20,7 @@ use crate::virtio::{
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 /// The vCPU side.
-pub fn device(sender: Sender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
+pub fn device(sender: SyncSender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
     MainLoopDevice {
         kind: MainLoopDeviceKind::Vsock,
         id: VIRTIO_ID_VSOCK,

@@ -134,21 +134,34 @@ impl Mux {
         self.deliver(ops)
     }
 
-    /// Gives the queues back. All connections end: the guest knows none of them any more.
+    /// Gives the queues back. All connections end, each once its host socket has been given all the
+    /// guest had sent: the guest knows none of them any more.
     pub fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        // What is left in a ring that is broken stays there.
+        let _ = self.transmit(ops);
         if let Some(queues) = self.queues.take() {
             for queue in [&queues.receive, &queues.transmit] {
                 ops.remove(Events::empty(queue.kick()))?;
             }
-            for index in 0..self.entries.len() {
-                if let Some(entry) = &mut self.entries[index]
-                    && !entry.conn.is_requested()
-                {
-                    entry.conn.vanish();
-                    self.remove_if_closed(index, ops)?;
-                }
-            }
+            self.forget_connections(|conn| !conn.is_requested(), ops)?;
             self.resets.clear();
+        }
+        Ok(())
+    }
+
+    /// Ends the guest's side of connections; the host's follows when it has been served.
+    fn forget_connections(
+        &mut self,
+        which: impl Fn(&Conn) -> bool,
+        ops: &mut EventOps<'_>,
+    ) -> Result<()> {
+        for index in 0..self.entries.len() {
+            if let Some(entry) = &mut self.entries[index]
+                && which(&entry.conn)
+            {
+                entry.conn.on_packet(&Header::reset(entry.conn.ports()), &[]);
+                self.flush_to_host(index, ops)?;
+            }
         }
         Ok(())
     }
@@ -183,8 +196,11 @@ impl Mux {
                 && entry.conn.is_requested()
                 && now >= entry.requested_at + ANSWER_LIMIT
             {
-                entry.conn.abort();
-                self.queue(index);
+                // At once, whether or not the guest ever takes the reset.
+                entry.conn.vanish();
+                let ports = entry.conn.ports();
+                self.refuse(ports);
+                self.remove_if_closed(index, ops)?;
             }
         }
         self.deliver(ops)
@@ -198,15 +214,10 @@ impl Mux {
     /// Gives up on offers that the guest has not taken, and on everything else: each host socket is
     /// closed once it has been given all the guest had sent.
     pub fn close(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
-        self.transmit(ops)?;
+        // What is left in a ring that is broken stays there.
+        let _ = self.transmit(ops);
         self.offers.clear();
-        for index in 0..self.entries.len() {
-            let Some(entry) = &mut self.entries[index] else { continue };
-            let reset = Header { op: Op::Reset, ..Header::reset(entry.conn.ports()) };
-            entry.conn.on_packet(&reset, &[]);
-            self.flush_to_host(index, ops)?;
-        }
-        Ok(())
+        self.forget_connections(|_| true, ops)
     }
 
     // ---- from the guest ----------------------------------------------------------------------
@@ -325,19 +336,15 @@ impl Mux {
 
     fn deliver_to(&mut self, queues: &mut Queues, ops: &mut EventOps<'_>) -> Result<()> {
         let Queues { ram, receive, .. } = queues;
-        let mut sent = 0;
+        let mut used = 0;
         while !(self.resets.is_empty() && self.ready.is_empty()) {
-            if sent == BATCH {
+            if used == BATCH {
                 // Come back after everybody else's turn.
                 receive.kick().write(1)?;
                 break;
             }
-            let Some(chain) = receive.pop(ram) else {
-                if receive.wait_for_kick(ram)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(chain) = receive.pop_or_wait(ram)? else { break };
+            used += 1;
             let head = chain.head_index();
             let Ok(mut writer) = chain.writer(ram) else {
                 receive.push(ram, head, 0)?;
@@ -349,6 +356,7 @@ impl Mux {
             };
             let Some(header) = self.next_packet(space.min(MAX_PACKET), ops)? else {
                 receive.unpop();
+                used -= 1;
                 break;
             };
             let data = &self.buffer[..header.len as usize];
@@ -356,9 +364,8 @@ impl Mux {
                 writer.write_all(&header.to_guest()).and_then(|()| writer.write_all(data));
             let len = if written.is_ok() { HEADER_LEN + data.len() } else { 0 };
             receive.push(ram, head, len as u32)?;
-            sent += 1;
         }
-        if sent > 0 { receive.notify(ram) } else { Ok(()) }
+        if used > 0 { receive.notify(ram) } else { Ok(()) }
     }
 
     /// The next packet for the guest; its data is at the start of `self.buffer`.
