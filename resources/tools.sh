@@ -29,10 +29,11 @@ xz-utils            /usr/bin/xz                          unpacks the kernel sour
 test_packages="
 libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
 libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
-busybox-static      /bin/busybox                         the small test root file system
+busybox-static      /usr/share/doc/busybox-static        the small test root file system
 debootstrap         /usr/sbin/debootstrap                the large test root file system
 cpio                /usr/bin/cpio                        a unit test lists our archives with it
-python3-venv        /usr/lib/python3/dist-packages       runs virtme-ng, which starts the lab
+python3-venv        /usr/share/doc/python3-venv          runs virtme-ng, which starts the lab
+procps              /usr/bin/ps                          the tests signal processes with its kill
 qemu-system-x86     /usr/bin/qemu-system-x86_64          the lab's machine, and the peer to compare with
 linux-image-cloud-amd64 /usr/share/doc/linux-image-cloud-amd64 the lab's kernel, with kvm_amd
 kmod                /sbin/modprobe                       loads kvm_amd in the lab
