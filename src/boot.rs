@@ -16,7 +16,7 @@ use linux_loader::loader::elf::Elf;
 use mote_agent::instance;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::{self, GuestRam};
+use crate::memory::GuestRam;
 use crate::plan::Plan;
 use crate::{cpio, cpu, layout, sys};
 
@@ -33,7 +33,6 @@ const RNG_SEED_LEN: usize = 32;
 /// Loads everything and returns the kernel's entry point. `devices` is the number of virtio-mmio
 /// devices.
 pub fn load(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<u64> {
-    memory::collapse_boot_memory(ram, boot_footprint(plan));
     let kernel = Elf::load(
         ram,
         None,
@@ -50,13 +49,6 @@ pub fn load(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<u64> {
     write_mp_table(ram, plan.vcpus).context("write the MP table")?;
     write_boot_params(plan, ram, initramfs)?;
     Ok(kernel.kernel_load.0)
-}
-
-/// Memory from address 0 that the boot writes: the kernel as far as its file goes, and the
-/// initramfs behind it.
-fn boot_footprint(plan: &Plan) -> u64 {
-    let files = plan.kernel.bytes.len() + plan.initramfs.bytes.len();
-    u64::from(KERNEL_ALIGNMENT) + files as u64
 }
 
 /// Where the initramfs is: address and length.

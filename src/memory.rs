@@ -103,16 +103,6 @@ fn map_aligned(file: &File, len: u64, offset: u64) -> io::Result<*mut u8> {
     Ok(aligned.cast())
 }
 
-/// Backs the part of RAM that every boot writes (`bytes` from address 0) with huge pages even
-/// where the host's `shmem_enabled` is `never`: MADV_COLLAPSE (Linux 6.1) asks for them now. Best
-/// effort: without them the boot is only slower.
-pub fn collapse_boot_memory(ram: &GuestRam, bytes: u64) {
-    let Some(region) = ram.iter().next() else { return };
-    let len = bytes.next_multiple_of(HUGE_PAGE).min(region.len() / HUGE_PAGE * HUGE_PAGE);
-    // SAFETY: advice on the first `len` bytes of a live mapping that is longer.
-    unsafe { libc::madvise(region.as_ptr().cast(), len as usize, libc::MADV_COLLAPSE) };
-}
-
 /// Gives the VM its RAM. Returns the number of the first free slot.
 pub fn add_ram(vm: &VmFd, ram: &GuestRam) -> Result<u32> {
     let mut slot = 0;
