@@ -15,7 +15,6 @@
 //!
 //! A guest program can exit with any of these numbers itself; `--outcome FILE` tells them apart.
 
-use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -109,12 +108,6 @@ impl Outcome {
     pub fn write_to(&self, path: &Path) -> Result<()> {
         std::fs::write(path, format!("{}\n", self.to_json()))
             .with_context(|| format!("write the outcome to {}", path.display()))
-    }
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.message().as_deref().unwrap_or(self.kind()))
     }
 }
 

@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use mote_agent::instance::{Entrypoint, Instance, ROOT_TAG, Rlimit};
+use mote_agent::instance::{DEFAULT_PATH, Entrypoint, Instance, ROOT_TAG, Rlimit};
 
 use crate::json::Report;
 use crate::spec::{self, Spec};
@@ -28,8 +28,6 @@ pub const MAX_TAG: usize = 36;
 const MIN_MEMORY_MIB: u32 = 64;
 /// Longest host name (`HOST_NAME_MAX`, gethostname(2)).
 const MAX_HOSTNAME: usize = 64;
-/// The agent's default when the spec's environment has no `PATH`.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Guest vsock ports of the box services (contract §3).
 const EXEC_PORT: u32 = 4089;

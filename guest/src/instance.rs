@@ -12,6 +12,9 @@ pub const PATH: &str = "/mote/instance.json";
 /// Virtio-fs tag of the share that becomes `/`. Shares of the spec may not use it.
 pub const ROOT_TAG: &str = "mote-root";
 
+/// `PATH` of an entrypoint whose environment names none.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Everything the agent needs to start the entrypoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {

@@ -8,14 +8,11 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use mote_agent::instance::{Entrypoint, Instance};
+use mote_agent::instance::{DEFAULT_PATH, Entrypoint, Instance};
 use mote_agent::protocol::EntrypointEnd;
 
 use crate::sys::{self, SpawnError, Step};
 use crate::user;
-
-/// Searched when the environment has no `PATH`.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Exit codes of an entrypoint that never ran (design §5).
 const SETUP_FAILED: u8 = 125;

@@ -206,11 +206,6 @@ impl Mux {
         self.deliver(ops)
     }
 
-    /// Whether the connection to one of the offers has been made.
-    pub fn is_taken(&self, host_port: u32) -> bool {
-        !self.offers.contains_key(&host_port)
-    }
-
     /// Gives up on offers that the guest has not taken, and on everything else: each host socket is
     /// closed once it has been given all the guest had sent.
     pub fn close(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
