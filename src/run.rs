@@ -314,6 +314,7 @@ impl MainLoop {
                 let name = match mark {
                     Mark::AgentStarted => "agent_started",
                     Mark::RootMounted => "root_mounted",
+                    Mark::ServersReady => "servers_ready",
                     Mark::EntrypointStarted => "entrypoint_started",
                 };
                 // Only the first of each counts, so a guest cannot make this grow.

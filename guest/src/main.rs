@@ -28,6 +28,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long killed processes may take to vanish before their output counts as complete: one that
 /// is stuck in the kernel never will.
 const REAP_LIMIT: Duration = Duration::from_secs(2);
+/// Difference from the host's wall clock that is left alone.
+const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
 /// How long the host may take to answer the first connections.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -168,6 +170,7 @@ fn supervise(
                         phase = Phase::Stopping(Instant::now() + GRACE);
                     }
                 }
+                Received::Message(FromHost::Clock { realtime_ns }) => correct_clock(realtime_ns),
                 Received::Lost => return None,
                 Received::Nothing => break,
             }
@@ -209,6 +212,14 @@ fn supervise(
     }
 }
 
+/// Steps the wall clock to the host's, unless the difference is no more than the message's way here.
+fn correct_clock(realtime_ns: u64) {
+    if sys::realtime_ns().abs_diff(realtime_ns) > CLOCK_TOLERANCE_NS {
+        // PID 1 may set the clock, and the host's time is valid.
+        let _ = sys::set_realtime(realtime_ns);
+    }
+}
+
 /// Empties the child-signal descriptor; which children ended is `reap`'s to say.
 fn drain(mut children: &File) {
     let mut buffer = [0; 128];
@@ -221,7 +232,7 @@ fn wait_until_dropped(control: &mut Control) {
     loop {
         control.flush();
         match control.receive() {
-            Received::Message(FromHost::Stop { .. }) => continue,
+            Received::Message(_) => continue,
             Received::Lost => return,
             Received::Nothing => {}
         }

@@ -4,12 +4,13 @@
 //! control channel and the entrypoint's two output streams. The host accepts one connection per
 //! port for the life of the VM, so nothing that runs later in the guest can take them.
 //!
-//! A message is `type: u8 | length: u32 big-endian | payload`, the framing of the exec protocol
-//! (contract §4.1). Integers are big-endian. The host treats every message as hostile.
+//! A message is a [`frame`]; integers are big-endian. The host treats every message as hostile.
+
+use crate::frame::{self, TooLong};
 
 /// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
 /// `MOTE_INITRAMFS` names an archive of another build.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Host port of the control channel ("mote" in ASCII, plus an index).
 pub const CONTROL_PORT: u32 = 0x6d6f_7465;
@@ -18,10 +19,14 @@ pub const STDOUT_PORT: u32 = CONTROL_PORT + 1;
 /// Host port of the entrypoint's standard error.
 pub const STDERR_PORT: u32 = CONTROL_PORT + 2;
 
+/// Guest port of the agent's exec server. The contract's own port (4089) stays free for an agent of
+/// the image's own, which the host prefers.
+pub const EXEC_SERVER_PORT: u32 = CONTROL_PORT + 3;
+/// Guest port of the agent's terminal server, beside the contract's 4090.
+pub const PTY_SERVER_PORT: u32 = CONTROL_PORT + 4;
+
 /// Longest payload of a message: a failure text, with room to spare.
 pub const MAX_PAYLOAD: usize = 4096;
-
-const HEADER_LEN: usize = 5;
 
 /// A point in the guest's start that the timeline records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,13 +36,16 @@ pub enum Mark {
     AgentStarted = 0,
     /// The root share is mounted.
     RootMounted = 1,
+    /// The exec and terminal servers listen.
+    ServersReady = 2,
     /// The entrypoint's `execve` succeeded.
-    EntrypointStarted = 2,
+    EntrypointStarted = 3,
 }
 
 impl Mark {
     /// All marks, in the order in which they happen.
-    pub const ALL: [Mark; 3] = [Mark::AgentStarted, Mark::RootMounted, Mark::EntrypointStarted];
+    pub const ALL: [Mark; 4] =
+        [Mark::AgentStarted, Mark::RootMounted, Mark::ServersReady, Mark::EntrypointStarted];
 
     fn from_u8(value: u8) -> Option<Mark> {
         Mark::ALL.into_iter().find(|mark| *mark as u8 == value)
@@ -90,6 +98,11 @@ pub enum FromHost {
     Stop {
         /// Signal number.
         signal: u8,
+    },
+    /// The time is this: the VM may have stood still, or the host's clock was set.
+    Clock {
+        /// Host wall clock, in nanoseconds since 1970.
+        realtime_ns: u64,
     },
 }
 
@@ -147,7 +160,7 @@ impl FromGuest {
                 5
             }
         };
-        frame(kind, &payload)
+        frame::encode(kind, &payload)
     }
 
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
@@ -194,38 +207,39 @@ impl FromHost {
     /// The bytes on the wire.
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            FromHost::Stop { signal } => frame(1, &[*signal]),
+            FromHost::Stop { signal } => frame::encode(1, &[*signal]),
+            FromHost::Clock { realtime_ns } => frame::encode(2, &realtime_ns.to_be_bytes()),
         }
     }
 
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
         match (kind, payload) {
             (1, [signal]) => Ok(FromHost::Stop { signal: *signal }),
-            (1, _) => Err(Malformed::Length(payload.len() as u32)),
+            (2, bytes) if bytes.len() == 8 => {
+                let bytes = bytes.try_into().map_err(|_| Malformed::Value)?;
+                Ok(FromHost::Clock { realtime_ns: u64::from_be_bytes(bytes) })
+            }
+            (1 | 2, _) => Err(Malformed::Length(payload.len() as u32)),
             _ => Err(Malformed::Type(kind)),
         }
     }
 }
 
-fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
-    bytes.push(kind);
-    bytes.extend((payload.len() as u32).to_be_bytes());
-    bytes.extend(payload);
-    bytes
-}
-
 /// Cuts a byte stream into messages, whatever the boundaries it arrives in. Holds at most one
 /// message and one read's worth of bytes.
-#[derive(Debug, Default)]
-pub struct Decoder {
-    bytes: Vec<u8>,
+#[derive(Debug)]
+pub struct Decoder(frame::Decoder);
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Decoder(frame::Decoder::new(MAX_PAYLOAD))
+    }
 }
 
 impl Decoder {
     /// Adds what was read.
     pub fn feed(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+        self.0.feed(bytes);
     }
 
     /// The next whole message from the guest, `None` when more bytes are needed.
@@ -242,20 +256,11 @@ impl Decoder {
         &mut self,
         decode: fn(u8, &[u8]) -> Result<T, Malformed>,
     ) -> Result<Option<T>, Malformed> {
-        let Some((header, rest)) = self.bytes.split_first_chunk::<HEADER_LEN>() else {
-            return Ok(None);
-        };
-        let [kind, length @ ..] = *header;
-        let length = u32::from_be_bytes(length);
-        if length as usize > MAX_PAYLOAD {
-            return Err(Malformed::Length(length));
+        match self.0.next_frame() {
+            Ok(Some(frame)) => decode(frame.kind, &frame.payload).map(Some),
+            Ok(None) => Ok(None),
+            Err(TooLong { length }) => Err(Malformed::Length(length)),
         }
-        let Some(payload) = rest.get(..length as usize) else {
-            return Ok(None);
-        };
-        let message = decode(kind, payload)?;
-        self.bytes.drain(..HEADER_LEN + length as usize);
-        Ok(Some(message))
     }
 }
 
@@ -277,27 +282,21 @@ mod tests {
     }
 
     #[test]
-    fn messages_survive_any_fragmentation() {
-        let wire: Vec<u8> = samples().iter().flat_map(FromGuest::encode).collect();
-        for piece in 1..wire.len() {
-            let mut decoder = Decoder::default();
-            let mut seen = Vec::new();
-            for chunk in wire.chunks(piece) {
-                decoder.feed(chunk);
-                while let Some(message) = decoder.next_from_guest().expect("valid") {
-                    seen.push(message);
-                }
-            }
-            assert_eq!(seen, samples(), "in pieces of {piece}");
+    fn guest_messages_round_trip() {
+        let mut decoder = Decoder::default();
+        for message in samples() {
+            decoder.feed(&message.encode());
+            assert_eq!(decoder.next_from_guest(), Ok(Some(message)));
         }
     }
 
     #[test]
     fn host_messages_round_trip() {
-        let message = FromHost::Stop { signal: 15 };
         let mut decoder = Decoder::default();
-        decoder.feed(&message.encode());
-        assert_eq!(decoder.next_from_host(), Ok(Some(message)));
+        for message in [FromHost::Stop { signal: 15 }, FromHost::Clock { realtime_ns: 1 << 60 }] {
+            decoder.feed(&message.encode());
+            assert_eq!(decoder.next_from_host(), Ok(Some(message)));
+        }
     }
 
     #[test]

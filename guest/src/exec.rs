@@ -1,0 +1,329 @@
+//! The exec protocol (contract §4): what a client sends to the box's exec socket and what it gets
+//! back. Used by the agent's server and by `mote exec` and `mote cp`.
+//!
+//! Members marked "mote's own" are not in the contract. Servers ignore members that they do not
+//! know, and replies carry ours only where the contract has no way to say the same.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+/// Frame types (contract §4.1).
+pub mod kind {
+    /// A request, a reply, a chunk of output, or raw input.
+    pub const DATA: u8 = 0x01;
+    /// The end of a streaming command, or an instruction about one.
+    pub const CONTROL: u8 = 0x02;
+    /// Returned as it came.
+    pub const HEARTBEAT: u8 = 0x03;
+    /// A text: why this connection ends.
+    pub const ERROR: u8 = 0x04;
+    /// The connection ends.
+    pub const CLOSE: u8 = 0x05;
+}
+
+/// Instructions to a streaming command, the payloads of [`kind::CONTROL`] frames from the client
+/// (contract §4.3, "later additions").
+pub mod control {
+    /// Kill the command.
+    pub const CANCEL: &[u8] = b"cancel";
+    /// No more input follows.
+    pub const STDIN_CLOSE: &[u8] = b"stdin-close";
+    /// Answer with [`FLUSH_ACK`] once all output so far has been sent.
+    pub const FLUSH: &[u8] = b"flush";
+    /// The answer to [`FLUSH`].
+    pub const FLUSH_ACK: &[u8] = b"flush-ack";
+    /// Prefix of a signal number for the box's entrypoint.
+    pub const SIGNAL_MAIN: &[u8] = b"signal-main:";
+    /// The answer to [`SIGNAL_MAIN`].
+    pub const SIGNAL_MAIN_ACK: &[u8] = b"signal-main-ack";
+}
+
+/// Longest payload in either direction.
+pub const MAX_PAYLOAD: usize = 16 << 20;
+
+/// The time limit that `timeout_ns: 0` means.
+pub const DEFAULT_TIMEOUT_NS: u64 = 5_000_000_000;
+
+/// What a command that was killed at its time limit says last on standard error.
+pub const TIMEOUT_NOTE: &[u8] = b"\nProcess killed: timeout exceeded";
+
+/// Run a command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// Program and arguments.
+    pub cmd: Vec<String>,
+    /// Time limit in nanoseconds; 0 is [`DEFAULT_TIMEOUT_NS`].
+    pub timeout_ns: u64,
+    /// `NAME=value` entries over the box's own environment.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Directory to start in; the box's own by default.
+    #[serde(default)]
+    pub working_dir: Option<String>,
+    /// All of its standard input; none is an empty one.
+    #[serde(default)]
+    pub stdin: Option<Vec<u8>>,
+    /// `uid`, `uid:gid`, `name` or `name:group`; root by default.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Whether output is sent as it comes.
+    #[serde(default)]
+    pub streaming: bool,
+    /// Whether [`kind::DATA`] frames after this one are its standard input.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stdin_streaming: bool,
+}
+
+/// Move a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRequest {
+    /// In which direction.
+    pub op: FileOp,
+    /// Where in the guest.
+    pub guest_path: String,
+    /// Contents to upload, in base64.
+    #[serde(default)]
+    pub data: Option<String>,
+    /// mote's own: start of this part. An upload of another part than the first neither creates nor
+    /// empties the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+    /// mote's own: most bytes to download. Without it a file that does not fit is an error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub length: Option<u64>,
+    /// mote's own: permission bits that the uploaded file gets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<u32>,
+}
+
+/// Direction of a file's move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileOp {
+    /// Into the guest.
+    Upload,
+    /// Out of it.
+    Download,
+}
+
+/// The reply to a [`FileRequest`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileResponse {
+    /// Whether it was done.
+    pub success: bool,
+    /// Downloaded contents, in base64.
+    #[serde(default)]
+    pub data: Option<String>,
+    /// Bytes moved.
+    pub size: u64,
+    /// Why it was not done.
+    #[serde(default)]
+    pub error: Option<String>,
+    /// mote's own: permission bits of the downloaded file, for requests with `length`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<u32>,
+}
+
+/// Most bytes of a file that one frame carries as base64, with room for the members around them.
+pub const MAX_FILE_PART: usize = (MAX_PAYLOAD - 64 * 1024) / 4 * 3;
+
+/// The reply to a command without `streaming`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecOutput {
+    /// What it wrote to standard output.
+    pub stdout: Vec<u8>,
+    /// What it wrote to standard error.
+    pub stderr: Vec<u8>,
+    /// Its exit code; 128+n if signal n killed it.
+    pub exit_code: i32,
+    /// mote's own: whether output was left out because the reply would have been too long.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub truncated: bool,
+}
+
+/// Where output was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// Output of a streaming command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecChunk {
+    /// Where it was written.
+    pub stream: Stream,
+    /// The bytes.
+    pub data: Vec<u8>,
+}
+
+/// The end of a streaming command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecExit {
+    /// Its exit code; 128+n if signal n killed it.
+    pub exit_code: i32,
+}
+
+/// What a first [`kind::DATA`] frame asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Run a command.
+    Exec(ExecRequest),
+    /// Move a file.
+    File(FileRequest),
+}
+
+impl Request {
+    /// Reads a request. The two kinds are told apart by their members alone.
+    ///
+    /// # Errors
+    /// The text for the [`kind::ERROR`] frame.
+    pub fn parse(payload: &[u8]) -> Result<Request, String> {
+        #[derive(Deserialize)]
+        struct Members {
+            cmd: Option<IgnoredAny>,
+            op: Option<IgnoredAny>,
+        }
+        let invalid = |error: serde_json::Error| format!("Invalid JSON: {error}");
+        match serde_json::from_slice(payload).map_err(invalid)? {
+            Members { cmd: None, op: Some(_) } => {
+                serde_json::from_slice(payload).map(Request::File).map_err(invalid)
+            }
+            _ => serde_json::from_slice(payload).map(Request::Exec).map_err(invalid),
+        }
+    }
+}
+
+/// Contents as a file request or response carries them.
+pub fn to_base64(bytes: &[u8]) -> String {
+    STANDARD.encode(bytes)
+}
+
+/// The contents that a file request or response carries.
+pub fn from_base64(text: &str) -> Result<Vec<u8>, String> {
+    STANDARD.decode(text).map_err(|error| format!("data is not base64: {error}"))
+}
+
+/// Appends bytes as the items of a JSON array of numbers, and returns how many characters that took.
+/// `first` says that no item precedes them.
+pub fn push_numbers(json: &mut Vec<u8>, bytes: &[u8], first: bool) -> usize {
+    let before = json.len();
+    for (at, byte) in bytes.iter().enumerate() {
+        if !(first && at == 0) {
+            json.push(b',');
+        }
+        if *byte >= 100 {
+            json.push(b'0' + byte / 100);
+        }
+        if *byte >= 10 {
+            json.push(b'0' + byte / 10 % 10);
+        }
+        json.push(b'0' + byte % 10);
+    }
+    json.len() - before
+}
+
+/// Longest output that one chunk's frame carries.
+pub const MAX_CHUNK: usize = 64 * 1024;
+
+/// The frame of an [`ExecChunk`], at most [`MAX_CHUNK`] bytes of output.
+pub fn chunk_frame(stream: Stream, data: &[u8]) -> Vec<u8> {
+    let mut json = Vec::with_capacity(64 + 4 * data.len());
+    json.extend(match stream {
+        Stream::Stdout => &b"{\"stream\":\"Stdout\",\"data\":["[..],
+        Stream::Stderr => &b"{\"stream\":\"Stderr\",\"data\":["[..],
+    });
+    push_numbers(&mut json, data, true);
+    json.extend(b"]}");
+    crate::frame::encode(kind::DATA, &json)
+}
+
+/// The frame of an [`ExecExit`].
+pub fn exit_frame(exit_code: i32) -> Vec<u8> {
+    crate::frame::encode(kind::CONTROL, format!("{{\"exit_code\":{exit_code}}}").as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::encode;
+
+    fn exec(cmd: &[&str]) -> ExecRequest {
+        ExecRequest {
+            cmd: cmd.iter().map(ToString::to_string).collect(),
+            timeout_ns: 0,
+            env: vec![],
+            working_dir: None,
+            stdin: None,
+            user: None,
+            streaming: false,
+            stdin_streaming: false,
+        }
+    }
+
+    fn json(value: &impl Serialize) -> String {
+        serde_json::to_string(value).expect("serialises")
+    }
+
+    /// The examples of contract §4.5, byte for byte.
+    #[test]
+    fn the_contracts_bytes() {
+        let request = r#"{"cmd":["echo","hi"],"timeout_ns":0,"env":[],"working_dir":null,"stdin":null,"user":null,"streaming":false}"#;
+        assert_eq!(json(&exec(&["echo", "hi"])), request);
+        assert_eq!(encode(kind::DATA, request.as_bytes())[..5], [1, 0, 0, 0, 0x6b]);
+        assert_eq!(Request::parse(request.as_bytes()), Ok(Request::Exec(exec(&["echo", "hi"]))));
+
+        let reply = ExecOutput {
+            stdout: b"hi\n".to_vec(),
+            stderr: vec![],
+            exit_code: 0,
+            truncated: false,
+        };
+        assert_eq!(json(&reply), r#"{"stdout":[104,105,10],"stderr":[],"exit_code":0}"#);
+        assert_eq!(
+            chunk_frame(Stream::Stdout, b"hi\n"),
+            encode(kind::DATA, br#"{"stream":"Stdout","data":[104,105,10]}"#)
+        );
+        assert_eq!(exit_frame(0), encode(kind::CONTROL, br#"{"exit_code":0}"#));
+
+        let upload = r#"{"op":"Upload","guest_path":"/tmp/f","data":"aGkK"}"#;
+        let file = FileRequest {
+            op: FileOp::Upload,
+            guest_path: "/tmp/f".into(),
+            data: Some(to_base64(b"hi\n")),
+            offset: None,
+            length: None,
+            mode: None,
+        };
+        assert_eq!(json(&file), upload);
+        assert_eq!(Request::parse(upload.as_bytes()), Ok(Request::File(file)));
+        let done = FileResponse { success: true, size: 3, ..FileResponse::default() };
+        assert_eq!(json(&done), r#"{"success":true,"data":null,"size":3,"error":null}"#);
+    }
+
+    #[test]
+    fn what_is_no_request_says_why() {
+        for (text, start) in [
+            ("", "Invalid JSON: EOF"),
+            ("{", "Invalid JSON: EOF"),
+            ("{}", "Invalid JSON: missing field `cmd`"),
+            ("[1]", "Invalid JSON: "),
+            (r#"{"op":"Move","guest_path":"/"}"#, "Invalid JSON: unknown variant `Move`"),
+            (r#"{"cmd":["x"],"timeout_ns":-1}"#, "Invalid JSON: "),
+        ] {
+            let error = Request::parse(text.as_bytes()).expect_err(text);
+            assert!(error.starts_with(start), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_json() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let frame = chunk_frame(Stream::Stderr, &bytes);
+        let chunk: ExecChunk = serde_json::from_slice(&frame[5..]).expect("parses");
+        assert_eq!(chunk, ExecChunk { stream: Stream::Stderr, data: bytes });
+    }
+}

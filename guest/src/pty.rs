@@ -1,0 +1,91 @@
+//! The terminal protocol (contract §5): the same framing as exec, with frame types of its own. Used
+//! by the agent's server and by `mote pty`.
+
+use serde::{Deserialize, Serialize};
+
+/// Frame types.
+pub mod kind {
+    /// Start a session ([`super::PtyRequest`]). Later ones count as [`DATA`]: the 0.8.0 command line
+    /// sends keystrokes so.
+    pub const REQUEST: u8 = 0x01;
+    /// Terminal bytes, both ways.
+    pub const DATA: u8 = 0x02;
+    /// The terminal has a new size ([`super::PtyResize`]).
+    pub const RESIZE: u8 = 0x03;
+    /// The command has ended ([`super::PtyExit`]).
+    pub const EXIT: u8 = 0x04;
+    /// A text: why there is no session.
+    pub const ERROR: u8 = 0x05;
+}
+
+/// Longest payload towards the guest.
+pub const MAX_PAYLOAD: usize = 64 * 1024;
+
+/// Longest payload that a client accepts from the guest.
+pub const MAX_REPLY_PAYLOAD: usize = 16 << 20;
+
+/// Longest [`kind::DATA`] payload from the guest.
+pub const MAX_DATA: usize = 4096;
+
+/// Run a command on a new terminal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PtyRequest {
+    /// Program and arguments.
+    pub cmd: Vec<String>,
+    /// `NAME=value` entries over the box's own environment.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Directory to start in; the box's own by default.
+    #[serde(default)]
+    pub working_dir: Option<String>,
+    /// `uid`, `uid:gid`, `name` or `name:group`; root by default.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Width in characters.
+    pub cols: u16,
+    /// Height in characters.
+    pub rows: u16,
+}
+
+/// The terminal's new size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PtyResize {
+    /// Width in characters.
+    pub cols: u16,
+    /// Height in characters.
+    pub rows: u16,
+}
+
+/// The command's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PtyExit {
+    /// Its exit code; 128+n if signal n killed it.
+    pub exit_code: i32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::encode;
+
+    /// The examples of contract §5, byte for byte.
+    #[test]
+    fn the_contracts_bytes() {
+        let request = PtyRequest {
+            cmd: vec!["/bin/sh".into()],
+            env: vec![],
+            working_dir: None,
+            user: None,
+            cols: 80,
+            rows: 24,
+        };
+        let text = r#"{"cmd":["/bin/sh"],"env":[],"working_dir":null,"user":null,"cols":80,"rows":24}"#;
+        assert_eq!(serde_json::to_string(&request).expect("serialises"), text);
+        assert_eq!(serde_json::from_str::<PtyRequest>(text).expect("parses"), request);
+        assert_eq!(encode(kind::REQUEST, text.as_bytes())[..5], [1, 0, 0, 0, 0x4f]);
+        let resize = serde_json::to_string(&PtyResize { cols: 120, rows: 40 }).expect("serialises");
+        assert_eq!(encode(kind::RESIZE, resize.as_bytes())[..5], [3, 0, 0, 0, 0x16]);
+        let exit = serde_json::to_string(&PtyExit { exit_code: 0 }).expect("serialises");
+        assert_eq!(encode(kind::EXIT, exit.as_bytes()), b"\x04\0\0\0\x0f{\"exit_code\":0}");
+    }
+}
