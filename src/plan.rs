@@ -15,6 +15,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use mote_agent::instance::{DEFAULT_PATH, Entrypoint, Instance, ROOT_TAG, Rlimit};
+use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
 use crate::json::Report;
 use crate::spec::{self, Spec};
@@ -114,8 +115,10 @@ pub struct Share {
 pub struct HostSocket {
     /// Where mote listens.
     pub path: PathBuf,
-    /// Guest vsock port.
+    /// Guest vsock port of the contract, for an agent of the image's own.
     pub guest_port: u32,
+    /// Guest vsock port of mote's own agent, for when nobody listens on the first.
+    pub fallback_port: Option<u32>,
 }
 
 /// Bytes to load, and where they come from.
@@ -311,10 +314,10 @@ fn directory(path: &Path, field: &str, report: &mut Report) -> Option<PathBuf> {
 
 fn plan_sockets(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
     let mut sockets: Vec<HostSocket> = Vec::new();
-    for (field, path, guest_port) in [
-        ("exec_socket_path", &spec.exec_socket_path, EXEC_PORT),
-        ("pty_socket_path", &spec.pty_socket_path, PTY_PORT),
-        ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT),
+    for (field, path, guest_port, fallback_port) in [
+        ("exec_socket_path", &spec.exec_socket_path, EXEC_PORT, Some(EXEC_SERVER_PORT)),
+        ("pty_socket_path", &spec.pty_socket_path, PTY_PORT, Some(PTY_SERVER_PORT)),
+        ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT, None),
     ] {
         if path.as_os_str().is_empty() {
             continue;
@@ -327,7 +330,7 @@ fn plan_sockets(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
                 format!("{} is another socket's path too; give each its own", path.display()),
             );
         } else {
-            sockets.push(HostSocket { path: path.clone(), guest_port });
+            sockets.push(HostSocket { path: path.clone(), guest_port, fallback_port });
         }
     }
     sockets

@@ -163,12 +163,12 @@ impl MainLoop {
         if self.ending.is_some() {
             return;
         }
+        self.ending = Some(outcome);
         if let Err(error) = self.vm.mux.close(ops) {
             log::error(&format!("vsock: {error:#}"));
         }
-        self.read_control();
+        self.read_control(ops);
         self.agent_lost = None;
-        self.ending = Some(outcome);
     }
 
     fn on_signal(&mut self) {
@@ -271,7 +271,7 @@ impl MainLoop {
     }
 
     /// Reads and handles all messages there are. `true` when no more will come.
-    fn read_control(&mut self) -> bool {
+    fn read_control(&mut self, ops: &mut EventOps<'_>) -> bool {
         let mut bytes = [0; 4096];
         loop {
             match self.vm.control.read(&mut bytes) {
@@ -283,7 +283,7 @@ impl MainLoop {
             }
             loop {
                 match self.decoder.next_from_guest() {
-                    Ok(Some(message)) => self.on_message(message),
+                    Ok(Some(message)) => self.on_message(message, ops),
                     Ok(None) => break,
                     Err(malformed) => {
                         log::error(&format!("the guest's control channel: {malformed}"));
@@ -295,7 +295,7 @@ impl MainLoop {
         }
     }
 
-    fn on_message(&mut self, message: FromGuest) {
+    fn on_message(&mut self, message: FromGuest, ops: &mut EventOps<'_>) {
         match message {
             FromGuest::Hello { version, now_ns } => {
                 if version != protocol::VERSION {
@@ -311,6 +311,10 @@ impl MainLoop {
                 }
             }
             FromGuest::Reached { mark, at_ns } => {
+                if mark == Mark::ServersReady {
+                    let served = self.vm.mux.guest_is_ready(ops);
+                    self.check_vsock(served, ops);
+                }
                 let name = match mark {
                     Mark::AgentStarted => "agent_started",
                     Mark::RootMounted => "root_mounted",
@@ -370,7 +374,7 @@ impl MutEventSubscriber for MainLoop {
             Token::VcpuExit => self.on_vcpu_exit(ops),
             Token::Device => self.on_device_event(ops),
             Token::Control => {
-                if self.read_control() {
+                if self.read_control(ops) {
                     // At its end the socket stays readable: stop listening to it.
                     let _ = ops.remove(Events::empty(&self.vm.control));
                     self.on_agent_lost();

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::plan::HostSocket;
 use crate::sys;
 
-/// Clients that may wait to be accepted; the main loop accepts at once.
-const BACKLOG: i32 = 128;
+/// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
+const BACKLOG: i32 = 4096;
 
 /// A socket file of ours; dropping it removes the file, if it still is ours.
 #[derive(Debug)]
@@ -71,7 +71,7 @@ mod tests {
     fn scratch(name: &str) -> HostSocket {
         let path = std::env::temp_dir().join(format!("mote-{name}-{}", std::process::id()));
         let _ = fs::remove_file(&path);
-        HostSocket { path, guest_port: 1 }
+        HostSocket { path, guest_port: 1, fallback_port: None }
     }
 
     #[test]

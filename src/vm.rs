@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::Bus;
 use crate::console::{self, FirstOutput, KernelLog, PanicMessage, Sinks};
 use crate::memory::{self, GuestRam, RegisterPages};
-use crate::plan::Plan;
+use crate::plan::{HostSocket, Plan};
 use crate::sockets::{self, SocketFile};
 use crate::timeline::Timeline;
 use crate::vcpu::{self, Exit, ExitCounts, ExitReporter};
@@ -174,7 +174,8 @@ fn bind_sockets(plan: &Plan) -> Result<(Vec<Listener>, Vec<SocketFile>)> {
     let mut files = Vec::new();
     for planned in &plan.sockets {
         let (socket, file) = sockets::listen(planned)?;
-        listeners.push(Listener { socket, guest_port: planned.guest_port });
+        let HostSocket { guest_port, fallback_port, .. } = *planned;
+        listeners.push(Listener { socket, guest_port, fallback_port });
         files.push(file);
     }
     Ok((listeners, files))

@@ -276,12 +276,8 @@ mod tests {
         assert_eq!(encode(kind::DATA, request.as_bytes())[..5], [1, 0, 0, 0, 0x6b]);
         assert_eq!(Request::parse(request.as_bytes()), Ok(Request::Exec(exec(&["echo", "hi"]))));
 
-        let reply = ExecOutput {
-            stdout: b"hi\n".to_vec(),
-            stderr: vec![],
-            exit_code: 0,
-            truncated: false,
-        };
+        let reply =
+            ExecOutput { stdout: b"hi\n".to_vec(), stderr: vec![], exit_code: 0, truncated: false };
         assert_eq!(json(&reply), r#"{"stdout":[104,105,10],"stderr":[],"exit_code":0}"#);
         assert_eq!(
             chunk_frame(Stream::Stdout, b"hi\n"),

@@ -79,7 +79,8 @@ mod tests {
             cols: 80,
             rows: 24,
         };
-        let text = r#"{"cmd":["/bin/sh"],"env":[],"working_dir":null,"user":null,"cols":80,"rows":24}"#;
+        let text =
+            r#"{"cmd":["/bin/sh"],"env":[],"working_dir":null,"user":null,"cols":80,"rows":24}"#;
         assert_eq!(serde_json::to_string(&request).expect("serialises"), text);
         assert_eq!(serde_json::from_str::<PtyRequest>(text).expect("parses"), request);
         assert_eq!(encode(kind::REQUEST, text.as_bytes())[..5], [1, 0, 0, 0, 0x4f]);

@@ -58,6 +58,8 @@ struct Entry {
     /// Stands in `Mux::ready`.
     queued: bool,
     requested_at: Instant,
+    /// The guest port to ask when the guest refuses the first one.
+    fallback_port: Option<u32>,
 }
 
 /// A host socket whose clients are connected to a guest port.
@@ -67,6 +69,8 @@ pub struct Listener {
     pub socket: UnixListener,
     /// Where its connections go.
     pub guest_port: u32,
+    /// Where they go when the guest refuses that.
+    pub fallback_port: Option<u32>,
 }
 
 /// The device.
@@ -82,6 +86,10 @@ pub struct Mux {
     /// Sockets for guest connections to these host ports, one each.
     offers: HashMap<u32, UnixStream>,
     listeners: Vec<Listener>,
+    /// When which slots asked the guest for a connection, oldest first; some have their answer.
+    requests: VecDeque<(Instant, usize)>,
+    /// Whether the guest's servers listen; until then clients' connections wait.
+    guest_ready: bool,
     next_host_port: u32,
     buffer: Vec<u8>,
 }
@@ -102,6 +110,8 @@ impl Mux {
             resets: VecDeque::new(),
             offers,
             listeners,
+            requests: VecDeque::new(),
+            guest_ready: false,
             next_host_port: FIRST_HOST_PORT,
             buffer: vec![0; MAX_PACKET],
         })
@@ -114,6 +124,15 @@ impl Mux {
             ops.add(Events::with_data(&listener.socket, token.to_data(), EventSet::IN))?;
         }
         Ok(())
+    }
+
+    /// The guest's servers listen: asks for the connections of all clients that wait.
+    pub fn guest_is_ready(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        self.guest_ready = true;
+        for index in 0..self.entries.len() {
+            self.queue(index);
+        }
+        self.deliver(ops)
     }
 
     /// Takes the queues over.
@@ -185,16 +204,18 @@ impl Mux {
 
     /// When [`Mux::expire`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let waiting = self.entries.iter().flatten().filter(|entry| entry.conn.is_requested());
-        waiting.map(|entry| entry.requested_at + ANSWER_LIMIT).min()
+        self.requests.front().map(|(requested_at, _)| *requested_at + ANSWER_LIMIT)
     }
 
     /// Closes clients' connections that the guest has not answered in time.
     pub fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
-        for index in 0..self.entries.len() {
+        while let Some((requested_at, index)) = self.requests.front().copied()
+            && now >= requested_at + ANSWER_LIMIT
+        {
+            self.requests.pop_front();
             if let Some(entry) = &mut self.entries[index]
                 && entry.conn.is_requested()
-                && now >= entry.requested_at + ANSWER_LIMIT
+                && entry.requested_at == requested_at
             {
                 // At once, whether or not the guest ever takes the reset.
                 entry.conn.vanish();
@@ -260,6 +281,7 @@ impl Mux {
             _ => len == 0,
         };
         let touched = match self.by_ports.get(&header.ports).copied() {
+            Some(index) if header.op == Op::Reset && self.ask_elsewhere(index) => Some(index),
             Some(index) => self.entries[index].as_mut().map(|entry| {
                 if complete {
                     let data = if header.op == Op::Data { &data[..len] } else { &[] };
@@ -272,7 +294,7 @@ impl Mux {
             None => {
                 match (header.op, self.offers.remove(&header.ports.host)) {
                     (Op::Request, Some(socket)) => {
-                        if self.insert(Conn::accepted(&header), socket, ops).is_err() {
+                        if self.insert(Conn::accepted(&header), socket, None, ops).is_err() {
                             self.refuse(header.ports);
                         }
                     }
@@ -290,6 +312,23 @@ impl Mux {
         };
         self.buffer = data;
         touched
+    }
+
+    /// Sends a request that the guest has refused to its other port, if it has one.
+    fn ask_elsewhere(&mut self, index: usize) -> bool {
+        let Some(entry) = self.entries[index].as_mut().filter(|e| e.conn.is_requested()) else {
+            return false;
+        };
+        let Some(guest) = entry.fallback_port.take() else { return false };
+        let refused = entry.conn.ports();
+        let Some(host) = self.free_host_port(guest) else { return false };
+        self.by_ports.remove(&refused);
+        let ports = Ports { host, guest };
+        self.by_ports.insert(ports, index);
+        if let Some(entry) = &mut self.entries[index] {
+            entry.conn = Conn::requested(ports);
+        }
+        true
     }
 
     fn refuse(&mut self, ports: Ports) {
@@ -425,7 +464,7 @@ impl Mux {
 
     fn accept(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
         let listener = &self.listeners[index];
-        let guest_port = listener.guest_port;
+        let Listener { guest_port, fallback_port, .. } = *listener;
         let socket = match listener.socket.accept() {
             Ok((socket, _)) => socket,
             // Level-triggered: what is still waiting comes again.
@@ -434,7 +473,8 @@ impl Mux {
         socket.set_nonblocking(true)?;
         let Some(host) = self.free_host_port(guest_port) else { return Ok(()) };
         // Refused (dropped, so the client sees the end) when there are too many.
-        let _ = self.insert(Conn::requested(Ports { host, guest: guest_port }), socket, ops);
+        let conn = Conn::requested(Ports { host, guest: guest_port });
+        let _ = self.insert(conn, socket, fallback_port, ops);
         Ok(())
     }
 
@@ -454,7 +494,13 @@ impl Mux {
         }
     }
 
-    fn insert(&mut self, conn: Conn, socket: UnixStream, ops: &mut EventOps<'_>) -> Result<()> {
+    fn insert(
+        &mut self,
+        conn: Conn,
+        socket: UnixStream,
+        fallback_port: Option<u32>,
+        ops: &mut EventOps<'_>,
+    ) -> Result<()> {
         if self.by_ports.len() >= MAX_CONNECTIONS {
             bail!("too many connections");
         }
@@ -469,6 +515,10 @@ impl Mux {
             self.free.push(index);
             return Err(error).context("watch a connection");
         }
+        let requested_at = Instant::now();
+        if conn.is_requested() {
+            self.requests.push_back((requested_at, index));
+        }
         self.by_ports.insert(conn.ports(), index);
         self.entries[index] = Some(Entry {
             conn,
@@ -477,14 +527,17 @@ impl Mux {
             writable: true,
             write_shut: false,
             queued: false,
-            requested_at: Instant::now(),
+            requested_at,
+            fallback_port,
         });
         self.queue(index);
         Ok(())
     }
 
+    /// Puts a connection in line for the guest, unless it waits for the guest's servers.
     fn queue(&mut self, index: usize) {
         if let Some(entry) = &mut self.entries[index]
+            && (self.guest_ready || !entry.conn.is_requested())
             && !std::mem::replace(&mut entry.queued, true)
         {
             self.ready.push_back(index);
