@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Modules in reading order:
-//! - the request: [`cli`], [`json`], [`spec`], [`plan`]
+//! - the request: [`cli`], [`json`], [`spec`], [`guest_init`], [`plan`]
 //! - the answer: [`outcome`], [`timeline`], [`log`]
 //! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
 //!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
@@ -24,6 +24,7 @@ pub mod cli;
 pub mod console;
 pub mod cpio;
 pub mod cpu;
+pub mod guest_init;
 pub mod image;
 pub mod json;
 pub mod kvm;

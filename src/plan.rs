@@ -14,9 +14,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use mote_agent::instance::{DEFAULT_PATH, Entrypoint, Instance, ROOT_TAG, Rlimit};
+use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit};
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
+use crate::guest_init::{GuestInit, Main};
 use crate::json::Report;
 use crate::spec::{self, Spec};
 use crate::{image, layout};
@@ -177,7 +178,17 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Instance { hostname, entrypoint, workdir, user, rlimits } = &self.instance;
+        let Instance {
+            hostname,
+            mounts,
+            read_only_root,
+            pids_limit,
+            rlimits,
+            entrypoint,
+            workdir,
+            user,
+            ..
+        } = &self.instance;
         writeln!(f, "box        {}", self.box_id)?;
         writeln!(f, "vcpus      {}", self.vcpus)?;
         writeln!(f, "memory     {} MiB", self.memory_bytes >> 20)?;
@@ -198,6 +209,20 @@ impl fmt::Display for Plan {
             Some(path) => writeln!(f, "console    {}", path.display())?,
             None => writeln!(f, "console    mote's stdout and stderr")?,
         }
+        for mount in mounts {
+            match mount {
+                Mount::Share { tag, path, read_only } => {
+                    let mode = if *read_only { " (read-only)" } else { "" };
+                    writeln!(f, "mount      {tag} on {path}{mode}")?;
+                }
+                Mount::Tmpfs { path, options } => {
+                    writeln!(f, "mount      tmpfs on {path} {options}")?
+                }
+            }
+        }
+        if *read_only_root {
+            writeln!(f, "mount      / is made read-only")?;
+        }
         let command: Vec<String> = [&entrypoint.executable]
             .into_iter()
             .chain(&entrypoint.args)
@@ -209,6 +234,9 @@ impl fmt::Display for Plan {
         writeln!(f, "hostname   {hostname}")?;
         for (name, value) in &entrypoint.env {
             writeln!(f, "env        {name}={value:?}")?;
+        }
+        if let Some(limit) = pids_limit {
+            writeln!(f, "processes  at most {limit}")?;
         }
         for Rlimit { resource, soft, hard } in rlimits {
             let name =
@@ -413,10 +441,6 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         }
     }
 
-    // Contract §7.1: the initial environment, over which the spec's own entries win. The default
-    // PATH is ours: the reference starts programs without one.
-    let defaults = [("HOME", "/"), ("TERM", "linux"), ("PATH", DEFAULT_PATH)];
-    let defaults = defaults.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let hostname = env.iter().rev().find(|(name, _)| name == "HOSTNAME").map(|(_, value)| value);
     let hostname = hostname.filter(|name| !name.is_empty()).map_or("localhost", String::as_str);
     if hostname.len() > MAX_HOSTNAME {
@@ -425,16 +449,30 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
             format!("HOSTNAME has {} bytes, a host name can have {MAX_HOSTNAME}", hostname.len()),
         );
     }
-    Instance {
-        hostname: hostname.into(),
+    if spec.resource_limits.pids_limit == Some(0) {
+        report.error("resource_limits.pids_limit", "is 0, must be at least 1");
+    }
+    let GuestInit { mounts, read_only_root, main, container_env } = GuestInit::new(spec, report);
+    let Main { entrypoint, workdir, user } = main.unwrap_or_else(|| Main {
         entrypoint: Entrypoint {
             executable: executable.clone(),
             args: args.clone(),
-            env: defaults.into_iter().chain(env.iter().cloned()).collect(),
+            env: env.clone(),
         },
         workdir: spec.workdir.clone(),
-        user: spec.user.clone().filter(|user| !user.is_empty()),
-        rlimits: plan_rlimits(&spec.resource_limits.ulimits, report),
+        user: None,
+    });
+    Instance {
+        hostname: hostname.into(),
+        mounts,
+        read_only_root,
+        pids_limit: spec.resource_limits.pids_limit,
+        rlimits: plan_rlimits(&spec.resource_limits, report),
+        entrypoint,
+        workdir,
+        user: spec.user.clone().or(user).filter(|user| !user.is_empty()),
+        exec_env: container_env,
+        exec_workdir: spec.workdir.clone(),
     }
 }
 
@@ -457,13 +495,14 @@ const ULIMITS: [(&str, u32); 15] = [
     ("rttime", 15),
 ];
 
-fn plan_rlimits(ulimits: &[String], report: &mut Report) -> Vec<Rlimit> {
+fn plan_rlimits(limits: &spec::ResourceLimits, report: &mut Report) -> Vec<Rlimit> {
     // Contract §1.4: always set, in this order, before the spec's own.
+    let (soft, hard) = limits.pids_limit.map_or((4096, 8192), |limit| (limit, limit));
     let mut rlimits = vec![
         Rlimit { resource: 7, soft: 1 << 20, hard: 1 << 20 },
-        Rlimit { resource: 6, soft: 4096, hard: 8192 },
+        Rlimit { resource: 6, soft, hard },
     ];
-    for (index, text) in ulimits.iter().enumerate() {
+    for (index, text) in limits.ulimits.iter().enumerate() {
         match parse_ulimit(text) {
             Ok(rlimit) => rlimits.push(rlimit),
             Err(problem) => report.error(format!("resource_limits.ulimits[{index}]"), problem),
@@ -518,7 +557,6 @@ fn refuse_unsupported(spec: &Spec, report: &mut Report) {
     }
     let limits = &spec.resource_limits;
     for (name, wanted) in [
-        ("pids_limit", limits.pids_limit.is_some()),
         ("cpuset_cpus", limits.cpuset_cpus.is_some()),
         ("cpu_shares", limits.cpu_shares.is_some()),
         ("cpu_quota", limits.cpu_quota.is_some()),
@@ -637,7 +675,6 @@ mod tests {
         assert_eq!(plan.memory_bytes, 256 << 20);
         assert_eq!(plan.shares[0].tag, ROOT_TAG);
         assert_eq!(plan.instance.hostname, "localhost");
-        assert_eq!(plan.instance.entrypoint.env[0], ("HOME".into(), "/".into()));
         assert!(plan.sockets.is_empty());
     }
 
@@ -720,7 +757,7 @@ mod tests {
             s.entrypoint.executable.clear();
             s.entrypoint.env = vec![("A=B".into(), String::new())];
             s.port_map = vec!["1:2".into()];
-            s.resource_limits.pids_limit = Some(1);
+            s.resource_limits.pids_limit = Some(0);
         });
         assert_eq!(errors.len(), 8, "{errors:?}");
     }

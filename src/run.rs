@@ -11,7 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -31,6 +31,9 @@ const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc:
 /// How long the guest may take to stop: longer than the agent's own grace of 5 s, and well inside
 /// the 10 s after which the runtime sends SIGKILL (contract §2.6).
 const STOP_LIMIT: Duration = Duration::from_secs(8);
+/// How often the guest is told the time, against drift; besides whenever its clock may have come to
+/// be wrong at once.
+const CLOCK_INTERVAL: Duration = Duration::from_secs(300);
 /// How long the VM may live on without its agent.
 const AGENTLESS_LIMIT: Duration = Duration::from_secs(2);
 /// Most activations and resets before the main loop turns to other work.
@@ -41,7 +44,9 @@ const STREAMS: u64 = 2;
 /// Blocks the signals that the main loop takes from a descriptor. To be called before any thread
 /// is started, so that all inherit it.
 pub fn block_signals() -> Result<File> {
-    sys::signal_file(&STOP_SIGNALS).context("watch for signals")
+    // SIGCONT continues the process whether blocked or not.
+    let signals: Vec<i32> = STOP_SIGNALS.into_iter().chain([libc::SIGCONT]).collect();
+    sys::signal_file(&signals).context("watch for signals")
 }
 
 /// Runs the VM to its end.
@@ -51,6 +56,7 @@ pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome
     let state = Rc::new(RefCell::new(MainLoop {
         vm,
         signals,
+        clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
         rng: None,
         decoder: Decoder::default(),
         guest_clock: None,
@@ -87,6 +93,7 @@ pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome
 struct MainLoop {
     vm: Vm,
     signals: File,
+    clock: File,
     rng: Option<Rng>,
     decoder: Decoder,
     guest_clock: Option<GuestClock>,
@@ -173,6 +180,10 @@ impl MainLoop {
 
     fn on_signal(&mut self) {
         while let Some(signal) = sys::next_signal(&self.signals) {
+            if signal == libc::SIGCONT {
+                self.send_clock();
+                continue;
+            }
             if self.stop.is_some() {
                 let name = signal_name(signal);
                 self.fail(Outcome::Stopped(format!("stopped hard by a second signal ({name})")));
@@ -186,10 +197,27 @@ impl MainLoop {
     }
 
     fn send_stop(&mut self, signal: i32) {
-        let message = FromHost::Stop { signal: signal as u8 }.encode();
-        // A socket pair with room for thousands of these: what it does not take, nobody reads, and
-        // the time limit decides.
-        let _ = self.vm.control.write(&message);
+        self.send(FromHost::Stop { signal: signal as u8 });
+    }
+
+    fn send_clock(&mut self) {
+        // An agent that has not said hello gets the time when it does.
+        if self.guest_clock.is_some()
+            && let Ok(since_1970) = SystemTime::now().duration_since(UNIX_EPOCH)
+        {
+            self.send(FromHost::Clock { realtime_ns: since_1970.as_nanos() as u64 });
+        }
+    }
+
+    fn on_clock(&mut self) {
+        // A jump of the clock makes the read fail, and is read by that.
+        let _ = self.clock.read(&mut [0; 8]);
+        self.send_clock();
+    }
+
+    fn send(&mut self, message: FromHost) {
+        // A socket pair with room for thousands of these: what it does not take, nobody reads.
+        let _ = self.vm.control.write(&message.encode());
     }
 
     fn on_vcpu_exit(&mut self, ops: &mut EventOps<'_>) {
@@ -306,6 +334,7 @@ impl MainLoop {
                     return;
                 }
                 self.guest_clock.get_or_insert(GuestClock::new(now_ns));
+                self.send_clock();
                 if let Some((signal, _)) = self.stop {
                     self.send_stop(signal);
                 }
@@ -350,6 +379,7 @@ impl MutEventSubscriber for MainLoop {
         let mut registered = self.vm.mux.register(ops);
         for (fd, token) in [
             (self.signals.as_raw_fd(), Token::Signal),
+            (self.clock.as_raw_fd(), Token::Clock),
             (self.vm.exits.1.as_raw_fd(), Token::VcpuExit),
             (self.vm.device_events.1.as_raw_fd(), Token::Device),
             (self.vm.control.as_raw_fd(), Token::Control),
@@ -371,6 +401,7 @@ impl MutEventSubscriber for MainLoop {
         let Some(token) = Token::from_data(events.data()) else { return };
         match token {
             Token::Signal => self.on_signal(),
+            Token::Clock => self.on_clock(),
             Token::VcpuExit => self.on_vcpu_exit(ops),
             Token::Device => self.on_device_event(ops),
             Token::Control => {

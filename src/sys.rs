@@ -3,11 +3,13 @@
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::ptr;
 use std::time::{Duration, Instant};
@@ -45,7 +47,7 @@ pub fn huge_memory_file(len: u64) -> io::Result<File> {
     const FSCONFIG_CMD_CREATE: libc::c_int = 6;
     const FSMOUNT_CLOEXEC: libc::c_int = 1;
     const NOSUID_NODEV_NOEXEC: libc::c_int = 2 | 4 | 8;
-    let size = std::ffi::CString::new(len.to_string())?;
+    let size = CString::new(len.to_string())?;
     // SAFETY: system calls on descriptors that live to the end of the block, and on NUL-terminated
     // strings that outlive the calls; null is what the commands without a value take.
     unsafe {
@@ -67,6 +69,28 @@ pub fn huge_memory_file(len: u64) -> io::Result<File> {
         let file = File::from(owned(check(file)?));
         file.set_len(len)?;
         Ok(file)
+    }
+}
+
+/// Whether a path exists, seen from a root directory: its symbolic links lead nowhere else. A path
+/// that cannot be judged counts as there.
+pub fn exists_in_root(root: &Path, path: &str) -> bool {
+    let Ok(root) = File::open(root) else { return true };
+    let Ok(path) = CString::new(path) else { return true };
+    // SAFETY: an all-zero open_how is valid; the strings and the structure outlive the call.
+    let fd = unsafe {
+        let mut how: libc::open_how = zeroed();
+        how.flags = (libc::O_PATH | libc::O_CLOEXEC) as u64;
+        how.resolve = libc::RESOLVE_IN_ROOT;
+        let size = size_of::<libc::open_how>();
+        libc::syscall(libc::SYS_openat2, root.as_raw_fd(), path.as_ptr(), &raw const how, size)
+    };
+    match check(fd as libc::c_int) {
+        Ok(fd) => {
+            drop(owned(fd));
+            true
+        }
+        Err(error) => !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)),
     }
 }
 
@@ -112,6 +136,23 @@ pub fn next_signal(file: &File) -> Option<i32> {
     unsafe {
         let read = libc::read(file.as_raw_fd(), info.as_mut_ptr().cast(), size);
         (read == size as isize).then(|| info.assume_init().ssi_signo as i32)
+    }
+}
+
+/// A non-blocking timer that is readable at every `interval`, and when the wall clock is set or
+/// makes a jump, as after the host's sleep (timerfd_create(2), `TFD_TIMER_CANCEL_ON_SET`).
+pub fn wall_clock_file(interval: Duration) -> io::Result<File> {
+    // SAFETY: plain system calls; the structures live on this stack, and all-zero ones are valid.
+    unsafe {
+        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
+        let file = File::from(owned(check(libc::timerfd_create(libc::CLOCK_REALTIME, flags))?));
+        let mut timer: libc::itimerspec = zeroed();
+        check(libc::clock_gettime(libc::CLOCK_REALTIME, &mut timer.it_value))?;
+        timer.it_interval.tv_sec = interval.as_secs() as libc::time_t;
+        timer.it_value.tv_sec += timer.it_interval.tv_sec;
+        let flags = libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET;
+        check(libc::timerfd_settime(file.as_raw_fd(), flags, &timer, ptr::null_mut()))?;
+        Ok(file)
     }
 }
 

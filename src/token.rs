@@ -5,6 +5,8 @@
 pub enum Token {
     /// A signal for mote itself.
     Signal,
+    /// It is time to tell the guest the time.
+    Clock,
     /// A vCPU has stopped for good.
     VcpuExit,
     /// A device of the main loop was activated or reset.
@@ -45,6 +47,7 @@ impl Token {
             Token::VsockTransmit => (8, 0),
             Token::VsockListener(index) => (9, index),
             Token::VsockConnection(index) => (10, index),
+            Token::Clock => (11, 0),
         };
         kind << INDEX_BITS | index & INDEX_MASK
     }
@@ -64,6 +67,7 @@ impl Token {
             8 => Token::VsockTransmit,
             9 => Token::VsockListener(index),
             10 => Token::VsockConnection(index),
+            11 => Token::Clock,
             _ => return None,
         })
     }

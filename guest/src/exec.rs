@@ -5,7 +5,7 @@
 //! know, and replies carry ours only where the contract has no way to say the same.
 
 use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
@@ -205,6 +205,12 @@ pub fn to_base64(bytes: &[u8]) -> String {
 /// The contents that a file request or response carries.
 pub fn from_base64(text: &str) -> Result<Vec<u8>, String> {
     STANDARD.decode(text).map_err(|error| format!("data is not base64: {error}"))
+}
+
+/// Text in base64url without padding, as later runtimes write `BOX_EXEC_*` variables (contract
+/// §2.10).
+pub fn from_base64url(text: &str) -> Option<String> {
+    String::from_utf8(URL_SAFE_NO_PAD.decode(text).ok()?).ok()
 }
 
 /// Appends bytes as the items of a JSON array of numbers, and returns how many characters that took.

@@ -12,33 +12,63 @@ pub const PATH: &str = "/mote/instance.json";
 /// Virtio-fs tag of the share that becomes `/`. Shares of the spec may not use it.
 pub const ROOT_TAG: &str = "mote-root";
 
-/// `PATH` of an entrypoint whose environment names none.
-pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Everything the agent needs to start the entrypoint.
+/// Everything the agent needs to run the box.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {
     /// Guest host name (contract §7.1: `$HOSTNAME` of the spec's environment, or `localhost`).
     pub hostname: String,
+    /// Mounts beside the root, in order.
+    pub mounts: Vec<Mount>,
+    /// Whether the root file system becomes read-only once everything is mounted.
+    pub read_only_root: bool,
+    /// Most processes in the box.
+    pub pids_limit: Option<u64>,
+    /// Resource limits of every program, in the order they are set; a later entry for a resource
+    /// wins.
+    pub rlimits: Vec<Rlimit>,
     /// The program to run.
     pub entrypoint: Entrypoint,
     /// Directory the entrypoint starts in; must exist in the guest.
     pub workdir: String,
     /// User and group to run as (contract §1.5): `uid`, `uid:gid`, `name` or `name:group`.
     pub user: Option<String>,
-    /// Resource limits in the order they are set; a later entry for a resource wins.
-    pub rlimits: Vec<Rlimit>,
+    /// Environment of exec'd commands, below what their requests add.
+    pub exec_env: Vec<(String, String)>,
+    /// Directory that exec'd commands start in unless their requests name one.
+    pub exec_workdir: String,
 }
 
-/// A program with its arguments and its whole environment.
+/// A program with its arguments and its environment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entrypoint {
     /// Path, or a name that is looked up in the environment's `PATH`.
     pub executable: String,
     /// Arguments after `argv[0]`.
     pub args: Vec<String>,
-    /// Environment in order; a later entry for a name wins.
+    /// Environment in order, over the agent's defaults for `HOME`, `TERM` and `PATH`; a later entry
+    /// for a name wins.
     pub env: Vec<(String, String)>,
+}
+
+/// One mount in the guest. Its directory is created when the image lacks it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mount {
+    /// A virtio-fs share.
+    Share {
+        /// The share's tag.
+        tag: String,
+        /// Where to mount it.
+        path: String,
+        /// Whether the guest's mount is read-only.
+        read_only: bool,
+    },
+    /// An empty file system in memory.
+    Tmpfs {
+        /// Where to mount it.
+        path: String,
+        /// Comma-separated options, of mount(8) and of tmpfs.
+        options: String,
+    },
 }
 
 /// One `setrlimit` call.

@@ -1,14 +1,22 @@
 //! `mote-agent`: PID 1 of the guest. Read [`run`] from top to bottom for what a guest does between
 //! kernel and power-off; everything it is asked to do is in `/mote/instance.json`.
 //!
-//! One thread, one poll loop. Nothing here may end the process by accident: PID 1's death is a
+//! One thread, one poll loop; clients' requests are served by processes of their own ([`server`]).
+//! Nothing here may end the process by accident: PID 1's death is a
 //! kernel panic, so failures become a message to the host and a power-off.
 
+mod cgroup;
+mod command;
+mod connection;
 mod host;
+mod launch;
 mod mount;
+mod server;
+mod spawn;
 mod sys;
+mod terminal;
+mod transfer;
 mod user;
-mod workload;
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -19,9 +27,11 @@ use mote_agent::protocol::{
     CONTROL_PORT, EntrypointEnd, FromGuest, FromHost, Mark, STDERR_PORT, STDOUT_PORT, VERSION,
 };
 
+use crate::cgroup::BoxCgroup;
 use crate::host::{Control, Received, Relay};
+use crate::launch::Program;
+use crate::server::{Context, Server, until};
 use crate::sys::{Interest, Reap};
-use crate::workload::Workload;
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
 const GRACE: Duration = Duration::from_secs(5);
@@ -30,6 +40,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const REAP_LIMIT: Duration = Duration::from_secs(2);
 /// Difference from the host's wall clock that is left alone.
 const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
+/// Connections, pipes and the like that the agent may have open.
+const MAX_OPEN_FILES: u64 = 65_536;
 /// How long the host may take to answer the first connections.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -46,7 +58,6 @@ fn run() -> Result<(), String> {
     // The three connections are under way while the root is being mounted.
     let [control, stdout, stderr] = connect_to_host()?;
     let prepared = prepare();
-    let root_ns = sys::monotonic_ns();
     wait_until_connected([&control, &stdout, &stderr])?;
 
     let mut control = Control::new(control);
@@ -55,17 +66,29 @@ fn run() -> Result<(), String> {
 
     let started = prepared
         .map_err(|reason| EntrypointEnd::NotStarted { code: 125, reason })
-        .and_then(|(instance, children)| Ok((workload::start(&instance)?, children)));
+        .and_then(|prepared| Ok((start_entrypoint(&prepared)?, prepared)));
     let (end, relays) = match started {
-        Ok((workload, children)) => {
-            control.send(&FromGuest::Reached { mark: Mark::RootMounted, at_ns: root_ns });
-            control.send(&FromGuest::Reached {
-                mark: Mark::EntrypointStarted,
-                at_ns: sys::monotonic_ns(),
-            });
-            let Workload { pid, stdout: out, stderr: err } = workload;
-            let mut relays = [Relay::new(out, stdout), Relay::new(err, stderr)];
-            let end = supervise(pid, &children, &mut control, &mut relays);
+        Ok((entrypoint, prepared)) => {
+            let Prepared {
+                instance,
+                root_mounted_ns,
+                children,
+                cgroup,
+                mut server,
+                servers_ready_ns,
+            } = prepared;
+            for (mark, at_ns) in [
+                (Mark::RootMounted, root_mounted_ns),
+                (Mark::ServersReady, servers_ready_ns),
+                (Mark::EntrypointStarted, sys::monotonic_ns()),
+            ] {
+                control.send(&FromGuest::Reached { mark, at_ns });
+            }
+            let mut relays =
+                [Relay::new(entrypoint.stdout, stdout), Relay::new(entrypoint.stderr, stderr)];
+            let context =
+                Context { instance: &instance, cgroup: &cgroup, entrypoint: entrypoint.pid };
+            let end = supervise(&context, &children, &mut control, &mut relays, &mut server);
             (end, Some(relays))
         }
         Err(not_started) => {
@@ -83,18 +106,73 @@ fn run() -> Result<(), String> {
     Ok(())
 }
 
+/// A box that is ready for its entrypoint.
+struct Prepared {
+    instance: Instance,
+    root_mounted_ns: u64,
+    /// Readable while children have ended.
+    children: File,
+    cgroup: BoxCgroup,
+    server: Server,
+    servers_ready_ns: u64,
+}
+
 /// Everything between the kernel's hand-over and the entrypoint, in order.
-fn prepare() -> Result<(Instance, File), String> {
+fn prepare() -> Result<Prepared, String> {
     let json = fs::read(instance::PATH).map_err(|e| format!("read {}: {e}", instance::PATH))?;
     let instance: Instance =
         serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
     mount::root()?;
     mount::kernel_file_systems()?;
+    let root_mounted_ns = sys::monotonic_ns();
+    let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
+    mount::of_the_spec(&instance)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
     sys::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
+    sys::raise_open_file_limit(MAX_OPEN_FILES)
+        .map_err(|e| format!("raise the limit on open files: {e}"))?;
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
-    Ok((instance, children))
+    let server = Server::listen()?;
+    let servers_ready_ns = sys::monotonic_ns();
+    Ok(Prepared { instance, root_mounted_ns, children, cgroup, server, servers_ready_ns })
+}
+
+/// The running entrypoint, with the reading ends of its output, non-blocking.
+struct Running {
+    pid: i32,
+    stdout: File,
+    stderr: File,
+}
+
+fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
+    let setup = |doing: &'static str| {
+        move |e: std::io::Error| EntrypointEnd::NotStarted {
+            code: 125,
+            reason: format!("{doing} of the entrypoint: {e}"),
+        }
+    };
+    let Prepared { instance, cgroup, .. } = prepared;
+    let stdin = File::open("/dev/null").map_err(setup("open /dev/null for the input"))?;
+    let (stdout, stdout_end) = sys::pipe().map_err(setup("create a pipe for the output"))?;
+    let (stderr, stderr_end) = sys::pipe().map_err(setup("create a pipe for the errors"))?;
+    let program = Program {
+        executable: &instance.entrypoint.executable,
+        args: &instance.entrypoint.args,
+        env: &instance.entrypoint.env,
+        workdir: &instance.workdir,
+        user: instance.user.as_deref(),
+        rlimits: &instance.rlimits,
+        terminal: false,
+    };
+    let stdio = [stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
+    let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|refusal| {
+        // Set-up failures name their own field of the spec.
+        let field = if refusal.code == 125 { "" } else { "entrypoint: " };
+        let reason = format!("{field}{}", refusal.reason);
+        EntrypointEnd::NotStarted { code: refusal.code, reason }
+    })?;
+    Ok(Running { pid, stdout, stderr })
 }
 
 fn connect_to_host() -> Result<[File; 3], String> {
@@ -109,10 +187,9 @@ fn wait_until_connected(sockets: [&File; 3]) -> Result<(), String> {
     for (name, socket) in
         ["control channel", "standard output", "standard error"].iter().zip(sockets)
     {
-        let limit_ms = CONNECT_LIMIT.as_millis() as i32;
-        match sys::poll(&[Interest::write(socket.as_fd())], Some(limit_ms)) {
-            Ok(true) => sys::socket_error(socket),
-            Ok(false) => Err(std::io::ErrorKind::TimedOut.into()),
+        match sys::poll(&[Interest::write(socket.as_fd())], Some(CONNECT_LIMIT)) {
+            Ok(ready) if ready[0] => sys::socket_error(socket),
+            Ok(_) => Err(std::io::ErrorKind::TimedOut.into()),
             Err(error) => Err(error),
         }
         .map_err(|e| format!("connect the {name} to the host: {e}"))?;
@@ -131,13 +208,23 @@ enum Phase {
     Draining(Instant),
 }
 
+impl Phase {
+    fn deadline(self) -> Option<Instant> {
+        match self {
+            Phase::Running => None,
+            Phase::Stopping(deadline) | Phase::Draining(deadline) => Some(deadline),
+        }
+    }
+}
+
 /// Runs until the entrypoint has ended, every other process is gone and all output is handed over.
 /// `None` when the host is lost: nobody is left to tell.
 fn supervise(
-    pid: i32,
+    context: &Context<'_>,
     children: &File,
     control: &mut Control,
     relays: &mut [Relay; 2],
+    server: &mut Server,
 ) -> Option<EntrypointEnd> {
     let mut phase = Phase::Running;
     let mut end = None;
@@ -146,15 +233,17 @@ fn supervise(
         drain(children);
         while !alone {
             match sys::reap() {
-                Reap::Ended(child) if child.pid == pid => {
+                Reap::Ended(child) if child.pid == context.entrypoint => {
                     end = Some(match child.status {
                         Ok(code) => EntrypointEnd::Exited(code),
                         Err(signal) => EntrypointEnd::Signaled(signal),
                     });
-                    sys::signal_all(libc::SIGKILL);
+                    kill_box(context.cgroup);
                     phase = Phase::Draining(Instant::now() + REAP_LIMIT);
                 }
-                Reap::Ended(_) => {}
+                Reap::Ended(child) => {
+                    server.child_ended(child.pid, child.status.is_ok(), context.cgroup);
+                }
                 Reap::NoneYet => break,
                 Reap::NoChildren => alone = end.is_some(),
             }
@@ -181,7 +270,7 @@ fn supervise(
             Phase::Running => false,
             Phase::Stopping(deadline) => {
                 if now >= deadline {
-                    sys::signal_all(libc::SIGKILL);
+                    kill_box(context.cgroup);
                     phase = Phase::Stopping(now + GRACE);
                 }
                 false
@@ -195,20 +284,31 @@ fn supervise(
             return end;
         }
 
-        let timeout = match phase {
-            Phase::Running => None,
-            Phase::Draining(_) if last => None,
-            Phase::Stopping(deadline) | Phase::Draining(deadline) => {
-                Some(deadline.saturating_duration_since(Instant::now()).as_millis() as i32 + 1)
-            }
-        };
-        let interests: Vec<Interest<'_>> = [Interest::read(children.as_fd())]
-            .into_iter()
-            .chain(control.interests())
-            .chain(relays.iter().filter_map(Relay::interest))
-            .collect();
+        let deadline = phase.deadline().filter(|_| !last);
+        let limit = deadline.into_iter().chain(server.next_deadline()).min().map(until);
+        // New clients are served while there is a box.
+        let serving = end.is_none();
+        let mut interests: Vec<Interest<'_>> = Vec::new();
+        if serving {
+            interests.extend(server.interests());
+        }
+        let clients = interests.len();
+        interests.push(Interest::read(children.as_fd()));
+        interests.extend(control.interests());
+        interests.extend(relays.iter().filter_map(Relay::interest));
         // A failing poll would spin, but it has no way to fail: every descriptor is open.
-        let _ = sys::poll(&interests, timeout);
+        let Ok(ready) = sys::poll(&interests, limit) else { continue };
+        if serving {
+            server.serve(&ready[..clients], context);
+        }
+    }
+}
+
+/// Kills everything that runs in the box. Sessions see their commands end, tell their clients, and
+/// end by themselves.
+fn kill_box(cgroup: &BoxCgroup) {
+    if cgroup.kill().is_err() {
+        sys::signal_all(libc::SIGKILL);
     }
 }
 

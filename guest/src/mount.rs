@@ -5,23 +5,22 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 
-use mote_agent::instance::ROOT_TAG;
+use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
 use crate::sys;
 
 const NEW_ROOT: &str = "/newroot";
 
-/// One mount below the root: file system, directory, flags, options.
-type Mount = (&'static str, &'static str, libc::c_ulong, &'static str);
+/// One of them: file system, directory, flags, options.
+type KernelFileSystem = (&'static str, &'static str, libc::c_ulong, &'static str);
 
 const NOSUID_NODEV_NOEXEC: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
 
 /// In this order; the directories are made when the image lacks them.
-const MOUNTS: [Mount; 7] = [
+const KERNEL_FILE_SYSTEMS: [KernelFileSystem; 6] = [
     ("devtmpfs", "/dev", libc::MS_NOSUID, ""),
     ("proc", "/proc", NOSUID_NODEV_NOEXEC, ""),
     ("sysfs", "/sys", NOSUID_NODEV_NOEXEC, ""),
-    ("cgroup2", "/sys/fs/cgroup", NOSUID_NODEV_NOEXEC, "nsdelegate"),
     ("devpts", "/dev/pts", libc::MS_NOSUID | libc::MS_NOEXEC, "mode=620,ptmxmode=666,gid=5"),
     ("tmpfs", "/dev/shm", NOSUID_NODEV_NOEXEC, "mode=1777"),
     ("mqueue", "/dev/mqueue", NOSUID_NODEV_NOEXEC, ""),
@@ -42,7 +41,7 @@ pub fn root() -> Result<(), String> {
 
 /// Mounts the kernel file systems and makes the usual links in `/dev`.
 pub fn kernel_file_systems() -> Result<(), String> {
-    for (fstype, target, flags, options) in MOUNTS {
+    for (fstype, target, flags, options) in KERNEL_FILE_SYSTEMS {
         ensure_directory(target).map_err(|e| {
             format!("create the mount point {target} in the root file system (rootfs_path): {e}")
         })?;
@@ -60,9 +59,79 @@ pub fn kernel_file_systems() -> Result<(), String> {
     Ok(())
 }
 
+/// Mounts what the spec asks for; then the root is made read-only, if it shall be.
+pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
+    for mount in &instance.mounts {
+        let (what, fstype, source, path, flags, data) = match mount {
+            Mount::Share { tag, path, read_only } => {
+                let flags = if *read_only { libc::MS_RDONLY } else { 0 };
+                (format!("share '{tag}'"), "virtiofs", tag.as_str(), path, flags, String::new())
+            }
+            Mount::Tmpfs { path, options } => {
+                let (flags, data) = split_options(options);
+                ("a tmpfs".into(), "tmpfs", "tmpfs", path, flags, data)
+            }
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(path)
+            .map_err(|e| format!("create the mount point {path} for {what}: {e}"))?;
+        sys::mount(source, path, fstype, flags, &data)
+            .map_err(|e| format!("mount {what} on {path} (options '{data}'): {e}"))?;
+    }
+    if instance.read_only_root {
+        let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
+        sys::mount("", "/", "", flags, "").map_err(|e| format!("make / read-only: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Options of mount(8) that are flags of mount(2), and whether they set or clear them.
+const FLAG_OPTIONS: [(&str, libc::c_ulong, bool); 12] = [
+    ("ro", libc::MS_RDONLY, true),
+    ("rw", libc::MS_RDONLY, false),
+    ("noexec", libc::MS_NOEXEC, true),
+    ("exec", libc::MS_NOEXEC, false),
+    ("nosuid", libc::MS_NOSUID, true),
+    ("suid", libc::MS_NOSUID, false),
+    ("nodev", libc::MS_NODEV, true),
+    ("dev", libc::MS_NODEV, false),
+    ("noatime", libc::MS_NOATIME, true),
+    ("relatime", libc::MS_RELATIME, true),
+    ("sync", libc::MS_SYNCHRONOUS, true),
+    ("async", libc::MS_SYNCHRONOUS, false),
+];
+
+/// Flags for mount(2), and what is left for the file system.
+fn split_options(options: &str) -> (libc::c_ulong, String) {
+    let mut flags = 0;
+    let mut data = Vec::new();
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        match FLAG_OPTIONS.iter().find(|(name, ..)| *name == option) {
+            Some((_, flag, true)) => flags |= flag,
+            Some((_, flag, false)) => flags &= !flag,
+            None => data.push(option),
+        }
+    }
+    (flags, data.join(","))
+}
+
 fn ensure_directory(path: &str) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o755).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_options_are_split_into_flags_and_data() {
+        let expected = (libc::MS_NOEXEC | libc::MS_NOSUID, "size=64m,mode=700".to_owned());
+        assert_eq!(split_options("ro,noexec,size=64m,nosuid,mode=700,rw"), expected);
+        assert_eq!(split_options(""), (0, String::new()));
     }
 }

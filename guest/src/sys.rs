@@ -1,9 +1,10 @@
-//! Thin, safe wrappers over the system calls the agent needs; the agent's only unsafe code.
+//! Thin, safe wrappers over the system calls the agent needs; with [`crate::spawn`] the agent's only
+//! unsafe code.
 //!
 //! Each wrapper does one call (or one inseparable group) and returns `io::Error` unchanged: callers
 //! add what was being done and to what.
 
-#![allow(unsafe_code, reason = "the one module of the agent that talks to libc")]
+#![allow(unsafe_code, reason = "the module that talks to libc")]
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
@@ -12,17 +13,16 @@ use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::ptr;
-
-use mote_agent::instance::Rlimit;
+use std::time::Duration;
 
 /// Host end of every vsock connection (`VMADDR_CID_HOST`).
 const HOST_CID: u32 = 2;
 
-fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
+pub(crate) fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
 }
 
-fn owned(fd: RawFd) -> OwnedFd {
+pub(crate) fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: every caller passes a descriptor that a system call has just returned, so it is open
     // and nobody else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -47,6 +47,47 @@ pub fn mount(
     check(unsafe {
         libc::mount(source.as_ptr(), target.as_ptr(), fstype.as_ptr(), flags, data.as_ptr().cast())
     })?;
+    Ok(())
+}
+
+/// Takes a file system out of the tree; what is open on it stays usable (`MNT_DETACH`).
+pub fn unmount(target: &str) -> io::Result<()> {
+    let target = c_string(target)?;
+    // SAFETY: `target` is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) })?;
+    Ok(())
+}
+
+/// Makes the calling process's cgroup the root of what it and its children see of the hierarchy.
+pub fn new_cgroup_namespace() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) })?;
+    Ok(())
+}
+
+/// Opens a file below an open directory for writing.
+pub fn open_below(directory: &impl AsRawFd, name: &str) -> io::Result<File> {
+    let name = c_string(name)?;
+    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    Ok(File::from(owned(check(unsafe {
+        libc::openat(directory.as_raw_fd(), name.as_ptr(), flags)
+    })?)))
+}
+
+/// Creates a directory, mode 0755, below an open one.
+pub fn create_directory_below(directory: &impl AsRawFd, name: &str) -> io::Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::mkdirat(directory.as_raw_fd(), name.as_ptr(), 0o755) })?;
+    Ok(())
+}
+
+/// Removes an empty directory below an open one.
+pub fn remove_directory_below(directory: &impl AsRawFd, name: &str) -> io::Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::unlinkat(directory.as_raw_fd(), name.as_ptr(), libc::AT_REMOVEDIR) })?;
     Ok(())
 }
 
@@ -143,6 +184,47 @@ pub fn vsock_connect(port: u32) -> io::Result<File> {
     }
 }
 
+/// A non-blocking socket that listens on a vsock port, for connections from the host.
+pub fn vsock_listen(port: u32) -> io::Result<File> {
+    // SAFETY: plain socket call.
+    let socket = owned(check(unsafe {
+        libc::socket(
+            libc::AF_VSOCK,
+            libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+            0,
+        )
+    })?);
+    // SAFETY: an all-zero sockaddr_vm is valid.
+    let mut address: libc::sockaddr_vm = unsafe { zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    address.svm_port = port;
+    let len = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    // SAFETY: pointer and length describe `address`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    // SAFETY: plain system call on an open descriptor. The kernel cuts the backlog to its limit.
+    check(unsafe { libc::listen(socket.as_raw_fd(), libc::c_int::MAX) })?;
+    Ok(File::from(socket))
+}
+
+/// The next connection that waits on a listening socket, non-blocking.
+pub fn accept(listener: &impl AsRawFd) -> io::Result<File> {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: null pointers are what a caller without interest in the address passes.
+    let fd =
+        unsafe { libc::accept4(listener.as_raw_fd(), ptr::null_mut(), ptr::null_mut(), flags) };
+    Ok(File::from(owned(check(fd)?)))
+}
+
+/// Whether the peer of a stream socket has closed it altogether: it takes no bytes any more.
+pub fn is_hung_up(socket: &impl AsRawFd) -> bool {
+    // SAFETY: zero bytes are sent, so none are read.
+    let sent = unsafe {
+        libc::send(socket.as_raw_fd(), ptr::null(), 0, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+    };
+    sent < 0 && io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock
+}
+
 /// Takes the pending error of a socket (`SO_ERROR`).
 pub fn socket_error(socket: &impl AsRawFd) -> io::Result<()> {
     let mut code: libc::c_int = 0;
@@ -169,13 +251,128 @@ pub fn shutdown_write(socket: &impl AsRawFd) -> io::Result<()> {
 
 /// A pipe, closed on exec: (read end, non-blocking; write end, blocking).
 pub fn pipe() -> io::Result<(File, OwnedFd)> {
+    let (read, write) = pipe_ends()?;
+    set_nonblocking(&read)?;
+    Ok((File::from(read), write))
+}
+
+fn pipe_ends() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: `fds` has room for the two descriptors.
     check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) })?;
-    let (read, write) = (owned(fds[0]), owned(fds[1]));
+    Ok((owned(fds[0]), owned(fds[1])))
+}
+
+/// A pipe, closed on exec: (read end, blocking; write end, non-blocking).
+pub fn input_pipe() -> io::Result<(OwnedFd, File)> {
+    let (read, write) = pipe_ends()?;
+    set_nonblocking(&write)?;
+    Ok((read, File::from(write)))
+}
+
+/// Makes reads and writes return instead of waiting.
+pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
-    check(unsafe { libc::fcntl(read.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
-    Ok((File::from(read), write))
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
+    Ok(())
+}
+
+/// How many bytes wait in a pipe (`FIONREAD`).
+pub fn bytes_waiting(pipe: &impl AsRawFd) -> usize {
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: FIONREAD writes an int, which `waiting` is.
+    unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
+    waiting.max(0) as usize
+}
+
+/// A new terminal: (master, non-blocking; slave).
+pub fn open_terminal() -> io::Result<(File, OwnedFd)> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: system calls on a NUL-terminated literal, on a descriptor that lives to the end of the
+    // block, and with an int to read for TIOCSPTLCK.
+    unsafe {
+        let master = owned(check(libc::open(c"/dev/ptmx".as_ptr(), flags | libc::O_NONBLOCK))?);
+        let unlocked: libc::c_int = 0;
+        check(libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlocked))?;
+        // By descriptor, whatever the box has done to /dev/pts.
+        let slave = owned(check(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?);
+        Ok((File::from(master), slave))
+    }
+}
+
+/// Sets a terminal's size in characters (`TIOCSWINSZ`); its foreground process gets `SIGWINCH`.
+pub fn resize_terminal(terminal: &impl AsRawFd, cols: u16, rows: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads a winsize, which `size` is.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
+    Ok(())
+}
+
+/// Raises the limit on open files: every connection is one.
+pub fn raise_open_file_limit(limit: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+    // SAFETY: `limit` outlives the call.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
+    Ok(())
+}
+
+/// Continues as two processes; the new one runs `work` and ends. In it only the descriptors of
+/// `keep` are open, all signals wait for ever, and `ps` shows it as `name`.
+pub fn fork(keep: &[BorrowedFd<'_>], name: &CStr, work: impl FnOnce()) -> io::Result<i32> {
+    // SAFETY: the agent has one thread, so the child is a whole copy of it and may do anything. It
+    // never returns: nothing of the parent's is dropped in it, and descriptors of the parent's that
+    // are closed in it are not used in it.
+    unsafe {
+        let pid = check(libc::fork())?;
+        if pid != 0 {
+            return Ok(pid);
+        }
+        let mut all: libc::sigset_t = zeroed();
+        libc::sigfillset(&mut all);
+        libc::sigprocmask(libc::SIG_SETMASK, &all, ptr::null_mut());
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+        let mut kept: Vec<u32> = keep.iter().map(|fd| fd.as_raw_fd() as u32).collect();
+        kept.sort_unstable();
+        let mut first = 3;
+        for fd in kept {
+            if fd > first {
+                libc::syscall(libc::SYS_close_range, first, fd - 1, 0);
+            }
+            first = first.max(fd + 1);
+        }
+        libc::syscall(libc::SYS_close_range, first, u32::MAX, 0);
+        work();
+        libc::_exit(0)
+    }
+}
+
+/// A descriptor that becomes readable when the process ends.
+pub fn process_file(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    Ok(owned(check(fd as libc::c_int)?))
+}
+
+/// Waits for the end of a child: its exit status, or the signal that killed it.
+pub fn wait_for(pid: i32) -> io::Result<Result<u8, u8>> {
+    let mut status = 0;
+    // SAFETY: `status` is a valid place for the result.
+    check(unsafe { libc::waitpid(pid, &mut status, 0) })?;
+    Ok(exit_status(status))
+}
+
+fn exit_status(status: libc::c_int) -> Result<u8, u8> {
+    if libc::WIFSIGNALED(status) {
+        Err(libc::WTERMSIG(status) as u8)
+    } else {
+        Ok(libc::WEXITSTATUS(status) as u8)
+    }
+}
+
+/// Signals a process. One that is gone is no error.
+pub fn signal(pid: i32, signal: i32) {
+    // SAFETY: plain system call.
+    unsafe { libc::kill(pid, signal) };
 }
 
 /// Blocks `SIGCHLD` and returns a non-blocking descriptor that is readable while one is pending.
@@ -191,7 +388,7 @@ pub fn child_signal() -> io::Result<File> {
     }
 }
 
-/// What to wait for on one descriptor, and what came of it.
+/// What to wait for on one descriptor.
 #[derive(Debug, Clone, Copy)]
 pub struct Interest<'a> {
     fd: BorrowedFd<'a>,
@@ -210,8 +407,9 @@ impl<'a> Interest<'a> {
     }
 }
 
-/// Waits until one of the descriptors is ready (`true`) or the time is over (`None`: no limit).
-pub fn poll(interests: &[Interest<'_>], timeout_ms: Option<i32>) -> io::Result<bool> {
+/// Waits until one of the descriptors is ready or the time is over (`None`: no limit). Says which
+/// are ready, in the order of `interests`.
+pub fn poll(interests: &[Interest<'_>], limit: Option<Duration>) -> io::Result<Vec<bool>> {
     let mut fds: Vec<libc::pollfd> = interests
         .iter()
         .map(|interest| libc::pollfd {
@@ -220,13 +418,15 @@ pub fn poll(interests: &[Interest<'_>], timeout_ms: Option<i32>) -> io::Result<b
             revents: 0,
         })
         .collect();
+    // Rounded up: waking early would only mean waking again.
+    let timeout_ms = limit.map_or(-1, |limit| {
+        i32::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+    });
     // SAFETY: pointer and length describe `fds`.
-    let ret = unsafe {
-        libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms.unwrap_or(-1))
-    };
+    let ret = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
     match check(ret) {
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-        other => other.map(|ready| ready > 0),
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(fds.iter().map(|fd| fd.revents != 0).collect()),
     }
 }
 
@@ -256,14 +456,7 @@ pub fn reap() -> Reap {
     // SAFETY: `status` is a valid place for the result.
     match unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) } {
         0 => Reap::NoneYet,
-        pid if pid > 0 => Reap::Ended(Reaped {
-            pid,
-            status: if libc::WIFSIGNALED(status) {
-                Err(libc::WTERMSIG(status) as u8)
-            } else {
-                Ok(libc::WEXITSTATUS(status) as u8)
-            },
-        }),
+        pid if pid > 0 => Reap::Ended(Reaped { pid, status: exit_status(status) }),
         _ => Reap::NoChildren,
     }
 }
@@ -288,175 +481,10 @@ pub fn power_off() -> ! {
     }
 }
 
-/// Makes standard streams belong to the user that will use them, so that it can reopen
-/// `/dev/stdout`.
-pub fn change_owner(fd: &impl AsRawFd, uid: u32, gid: u32) -> io::Result<()> {
+/// Makes a pipe or terminal belong to a user.
+pub fn change_owner(fd: &impl AsRawFd, uid: u32) -> io::Result<()> {
+    const SAME_GROUP: libc::gid_t = libc::gid_t::MAX;
     // SAFETY: plain system call on an open descriptor.
-    check(unsafe { libc::fchown(fd.as_raw_fd(), uid, gid) })?;
+    check(unsafe { libc::fchown(fd.as_raw_fd(), uid, SAME_GROUP) })?;
     Ok(())
-}
-
-/// A process to start. All strings are ready for the kernel, so that the child allocates nothing.
-#[derive(Debug)]
-pub struct Spawn<'a> {
-    /// Files to try in order (a `PATH` search, or the one path that was named).
-    pub candidates: &'a [CString],
-    /// `argv`, program name first.
-    pub argv: &'a [CString],
-    /// `NAME=value` strings.
-    pub envp: &'a [CString],
-    /// Working directory.
-    pub workdir: &'a CStr,
-    /// Limits, set in order before privileges are dropped.
-    pub rlimits: &'a [Rlimit],
-    /// User, group and supplementary groups.
-    pub uid: u32,
-    /// See `uid`.
-    pub gid: u32,
-    /// See `uid`.
-    pub groups: &'a [u32],
-    /// Standard input, output and error.
-    pub stdio: [BorrowedFd<'a>; 3],
-}
-
-/// The step of a start that failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Step {
-    /// Creating the process or its standard streams.
-    Fork = 0,
-    /// Entering the working directory.
-    Workdir = 1,
-    /// Setting this many-th limit (`at`).
-    Rlimit = 2,
-    /// Switching user, group or supplementary groups.
-    User = 3,
-    /// `execve`; `at` is the index of the candidate that decided.
-    Exec = 4,
-}
-
-/// Why a process could not be started.
-#[derive(Debug)]
-pub struct SpawnError {
-    /// Where it failed.
-    pub step: Step,
-    /// Index into the list that the step works through.
-    pub at: usize,
-    /// The kernel's reason.
-    pub error: io::Error,
-}
-
-/// Starts a process in its own session and returns its pid once `execve` has succeeded.
-pub fn spawn(spawn: &Spawn<'_>) -> Result<i32, SpawnError> {
-    let at_fork = |error| SpawnError { step: Step::Fork, at: 0, error };
-    let argv = pointers(spawn.argv);
-    let envp = pointers(spawn.envp);
-    let mut report = [0; 2];
-    // SAFETY: `report` has room for the two descriptors.
-    check(unsafe { libc::pipe2(report.as_mut_ptr(), libc::O_CLOEXEC) }).map_err(at_fork)?;
-    let (report_in, report_out) = (owned(report[0]), owned(report[1]));
-
-    // SAFETY: the agent has one thread, so the child is a whole copy of it; it only makes system
-    // calls on data prepared above and leaves by execve or _exit.
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        // SAFETY: this is the child; the vectors are NULL-terminated and outlive the call.
-        let (step, at) = unsafe { child(spawn, &argv, &envp) };
-        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
-        let mut message = [0u8; 9];
-        message[0] = step as u8;
-        message[1..5].copy_from_slice(&(at as u32).to_ne_bytes());
-        message[5..9].copy_from_slice(&errno.to_ne_bytes());
-        // SAFETY: pointer and length describe `message`; _exit ends the child without running the
-        // parent's destructors.
-        unsafe {
-            libc::write(report_out.as_raw_fd(), message.as_ptr().cast(), message.len());
-            libc::_exit(127);
-        }
-    }
-    check(pid).map_err(at_fork)?;
-    drop(report_out);
-
-    let mut message = [0u8; 9];
-    let read = io::Read::read(&mut File::from(report_in), &mut message).map_err(at_fork)?;
-    if read == 0 {
-        return Ok(pid);
-    }
-    let word = |range: std::ops::Range<usize>| {
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(&message[range]);
-        u32::from_ne_bytes(bytes)
-    };
-    Err(SpawnError {
-        step: match message[0] {
-            1 => Step::Workdir,
-            2 => Step::Rlimit,
-            3 => Step::User,
-            4 => Step::Exec,
-            _ => Step::Fork,
-        },
-        at: word(1..5) as usize,
-        error: io::Error::from_raw_os_error(word(5..9) as i32),
-    })
-}
-
-fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
-    strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect()
-}
-
-/// The child's half of [`spawn`]: returns only on failure, with errno set.
-///
-/// # Safety
-/// To be called only in a forked child; `argv` and `envp` must be NULL-terminated.
-unsafe fn child(
-    spawn: &Spawn<'_>,
-    argv: &[*const libc::c_char],
-    envp: &[*const libc::c_char],
-) -> (Step, usize) {
-    // SAFETY: system calls on descriptors and strings that the caller keeps alive; the sets and
-    // limits passed by pointer live on this stack.
-    unsafe {
-        // Rust ignores SIGPIPE and child_signal blocks SIGCHLD; programs expect the defaults.
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-        let mut none: libc::sigset_t = zeroed();
-        libc::sigemptyset(&mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut());
-        libc::setsid();
-        for (target, source) in spawn.stdio.iter().enumerate() {
-            if libc::dup2(source.as_raw_fd(), target as libc::c_int) < 0 {
-                return (Step::Fork, 0);
-            }
-        }
-        if libc::chdir(spawn.workdir.as_ptr()) < 0 {
-            return (Step::Workdir, 0);
-        }
-        for (at, limit) in spawn.rlimits.iter().enumerate() {
-            let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
-            if libc::setrlimit(limit.resource, &value) < 0 {
-                return (Step::Rlimit, at);
-            }
-        }
-        if libc::setgroups(spawn.groups.len(), spawn.groups.as_ptr()) < 0
-            || libc::setgid(spawn.gid) < 0
-            || libc::setuid(spawn.uid) < 0
-        {
-            return (Step::User, 0);
-        }
-        // execvp's rule without its /bin/sh fallback: skip what is not there, remember what may
-        // not be run, stop at anything else.
-        let mut refused = None;
-        for (at, file) in spawn.candidates.iter().enumerate() {
-            libc::execve(file.as_ptr(), argv.as_ptr(), envp.as_ptr());
-            match *libc::__errno_location() {
-                libc::ENOENT | libc::ENOTDIR => {}
-                libc::EACCES => refused = Some(at),
-                _ => return (Step::Exec, at),
-            }
-        }
-        if let Some(at) = refused {
-            *libc::__errno_location() = libc::EACCES;
-            return (Step::Exec, at);
-        }
-        (Step::Exec, 0)
-    }
 }

@@ -12,10 +12,13 @@ pub struct Identity {
     pub gid: u32,
     /// Supplementary groups: those that list the user as a member.
     pub groups: Vec<u32>,
+    /// Home directory, where the user has an account.
+    pub home: Option<String>,
 }
 
 impl Identity {
-    const ROOT: Identity = Identity { uid: 0, gid: 0, groups: Vec::new() };
+    /// What runs when no user is named.
+    pub const ROOT: Identity = Identity { uid: 0, gid: 0, groups: Vec::new(), home: None };
 }
 
 /// Resolves `user` with the files of the running system. `None` and `""` are root.
@@ -61,23 +64,25 @@ fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<Identity, String>
             .collect(),
         None => Vec::new(),
     };
-    Ok(Identity { uid, gid, groups })
+    let home = account.map(|account| account.home).filter(|home| !home.is_empty());
+    Ok(Identity { uid, gid, groups, home: home.map(str::to_owned) })
 }
 
 struct Account<'a> {
     name: &'a str,
     uid: u32,
     gid: u32,
+    home: &'a str,
 }
 
 impl<'a> Account<'a> {
-    /// `name:password:uid:gid:…` (passwd(5)).
+    /// `name:password:uid:gid:comment:home:shell` (passwd(5)).
     fn parse(line: &'a str) -> Option<Self> {
         let mut fields = line.split(':');
         let name = fields.next()?;
         let uid = fields.nth(1)?.parse().ok()?;
         let gid = fields.next()?.parse().ok()?;
-        Some(Account { name, uid, gid })
+        Some(Account { name, uid, gid, home: fields.nth(1).unwrap_or("") })
     }
 }
 
@@ -107,16 +112,20 @@ mod tests {
 
     #[test]
     fn names_and_numbers_resolve() {
-        let app = |uid, gid, groups: &[u32]| Ok(Identity { uid, gid, groups: groups.to_vec() });
+        let id = |uid, gid, groups: &[u32], home: &str| {
+            let home = Some(home.to_owned()).filter(|home| !home.is_empty());
+            Ok(Identity { uid, gid, groups: groups.to_vec(), home })
+        };
+        let app = |gid, groups| id(1000, gid, groups, "/home/app");
         for (user, expected) in [
-            ("app", app(1000, 1001, &[50, 10])),
-            ("1000", app(1000, 1001, &[50, 10])),
-            ("app:wheel", app(1000, 10, &[50])),
-            ("app:7", app(1000, 7, &[50, 10])),
-            ("app:", app(1000, 1001, &[50, 10])),
-            ("4242", app(4242, 0, &[])),
-            ("4242:4343", app(4242, 4343, &[])),
-            ("root", app(0, 0, &[])),
+            ("app", app(1001, &[50, 10])),
+            ("1000", app(1001, &[50, 10])),
+            ("app:wheel", app(10, &[50])),
+            ("app:7", app(7, &[50, 10])),
+            ("app:", app(1001, &[50, 10])),
+            ("4242", id(4242, 0, &[], "")),
+            ("4242:4343", id(4242, 4343, &[], "")),
+            ("root", id(0, 0, &[], "/root")),
         ] {
             assert_eq!(resolve_in(user, PASSWD, GROUP), expected, "{user}");
         }

@@ -1,0 +1,138 @@
+//! The box's cgroups (cgroup-v2): one for everything that runs in the box, with its process limit,
+//! and one below it per exec'd command, so that a command can be killed with all it has started.
+//!
+//! The agent and its sessions stay outside, in the hierarchy's real root: the box's limits are not
+//! theirs. What runs in the box sees its own cgroup as `/sys/fs/cgroup`, as in a container; the
+//! contract's resource update writes there (contract §4.5).
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use crate::sys;
+
+/// Where programs look for the hierarchy.
+pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
+/// Mount flags of the hierarchy (contract §7.1).
+const FLAGS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RELATIME;
+/// Name of the box's cgroup in the real root.
+const NAME: &str = "box";
+/// Controllers whose files the box has. One that the kernel lacks is left out.
+const CONTROLLERS: [&str; 5] = ["pids", "cpu", "memory", "cpuset", "io"];
+
+/// The box's cgroup.
+#[derive(Debug)]
+pub struct BoxCgroup {
+    directory: File,
+    procs: File,
+}
+
+impl BoxCgroup {
+    /// Creates it, and mounts the hierarchy as the box shall see it.
+    pub fn set_up(pids_limit: Option<u64>) -> Result<Self, String> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |e: io::Error| format!("set up the box's cgroup: {what}: {e}")
+        };
+        mount()?;
+        let at = |path: &str| format!("{MOUNT_POINT}/{path}");
+        let available = fs::read_to_string(at("cgroup.controllers"))
+            .map_err(failed("read cgroup.controllers"))?;
+        let wanted: Vec<String> = CONTROLLERS
+            .into_iter()
+            .filter(|name| available.split_whitespace().any(|word| word == *name))
+            .map(|name| format!("+{name}"))
+            .collect();
+        fs::write(at("cgroup.subtree_control"), wanted.join(" "))
+            .map_err(failed("enable controllers"))?;
+        fs::create_dir(at(NAME)).map_err(failed("create it"))?;
+        if let Some(limit) = pids_limit {
+            fs::write(at("box/pids.max"), limit.to_string())
+                .map_err(|e| format!("resource_limits.pids_limit: set it in the guest: {e}"))?;
+        }
+        let directory = File::open(at(NAME)).map_err(failed("open it"))?;
+        let procs = sys::open_below(&directory, "cgroup.procs").map_err(failed("open it"))?;
+        // A namespace's root is where its maker is: go in, and come back.
+        let outside = fs::OpenOptions::new()
+            .write(true)
+            .open(at("cgroup.procs"))
+            .map_err(failed("open the root"))?;
+        (&procs).write_all(b"0").map_err(failed("enter it"))?;
+        sys::new_cgroup_namespace().map_err(failed("create its namespace"))?;
+        (&outside).write_all(b"0").map_err(failed("leave it"))?;
+        sys::unmount(MOUNT_POINT).map_err(failed("mount its view"))?;
+        mount()?;
+        Ok(BoxCgroup { directory, procs })
+    }
+
+    /// Where a process writes `0` to join.
+    pub fn procs(&self) -> BorrowedFd<'_> {
+        self.procs.as_fd()
+    }
+
+    /// Every descriptor of this, for a process that closes all others.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.directory.as_fd(), self.procs.as_fd()]
+    }
+
+    /// Kills everything in the box.
+    pub fn kill(&self) -> io::Result<()> {
+        sys::open_below(&self.directory, "cgroup.kill")?.write_all(b"1")
+    }
+
+    /// Creates the cgroup of the command that session `pid` runs.
+    pub fn create_command(&self, pid: u32) -> io::Result<CommandCgroup> {
+        let name = command_name(pid);
+        // An ended session of this pid whose command left processes behind had the same name.
+        match sys::create_directory_below(&self.directory, &name) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other?,
+        }
+        let open = |file: &str| sys::open_below(&self.directory, &format!("{name}/{file}"));
+        Ok(CommandCgroup { procs: open("cgroup.procs")?, kill: open("cgroup.kill")? })
+    }
+
+    /// Removes the cgroup of the command that session `pid` ran; `false` while something of it
+    /// still runs.
+    pub fn remove_command(&self, pid: u32) -> bool {
+        match sys::remove_directory_below(&self.directory, &command_name(pid)) {
+            Err(error) => error.raw_os_error() != Some(libc::EBUSY),
+            Ok(()) => true,
+        }
+    }
+
+    /// Kills what the command of session `pid` left behind.
+    pub fn kill_command(&self, pid: u32) -> io::Result<()> {
+        sys::open_below(&self.directory, &format!("{}/cgroup.kill", command_name(pid)))?
+            .write_all(b"1")
+    }
+}
+
+fn command_name(pid: u32) -> String {
+    format!("exec-{pid}")
+}
+
+fn mount() -> Result<(), String> {
+    sys::mount("cgroup2", MOUNT_POINT, "cgroup2", FLAGS, "")
+        .map_err(|e| format!("mount cgroup2 on {MOUNT_POINT}: {e}"))
+}
+
+/// The cgroup of one exec'd command.
+#[derive(Debug)]
+pub struct CommandCgroup {
+    procs: File,
+    kill: File,
+}
+
+impl CommandCgroup {
+    /// Where the command writes `0` to join.
+    pub fn procs(&self) -> BorrowedFd<'_> {
+        self.procs.as_fd()
+    }
+
+    /// Kills the command with everything it has started.
+    pub fn kill(&self) {
+        // The file is open and takes this; what is being killed already is no error.
+        let _ = (&self.kill).write_all(b"1");
+    }
+}

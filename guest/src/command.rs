@@ -1,0 +1,430 @@
+//! An exec session (contract §4): one request, its command or file, and the reply.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use mote_agent::exec::{
+    self, DEFAULT_TIMEOUT_NS, ExecRequest, MAX_CHUNK, Request, Stream, TIMEOUT_NOTE, control, kind,
+};
+use mote_agent::frame::{self, Frame};
+
+use crate::cgroup::CommandCgroup;
+use crate::connection::{Connection, Received};
+use crate::launch::{self, Program};
+use crate::server::{Context, until};
+use crate::sys::{self, Interest};
+use crate::transfer;
+
+/// Exit code of a command that could not be started (contract §4.4).
+const NOT_STARTED: i32 = 127;
+/// Exit code of a command that was killed at its time limit (contract §4.4).
+const TIMED_OUT: i32 = 137;
+/// Input that waits for the command; above it the client's frames are left in the socket.
+const INPUT_FULL: usize = 256 * 1024;
+/// How often to look whether a client that has ended its input is still there: its full close is no
+/// event that can be waited for.
+const HANG_UP_CHECK: Duration = Duration::from_secs(1);
+
+/// Serves one connection to its end.
+pub fn session(mut connection: Connection, context: &Context<'_>) {
+    let Some(request) = connection.wait_for_frame() else { return };
+    if request.kind == kind::HEARTBEAT {
+        connection.send(&frame::encode(kind::HEARTBEAT, &request.payload));
+        return connection.finish();
+    }
+    match Request::parse(&request.payload) {
+        Ok(Request::File(request)) => {
+            let response = transfer::carry_out(&request);
+            // A response is plain data, which always serialises.
+            let json = serde_json::to_vec(&response).unwrap_or_default();
+            connection.send(&frame::encode(kind::DATA, &json));
+        }
+        Ok(Request::Exec(request)) => {
+            let mut reply = Reply::new(request.streaming);
+            match run(&request, &mut connection, &mut reply, context) {
+                Ended::Code(code) => reply.finish(code, &mut connection),
+                Ended::HungUp => return,
+            }
+        }
+        Err(text) => connection.send(&frame::encode(kind::ERROR, text.as_bytes())),
+    }
+    connection.finish();
+}
+
+/// How a command's session ends.
+enum Ended {
+    /// With this exit code.
+    Code(i32),
+    /// Without anybody to tell.
+    HungUp,
+}
+
+fn run(
+    request: &ExecRequest,
+    connection: &mut Connection,
+    reply: &mut Reply,
+    context: &Context<'_>,
+) -> Ended {
+    if request.cmd.is_empty() {
+        reply.push(Stream::Stderr, b"Empty command", connection);
+        return Ended::Code(1);
+    }
+    match Command::start(request, context) {
+        Ok(command) => command.serve(connection, reply, context),
+        Err(reason) => {
+            let text = format!("Failed to spawn command '{}': {reason}", request.cmd[0]);
+            reply.push(Stream::Stderr, text.as_bytes(), connection);
+            Ended::Code(NOT_STARTED)
+        }
+    }
+}
+
+/// What a request's `env`, `working_dir` and the like come to.
+pub fn program<'a>(
+    cmd: &'a [String],
+    env: &'a [(String, String)],
+    workdir: &'a str,
+    user: Option<&'a str>,
+    context: &Context<'a>,
+) -> Program<'a> {
+    let (executable, args) = cmd.split_first().map_or(("", &[][..]), |(e, a)| (e.as_str(), a));
+    let rlimits = &context.instance.rlimits;
+    let user = user.filter(|user| !user.is_empty());
+    Program { executable, args, env, workdir, user, rlimits, terminal: false }
+}
+
+/// The box's environment with a request's own entries over it.
+pub fn environment(request: &[String], context: &Context<'_>) -> Vec<(String, String)> {
+    let own = request.iter().map(|entry| match entry.split_once('=') {
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None => (entry.clone(), String::new()),
+    });
+    context.instance.exec_env.iter().cloned().chain(own.filter(|(n, _)| !n.is_empty())).collect()
+}
+
+/// A request's directory, seen from the box's own.
+pub fn working_dir(request: Option<&str>, context: &Context<'_>) -> String {
+    let own = std::path::Path::new(&context.instance.exec_workdir);
+    own.join(request.unwrap_or("")).to_string_lossy().into_owned()
+}
+
+/// A running command.
+#[derive(Debug)]
+struct Command {
+    pid: i32,
+    ended: OwnedFd,
+    cgroup: CommandCgroup,
+    /// Where its input goes, until that has ended.
+    stdin: Option<File>,
+    input: VecDeque<u8>,
+    /// Whether more input may come.
+    input_open: bool,
+    /// Whether frames from the client are input.
+    input_from_client: bool,
+    outputs: [(Stream, Option<File>); 2],
+    deadline: Option<Instant>,
+    timed_out: bool,
+    hung_up: bool,
+}
+
+impl Command {
+    fn start(request: &ExecRequest, context: &Context<'_>) -> Result<Self, String> {
+        let doing = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+        let cgroup = context
+            .cgroup
+            .create_command(std::process::id())
+            .map_err(doing("create its cgroup"))?;
+        let (stdout, stdout_end) = sys::pipe().map_err(doing("create a pipe"))?;
+        let (stderr, stderr_end) = sys::pipe().map_err(doing("create a pipe"))?;
+        let has_input = request.stdin.is_some() || request.stdin_streaming;
+        let (stdin_end, stdin) = if has_input {
+            let (read, write) = sys::input_pipe().map_err(doing("create a pipe"))?;
+            (read, Some(write))
+        } else {
+            (File::open("/dev/null").map_err(doing("open /dev/null"))?.into(), None)
+        };
+        let env = environment(&request.env, context);
+        let workdir = working_dir(request.working_dir.as_deref(), context);
+        let program = program(&request.cmd, &env, &workdir, request.user.as_deref(), context);
+        let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
+        let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|e| e.reason)?;
+        let ended = sys::process_file(pid).map_err(doing("watch it"))?;
+        let timeout_ns = match request.timeout_ns {
+            0 => DEFAULT_TIMEOUT_NS,
+            other => other,
+        };
+        Ok(Command {
+            pid,
+            ended,
+            cgroup,
+            stdin,
+            input: request.stdin.iter().flatten().copied().collect(),
+            input_open: request.stdin_streaming,
+            input_from_client: request.stdin_streaming,
+            outputs: [(Stream::Stdout, Some(stdout)), (Stream::Stderr, Some(stderr))],
+            // A limit beyond the clock's range is none.
+            deadline: Instant::now().checked_add(Duration::from_nanos(timeout_ns)),
+            timed_out: false,
+            hung_up: false,
+        })
+    }
+
+    fn serve(
+        mut self,
+        connection: &mut Connection,
+        reply: &mut Reply,
+        context: &Context<'_>,
+    ) -> Ended {
+        loop {
+            let receiving = self.input.len() < INPUT_FULL;
+            if receiving && !connection.has_ended() {
+                self.receive(connection, reply, context);
+            }
+            self.feed();
+            for at in 0..self.outputs.len() {
+                self.pump(at, None, connection, reply);
+            }
+            connection.flush();
+            let listening = receiving && !connection.has_ended();
+            if !listening && !self.hung_up && connection.is_hung_up() {
+                self.hung_up = true;
+                self.cgroup.kill();
+            }
+            let now = Instant::now();
+            if self.deadline.is_some_and(|deadline| now >= deadline) {
+                self.deadline = None;
+                self.timed_out = true;
+                self.cgroup.kill();
+            }
+            let check = (!listening && !self.hung_up).then_some(HANG_UP_CHECK);
+            let limit = self.deadline.map(until).into_iter().chain(check).min();
+            let mut interests = vec![Interest::read(self.ended.as_fd())];
+            interests.extend(connection.interests(receiving));
+            if reply.has_room(connection) {
+                let open = self.outputs.iter().filter_map(|(_, from)| from.as_ref());
+                interests.extend(open.map(|from| Interest::read(from.as_fd())));
+            }
+            if !self.input.is_empty() {
+                interests.extend(self.stdin.iter().map(|to| Interest::write(to.as_fd())));
+            }
+            let ready = sys::poll(&interests, limit);
+            if ready.is_ok_and(|ready| ready[0]) {
+                return self.finish(connection, reply);
+            }
+        }
+    }
+
+    /// Handles what the client sends while the command runs.
+    fn receive(&mut self, connection: &mut Connection, reply: &mut Reply, context: &Context<'_>) {
+        while self.input.len() < INPUT_FULL {
+            match connection.receive() {
+                Received::Frame(Frame { kind: kind::DATA, payload }) if self.input_from_client => {
+                    if self.stdin.is_some() && self.input_open {
+                        self.input.extend(payload);
+                    }
+                }
+                Received::Frame(Frame { kind: kind::CONTROL, payload }) => {
+                    self.control(&payload, connection, reply, context);
+                }
+                Received::Frame(Frame { kind: kind::HEARTBEAT, payload }) => {
+                    connection.send(&frame::encode(kind::HEARTBEAT, &payload));
+                }
+                Received::Frame(Frame { kind: kind::CLOSE, .. }) | Received::End => {
+                    self.input_open = false;
+                    return;
+                }
+                Received::Frame(_) => {}
+                Received::Nothing => return,
+            }
+        }
+    }
+
+    fn control(
+        &mut self,
+        instruction: &[u8],
+        connection: &mut Connection,
+        reply: &mut Reply,
+        context: &Context<'_>,
+    ) {
+        match instruction {
+            control::CANCEL => self.cgroup.kill(),
+            control::STDIN_CLOSE => self.input_open = false,
+            control::FLUSH => {
+                for at in 0..self.outputs.len() {
+                    let waiting = self.outputs[at].1.as_ref().map_or(0, sys::bytes_waiting);
+                    self.pump(at, Some(waiting), connection, reply);
+                }
+                connection.send(&frame::encode(kind::CONTROL, control::FLUSH_ACK));
+            }
+            other => {
+                let number = other.strip_prefix(control::SIGNAL_MAIN);
+                let number =
+                    number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
+                if let Some(number) = number.filter(|number| (1..=64).contains(number)) {
+                    sys::signal(context.entrypoint, number);
+                    connection.send(&frame::encode(kind::CONTROL, control::SIGNAL_MAIN_ACK));
+                }
+            }
+        }
+    }
+
+    /// Gives the command what input it takes, and its end.
+    fn feed(&mut self) {
+        while let Some(stdin) = &mut self.stdin {
+            let (head, _) = self.input.as_slices();
+            if head.is_empty() {
+                if !self.input_open {
+                    self.stdin = None;
+                }
+                return;
+            }
+            match stdin.write(head) {
+                Ok(taken) => drop(self.input.drain(..taken)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                // It reads no more; what follows goes nowhere, like into a closed pipe.
+                Err(_) => {
+                    self.stdin = None;
+                    self.input.clear();
+                }
+            }
+        }
+    }
+
+    /// Passes output on, as far as there is room; with `exactly`, that many bytes, room or not.
+    fn pump(
+        &mut self,
+        at: usize,
+        exactly: Option<usize>,
+        connection: &mut Connection,
+        reply: &mut Reply,
+    ) {
+        let (stream, from) = &mut self.outputs[at];
+        let mut left = exactly.unwrap_or(usize::MAX);
+        let mut buffer = [0; MAX_CHUNK];
+        while left > 0 && (exactly.is_some() || reply.has_room(connection)) {
+            let Some(file) = from else { return };
+            let room = left.min(buffer.len());
+            match file.read(&mut buffer[..room]) {
+                Ok(0) => *from = None,
+                Ok(read) => {
+                    left -= read;
+                    reply.push(*stream, &buffer[..read], connection);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(_) => *from = None,
+            }
+        }
+    }
+
+    /// The command has ended: passes on what it has written, not what a process that it left behind
+    /// goes on to write.
+    fn finish(mut self, connection: &mut Connection, reply: &mut Reply) -> Ended {
+        let status = sys::wait_for(self.pid);
+        if self.hung_up {
+            return Ended::HungUp;
+        }
+        for at in 0..self.outputs.len() {
+            let waiting = self.outputs[at].1.as_ref().map_or(0, sys::bytes_waiting);
+            self.pump(at, Some(waiting), connection, reply);
+        }
+        if self.timed_out {
+            reply.push(Stream::Stderr, TIMEOUT_NOTE, connection);
+            return Ended::Code(TIMED_OUT);
+        }
+        Ended::Code(match status {
+            Ok(status) => exit_code(status),
+            Err(error) => {
+                let text = format!("Failed to wait for command: {error}");
+                reply.push(Stream::Stderr, text.as_bytes(), connection);
+                1
+            }
+        })
+    }
+}
+
+/// As a shell has it: a status, or 128+n for signal n.
+pub fn exit_code(status: Result<u8, u8>) -> i32 {
+    match status {
+        Ok(code) => i32::from(code),
+        Err(signal) => 128 + i32::from(signal),
+    }
+}
+
+/// Where output goes: out at once, or into one reply at the end.
+#[derive(Debug)]
+enum Reply {
+    Streaming,
+    /// The arrays of [`exec::ExecOutput`], as JSON text already: they are nearly all of the reply.
+    Whole {
+        stdout: Vec<u8>,
+        stderr: Vec<u8>,
+        truncated: bool,
+    },
+}
+
+/// Characters of a whole reply that only one stream's output may use, so that a flood on the other
+/// cannot hide it.
+const RESERVED: usize = 1 << 20;
+/// Characters for everything else in the reply, with the note about a time limit.
+const AROUND: usize = 512;
+
+impl Reply {
+    fn new(streaming: bool) -> Self {
+        match streaming {
+            true => Reply::Streaming,
+            false => Reply::Whole { stdout: Vec::new(), stderr: Vec::new(), truncated: false },
+        }
+    }
+
+    /// Whether output should be read: always, if it is kept or dropped here.
+    fn has_room(&self, connection: &Connection) -> bool {
+        match self {
+            Reply::Streaming => !connection.is_full(),
+            Reply::Whole { .. } => true,
+        }
+    }
+
+    fn push(&mut self, stream: Stream, bytes: &[u8], connection: &mut Connection) {
+        match self {
+            Reply::Streaming => connection.send(&exec::chunk_frame(stream, bytes)),
+            Reply::Whole { stdout, stderr, truncated } => {
+                let (to, other) = match stream {
+                    Stream::Stdout => (stdout, stderr),
+                    Stream::Stderr => (stderr, stdout),
+                };
+                let limit = exec::MAX_PAYLOAD - AROUND - other.len().max(RESERVED);
+                let note = if bytes == TIMEOUT_NOTE { AROUND / 2 } else { 0 };
+                let mut rest = bytes;
+                while !rest.is_empty() {
+                    // At most four characters a byte.
+                    let room = (limit + note).saturating_sub(to.len()) / 4;
+                    if room == 0 {
+                        *truncated = true;
+                        break;
+                    }
+                    let (now, later) = rest.split_at(room.min(rest.len()));
+                    exec::push_numbers(to, now, to.is_empty());
+                    rest = later;
+                }
+            }
+        }
+    }
+
+    fn finish(self, exit_code: i32, connection: &mut Connection) {
+        match self {
+            Reply::Streaming => connection.send(&exec::exit_frame(exit_code)),
+            Reply::Whole { stdout, stderr, truncated } => {
+                let end = if truncated { ",\"truncated\":true}" } else { "}" };
+                let end = format!("],\"exit_code\":{exit_code}{end}");
+                let pieces =
+                    [&b"{\"stdout\":["[..], &stdout, b"],\"stderr\":[", &stderr, end.as_bytes()];
+                connection.send(&frame::encode(kind::DATA, &pieces.concat()));
+            }
+        }
+    }
+}

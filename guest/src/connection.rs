@@ -1,0 +1,161 @@
+//! A client's connection in a session: frames in, frames out, bounded in both directions.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use mote_agent::frame::{Decoder, Frame};
+
+use crate::sys::{self, Interest};
+
+/// How long a client may take over its next byte of a request, or over taking the next byte of a
+/// reply that nobody can wait for any longer.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Unsent bytes above which no more output is produced.
+const FULL: usize = 256 * 1024;
+
+/// A connection, non-blocking.
+#[derive(Debug)]
+pub struct Connection {
+    socket: File,
+    decoder: Decoder,
+    unsent: VecDeque<u8>,
+    ended: bool,
+    broken: bool,
+}
+
+/// What a client had to say.
+#[derive(Debug)]
+pub enum Received {
+    /// A frame.
+    Frame(Frame),
+    /// Nothing for now.
+    Nothing,
+    /// Nothing any more: it has closed its sending direction, or broken the framing.
+    End,
+}
+
+impl Connection {
+    /// Continues a connection of which `header`, the first frame's, has been read.
+    pub fn new(socket: File, header: &[u8], max_payload: usize) -> Self {
+        let mut decoder = Decoder::new(max_payload);
+        decoder.feed(header);
+        Connection { socket, decoder, unsent: VecDeque::new(), ended: false, broken: false }
+    }
+
+    /// Waits for a whole frame. `None` when there will be none.
+    pub fn wait_for_frame(&mut self) -> Option<Frame> {
+        loop {
+            match self.receive() {
+                Received::Frame(frame) => return Some(frame),
+                Received::End => return None,
+                Received::Nothing => {
+                    let ready = sys::poll(&[Interest::read(self.socket.as_fd())], Some(PATIENCE));
+                    if !ready.is_ok_and(|ready| ready[0]) {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next frame, if one has arrived.
+    pub fn receive(&mut self) -> Received {
+        let mut bytes = [0; 16 * 1024];
+        loop {
+            match self.decoder.next_frame() {
+                Ok(Some(frame)) => return Received::Frame(frame),
+                Ok(None) if self.ended => return Received::End,
+                Ok(None) => {}
+                Err(_) => {
+                    self.ended = true;
+                    self.broken = true;
+                    return Received::End;
+                }
+            }
+            match self.socket.read(&mut bytes) {
+                Ok(0) => self.ended = true,
+                Ok(read) => self.decoder.feed(&bytes[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Received::Nothing;
+                }
+                Err(_) => {
+                    self.ended = true;
+                    self.broken = true;
+                }
+            }
+        }
+    }
+
+    /// Whether nothing more will be received.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether the client is gone altogether, rather than only done with sending.
+    pub fn is_hung_up(&self) -> bool {
+        self.broken || sys::is_hung_up(&self.socket)
+    }
+
+    /// Queues bytes and sends what the socket takes.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.unsent.extend(bytes);
+        self.flush();
+    }
+
+    /// Sends what is queued, as far as the socket takes it.
+    pub fn flush(&mut self) {
+        while !self.unsent.is_empty() && !self.broken {
+            let (head, _) = self.unsent.as_slices();
+            match self.socket.write(head) {
+                Ok(sent) => drop(self.unsent.drain(..sent)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.broken = true,
+            }
+        }
+    }
+
+    /// Whether the client is so far behind that no more output should be produced.
+    pub fn is_full(&self) -> bool {
+        self.unsent.len() >= FULL
+    }
+
+    /// Whether everything has been handed to the socket.
+    pub fn is_flushed(&self) -> bool {
+        self.unsent.is_empty() || self.broken
+    }
+
+    /// What to wait for, given whether frames are wanted.
+    pub fn interests(&self, receiving: bool) -> impl Iterator<Item = Interest<'_>> {
+        let read = (receiving && !self.ended).then(|| Interest::read(self.socket.as_fd()));
+        let write = (!self.is_flushed()).then(|| Interest::write(self.socket.as_fd()));
+        read.into_iter().chain(write)
+    }
+
+    /// Sends the rest, for as long as the client takes some of it.
+    pub fn finish(mut self) {
+        let mut left = self.unsent.len();
+        let mut deadline = Instant::now() + PATIENCE;
+        loop {
+            self.flush();
+            if self.is_flushed() {
+                break;
+            }
+            if self.unsent.len() < left {
+                left = self.unsent.len();
+                deadline = Instant::now() + PATIENCE;
+            }
+            let limit = deadline.saturating_duration_since(Instant::now());
+            if limit.is_zero() {
+                break;
+            }
+            let _ = sys::poll(&[Interest::write(self.socket.as_fd())], Some(limit));
+        }
+        let _ = sys::shutdown_write(&self.socket);
+    }
+}

@@ -1,0 +1,273 @@
+//! The exec and terminal servers: accept connections, look at the first frame's header, and hand
+//! each request to a session, a process of its own.
+//!
+//! A session is a fork of the agent, so it starts in a fraction of a millisecond, may wait for its
+//! client and read the guest's files as it likes, and takes nobody with it when it fails. A client
+//! that has not asked for anything yet costs no process, and a heartbeat neither.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use mote_agent::exec;
+use mote_agent::frame::{self, HEADER_LEN};
+use mote_agent::instance::Instance;
+use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
+use mote_agent::pty;
+
+use crate::cgroup::BoxCgroup;
+use crate::connection::{Connection, PATIENCE};
+use crate::sys::{self, Interest};
+use crate::{command, terminal};
+
+/// What a session needs of the box.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// What the box is.
+    pub instance: &'a Instance,
+    /// Its cgroup.
+    pub cgroup: &'a BoxCgroup,
+    /// Process id of the entrypoint.
+    pub entrypoint: i32,
+}
+
+/// What a port serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Service {
+    /// Contract §4.
+    Exec,
+    /// Contract §5.
+    Pty,
+}
+
+/// A connection whose first frame's header has not arrived yet.
+#[derive(Debug)]
+struct Newcomer {
+    service: Service,
+    socket: File,
+    header: [u8; HEADER_LEN],
+    filled: usize,
+    deadline: Instant,
+}
+
+/// What to do with a connection, after its first header.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Send these bytes and close it.
+    Reply(Vec<u8>),
+    /// Give it a session.
+    Session,
+}
+
+/// The two servers.
+#[derive(Debug)]
+pub struct Server {
+    listeners: [(Service, File); 2],
+    newcomers: Vec<Newcomer>,
+    sessions: Vec<i32>,
+    /// Sessions that have ended while something of their command still ran.
+    survived: Vec<u32>,
+}
+
+impl Server {
+    /// Starts to listen.
+    pub fn listen() -> Result<Self, String> {
+        let listen = |service, port| {
+            let socket = sys::vsock_listen(port)
+                .map_err(|e| format!("listen on vsock port {port:#x} of the guest: {e}"))?;
+            Ok::<_, String>((service, socket))
+        };
+        Ok(Server {
+            listeners: [
+                listen(Service::Exec, EXEC_SERVER_PORT)?,
+                listen(Service::Pty, PTY_SERVER_PORT)?,
+            ],
+            newcomers: Vec::new(),
+            sessions: Vec::new(),
+            survived: Vec::new(),
+        })
+    }
+
+    /// What to wait for.
+    pub fn interests(&self) -> impl Iterator<Item = Interest<'_>> {
+        let listeners = self.listeners.iter().map(|(_, socket)| socket);
+        let newcomers = self.newcomers.iter().map(|newcomer| &newcomer.socket);
+        listeners.chain(newcomers).map(|socket| Interest::read(socket.as_fd()))
+    }
+
+    /// When the first connection's time is over.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        // In order of arrival, and all have the same time.
+        self.newcomers.first().map(|newcomer| newcomer.deadline)
+    }
+
+    /// Serves what is ready; `ready` answers [`Server::interests`] in its order.
+    pub fn serve(&mut self, ready: &[bool], context: &Context<'_>) {
+        let (listeners, newcomers) = ready.split_at(self.listeners.len().min(ready.len()));
+        let now = Instant::now();
+        let mut ready = newcomers.iter().copied().chain(std::iter::repeat(false));
+        let waiting = std::mem::take(&mut self.newcomers);
+        for newcomer in waiting {
+            let ready = ready.next().unwrap_or(false);
+            self.serve_newcomer(newcomer, ready, now, context);
+        }
+        for (at, _) in listeners.iter().enumerate().filter(|(_, ready)| **ready) {
+            self.accept(at, now, context);
+        }
+    }
+
+    fn accept(&mut self, at: usize, now: Instant, context: &Context<'_>) {
+        loop {
+            let (service, listener) = &self.listeners[at];
+            let service = *service;
+            // Without descriptors or memory the rest waits in the kernel for connections to end.
+            let Ok(socket) = sys::accept(listener) else { return };
+            let deadline = now + PATIENCE;
+            let header = [0; HEADER_LEN];
+            let newcomer = Newcomer { service, socket, header, filled: 0, deadline };
+            self.serve_newcomer(newcomer, true, now, context);
+        }
+    }
+
+    /// Reads what there is of the header and keeps, answers or hands on the connection.
+    fn serve_newcomer(
+        &mut self,
+        mut newcomer: Newcomer,
+        ready: bool,
+        now: Instant,
+        context: &Context<'_>,
+    ) {
+        while ready && newcomer.filled < HEADER_LEN {
+            match newcomer.socket.read(&mut newcomer.header[newcomer.filled..]) {
+                // A close before any request; contract §4.1 has no answer to it.
+                Ok(0) => return,
+                Ok(read) => newcomer.filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => return,
+            }
+        }
+        let Newcomer { service, header, filled, deadline, .. } = newcomer;
+        let verdict = if filled == HEADER_LEN {
+            judge(service, header)
+        } else if now >= deadline {
+            let text = format!("No request within {} s", PATIENCE.as_secs());
+            Verdict::Reply(error_frame(service, &text))
+        } else {
+            self.newcomers.push(newcomer);
+            return;
+        };
+        let answer = match verdict {
+            Verdict::Reply(bytes) => bytes,
+            Verdict::Session => match self.start_session(&newcomer, context) {
+                Ok(()) => return,
+                Err(error) => error_frame(service, &format!("Failed to start a session: {error}")),
+            },
+        };
+        // A new connection has room for so little; a client that is gone needs no answer.
+        let _ = newcomer.socket.write(&answer);
+    }
+
+    fn start_session(&mut self, newcomer: &Newcomer, context: &Context<'_>) -> io::Result<()> {
+        const NAME: &CStr = c"mote-session";
+        let socket = newcomer.socket.try_clone()?;
+        let keep: Vec<BorrowedFd<'_>> =
+            [socket.as_fd()].into_iter().chain(context.cgroup.descriptors()).collect();
+        let pid = sys::fork(&keep, NAME, || {
+            let header = &newcomer.header;
+            let Ok(socket) = socket.try_clone() else { return };
+            match newcomer.service {
+                Service::Exec => {
+                    command::session(Connection::new(socket, header, exec::MAX_PAYLOAD), context);
+                }
+                Service::Pty => {
+                    terminal::session(Connection::new(socket, header, pty::MAX_PAYLOAD), context);
+                }
+            }
+        })?;
+        self.sessions.push(pid);
+        Ok(())
+    }
+
+    /// Takes note of a child's end, which may be a session's; `clean` if it ended by itself.
+    pub fn child_ended(&mut self, pid: i32, clean: bool, cgroup: &BoxCgroup) {
+        let Some(at) = self.sessions.iter().position(|session| *session == pid) else { return };
+        self.sessions.swap_remove(at);
+        let session = pid as u32;
+        if !clean {
+            // Nobody looks after its command any more. There may be none.
+            let _ = cgroup.kill_command(session);
+        }
+        self.survived.push(session);
+        self.survived.retain(|session| !cgroup.remove_command(*session));
+    }
+}
+
+/// Contract §4.2 and §5: what a first frame may be.
+fn judge(service: Service, header: [u8; HEADER_LEN]) -> Verdict {
+    let (kind, length) = frame::parse_header(header);
+    let too_long = |limit| length as usize > limit;
+    match (service, kind) {
+        (Service::Exec, exec::kind::HEARTBEAT) if length == 0 => Verdict::Reply(header.to_vec()),
+        (Service::Exec, exec::kind::HEARTBEAT | exec::kind::DATA) => {
+            if too_long(exec::MAX_PAYLOAD) {
+                let limit = exec::MAX_PAYLOAD;
+                let text = format!("Frame of {length} bytes is too long (limit {limit})");
+                Verdict::Reply(error_frame(service, &text))
+            } else {
+                Verdict::Session
+            }
+        }
+        (Service::Exec, _) => Verdict::Reply(error_frame(service, "Expected Data frame")),
+        (Service::Pty, pty::kind::REQUEST) if !too_long(pty::MAX_PAYLOAD) => Verdict::Session,
+        (Service::Pty, pty::kind::DATA..=pty::kind::ERROR) if !too_long(pty::MAX_PAYLOAD) => {
+            Verdict::Reply(error_frame(service, "Expected PtyRequest frame"))
+        }
+        (Service::Pty, _) => Verdict::Reply(Vec::new()),
+    }
+}
+
+fn error_frame(service: Service, text: &str) -> Vec<u8> {
+    let kind = match service {
+        Service::Exec => exec::kind::ERROR,
+        Service::Pty => pty::kind::ERROR,
+    };
+    frame::encode(kind, text.as_bytes())
+}
+
+/// How much longer to wait for a deadline.
+pub fn until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Contract §4.5 and §5.
+    #[test]
+    fn first_frames_are_judged_by_the_contract() {
+        let reply = |bytes: &[u8]| Verdict::Reply(bytes.to_vec());
+        let exec = |header| judge(Service::Exec, header);
+        assert_eq!(exec([3, 0, 0, 0, 0]), reply(&[3, 0, 0, 0, 0]));
+        assert_eq!(exec([3, 0, 0, 0, 9]), Verdict::Session);
+        assert_eq!(exec([1, 0, 0, 0, 0x6b]), Verdict::Session);
+        assert_eq!(exec([1, 1, 0, 0, 0]), Verdict::Session);
+        let expected = reply(b"\x04\0\0\0\x13Expected Data frame");
+        for kind in [0, 2, 4, 5, 6, 0xff] {
+            assert_eq!(exec([kind, 0, 0, 0, 0]), expected);
+        }
+        let Verdict::Reply(refused) = exec([1, 1, 0, 0, 1]) else { panic!("too long") };
+        assert!(refused.ends_with(b"Frame of 16777217 bytes is too long (limit 16777216)"));
+
+        let pty = |header| judge(Service::Pty, header);
+        assert_eq!(pty([1, 0, 0, 0, 0x4f]), Verdict::Session);
+        let expected = reply(b"\x05\0\0\0\x19Expected PtyRequest frame");
+        assert_eq!(pty([2, 0, 0, 0, 1]), expected);
+        assert_eq!(pty([5, 0, 0, 0, 0]), expected);
+        assert_eq!(pty([9, 0, 0, 0, 0]), reply(b""));
+        assert_eq!(pty([1, 0, 1, 0, 1]), reply(b""));
+    }
+}

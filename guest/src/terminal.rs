@@ -1,0 +1,182 @@
+//! A terminal session (contract §5): one command on a terminal of its own.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use mote_agent::frame::{self, Frame};
+use mote_agent::pty::{MAX_DATA, PtyExit, PtyRequest, PtyResize, kind};
+
+use crate::cgroup::CommandCgroup;
+use crate::command::{environment, exit_code, program, working_dir};
+use crate::connection::{Connection, Received};
+use crate::launch::{self, Program};
+use crate::server::{Context, until};
+use crate::sys::{self, Interest};
+
+/// Keystrokes that wait for the terminal; above it the client's frames are left in the socket.
+const INPUT_FULL: usize = 64 * 1024;
+/// Most output taken from a terminal whose command has ended: others may go on writing to it.
+const LAST_OUTPUT: usize = 1 << 20;
+/// How often to look for what no event tells: that a client which has ended its input is gone
+/// altogether, that somebody has opened the terminal again.
+const CHECK: Duration = Duration::from_millis(500);
+/// How long a command may take to end after its terminal hung up.
+const HANG_UP_GRACE: Duration = Duration::from_secs(2);
+
+/// Serves one connection to its end.
+pub fn session(mut connection: Connection, context: &Context<'_>) {
+    let Some(request) = connection.wait_for_frame() else { return };
+    // Contract §5: what is no request is not answered.
+    let Ok(request) = serde_json::from_slice::<PtyRequest>(&request.payload) else { return };
+    if request.cmd.is_empty() {
+        connection.send(&frame::encode(kind::ERROR, b"Empty command"));
+        return connection.finish();
+    }
+    match Terminal::open(&request, context) {
+        Ok(terminal) => {
+            if let Some(code) = terminal.serve(&mut connection) {
+                exit(code, &mut connection);
+            }
+        }
+        Err((code, reason)) => {
+            let text = format!("{}: {reason}\r\n", request.cmd[0]);
+            connection.send(&frame::encode(kind::DATA, text.as_bytes()));
+            exit(code, &mut connection);
+        }
+    }
+    connection.finish();
+}
+
+fn exit(exit_code: i32, connection: &mut Connection) {
+    // Plain data, which always serialises.
+    let json = serde_json::to_vec(&PtyExit { exit_code }).unwrap_or_default();
+    connection.send(&frame::encode(kind::EXIT, &json));
+}
+
+/// A terminal and the command on it.
+#[derive(Debug)]
+struct Terminal {
+    master: File,
+    input: Vec<u8>,
+    pid: i32,
+    ended: OwnedFd,
+    cgroup: CommandCgroup,
+}
+
+impl Terminal {
+    /// Starts the command; fails with the exit code that the client is to see.
+    fn open(request: &PtyRequest, context: &Context<'_>) -> Result<Self, (i32, String)> {
+        let failed = |what: &'static str| move |e: std::io::Error| (126, format!("{what}: {e}"));
+        let cgroup = context
+            .cgroup
+            .create_command(std::process::id())
+            .map_err(failed("create its cgroup"))?;
+        let (master, slave) = sys::open_terminal().map_err(failed("open a terminal"))?;
+        sys::resize_terminal(&master, request.cols, request.rows)
+            .map_err(failed("size the terminal"))?;
+        let env = environment(&request.env, context);
+        let workdir = working_dir(request.working_dir.as_deref(), context);
+        let user = request.user.as_deref();
+        let program = program(&request.cmd, &env, &workdir, user, context);
+        let stdio = [slave.as_fd(); 3];
+        let pid = launch::start(&Program { terminal: true, ..program }, stdio, cgroup.procs())
+            .map_err(|refusal| (i32::from(refusal.code), refusal.reason))?;
+        let ended = sys::process_file(pid).map_err(failed("watch it"))?;
+        Ok(Terminal { master, input: Vec::new(), pid, ended, cgroup })
+    }
+
+    /// Relays until the command has ended; `None` if the client went away first.
+    fn serve(mut self, connection: &mut Connection) -> Option<i32> {
+        loop {
+            let receiving = self.input.len() < INPUT_FULL;
+            if receiving && !connection.has_ended() {
+                self.receive(connection);
+            }
+            let listening = receiving && !connection.has_ended();
+            if !listening && connection.is_hung_up() {
+                self.hang_up();
+                return None;
+            }
+            self.feed();
+            let open = self.pump(usize::MAX, connection);
+            connection.flush();
+            let mut interests = vec![Interest::read(self.ended.as_fd())];
+            interests.extend(connection.interests(receiving));
+            if open && !connection.is_full() {
+                interests.push(Interest::read(self.master.as_fd()));
+            }
+            if !self.input.is_empty() {
+                interests.push(Interest::write(self.master.as_fd()));
+            }
+            let check = (!listening || !open).then_some(CHECK);
+            if sys::poll(&interests, check).is_ok_and(|ready| ready[0]) {
+                let status = sys::wait_for(self.pid);
+                self.pump(LAST_OUTPUT, connection);
+                return Some(status.map_or(1, exit_code));
+            }
+        }
+    }
+
+    /// Handles what the client sends.
+    fn receive(&mut self, connection: &mut Connection) {
+        while self.input.len() < INPUT_FULL {
+            match connection.receive() {
+                Received::Frame(Frame { kind: kind::REQUEST | kind::DATA, payload }) => {
+                    self.input.extend(payload);
+                }
+                Received::Frame(Frame { kind: kind::RESIZE, payload }) => {
+                    if let Ok(PtyResize { cols, rows }) = serde_json::from_slice(&payload) {
+                        // The master is open, so this cannot fail.
+                        let _ = sys::resize_terminal(&self.master, cols, rows);
+                    }
+                }
+                Received::Frame(_) => {}
+                Received::Nothing | Received::End => return,
+            }
+        }
+    }
+
+    fn feed(&mut self) {
+        while !self.input.is_empty() {
+            match self.master.write(&self.input) {
+                Ok(taken) => drop(self.input.drain(..taken)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(_) => self.input.clear(),
+            }
+        }
+    }
+
+    /// Passes at most `limit` bytes of output on, as far as there is room; a whole last part has it.
+    /// `false` while nobody has the terminal open.
+    fn pump(&mut self, limit: usize, connection: &mut Connection) -> bool {
+        let mut left = limit;
+        let mut buffer = [0; MAX_DATA];
+        while left > 0 && (limit != usize::MAX || !connection.is_full()) {
+            match self.master.read(&mut buffer) {
+                Ok(0) => return false,
+                Ok(read) => {
+                    left = left.saturating_sub(read);
+                    connection.send(&frame::encode(kind::DATA, &buffer[..read]));
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == ErrorKind::WouldBlock,
+            }
+        }
+        true
+    }
+
+    /// Closes the terminal, which signals its processes (SIGHUP), and sees that the command ends.
+    fn hang_up(self) {
+        let Terminal { master, pid, ended, cgroup, .. } = self;
+        drop(master);
+        let deadline = Instant::now() + HANG_UP_GRACE;
+        let ended = sys::poll(&[Interest::read(ended.as_fd())], Some(until(deadline)));
+        if !ended.is_ok_and(|ready| ready[0]) {
+            cgroup.kill();
+        }
+        let _ = sys::wait_for(pid);
+    }
+}

@@ -1,0 +1,294 @@
+//! What the spec's environment asks of the guest: the variables that the box runtime sets for its
+//! guest init (contract §2.10, §7.2).
+//!
+//! An image that has this init runs it as given, and mote's agent leaves all of it to that init.
+//! Where the spec names one that the image lacks, the agent takes its place. A spec with a plain
+//! entrypoint may use the variables for mounts too.
+
+use mote_agent::instance::{Entrypoint, Mount};
+
+use crate::json::Report;
+use crate::spec::Spec;
+use crate::sys;
+
+/// Tag of the share that is mounted without being asked for, and where.
+const WORKSPACE: (&str, &str) = ("workspace", "/workspace");
+
+/// What the agent does of a guest init's work.
+#[derive(Debug)]
+pub struct GuestInit {
+    /// What it mounts, in order.
+    pub mounts: Vec<Mount>,
+    /// Whether it makes the root read-only.
+    pub read_only_root: bool,
+    /// The program it starts in place of the spec's entrypoint.
+    pub main: Option<Main>,
+    /// The environment of what runs in the box, without the variables meant for an init.
+    pub container_env: Vec<(String, String)>,
+}
+
+/// The main process of a box whose init is mote's agent.
+#[derive(Debug)]
+pub struct Main {
+    /// Program, arguments, environment.
+    pub entrypoint: Entrypoint,
+    /// Directory it starts in.
+    pub workdir: String,
+    /// Who runs it.
+    pub user: Option<String>,
+}
+
+impl GuestInit {
+    /// Reads the variables.
+    pub fn new(spec: &Spec, report: &mut Report) -> Self {
+        let vars = Variables { env: &spec.entrypoint.env, encoded: false };
+        let encoded = vars.value("BOX_EXEC_B64") == Some("1");
+        let vars = Variables { encoded, ..vars };
+        let is_init = vars.value("BOX_EXEC_EXEC").is_some();
+        let as_given = is_init && is_in_image(spec);
+        let container_env = vars.container_env(report);
+        if as_given {
+            return GuestInit {
+                mounts: Vec::new(),
+                read_only_root: false,
+                main: None,
+                container_env,
+            };
+        }
+        let main = is_init.then(|| {
+            for name in ["BOX_SIDECAR_IMAGE", "BOX_EXEC_ENV_FILE", "BOX_DEFERRED_MAIN"] {
+                if let Some(index) = vars.index(name) {
+                    report.error(
+                        format!("entrypoint.env[{index}]"),
+                        format!("{name} needs a guest init, which this image lacks"),
+                    );
+                }
+            }
+            vars.main(container_env.clone(), report)
+        });
+        GuestInit {
+            mounts: vars.mounts(spec, report),
+            read_only_root: vars.value("BOX_READONLY") == Some("1"),
+            main,
+            container_env,
+        }
+    }
+}
+
+/// Whether the image has the spec's executable. One that only the guest can find counts as there.
+fn is_in_image(spec: &Spec) -> bool {
+    let executable = &spec.entrypoint.executable;
+    !executable.contains('/') || sys::exists_in_root(&spec.rootfs_path, executable)
+}
+
+/// The spec's environment, read by name.
+#[derive(Clone, Copy)]
+struct Variables<'a> {
+    env: &'a [(String, String)],
+    /// Whether values of `BOX_EXEC_*` are in base64 (later contract versions).
+    encoded: bool,
+}
+
+impl<'a> Variables<'a> {
+    fn index(&self, name: &str) -> Option<usize> {
+        self.env.iter().rposition(|(known, _)| known == name)
+    }
+
+    fn value(&self, name: &str) -> Option<&'a str> {
+        self.index(name).map(|index| self.env[index].1.as_str())
+    }
+
+    /// `NAME_0`, `NAME_1`, … up to the first gap, with their places in the environment.
+    fn numbered(&self, name: &str) -> impl Iterator<Item = (usize, &'a str)> {
+        (0..).map_while(move |n| {
+            let index = self.index(&format!("{name}_{n}"))?;
+            Some((index, self.env[index].1.as_str()))
+        })
+    }
+
+    /// The value of the variable in this place, decoded.
+    fn decoded(&self, index: usize, report: &mut Report) -> String {
+        let (name, value) = &self.env[index];
+        if !self.encoded {
+            return value.clone();
+        }
+        mote_agent::exec::from_base64url(value).unwrap_or_else(|| {
+            report.error(
+                format!("entrypoint.env[{index}]"),
+                format!("{name} is not base64url text, as BOX_EXEC_B64=1 says"),
+            );
+            String::new()
+        })
+    }
+
+    /// The image's variables, then those of the caller, who wins.
+    fn container_env(&self, report: &mut Report) -> Vec<(String, String)> {
+        let named = |index: usize| self.env[index].0.as_str();
+        let of_image = (0..self.env.len()).filter_map(|index| {
+            let name = named(index).strip_prefix("BOX_EXEC_ENV_").filter(|n| *n != "FILE")?;
+            Some((name.to_owned(), self.decoded(index, report)))
+        });
+        let of_image: Vec<(String, String)> = of_image.collect();
+        let meant_for_init =
+            |name: &str| ["BOX_", "KRUN_", "A3S_"].iter().any(|prefix| name.starts_with(prefix));
+        let own = self.env.iter().filter(|(name, _)| !meant_for_init(name)).cloned();
+        of_image.into_iter().chain(own).collect()
+    }
+
+    fn main(&self, env: Vec<(String, String)>, report: &mut Report) -> Main {
+        let mut text = |name: &str| self.index(name).map(|index| self.decoded(index, report));
+        let executable = text("BOX_EXEC_EXEC").unwrap_or_default();
+        let workdir = text("BOX_EXEC_WORKDIR").unwrap_or_else(|| "/".into());
+        let user = text("BOX_EXEC_USER");
+        let count = self.value("BOX_EXEC_ARGC").map_or(Ok(0), str::parse::<usize>);
+        let args = match count {
+            Ok(count) => (0..count.min(self.env.len()))
+                .map(|n| text(&format!("BOX_EXEC_ARG_{n}")).unwrap_or_default())
+                .collect(),
+            Err(_) => {
+                report.error("entrypoint.env", "BOX_EXEC_ARGC is not a number");
+                Vec::new()
+            }
+        };
+        Main { entrypoint: Entrypoint { executable, args, env }, workdir, user }
+    }
+
+    fn mounts(&self, spec: &Spec, report: &mut Report) -> Vec<Mount> {
+        let share = |tag: &str| spec.fs_mounts.iter().find(|share| share.tag == tag);
+        let (tag, path) = WORKSPACE;
+        let workspace = share(tag).map(|share| Mount::Share {
+            tag: tag.into(),
+            path: path.into(),
+            read_only: share.read_only,
+        });
+        let mut mounts: Vec<Mount> = workspace.into_iter().collect();
+        for (index, text) in self.numbered("BOX_VOL") {
+            let wanted = match text.split(':').collect::<Vec<_>>()[..] {
+                [tag, path] => Some((tag, path, false)),
+                [tag, path, "ro"] => Some((tag, path, true)),
+                [tag, path, "rw"] => Some((tag, path, false)),
+                _ => None,
+            };
+            let path_ok = |path: &str| path.starts_with('/') && path != "/";
+            match wanted.map(|(tag, path, read_only)| (share(tag), tag, path, read_only)) {
+                Some((Some(share), _, path, read_only)) if path_ok(path) => {
+                    mounts.push(Mount::Share {
+                        tag: share.tag.clone(),
+                        path: path.into(),
+                        read_only: read_only || share.read_only,
+                    });
+                }
+                Some((None, tag, ..)) => report.error(
+                    format!("entrypoint.env[{index}]"),
+                    format!("mounts '{tag}', which is no tag of fs_mounts"),
+                ),
+                _ => report.error(
+                    format!("entrypoint.env[{index}]"),
+                    format!(
+                        "is \"{text}\", must be TAG:PATH or TAG:PATH:ro, with an absolute path"
+                    ),
+                ),
+            }
+        }
+        for (index, text) in self.numbered("BOX_TMPFS") {
+            let (path, options) = text.split_once(':').unwrap_or((text, ""));
+            if path.starts_with('/') && path != "/" {
+                mounts.push(Mount::Tmpfs { path: path.into(), options: options.into() });
+            } else {
+                report.error(
+                    format!("entrypoint.env[{index}]"),
+                    format!("is \"{text}\", must be PATH or PATH:OPTIONS, with an absolute path"),
+                );
+            }
+        }
+        mounts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::FsMount;
+
+    fn read(executable: &str, env: &[(&str, &str)]) -> (GuestInit, Vec<String>) {
+        let text = r#"{"box_id":"b","vcpus":1,"memory_mib":256,"rootfs_path":"/",
+            "exec_socket_path":"","fs_mounts":[],"workdir":"/",
+            "entrypoint":{"executable":"","args":[],"env":[]}}"#;
+        let mut report = Report::default();
+        let mut spec = Spec::parse(text, &mut report).expect("a spec");
+        spec.entrypoint.executable = executable.into();
+        spec.entrypoint.env = env.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
+        spec.fs_mounts = [("workspace", false), ("vol0", true)]
+            .map(|(tag, read_only)| FsMount { tag: tag.into(), host_path: "/".into(), read_only })
+            .to_vec();
+        let init = GuestInit::new(&spec, &mut report);
+        (init, report.errors.iter().map(ToString::to_string).collect())
+    }
+
+    fn share(tag: &str, path: &str, read_only: bool) -> Mount {
+        Mount::Share { tag: tag.into(), path: path.into(), read_only }
+    }
+
+    #[test]
+    fn a_missing_init_is_replaced() {
+        let (init, errors) = read(
+            "/no/such/init",
+            &[
+                ("BOX_EXEC_EXEC", "sleep"),
+                ("BOX_EXEC_ARGC", "2"),
+                ("BOX_EXEC_ARG_0", "60"),
+                ("BOX_EXEC_ARG_1", "a b"),
+                ("BOX_EXEC_WORKDIR", "/srv"),
+                ("BOX_EXEC_ENV_PATH", "/bin"),
+                ("BOX_EXEC_ENV_MODE", "image"),
+                ("BOX_VOL_0", "vol0:/data:ro"),
+                ("BOX_TMPFS_0", "/dev/shm:size=1m,noexec"),
+                ("BOX_READONLY", "1"),
+                ("A3S_SEC_SECCOMP", "default"),
+                ("MODE", "caller"),
+            ],
+        );
+        assert_eq!(errors, Vec::<String>::new());
+        let main = init.main.expect("takes over");
+        assert_eq!(main.entrypoint.executable, "sleep");
+        assert_eq!(main.entrypoint.args, ["60", "a b"]);
+        assert_eq!(main.workdir, "/srv");
+        let env = [("PATH", "/bin"), ("MODE", "image"), ("MODE", "caller")];
+        assert_eq!(main.entrypoint.env, env.map(|(n, v)| (n.to_owned(), v.to_owned())));
+        assert!(init.read_only_root);
+        let tmpfs = Mount::Tmpfs { path: "/dev/shm".into(), options: "size=1m,noexec".into() };
+        let shares = [share("workspace", "/workspace", false), share("vol0", "/data", true)];
+        assert_eq!(init.mounts, [shares.to_vec(), vec![tmpfs]].concat());
+    }
+
+    #[test]
+    fn an_init_of_the_image_does_its_own_work() {
+        let env = [("BOX_EXEC_EXEC", "sleep"), ("BOX_VOL_0", "vol0:/data"), ("A", "1")];
+        let (init, errors) = read("/bin/sh", &env);
+        assert!(errors.is_empty() && init.main.is_none() && init.mounts.is_empty());
+        assert_eq!(init.container_env, [("A".to_owned(), "1".to_owned())]);
+    }
+
+    #[test]
+    fn encoded_values_are_decoded() {
+        let env = [("BOX_EXEC_B64", "1"), ("BOX_EXEC_EXEC", "c2xlZXA"), ("BOX_EXEC_ENV_A", "YiBj")];
+        let (init, errors) = read("/no/such/init", &env);
+        assert!(errors.is_empty(), "{errors:?}");
+        let entrypoint = init.main.expect("takes over").entrypoint;
+        assert_eq!(entrypoint.executable, "sleep");
+        assert_eq!(entrypoint.env, [("A".to_owned(), "b c".to_owned())]);
+        let (_, errors) = read("/no/such/init", &[("BOX_EXEC_B64", "1"), ("BOX_EXEC_EXEC", "%")]);
+        assert!(errors[0].starts_with("entrypoint.env[1]: BOX_EXEC_EXEC is not base64url"));
+    }
+
+    #[test]
+    fn bad_mounts_are_named() {
+        let (_, errors) = read(
+            "/bin/sh",
+            &[("BOX_VOL_0", "nothing:/x"), ("BOX_VOL_1", "vol0"), ("BOX_TMPFS_0", "relative")],
+        );
+        assert!(errors[0].starts_with("entrypoint.env[0]: mounts 'nothing'"), "{errors:?}");
+        assert!(errors[1].starts_with("entrypoint.env[1]: is \"vol0\""), "{errors:?}");
+        assert!(errors[2].starts_with("entrypoint.env[2]: is \"relative\""), "{errors:?}");
+    }
+}
