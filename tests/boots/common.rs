@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
 
-const APPLETS: [&str; 40] = [
+const APPLETS: [&str; 42] = [
     "sh",
     "cat",
     "echo",
@@ -52,6 +52,8 @@ const APPLETS: [&str; 40] = [
     "tr",
     "printf",
     "readlink",
+    "setsid",
+    "stty",
     "ifconfig",
 ];
 

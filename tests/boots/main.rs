@@ -10,9 +10,12 @@
 )]
 
 mod bad_input;
+mod client;
 mod common;
+mod exec;
 mod guest;
 mod lifecycle;
 mod outcomes;
 mod shares;
 mod sockets;
+mod terminal;

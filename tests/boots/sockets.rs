@@ -83,9 +83,11 @@ fn bytes_and_ends_of_file_cross_in_both_directions() {
 fn a_port_nobody_serves_closes_promptly() {
     let test =
         TestBox::busybox().shell("echo ready; sleep 1000").with("console_output", json!(null));
+    let attest = test.path("sock/attest.sock");
+    let test = test.with("attest_socket_path", json!(attest));
     let mut started = test.start();
     started.wait_for_line("ready");
-    let mut stream = connect(&test);
+    let mut stream = UnixStream::connect(&attest).expect("connects");
     assert_eq!(stream.read(&mut [0]).expect("the end, not a time-out"), 0);
     started.signal(libc::SIGTERM);
     test.finished(started.finish());
