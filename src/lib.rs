@@ -12,6 +12,7 @@
 //! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
 //!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
 //! - its devices: [`virtio`], and what serves them on the host: [`virtiofsd`], [`sockets`]
+//! - the host's limits on all that: [`cpuset`]
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
 //! - the system: [`sys`]; with [`memory`] the only unsafe code
@@ -24,6 +25,7 @@ pub mod cli;
 pub mod console;
 pub mod cpio;
 pub mod cpu;
+pub mod cpuset;
 pub mod guest_init;
 pub mod image;
 pub mod json;
@@ -155,6 +157,9 @@ fn run_to_end(
     let signals = run::block_signals()?;
     sys::raise_open_file_limit();
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
+    if let Some(cpus) = &plan.cpus {
+        cpus.bind()?;
+    }
     let outcome = Vm::build(&plan, timeline).and_then(|vm| {
         let counts = Arc::clone(&vm.exit_counts);
         let outcome = run::run(vm, signals, timeline);

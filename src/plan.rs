@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit};
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
+use crate::cpuset::CpuSet;
 use crate::guest_init::{GuestInit, Main};
 use crate::json::Report;
 use crate::spec::{self, Spec};
@@ -80,6 +81,8 @@ pub struct Plan {
     pub vcpus: u8,
     /// Guest RAM in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
+    /// The host CPUs to run on; `None` is all that mote may.
+    pub cpus: Option<CpuSet>,
     /// Virtio-fs shares, the root file system first.
     pub shares: Vec<Share>,
     /// Host sockets and the guest ports behind them.
@@ -142,6 +145,7 @@ impl Plan {
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
         let errors_before = report.errors.len();
         check_size(spec, report);
+        let cpus = plan_cpus(spec, report);
         let shares = plan_shares(spec, report);
         let sockets = plan_sockets(spec, report);
         check_console(spec.console_output.as_deref(), report);
@@ -163,6 +167,7 @@ impl Plan {
             box_id: spec.box_id.clone(),
             vcpus: spec.vcpus,
             memory_bytes: u64::from(spec.memory_mib) << 20,
+            cpus,
             shares,
             sockets,
             console_output: spec.console_output.clone(),
@@ -192,6 +197,9 @@ impl fmt::Display for Plan {
         writeln!(f, "box        {}", self.box_id)?;
         writeln!(f, "vcpus      {}", self.vcpus)?;
         writeln!(f, "memory     {} MiB", self.memory_bytes >> 20)?;
+        if let Some(cpus) = &self.cpus {
+            writeln!(f, "host cpus  {cpus}")?;
+        }
         for share in &self.shares {
             let name = if share.tag == ROOT_TAG { "/" } else { &share.tag };
             let mode = if share.read_only { "read-only" } else { "read-write" };
@@ -268,6 +276,20 @@ fn host_memory_mib() -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib >> 10)
+}
+
+fn plan_cpus(spec: &Spec, report: &mut Report) -> Option<CpuSet> {
+    let text = spec.resource_limits.cpuset_cpus.as_deref()?;
+    let planned = CpuSet::parse(text).and_then(|cpus| {
+        let available = CpuSet::available().map_err(|error| format!("{error:#}"))?;
+        match cpus.first_missing(&available) {
+            None => Ok(cpus),
+            Some(cpu) => Err(format!(
+                "has the CPU {cpu}, which is offline or not allowed to this process; available are {available}"
+            )),
+        }
+    });
+    planned.map_err(|problem| report.error("resource_limits.cpuset_cpus", problem)).ok()
 }
 
 fn plan_shares(spec: &Spec, report: &mut Report) -> Vec<Share> {
@@ -557,7 +579,6 @@ fn refuse_unsupported(spec: &Spec, report: &mut Report) {
     }
     let limits = &spec.resource_limits;
     for (name, wanted) in [
-        ("cpuset_cpus", limits.cpuset_cpus.is_some()),
         ("cpu_shares", limits.cpu_shares.is_some()),
         ("cpu_quota", limits.cpu_quota.is_some()),
         ("cpu_period", limits.cpu_period.is_some()),
@@ -776,6 +797,27 @@ mod tests {
         for text in ["nofile", "as=1:1", "nofile=x", "nofile=2:1", "nofile=1:2:3"] {
             let errors = limits(text).expect_err(text);
             assert!(errors[0].starts_with("resource_limits.ulimits[0]: "), "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn cpus_are_checked_against_the_host() {
+        let cpus = |text: &str| plan(|s| s.resource_limits.cpuset_cpus = Some(text.into()));
+        let available = CpuSet::available().expect("affinity");
+        let all = cpus(&available.to_string()).expect("a plan");
+        assert!(all.to_string().contains(&format!("\nhost cpus  {available}\n")), "{all}");
+        for (text, problem) in [
+            ("", "is \"\", must be a list of CPUs like \"0-3,6\"".into()),
+            (
+                "0-1023",
+                format!(
+                    "which is offline or not allowed to this process; available are {available}"
+                ),
+            ),
+        ] {
+            let errors = cpus(text).expect_err(text);
+            assert!(errors[0].starts_with("resource_limits.cpuset_cpus: "), "{errors:?}");
+            assert!(errors[0].ends_with(&problem), "{errors:?}");
         }
     }
 

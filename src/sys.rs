@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -276,6 +277,35 @@ pub fn raise_open_file_limit() {
             libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }
     }
+}
+
+/// CPU numbers are below this: what glibc's `cpu_set_t` can hold.
+pub const MAX_CPUS: u16 = libc::CPU_SETSIZE as u16;
+
+/// The online CPUs that the calling thread may run on (sched_getaffinity(2)).
+pub fn cpu_affinity() -> io::Result<BTreeSet<u16>> {
+    // SAFETY: an all-zero cpu_set_t is valid and of the size given; the numbers looked up are below
+    // CPU_SETSIZE.
+    unsafe {
+        let mut set: libc::cpu_set_t = zeroed();
+        check(libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set))?;
+        Ok((0..MAX_CPUS).filter(|&cpu| libc::CPU_ISSET(cpu.into(), &set)).collect())
+    }
+}
+
+/// Limits the calling thread, and what it starts, to these CPUs below [`MAX_CPUS`]
+/// (sched_setaffinity(2)). The kernel may take fewer: see [`cpu_affinity`].
+pub fn set_cpu_affinity(cpus: &BTreeSet<u16>) -> io::Result<()> {
+    // SAFETY: an all-zero cpu_set_t is valid and of the size given; libc's CPU_SET checks the
+    // number's bounds.
+    unsafe {
+        let mut set: libc::cpu_set_t = zeroed();
+        for &cpu in cpus {
+            libc::CPU_SET(cpu.into(), &mut set);
+        }
+        check(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set))?;
+    }
+    Ok(())
 }
 
 /// Waits until a descriptor can be written to; `false` when the time is over first.
