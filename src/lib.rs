@@ -12,7 +12,7 @@
 //! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
 //!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
 //! - its devices: [`virtio`], and what serves them on the host: [`virtiofsd`], [`sockets`]
-//! - the host's limits on all that: [`cpuset`]
+//! - the host's limits on all that: [`cpuset`], [`cgroup`]
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
 //! - the system: [`sys`]; with [`memory`] the only unsafe code
@@ -21,6 +21,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod cgroup;
 pub mod cli;
 pub mod console;
 pub mod cpio;
@@ -55,6 +56,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::cgroup::{Cgroup, Membership};
 use crate::cli::{Command, Config};
 use crate::json::Report;
 use crate::outcome::{Outcome, USAGE};
@@ -157,18 +159,27 @@ fn run_to_end(
     let signals = run::block_signals()?;
     sys::raise_open_file_limit();
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
-    if let Some(cpus) = &plan.cpus {
-        cpus.bind()?;
-    }
-    let outcome = Vm::build(&plan, timeline).and_then(|vm| {
-        let counts = Arc::clone(&vm.exit_counts);
-        let outcome = run::run(vm, signals, timeline);
-        *exits = counts.read();
+    let outcome = confine(&plan).and_then(|membership| {
+        let outcome = Vm::build(&plan, timeline).and_then(|vm| {
+            let counts = Arc::clone(&vm.exit_counts);
+            let outcome = run::run(vm, signals, timeline);
+            *exits = counts.read();
+            outcome
+        });
+        drop(membership);
         outcome
     });
     // The VM is dropped: its back-ends were killed, and nothing shall outlive this process.
     sys::reap_children(REAP_LIMIT);
     outcome
+}
+
+/// Puts the host's limits on this process, before there are threads and children to inherit them.
+fn confine(plan: &Plan) -> Result<Option<Membership>> {
+    if let Some(cpus) = &plan.cpus {
+        cpus.bind()?;
+    }
+    plan.cgroup.as_ref().map(Cgroup::enter).transpose()
 }
 
 /// How long killed back-ends may take to vanish; one that is stuck in the kernel never will.

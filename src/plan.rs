@@ -10,6 +10,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit};
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
+use crate::cgroup::{Cgroup, Limit};
 use crate::cpuset::CpuSet;
 use crate::guest_init::{GuestInit, Main};
 use crate::json::Report;
@@ -83,6 +85,8 @@ pub struct Plan {
     pub memory_bytes: u64,
     /// The host CPUs to run on; `None` is all that mote may.
     pub cpus: Option<CpuSet>,
+    /// The cgroup to run in; `None` is the one that mote was started in.
+    pub cgroup: Option<Cgroup>,
     /// Virtio-fs shares, the root file system first.
     pub shares: Vec<Share>,
     /// Host sockets and the guest ports behind them.
@@ -146,6 +150,7 @@ impl Plan {
         let errors_before = report.errors.len();
         check_size(spec, report);
         let cpus = plan_cpus(spec, report);
+        let cgroup = plan_cgroup(spec, report);
         let shares = plan_shares(spec, report);
         let sockets = plan_sockets(spec, report);
         check_console(spec.console_output.as_deref(), report);
@@ -168,6 +173,7 @@ impl Plan {
             vcpus: spec.vcpus,
             memory_bytes: u64::from(spec.memory_mib) << 20,
             cpus,
+            cgroup,
             shares,
             sockets,
             console_output: spec.console_output.clone(),
@@ -199,6 +205,9 @@ impl fmt::Display for Plan {
         writeln!(f, "memory     {} MiB", self.memory_bytes >> 20)?;
         if let Some(cpus) = &self.cpus {
             writeln!(f, "host cpus  {cpus}")?;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            writeln!(f, "cgroup     {cgroup}")?;
         }
         for share in &self.shares {
             let name = if share.tag == ROOT_TAG { "/" } else { &share.tag };
@@ -290,6 +299,58 @@ fn plan_cpus(spec: &Spec, report: &mut Report) -> Option<CpuSet> {
         }
     });
     planned.map_err(|problem| report.error("resource_limits.cpuset_cpus", problem)).ok()
+}
+
+/// What the kernel takes for `cpu.max`, in microseconds (kernel/sched/core.c, `tg_set_cfs_bandwidth`).
+const CPU_QUOTA_US: RangeInclusive<i64> = 1_000..=(1 << 44) - 1;
+const CPU_PERIOD_US: RangeInclusive<u64> = 1_000..=1_000_000;
+/// The kernel's own default, and the contract's.
+const DEFAULT_CPU_PERIOD_US: u64 = 100_000;
+
+fn plan_cgroup(spec: &Spec, report: &mut Report) -> Option<Cgroup> {
+    let limits = &spec.resource_limits;
+    if let Some(quota) = limits.cpu_quota.filter(|us| *us >= 0 && !CPU_QUOTA_US.contains(us)) {
+        report.error(
+            "resource_limits.cpu_quota",
+            format!(
+                "is {quota} microseconds, must be from {} to {}, or -1 for no limit",
+                CPU_QUOTA_US.start(),
+                CPU_QUOTA_US.end()
+            ),
+        );
+    }
+    if let Some(period) = limits.cpu_period.filter(|us| !CPU_PERIOD_US.contains(us)) {
+        report.error(
+            "resource_limits.cpu_period",
+            format!(
+                "is {period} microseconds, must be from {} to {}",
+                CPU_PERIOD_US.start(),
+                CPU_PERIOD_US.end()
+            ),
+        );
+    }
+    let cpu_max = (limits.cpu_quota.is_some() || limits.cpu_period.is_some()).then(|| {
+        let quota_us = limits.cpu_quota.and_then(unless_negative);
+        Limit::CpuMax { quota_us, period_us: limits.cpu_period.unwrap_or(DEFAULT_CPU_PERIOD_US) }
+    });
+    let planned: Vec<Limit> = [
+        limits.cpu_shares.map(Limit::from_shares),
+        cpu_max,
+        limits.memory_reservation.map(Limit::MemoryLow),
+        limits.memory_swap.map(|bytes| Limit::MemorySwapMax(unless_negative(bytes))),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    if planned.is_empty() {
+        return None;
+    }
+    Cgroup::new(&spec.box_id, planned).map_err(|problem| report.error("box_id", problem)).ok()
+}
+
+/// A limit of which every negative value means none.
+fn unless_negative(limit: i64) -> Option<u64> {
+    u64::try_from(limit).ok()
 }
 
 fn plan_shares(spec: &Spec, report: &mut Report) -> Vec<Share> {
@@ -577,20 +638,6 @@ fn refuse_unsupported(spec: &Spec, report: &mut Report) {
     if !spec.port_map.is_empty() {
         report.error("port_map", "asks for published ports, which this version of mote does not have yet; leave it empty");
     }
-    let limits = &spec.resource_limits;
-    for (name, wanted) in [
-        ("cpu_shares", limits.cpu_shares.is_some()),
-        ("cpu_quota", limits.cpu_quota.is_some()),
-        ("cpu_period", limits.cpu_period.is_some()),
-        ("memory_reservation", limits.memory_reservation.is_some()),
-        ("memory_swap", limits.memory_swap.is_some()),
-    ] {
-        if wanted {
-            report.error(
-                format!("resource_limits.{name}"),
-                "is a limit that this version of mote cannot enforce yet; leave it null",
-            );
-        }
     }
 }
 
@@ -819,6 +866,52 @@ mod tests {
             assert!(errors[0].starts_with("resource_limits.cpuset_cpus: "), "{errors:?}");
             assert!(errors[0].ends_with(&problem), "{errors:?}");
         }
+    }
+
+    #[test]
+    fn cgroup_limits_are_judged() {
+        let shown = |change: fn(&mut spec::ResourceLimits)| {
+            let plan = plan(|s| change(&mut s.resource_limits)).expect("a plan");
+            plan.cgroup.map(|cgroup| cgroup.to_string())
+        };
+        assert_eq!(shown(|_| ()), None);
+        assert_eq!(
+            shown(|l| {
+                (l.cpu_shares, l.cpu_quota) = (Some(0), Some(50_000));
+                (l.memory_reservation, l.memory_swap) = (Some(1 << 20), Some(-5));
+            })
+            .expect("a cgroup"),
+            "/sys/fs/cgroup/a3s-box/b, cpu.weight = 1, cpu.max = 50000 100000, memory.low = 1048576, memory.swap.max = max"
+        );
+        for (quota, period, expected) in [
+            (Some(-1), None, "cpu.max = max 100000"),
+            (None, Some(1_000), "cpu.max = max 1000"),
+            (Some(1_000), Some(1_000_000), "cpu.max = 1000 1000000"),
+        ] {
+            let limited = |s: &mut Spec| {
+                (s.resource_limits.cpu_quota, s.resource_limits.cpu_period) = (quota, period);
+            };
+            let cgroup = plan(limited).expect("a plan").cgroup.expect("a cgroup");
+            assert!(cgroup.to_string().ends_with(expected), "{cgroup}");
+        }
+        for (quota, period, field) in [
+            (Some(0), None, "quota: is 0 microseconds, must be from 1000 to "),
+            (Some(999), None, "quota: is 999 "),
+            (Some(1 << 44), None, "quota: is 17592186044416 "),
+            (None, Some(999), "period: is 999 microseconds, must be from 1000 to 1000000"),
+            (None, Some(1_000_001), "period: is 1000001 "),
+        ] {
+            let errors = errors(|s| {
+                (s.resource_limits.cpu_quota, s.resource_limits.cpu_period) = (quota, period);
+            });
+            assert!(errors[0].starts_with(&format!("resource_limits.cpu_{field}")), "{errors:?}");
+        }
+        let errors = errors(|s| {
+            s.box_id = "../b".into();
+            s.resource_limits.memory_swap = Some(0);
+        });
+        assert!(errors[0].starts_with("box_id: is \"../b\", but with limits"), "{errors:?}");
+        assert!(plan(|s| s.box_id = "../b".into()).is_ok(), "a name only matters with limits");
     }
 
     #[test]

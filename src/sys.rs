@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
 use std::collections::BTreeSet;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
@@ -277,6 +277,42 @@ pub fn raise_open_file_limit() {
             libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }
     }
+}
+
+/// Starts a process under this name that does `work` and ends. It is a child of this one, but in a
+/// session and directory of its own and with no descriptors but those to `keep`; signals that are
+/// blocked here are blocked there.
+///
+/// `work` must not panic and must not take a lock that another thread may hold: threads are not
+/// copied.
+pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::Result<()> {
+    let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| *fd as libc::c_uint).collect();
+    keep.sort_unstable();
+    // SAFETY: plain system call. The child is a copy of this thread with all its memory, and is
+    // through `_exit` the only thing to run on that copy; glibc puts its own locks in order.
+    if check(unsafe { libc::fork() })? > 0 {
+        return Ok(());
+    }
+    // From here on in the child.
+    let mut from = 0;
+    for fd in keep.into_iter().chain([libc::c_uint::MAX]) {
+        if fd > from {
+            // SAFETY: plain system call. Whatever owns these descriptors in this copy of the
+            // process is never used or dropped: only `work` runs, which owns those that are kept.
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+        }
+        from = fd.saturating_add(1);
+    }
+    let _ = std::env::set_current_dir("/");
+    // SAFETY: plain system calls; the name is NUL-terminated and lives on.
+    unsafe {
+        libc::setsid();
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+    }
+    work();
+    // SAFETY: plain system call. Nothing is flushed and no destructor runs: all that is the
+    // parent's.
+    unsafe { libc::_exit(0) }
 }
 
 /// CPU numbers are below this: what glibc's `cpu_set_t` can hold.

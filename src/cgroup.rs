@@ -1,0 +1,526 @@
+//! The box's cgroup: limits that the host's kernel enforces on mote, its vCPUs and its back-ends
+//! together. cgroup v2 only; the files are those of Documentation/admin-guide/cgroup-v2.rst.
+//!
+//! ```text
+//! mote     create, start the janitor, set limits, join … the box's life … leave, close the pipe, reap
+//! janitor                  wait for the end of the pipe ………………………………………………………………………… remove
+//! ```
+//!
+//! Whatever happens to mote, one and the same process removes the cgroup: the janitor, which is not
+//! in it. SIGKILL closes the pipe too.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, PipeWriter, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{log, sys};
+
+/// Where cgroup v2 is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+/// The parent of all boxes' cgroups (contract §1.4).
+const PARENT: &str = "a3s-box";
+/// Longest name of a directory (`NAME_MAX`).
+const MAX_NAME: usize = 255;
+/// How long a leftover may stay busy with processes that are being killed.
+const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
+/// How long the janitor tries; what it cannot kill in that time is stuck in the kernel.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
+/// How often a busy cgroup is tried again.
+const RETRY_STEP: Duration = Duration::from_millis(1);
+
+/// The file of [`Limit::MemoryLow`].
+const MEMORY_LOW: &str = "memory.low";
+/// How often the sum of all boxes' reservations is taken while other boxes start and end.
+const PROTECT_ATTEMPTS: usize = 16;
+
+/// What to do when this user may not use cgroups.
+const NO_PERMISSION: &str = "run mote as root with /sys/fs/cgroup writable, or have the administrator create /sys/fs/cgroup/a3s-box and delegate it";
+
+/// What one file of a cgroup is set to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// Share of CPU time under contention, 1 to 10000.
+    CpuWeight(u64),
+    /// CPU time per period, in microseconds; a quota of `None` is unlimited.
+    CpuMax {
+        /// Time that all threads together may run in a period.
+        quota_us: Option<u64>,
+        /// The period.
+        period_us: u64,
+    },
+    /// Bytes of memory to protect from reclaim.
+    MemoryLow(u64),
+    /// Most bytes of swap; `None` is unlimited.
+    MemorySwapMax(Option<u64>),
+}
+
+impl Limit {
+    /// The weight for a number of cgroup v1 shares, by the contract's formula (§1.4).
+    pub fn from_shares(shares: u64) -> Limit {
+        Limit::CpuWeight(1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142)
+    }
+
+    fn file(self) -> &'static str {
+        match self {
+            Limit::CpuWeight(_) => "cpu.weight",
+            Limit::CpuMax { .. } => "cpu.max",
+            Limit::MemoryLow(_) => MEMORY_LOW,
+            Limit::MemorySwapMax(_) => "memory.swap.max",
+        }
+    }
+
+    fn controller(self) -> &'static str {
+        match self {
+            Limit::CpuWeight(_) | Limit::CpuMax { .. } => "cpu",
+            Limit::MemoryLow(_) | Limit::MemorySwapMax(_) => "memory",
+        }
+    }
+
+    fn value(self) -> String {
+        let or_max = |limit: Option<u64>| limit.map_or("max".into(), |limit| limit.to_string());
+        match self {
+            Limit::CpuWeight(value) | Limit::MemoryLow(value) => value.to_string(),
+            Limit::CpuMax { quota_us, period_us } => format!("{} {period_us}", or_max(quota_us)),
+            Limit::MemorySwapMax(value) => or_max(value),
+        }
+    }
+
+    /// What the spec calls it.
+    fn fields(self) -> &'static str {
+        match self {
+            Limit::CpuWeight(_) => "cpu_shares",
+            Limit::CpuMax { .. } => "cpu_quota and cpu_period",
+            Limit::MemoryLow(_) => "memory_reservation",
+            Limit::MemorySwapMax(_) => "memory_swap",
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {}", self.file(), self.value())
+    }
+}
+
+/// A cgroup to create.
+#[derive(Debug)]
+pub struct Cgroup {
+    name: String,
+    limits: Vec<Limit>,
+}
+
+impl Cgroup {
+    /// A cgroup for a box. The error says what is wrong with the box's identity as a name.
+    pub fn new(box_id: &str, limits: Vec<Limit>) -> Result<Cgroup, String> {
+        let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if !(1..=MAX_NAME).contains(&box_id.len())
+            || !box_id.bytes().all(safe)
+            || [".", ".."].contains(&box_id)
+        {
+            return Err(format!(
+                "is \"{box_id}\", but with limits on the host it is the name of a cgroup: must be 1 to {MAX_NAME} of a-z, A-Z, 0-9, \".\", \"_\" and \"-\", and not \".\" or \"..\""
+            ));
+        }
+        Ok(Cgroup { name: box_id.into(), limits })
+    }
+
+    /// Creates the cgroup, with a janitor to remove it, and moves this process into it. To be called
+    /// before there are threads, whose locks the janitor would inherit.
+    ///
+    /// Fails when the host has no cgroup v2 or not the controllers, when this user may not use them,
+    /// or when the box is running already.
+    pub fn enter(&self) -> Result<Membership> {
+        self.enter_below(Path::new(ROOT))
+    }
+
+    fn enter_below(&self, root: &Path) -> Result<Membership> {
+        let own = fs::read_to_string("/proc/self/cgroup").context("read /proc/self/cgroup")?;
+        let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
+        offer(root, &controllers)?;
+        let home = home(&own, root)?;
+        let parent = root.join(PARENT);
+        if let Err(error) = fs::create_dir(&parent)
+            && error.kind() != ErrorKind::AlreadyExists
+        {
+            let step = format!("create the cgroup {}", parent.display());
+            return Err(explained(error, step, ErrorKind::PermissionDenied, NO_PERMISSION));
+        }
+        offer(&parent, &controllers)?;
+
+        let dir = parent.join(&self.name);
+        create(&dir, LEFTOVER_LIMIT).map_err(|error| {
+            let step = format!("create the cgroup {}", dir.display());
+            explained(error, step, ErrorKind::ResourceBusy, "is this box running already?")
+        })?;
+        let reserves = self.limits.iter().any(|limit| matches!(limit, Limit::MemoryLow(_)));
+        let janitor = Remains::of(&dir, reserves)
+            .and_then(Remains::watch)
+            .inspect_err(|_| drop(fs::remove_dir(&dir)))
+            .with_context(|| format!("start a janitor for the cgroup {}", dir.display()))?;
+        for limit in &self.limits {
+            let remedy = format!(
+                "this kernel cannot do it, or swap accounting is off; leave resource_limits.{} null",
+                limit.fields()
+            );
+            write(&dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
+        }
+        if reserves {
+            protect(&parent, false)?;
+        }
+        write(
+            &dir.join(PROCESSES),
+            MYSELF,
+            ErrorKind::PermissionDenied,
+            "run mote as root, or in a cgroup that is delegated together with this one",
+        )?;
+        Ok(Membership { home, janitor: Some(janitor) })
+    }
+}
+
+impl fmt::Display for Cgroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{ROOT}/{PARENT}/{}", self.name)?;
+        self.limits.iter().try_for_each(|limit| write!(f, ", {limit}"))
+    }
+}
+
+/// The file that lists a cgroup's processes, and moves those in whose number is written to it.
+const PROCESSES: &str = "cgroup.procs";
+/// The writing process, all its threads included.
+const MYSELF: &str = "0";
+
+/// This process is in a box's cgroup. Dropping it takes the process back to where it came from and
+/// has the janitor, a child of this process, remove the cgroup with what still runs there.
+#[derive(Debug)]
+pub struct Membership {
+    home: PathBuf,
+    /// The pipe whose end the janitor waits for.
+    janitor: Option<PipeWriter>,
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        // The janitor is at home there too, so the cgroup still exists.
+        let remedy = "the box's cgroup is removed when mote has ended";
+        let left = write(&self.home.join(PROCESSES), MYSELF, ErrorKind::NotFound, remedy);
+        if let Err(error) = left {
+            log::warn(&format!("{error:#}"));
+            // The janitor would kill mote before it has reported anything: let it wait for the end.
+            std::mem::forget(self.janitor.take());
+        }
+    }
+}
+
+/// Where this process is, from the text of /proc/self/cgroup (cgroups(7)).
+fn home(own: &str, root: &Path) -> Result<PathBuf> {
+    let path = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    path.map(|path| root.join(path))
+        .with_context(|| format!("find mote's own cgroup in /proc/self/cgroup ({own:?})"))
+}
+
+/// Makes controllers available in the children of a cgroup.
+fn offer(dir: &Path, controllers: &BTreeSet<&str>) -> Result<()> {
+    let read = |name| {
+        let file = dir.join(name);
+        fs::read_to_string(&file).map_err(|error| {
+            let remedy = "limits on CPU time and memory need cgroup v2 there, not v1: boot the host with systemd.unified_cgroup_hierarchy=1, or leave resource_limits.cpu_* and memory_* null";
+            explained(error, format!("read {}", file.display()), ErrorKind::NotFound, remedy)
+        })
+    };
+    let available = read("cgroup.controllers")?;
+    let offered = read("cgroup.subtree_control")?;
+    let listed = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
+    for controller in controllers.iter().filter(|name| !listed(&offered, name)) {
+        if !listed(&available, controller) {
+            bail!(
+                "{}/cgroup.controllers has no \"{controller}\": free it from cgroup v1 and from cgroup_disable= on the host's kernel command line, or leave resource_limits.{controller}_* null",
+                dir.display()
+            );
+        }
+        let remedy = "no process may be in that cgroup itself; move them to a child of it";
+        let file = dir.join("cgroup.subtree_control");
+        write(&file, &format!("+{controller}"), ErrorKind::ResourceBusy, remedy)?;
+    }
+    Ok(())
+}
+
+/// Creates a cgroup. An empty one of that name is a leftover of a mote that was killed, and is
+/// replaced, because it has that run's limits.
+fn create(dir: &Path, limit: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                thread::sleep(RETRY_STEP);
+            }
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => return fs::create_dir(dir),
+        }
+    }
+}
+
+/// Sets the parent's `memory.low` to the sum of its children's: the kernel protects no more of a
+/// cgroup's memory than its parent's setting covers, and that is 0 at first. Without `lower`, a
+/// greater value stays; it may be the administrator's.
+fn protect(parent: &Path, lower: bool) -> Result<()> {
+    let low = |dir: &Path| match fs::read_to_string(dir.join(MEMORY_LOW)) {
+        Ok(text) => text.trim().parse().unwrap_or(u64::MAX),
+        Err(_) => 0,
+    };
+    // Boxes that come or go at the same time: the last to write has seen them all.
+    for _ in 0..PROTECT_ATTEMPTS {
+        let children = fs::read_dir(parent)
+            .with_context(|| format!("list the cgroups in {}", parent.display()))?;
+        let sum = children.flatten().fold(0u64, |sum, dir| sum.saturating_add(low(&dir.path())));
+        let covered = low(parent);
+        if covered == sum || (covered > sum && !lower) {
+            break;
+        }
+        write(
+            &parent.join(MEMORY_LOW),
+            &sum.to_string(),
+            ErrorKind::PermissionDenied,
+            "run mote as root, or have the administrator set it to the sum of all boxes' reservations",
+        )?;
+    }
+    Ok(())
+}
+
+/// Writes to a file of a cgroup; see [`explained`].
+fn write(file: &Path, text: &str, special: ErrorKind, remedy: &str) -> Result<()> {
+    // Without O_CREAT, for which a missing file would be a matter of permission.
+    let opened = OpenOptions::new().write(true).open(file);
+    opened.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|error| {
+        explained(error, format!("write \"{text}\" to {}", file.display()), special, remedy)
+    })
+}
+
+/// Adds what was being done, and what the reader can change: `remedy` about the kind of failure that
+/// is special to this step.
+fn explained(error: io::Error, step: String, special: ErrorKind, remedy: &str) -> anyhow::Error {
+    let kind = error.kind();
+    let error = anyhow::Error::new(error);
+    if kind == special {
+        error.context(format!("{step} ({remedy})"))
+    } else if matches!(kind, ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) {
+        error.context(format!("{step} ({NO_PERMISSION})"))
+    } else {
+        error.context(step)
+    }
+}
+
+/// A cgroup to remove: this one, and none that a later start of the box has put in its place.
+#[derive(Debug)]
+struct Remains {
+    dir: PathBuf,
+    inode: u64,
+    /// Its `cgroup.kill`, which Linux has since 5.14.
+    kill: Option<File>,
+    /// Whether it has a share in its parent's `memory.low`.
+    reserves: bool,
+}
+
+impl Remains {
+    fn of(dir: &Path, reserves: bool) -> io::Result<Remains> {
+        let kill = OpenOptions::new().write(true).open(dir.join("cgroup.kill")).ok();
+        Ok(Remains { dir: dir.into(), inode: fs::metadata(dir)?.ino(), kill, reserves })
+    }
+
+    /// Starts the janitor. It removes the cgroup when the pipe returned, and all copies of it, are
+    /// closed: at the latest when this process has ended.
+    fn watch(self) -> io::Result<PipeWriter> {
+        let (mut reader, writer) = io::pipe()?;
+        let keep = [Some(reader.as_raw_fd()), self.kill.as_ref().map(File::as_raw_fd)];
+        let keep: Vec<_> = keep.into_iter().flatten().collect();
+        sys::start_detached(c"mote-janitor", &keep, move || {
+            // Nothing is ever written.
+            let _ = reader.read_exact(&mut [0]);
+            self.remove(REMOVAL_LIMIT);
+        })?;
+        Ok(writer)
+    }
+
+    /// Removes the cgroup and kills what is still in it.
+    fn remove(mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while fs::metadata(&self.dir).is_ok_and(|found| found.ino() == self.inode) {
+            if fs::remove_dir(&self.dir).is_ok() {
+                if self.reserves {
+                    let _ = self.dir.parent().map(|parent| protect(parent, true));
+                }
+                return;
+            }
+            let _ = self.kill.as_mut().map(|file| file.write_all(b"1"));
+            if Instant::now() >= deadline {
+                return;
+            }
+            thread::sleep(RETRY_STEP);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory that looks like a cgroup file system as far as plain files can.
+    fn fake_root(name: &str, controllers: &str) -> PathBuf {
+        let root = std::env::temp_dir().join(format!("mote-cgroup-{name}-{}", std::process::id()));
+        for dir in [root.clone(), root.join(PARENT)] {
+            fs::create_dir_all(&dir).expect("directory");
+            fs::write(dir.join("cgroup.controllers"), controllers).expect("file");
+            fs::write(dir.join("cgroup.subtree_control"), "").expect("file");
+        }
+        root
+    }
+
+    fn cgroup(limits: &[Limit]) -> Cgroup {
+        Cgroup::new("b", limits.to_vec()).expect("a name")
+    }
+
+    #[test]
+    fn limits_have_the_contracts_text() {
+        for (limit, text) in [
+            (Limit::from_shares(0), "cpu.weight = 1"),
+            (Limit::from_shares(2), "cpu.weight = 1"),
+            (Limit::from_shares(1024), "cpu.weight = 39"),
+            (Limit::from_shares(262_144), "cpu.weight = 10000"),
+            (Limit::from_shares(u64::MAX), "cpu.weight = 10000"),
+            (
+                Limit::CpuMax { quota_us: Some(50_000), period_us: 100_000 },
+                "cpu.max = 50000 100000",
+            ),
+            (Limit::CpuMax { quota_us: None, period_us: 1_000 }, "cpu.max = max 1000"),
+            (Limit::MemoryLow(1), "memory.low = 1"),
+            (Limit::MemorySwapMax(Some(0)), "memory.swap.max = 0"),
+            (Limit::MemorySwapMax(None), "memory.swap.max = max"),
+        ] {
+            assert_eq!(limit.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn only_one_safe_path_component_is_a_name() {
+        for name in ["a", "Box_1.2-3", "...", &"x".repeat(255)] {
+            assert!(Cgroup::new(name, Vec::new()).is_ok(), "{name}");
+        }
+        for name in ["", ".", "..", "a/b", "../x", "a b", "a\n", "ä", &"x".repeat(256)] {
+            let error = Cgroup::new(name, Vec::new()).expect_err(name);
+            assert!(error.contains("must be 1 to 255 of a-z"), "{error}");
+        }
+    }
+
+    #[test]
+    fn home_is_the_v2_line() {
+        let root = Path::new("/r");
+        let text = "9:name=systemd:/x\n0::/user.slice/a b\n";
+        assert_eq!(home(text, root).expect("home"), Path::new("/r/user.slice/a b"));
+        assert_eq!(home("0::/\n", root).expect("home"), root);
+        assert!(home("1:cpu:/\n", root).is_err());
+    }
+
+    #[test]
+    fn a_host_without_the_controllers_is_explained() {
+        let limits = [Limit::CpuWeight(1), Limit::MemoryLow(1)];
+        let root = fake_root("controllers", "cpuset cpu\n");
+        let error = cgroup(&limits).enter_below(&root).expect_err("no memory controller");
+        assert!(error.to_string().contains("has no \"memory\": free it from"), "{error:#}");
+        // What it does have was asked for by then.
+        let control = fs::read_to_string(root.join("cgroup.subtree_control")).expect("file");
+        assert_eq!(control, "+cpu");
+
+        fs::remove_file(root.join("cgroup.controllers")).expect("removed");
+        let error = cgroup(&limits).enter_below(&root).expect_err("not cgroup v2");
+        assert!(error.to_string().contains("need cgroup v2 there, not v1"), "{error:#}");
+        fs::remove_dir_all(root).expect("removed");
+    }
+
+    #[test]
+    fn a_failed_start_leaves_the_rest_to_the_janitor() {
+        let root = fake_root("janitor", "cpu memory\n");
+        let dir = root.join(PARENT).join("b");
+        fs::create_dir(&dir).expect("a leftover");
+        // The files of a cgroup are the kernel's: a plain directory has none.
+        let error = cgroup(&[Limit::MemorySwapMax(None)]).enter_below(&root).expect_err("no file");
+        let expected = format!("write \"max\" to {}/memory.swap.max (this kernel", dir.display());
+        assert!(error.to_string().starts_with(&expected), "{error:#}");
+        while dir.exists() {
+            thread::yield_now();
+        }
+        fs::remove_dir_all(root).expect("removed");
+    }
+
+    #[test]
+    fn a_populated_cgroup_is_not_replaced() {
+        let root = fake_root("populated", "");
+        assert!(create(&root, Duration::ZERO).is_err());
+        assert!(root.join("cgroup.controllers").exists());
+        fs::remove_dir_all(root).expect("removed");
+    }
+
+    #[test]
+    fn removal_kills_what_is_left_and_spares_a_successor() {
+        let root = fake_root("removal", "");
+        let kill = root.join("cgroup.kill");
+        fs::write(&kill, "").expect("file");
+        Remains::of(&root, false).expect("directory").remove(Duration::ZERO);
+        assert_eq!(fs::read_to_string(&kill).expect("still there"), "1");
+
+        let dir = root.join("b");
+        fs::create_dir(&dir).expect("directory");
+        let remains = Remains::of(&dir, false).expect("directory");
+        // Before the first is gone, so that the second has another inode.
+        fs::create_dir(root.join("c")).expect("directory");
+        fs::rename(root.join("c"), &dir).expect("replaced");
+        remains.remove(REMOVAL_LIMIT);
+        assert!(dir.exists());
+        Remains::of(&dir, false).expect("directory").remove(REMOVAL_LIMIT);
+        assert!(!dir.exists());
+        fs::remove_dir_all(root).expect("removed");
+    }
+
+    #[test]
+    fn the_parent_reserves_the_sum() {
+        let root = fake_root("sum", "");
+        for (dir, low) in [("", "0\n"), ("b", "8192\n"), ("c", "4096\n")] {
+            fs::create_dir_all(root.join(dir)).expect("directory");
+            fs::write(root.join(dir).join(MEMORY_LOW), low).expect("file");
+        }
+        let low = || fs::read_to_string(root.join(MEMORY_LOW)).expect("file");
+        protect(&root, false).expect("raised");
+        assert_eq!(low(), "12288");
+        fs::remove_dir_all(root.join("b")).expect("removed");
+        protect(&root, false).expect("nothing to do");
+        assert_eq!(low(), "12288");
+        fs::write(root.join(MEMORY_LOW), "8192").expect("file");
+        protect(&root, true).expect("lowered");
+        assert_eq!(low(), "4096");
+        fs::write(root.join("c").join(MEMORY_LOW), "max\n").expect("file");
+        protect(&root, false).expect("raised");
+        assert_eq!(low(), u64::MAX.to_string());
+        fs::remove_dir_all(root).expect("removed");
+    }
+
+    #[test]
+    fn membership_ends_with_a_way_home() {
+        let root = fake_root("home", "");
+        let dir = root.join("b");
+        fs::create_dir(&dir).expect("directory");
+        fs::write(root.join(PROCESSES), "").expect("file");
+        let janitor = Remains::of(&dir, false).and_then(Remains::watch).expect("a janitor");
+        drop(Membership { home: root.clone(), janitor: Some(janitor) });
+        assert_eq!(fs::read_to_string(root.join(PROCESSES)).expect("file"), MYSELF);
+        while dir.exists() {
+            thread::yield_now();
+        }
+        fs::remove_dir_all(root).expect("removed");
+    }
+}
