@@ -15,6 +15,7 @@ mod common;
 mod exec;
 mod guest;
 mod lifecycle;
+mod limits;
 mod outcomes;
 mod shares;
 mod sockets;
