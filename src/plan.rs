@@ -638,7 +638,6 @@ fn refuse_unsupported(spec: &Spec, report: &mut Report) {
     if !spec.port_map.is_empty() {
         report.error("port_map", "asks for published ports, which this version of mote does not have yet; leave it empty");
     }
-    }
 }
 
 fn plan_image(
