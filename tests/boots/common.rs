@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
 
-const APPLETS: [&str; 42] = [
+const APPLETS: [&str; 43] = [
     "sh",
     "cat",
     "echo",
@@ -54,6 +54,7 @@ const APPLETS: [&str; 42] = [
     "readlink",
     "setsid",
     "stty",
+    "df",
     "ifconfig",
 ];
 

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::client;
 use crate::common::{TestBox, kill, mote, processes_with, virtiofsd_of};
 
 /// A box that says `ready` and then goes on.
@@ -100,6 +101,32 @@ fn a_paused_box_goes_on() {
     started.signal(libc::SIGCONT);
     let ran = test.finished(started.finish());
     assert_eq!((ran.code, ran.stdout.as_str()), (6, "alive\n"));
+}
+
+#[test]
+fn the_clock_is_right_at_the_start_and_after_a_pause() {
+    let test = ready_then("date +%s; echo ready; exec sleep 10000");
+    let now = || {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.expect("after 1970").as_secs()
+    };
+    let before = now();
+    let mut started = test.start();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut started.stdout, &mut line).expect("a line");
+    let at_start: u64 = line.trim().parse().expect("seconds");
+    // Cut to whole seconds on either side.
+    assert!((before..=now() + 1).contains(&at_start), "{before} {at_start}");
+    started.wait_for_line("ready");
+
+    let date = |script: &str| client::shell(&test, script).trim().parse::<u64>().expect("seconds");
+    let wrong = date("date -s 2001-01-01 >/dev/null; date +%s");
+    assert!(wrong < before - 3600);
+    started.signal(libc::SIGSTOP);
+    started.signal(libc::SIGCONT);
+    while date("date +%s").abs_diff(now()) > 1 {}
+    started.signal(libc::SIGTERM);
+    test.finished(started.finish());
 }
 
 #[test]

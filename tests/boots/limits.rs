@@ -7,6 +7,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::client;
 use crate::common::{TestBox, mote, processes_with, virtiofsd_of};
 
 /// A box with limits that says `ready` and then waits for its end.
@@ -80,7 +81,7 @@ fn a_cgroup_holds_the_box_while_it_runs() {
 
     started.signal(libc::SIGTERM);
     let ran = test.finished(started.finish());
-    assert_eq!((ran.code, ran.stderr.as_str()), (5, ""));
+    assert_eq!(ran.code, 5, "{}", ran.stderr);
     assert!(!cgroup.exists());
 }
 
@@ -154,4 +155,47 @@ fn a_host_without_cgroup_v2_is_explained() {
         "{}",
         ran.stderr
     );
+}
+
+#[test]
+fn pids_limit_holds_against_a_fork_bomb_and_the_box_still_answers() {
+    let test = TestBox::busybox()
+        .shell("echo ready; bomb() { bomb | bomb & }; bomb; exec sleep 10000")
+        .with("console_output", json!(null))
+        .with("resource_limits", json!({"pids_limit": 50}));
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    // As root, whom RLIMIT_NPROC does not bind.
+    for _ in 0..5 {
+        let said = client::run(&test, &["cat", "/sys/fs/cgroup/pids.max"]);
+        assert_eq!((said.stdout.as_str(), said.code), ("50\n", 0), "{}", said.stderr);
+        let count = client::run(&test, &["cat", "/sys/fs/cgroup/pids.current"]).stdout;
+        // Those that entered from outside come on top: this very command.
+        let count: u32 = count.trim().parse().expect("a number");
+        assert!(count <= 51, "{count} processes");
+    }
+    // A command's own children count against the limit.
+    let forks = "for i in $(seq 60); do sleep 10000 & done";
+    let refused = client::run(&test, &["sh", "-c", forks]);
+    assert!(refused.stderr.contains("can't fork"), "{refused:?}");
+    started.signal(libc::SIGTERM);
+    test.finished(started.finish());
+}
+
+#[test]
+fn pids_limit_binds_users_by_rlimit_too() {
+    let test = TestBox::busybox()
+        .shell("echo ready; exec sleep 10000")
+        .with("console_output", json!(null))
+        .with("user", json!("app"))
+        .with("resource_limits", json!({"pids_limit": 50}));
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    for user in ["app", "root"] {
+        let limits = client::run_with(&test, &["cat", "/proc/self/limits"], json!({"user": user}));
+        let line = limits.stdout.lines().find(|l| l.starts_with("Max processes")).expect("a line");
+        assert_eq!(line.split_whitespace().nth(2), Some("50"), "{line}");
+    }
+    started.signal(libc::SIGTERM);
+    test.finished(started.finish());
 }

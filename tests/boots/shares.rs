@@ -4,6 +4,7 @@ use std::fs;
 
 use serde_json::json;
 
+use crate::client;
 use crate::common::TestBox;
 
 #[test]
@@ -45,4 +46,85 @@ fn twenty_devices_share_the_interrupt_pins() {
     let ran = test.shell(script).with("fs_mounts", json!(shares)).run();
     let expected: String = (0..20).map(|i| format!("{i} ")).collect();
     assert_eq!(ran.console, expected, "{}", ran.stderr);
+}
+
+#[test]
+fn the_agent_mounts_what_the_environment_asks_for() {
+    let test = TestBox::busybox();
+    let shares: Vec<_> = [("workspace", false), ("vol0", true), ("vol1", false)]
+        .into_iter()
+        .map(|(tag, read_only)| {
+            let host = test.path(&format!("out/{tag}"));
+            fs::create_dir(&host).expect("directory");
+            fs::write(host.join("file"), format!("{tag} ")).expect("file");
+            json!({"tag": tag, "host_path": host, "read_only": read_only})
+        })
+        .collect();
+    let script = "cat /workspace/file /data/file /srv/deep/file; echo; \
+        for f in /workspace/new /data/new /srv/deep/new /scratch/new /new; do \
+        echo x >$f && echo $f written; done 2>/dev/null; \
+        mount -o remount,rw /data; { echo x >/data/new; } 2>/dev/null || echo /data refused after a remount; \
+        grep -o 'scratch tmpfs.*' /proc/mounts | cut -d, -f1-3; df -k /scratch | tail -n 1 | tr -s ' ' | cut -d' ' -f2";
+    let ran = test
+        .shell(script)
+        .with("fs_mounts", json!(shares))
+        .with_entrypoint(
+            "env",
+            json!([
+                ["BOX_VOL_0", "vol0:/data:ro"],
+                ["BOX_VOL_1", "vol1:/srv/deep"],
+                ["BOX_TMPFS_0", "/scratch:size=1m,noexec"],
+                ["BOX_READONLY", "1"],
+            ]),
+        )
+        .run();
+    let expected = "workspace vol0 vol1 \n/workspace/new written\n/srv/deep/new written\n/scratch/new written\n\
+        /data refused after a remount\nscratch tmpfs rw,noexec,relatime\n1024\n";
+    assert_eq!(ran.console, expected, "{}", ran.stderr);
+}
+
+#[test]
+fn the_agent_stands_in_for_a_guest_init_that_the_image_lacks() {
+    let test = TestBox::busybox();
+    fs::create_dir(test.path("root/srv")).expect("directory");
+    let ran = test
+        .with_entrypoint("executable", json!("/sbin/init"))
+        .with_entrypoint(
+            "env",
+            json!([
+                ["BOX_EXEC_EXEC", "sh"],
+                ["BOX_EXEC_ARGC", "2"],
+                ["BOX_EXEC_ARG_0", "-c"],
+                ["BOX_EXEC_ARG_1", "pwd; echo $MODE $IMAGE; env | grep -c BOX_; exit 3"],
+                ["BOX_EXEC_WORKDIR", "/srv"],
+                ["BOX_EXEC_ENV_IMAGE", "yes"],
+                ["BOX_EXEC_ENV_MODE", "dev"],
+                ["MODE", "prod"],
+            ]),
+        )
+        .run();
+    assert_eq!((ran.code, ran.console.as_str()), (3, "/srv\nprod yes\n0\n"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_share_that_disappears_gives_errors_and_nothing_hangs() {
+    let test = TestBox::busybox();
+    let host = test.path("out/gone");
+    fs::create_dir_all(host.join("dir")).expect("directory");
+    fs::write(host.join("dir/file"), "x").expect("file");
+    let test = test
+        .with("fs_mounts", json!([{"tag": "vol0", "host_path": host, "read_only": false}]))
+        .with_entrypoint("env", json!([["BOX_VOL_0", "vol0:/data"]]))
+        .with("console_output", json!(null))
+        .shell("cat /data/dir/file; echo; echo ready; exec sleep 10000");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    fs::remove_dir_all(&host).expect("removed");
+    let tried = client::run(&test, &["sh", "-c", "echo y >/data/dir/new"]);
+    assert_ne!(tried.code, 0, "{tried:?}");
+    let tried = client::run(&test, &["cat", "/data/dir/other"]);
+    assert_ne!(tried.code, 0, "{tried:?}");
+    assert_eq!(client::shell(&test, "echo alive"), "alive\n");
+    started.signal(libc::SIGTERM);
+    assert_eq!(test.finished(started.finish()).code, 143);
 }
