@@ -5,7 +5,7 @@
 //! Where the spec names one that the image lacks, the agent takes its place. A spec with a plain
 //! entrypoint may use the variables for mounts too.
 
-use mote_agent::instance::{Entrypoint, Mount};
+use mote_agent::instance::{Entrypoint, Mount, Security};
 
 use crate::json::Report;
 use crate::spec::Spec;
@@ -13,6 +13,51 @@ use crate::sys;
 
 /// Tag of the share that is mounted without being asked for, and where.
 const WORKSPACE: (&str, &str) = ("workspace", "/workspace");
+
+/// Capabilities by number, without `CAP_` (linux/capability.h).
+const CAPABILITIES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
 
 /// What the agent does of a guest init's work.
 #[derive(Debug)]
@@ -36,6 +81,8 @@ pub struct Main {
     pub workdir: String,
     /// Who runs it.
     pub user: Option<String>,
+    /// What it gives up.
+    pub security: Security,
 }
 
 impl GuestInit {
@@ -150,7 +197,52 @@ impl<'a> Variables<'a> {
                 Vec::new()
             }
         };
-        Main { entrypoint: Entrypoint { executable, args, env }, workdir, user }
+        let entrypoint = Entrypoint { executable, args, env };
+        Main { entrypoint, workdir, user, security: self.security(report) }
+    }
+
+    /// `A3S_SEC_*`. Unlike the reference's init, which ignores additions, what is added is not
+    /// dropped.
+    fn security(&self, report: &mut Report) -> Security {
+        if self.value("A3S_SEC_PRIVILEGED") == Some("1") {
+            return Security::default();
+        }
+        let mut complain = |name: &str, problem: String| {
+            if let Some(index) = self.index(name) {
+                report.error(format!("entrypoint.env[{index}]"), problem);
+            }
+        };
+        let seccomp = match self.value("A3S_SEC_SECCOMP") {
+            Some("default") => true,
+            None | Some("" | "unconfined") => false,
+            Some(other) => {
+                complain(
+                    "A3S_SEC_SECCOMP",
+                    format!("A3S_SEC_SECCOMP is \"{other}\", must be default or unconfined"),
+                );
+                false
+            }
+        };
+        let mut capabilities = |name: &str| {
+            let mut numbers = Vec::new();
+            let words = self.value(name).unwrap_or("").split(',').map(str::trim);
+            for word in words.filter(|word| !word.is_empty()) {
+                let word = word.to_ascii_uppercase();
+                match CAPABILITIES.iter().position(|known| *known == word) {
+                    Some(number) => numbers.push(number as u32),
+                    None if word == "ALL" => numbers.extend(0..CAPABILITIES.len() as u32),
+                    None => {
+                        complain(name, format!("{name} has \"{word}\", which is no capability"))
+                    }
+                }
+            }
+            numbers
+        };
+        let added = capabilities("A3S_SEC_CAP_ADD");
+        let mut drop_capabilities = capabilities("A3S_SEC_CAP_DROP");
+        drop_capabilities.retain(|number| !added.contains(number));
+        let no_new_privs = self.value("A3S_SEC_NO_NEW_PRIVS") != Some("0");
+        Security { no_new_privs, seccomp, drop_capabilities }
     }
 
     fn mounts(&self, spec: &Spec, report: &mut Report) -> Vec<Mount> {
@@ -245,6 +337,8 @@ mod tests {
                 ("BOX_TMPFS_0", "/dev/shm:size=1m,noexec"),
                 ("BOX_READONLY", "1"),
                 ("A3S_SEC_SECCOMP", "default"),
+                ("A3S_SEC_CAP_DROP", "net_raw,MKNOD,CHOWN"),
+                ("A3S_SEC_CAP_ADD", "CHOWN"),
                 ("MODE", "caller"),
             ],
         );
@@ -255,6 +349,9 @@ mod tests {
         assert_eq!(main.workdir, "/srv");
         let env = [("PATH", "/bin"), ("MODE", "image"), ("MODE", "caller")];
         assert_eq!(main.entrypoint.env, env.map(|(n, v)| (n.to_owned(), v.to_owned())));
+        let security =
+            Security { no_new_privs: true, seccomp: true, drop_capabilities: vec![13, 27] };
+        assert_eq!(main.security, security);
         assert!(init.read_only_root);
         let tmpfs = Mount::Tmpfs { path: "/dev/shm".into(), options: "size=1m,noexec".into() };
         let shares = [share("workspace", "/workspace", false), share("vol0", "/data", true)];
@@ -279,6 +376,21 @@ mod tests {
         assert_eq!(entrypoint.env, [("A".to_owned(), "b c".to_owned())]);
         let (_, errors) = read("/no/such/init", &[("BOX_EXEC_B64", "1"), ("BOX_EXEC_EXEC", "%")]);
         assert!(errors[0].starts_with("entrypoint.env[1]: BOX_EXEC_EXEC is not base64url"));
+    }
+
+    #[test]
+    fn bad_security_is_named() {
+        let (init, errors) = read(
+            "/no/such/init",
+            &[
+                ("BOX_EXEC_EXEC", "sleep"),
+                ("A3S_SEC_SECCOMP", "custom:/x"),
+                ("A3S_SEC_CAP_DROP", "ALL,NONSENSE"),
+            ],
+        );
+        assert!(errors[0].contains("[1]: A3S_SEC_SECCOMP is \"custom:/x\""), "{errors:?}");
+        assert!(errors[1].contains("[2]: A3S_SEC_CAP_DROP has \"NONSENSE\""), "{errors:?}");
+        assert_eq!(init.main.expect("takes over").security.drop_capabilities.len(), 41);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit};
+use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit, Security};
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
 use crate::cgroup::{Cgroup, Limit};
@@ -536,7 +536,7 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         report.error("resource_limits.pids_limit", "is 0, must be at least 1");
     }
     let GuestInit { mounts, read_only_root, main, container_env } = GuestInit::new(spec, report);
-    let Main { entrypoint, workdir, user } = main.unwrap_or_else(|| Main {
+    let Main { entrypoint, workdir, user, security } = main.unwrap_or_else(|| Main {
         entrypoint: Entrypoint {
             executable: executable.clone(),
             args: args.clone(),
@@ -544,6 +544,7 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         },
         workdir: spec.workdir.clone(),
         user: None,
+        security: Security::default(),
     });
     Instance {
         hostname: hostname.into(),
@@ -556,6 +557,7 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         user: spec.user.clone().or(user).filter(|user| !user.is_empty()),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
+        security,
     }
 }
 

@@ -10,6 +10,7 @@ use mote_agent::exec::{
     self, DEFAULT_TIMEOUT_NS, ExecRequest, MAX_CHUNK, Request, Stream, TIMEOUT_NOTE, control, kind,
 };
 use mote_agent::frame::{self, Frame};
+use mote_agent::instance::Instance;
 
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, Received};
@@ -91,9 +92,9 @@ pub fn program<'a>(
     context: &Context<'a>,
 ) -> Program<'a> {
     let (executable, args) = cmd.split_first().map_or(("", &[][..]), |(e, a)| (e.as_str(), a));
-    let rlimits = &context.instance.rlimits;
+    let Instance { rlimits, security, .. } = context.instance;
     let user = user.filter(|user| !user.is_empty());
-    Program { executable, args, env, workdir, user, rlimits, terminal: false }
+    Program { executable, args, env, workdir, user, rlimits, terminal: false, security }
 }
 
 /// The box's environment with a request's own entries over it.

@@ -36,6 +36,19 @@ pub struct Instance {
     pub exec_env: Vec<(String, String)>,
     /// Directory that exec'd commands start in unless their requests name one.
     pub exec_workdir: String,
+    /// What every program of the box gives up.
+    pub security: Security,
+}
+
+/// Restrictions on programs, for life (contract §2.10 `A3S_SEC_*`, §7.2 step 8).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Security {
+    /// Whether `execve` grants no privileges (no_new_privs, prctl(2)).
+    pub no_new_privs: bool,
+    /// Whether system calls that change the whole guest are refused with `EPERM`.
+    pub seccomp: bool,
+    /// Numbers of the capabilities that leave the bounding set (capabilities(7)).
+    pub drop_capabilities: Vec<u32>,
 }
 
 /// A program with its arguments and its environment.

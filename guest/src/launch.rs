@@ -9,8 +9,9 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use mote_agent::instance::Rlimit;
+use mote_agent::instance::{Rlimit, Security};
 
+use crate::seccomp;
 use crate::spawn::{self, Spawn, SpawnError, Step};
 use crate::sys;
 use crate::user::{self, Identity};
@@ -40,6 +41,8 @@ pub struct Program<'a> {
     pub rlimits: &'a [Rlimit],
     /// Whether its standard streams are a terminal.
     pub terminal: bool,
+    /// What it gives up.
+    pub security: &'a Security,
 }
 
 /// Why a program could not be started.
@@ -91,6 +94,9 @@ pub fn start(
         stdio,
         terminal: program.terminal,
         cgroup,
+        no_new_privs: program.security.no_new_privs,
+        drop_capabilities: &program.security.drop_capabilities,
+        filter: &if program.security.seccomp { seccomp::filter() } else { Vec::new() },
     })
     .map_err(|error| explain(program, &candidates, &environment, error))
 }
@@ -136,6 +142,7 @@ fn explain(
     let setup = |reason| refusal(SETUP_FAILED, reason);
     match step {
         Step::Fork => setup(format!("start a process: {error}")),
+        Step::Confine => setup(format!("give up privileges (A3S_SEC_*): {error}")),
         Step::Cgroup => setup(format!("join the box's cgroup: {error}")),
         Step::Workdir => setup(format!(
             "workdir: enter '{}' in the guest: {error}; name a directory of the root file system",
@@ -234,13 +241,25 @@ fn machine_name(machine: u16) -> String {
 mod tests {
     use super::*;
 
+    static NONE: Security =
+        Security { no_new_privs: false, seccomp: false, drop_capabilities: Vec::new() };
+
     fn owned(env: &[(&str, &str)]) -> Vec<(String, String)> {
         env.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect()
     }
 
     fn program<'a>(env: &'a [(String, String)], user: Option<&'a str>) -> Program<'a> {
         let executable = "sh";
-        Program { executable, args: &[], env, workdir: "/", user, rlimits: &[], terminal: false }
+        Program {
+            executable,
+            args: &[],
+            env,
+            workdir: "/",
+            user,
+            rlimits: &[],
+            terminal: false,
+            security: &NONE,
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod connection;
 mod host;
 mod launch;
 mod mount;
+mod seccomp;
 mod server;
 mod spawn;
 mod sys;
@@ -164,6 +165,7 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
         user: instance.user.as_deref(),
         rlimits: &instance.rlimits,
         terminal: false,
+        security: &instance.security,
     };
     let stdio = [stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
     let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|refusal| {

@@ -38,6 +38,12 @@ pub struct Spawn<'a> {
     pub terminal: bool,
     /// `cgroup.procs` of the cgroup to join.
     pub cgroup: BorrowedFd<'a>,
+    /// Whether `execve` grants no privileges.
+    pub no_new_privs: bool,
+    /// Capabilities to drop from the bounding set.
+    pub drop_capabilities: &'a [u32],
+    /// System call filter; an empty one filters nothing.
+    pub filter: &'a [libc::sock_filter],
 }
 
 /// The step of a start that failed.
@@ -56,6 +62,8 @@ pub enum Step {
     Exec = 4,
     /// Joining the cgroup.
     Cgroup = 5,
+    /// Giving up privileges.
+    Confine = 6,
 }
 
 /// Why a process could not be started.
@@ -117,6 +125,7 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<i32, SpawnError> {
             3 => Step::User,
             4 => Step::Exec,
             5 => Step::Cgroup,
+            6 => Step::Confine,
             _ => Step::Fork,
         },
         at: word(1..5) as usize,
@@ -178,6 +187,23 @@ unsafe fn child(
             if set(limit.resource, soft, hard) < 0 {
                 return (Step::Rlimit, at);
             }
+        }
+        // Before the switch of user, which ends the right to do this.
+        for capability in spawn.drop_capabilities {
+            if libc::prctl(libc::PR_CAPBSET_DROP, *capability as libc::c_ulong, 0, 0, 0) < 0 {
+                return (Step::Confine, 0);
+            }
+        }
+        let program = libc::sock_fprog {
+            len: spawn.filter.len() as libc::c_ushort,
+            filter: spawn.filter.as_ptr().cast_mut(),
+        };
+        let (filtering, yes) = (libc::SECCOMP_MODE_FILTER as libc::c_ulong, 1 as libc::c_ulong);
+        if !spawn.filter.is_empty()
+            && libc::prctl(libc::PR_SET_SECCOMP, filtering, &raw const program) < 0
+            || spawn.no_new_privs && libc::prctl(libc::PR_SET_NO_NEW_PRIVS, yes, 0, 0, 0) < 0
+        {
+            return (Step::Confine, 0);
         }
         if libc::setgroups(spawn.groups.len(), spawn.groups.as_ptr()) < 0
             || libc::setgid(spawn.gid) < 0

@@ -95,15 +95,20 @@ fn the_agent_stands_in_for_a_guest_init_that_the_image_lacks() {
                 ["BOX_EXEC_EXEC", "sh"],
                 ["BOX_EXEC_ARGC", "2"],
                 ["BOX_EXEC_ARG_0", "-c"],
-                ["BOX_EXEC_ARG_1", "pwd; echo $MODE $IMAGE; env | grep -c BOX_; exit 3"],
+                ["BOX_EXEC_ARG_1", "pwd; echo $MODE $IMAGE; env | grep -c BOX_; grep -E '^(NoNewPrivs|Seccomp|CapBnd):' /proc/self/status; exit 3"],
                 ["BOX_EXEC_WORKDIR", "/srv"],
                 ["BOX_EXEC_ENV_IMAGE", "yes"],
+                ["A3S_SEC_SECCOMP", "default"],
+                ["A3S_SEC_NO_NEW_PRIVS", "1"],
+                ["A3S_SEC_CAP_DROP", "ALL"],
+                ["A3S_SEC_CAP_ADD", "CHOWN"],
                 ["BOX_EXEC_ENV_MODE", "dev"],
                 ["MODE", "prod"],
             ]),
         )
         .run();
-    assert_eq!((ran.code, ran.console.as_str()), (3, "/srv\nprod yes\n0\n"), "{}", ran.stderr);
+    let expected = "/srv\nprod yes\n0\nCapBnd:\t0000000000000001\nNoNewPrivs:\t1\nSeccomp:\t2\n";
+    assert_eq!((ran.code, ran.console.as_str()), (3, expected), "{}", ran.stderr);
 }
 
 #[test]
