@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -389,8 +389,12 @@ impl MutEventSubscriber for MainLoop {
         }
         for (index, backend) in self.vm.backends.iter().enumerate() {
             let token = Token::Backend(index as u32);
-            let fd = backend.ended().as_fd().as_raw_fd();
+            let fd = backend.ended().as_raw_fd();
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
+            if let Some(stderr) = backend.stderr() {
+                let token = Token::BackendStderr(index as u32);
+                registered = registered.and_then(|()| Ok(watch(ops, stderr.as_raw_fd(), token)?));
+            }
         }
         if let Err(error) = registered {
             self.fail(Outcome::NotStarted(error.context("set up the main loop")));
@@ -413,6 +417,14 @@ impl MutEventSubscriber for MainLoop {
             }
             Token::OutputDone => self.streams_done += self.vm.output_done.read().unwrap_or(0),
             Token::Backend(index) => self.on_backend_end(index as usize),
+            Token::BackendStderr(index) => {
+                if let Some(backend) = self.vm.backends.get_mut(index as usize)
+                    && !backend.listen()
+                    && let Some(stderr) = backend.stderr()
+                {
+                    let _ = ops.remove(Events::empty(&stderr));
+                }
+            }
             Token::Rng => self.on_rng(ops),
             Token::VsockReceive
             | Token::VsockTransmit

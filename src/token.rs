@@ -17,6 +17,8 @@ pub enum Token {
     OutputDone,
     /// The back-end of this number has ended.
     Backend(u32),
+    /// The back-end of this number has written to its standard error.
+    BackendStderr(u32),
     /// Buffers in the rng device's queue.
     Rng,
     /// Buffers to receive into, for the vsock device.
@@ -48,6 +50,7 @@ impl Token {
             Token::VsockListener(index) => (9, index),
             Token::VsockConnection(index) => (10, index),
             Token::Clock => (11, 0),
+            Token::BackendStderr(index) => (12, index),
         };
         kind << INDEX_BITS | index & INDEX_MASK
     }
@@ -68,6 +71,7 @@ impl Token {
             9 => Token::VsockListener(index),
             10 => Token::VsockConnection(index),
             11 => Token::Clock,
+            12 => Token::BackendStderr(index),
             _ => return None,
         })
     }
@@ -86,6 +90,8 @@ mod tests {
             Token::Control,
             Token::OutputDone,
             Token::Backend(7),
+            Token::BackendStderr(8),
+            Token::Clock,
             Token::Rng,
             Token::VsockReceive,
             Token::VsockTransmit,

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -22,6 +22,9 @@ use crate::sys;
 /// How long one answer of virtiofsd may take before it counts as hung.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
+/// How much of its latest words is kept.
+const LAST_WORDS: usize = 4096;
+
 /// How long virtiofsd may take from its first sign of ending to its end.
 const ENDING_MS: i32 = 200;
 
@@ -31,6 +34,10 @@ pub struct Virtiofsd {
     child: Child,
     ended: OwnedFd,
     share: String,
+    /// Its standard error, non-blocking, until that has ended.
+    stderr: Option<ChildStderr>,
+    /// The last of what it wrote there.
+    said: Vec<u8>,
 }
 
 impl Virtiofsd {
@@ -55,15 +62,43 @@ impl Virtiofsd {
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         sys::helper(&mut command, listener.as_fd());
-        let child = command.spawn().with_context(|| format!("start {}", program.display()))?;
+        let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         let ended = sys::process_file(child.id()).context("watch virtiofsd")?;
+        let stderr = child.stderr.take();
+        if let Some(pipe) = &stderr {
+            sys::set_nonblocking(pipe).context("prepare virtiofsd's standard error")?;
+        }
         let share = describe(share);
-        Ok((Virtiofsd { child, ended, share }, connection))
+        Ok((Virtiofsd { child, ended, share, stderr, said: Vec::new() }, connection))
     }
 
     /// Readable when it has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
+    }
+
+    /// Readable when it has written to its standard error, which [`Virtiofsd::listen`] is to read: a
+    /// full pipe would stop it.
+    pub fn stderr(&self) -> Option<BorrowedFd<'_>> {
+        self.stderr.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Reads what it has written to its standard error, at most a pipe's worth. `false` when no more
+    /// will come.
+    pub fn listen(&mut self) -> bool {
+        let Some(pipe) = &mut self.stderr else { return false };
+        let mut bytes = [0; LAST_WORDS];
+        for _ in 0..16 {
+            match pipe.read(&mut bytes) {
+                Ok(0) => return false,
+                Ok(read) => self.said.extend(&bytes[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+            }
+            let excess = self.said.len().saturating_sub(LAST_WORDS);
+            self.said.drain(..excess);
+        }
+        true
     }
 
     /// Says how it ended, with its own last words. To be called when it has ended or should have.
@@ -77,13 +112,9 @@ impl Virtiofsd {
                 self.child.wait().map_or_else(|e| e.to_string(), |_| "it did not answer".into())
             }
         };
-        let mut text = Vec::new();
-        if let Some(stderr) = self.child.stderr.take() {
-            // Bounded, and not waiting for a grandchild that still holds the pipe.
-            let _ = sys::set_nonblocking(&stderr);
-            let _ = stderr.take(64 * 1024).read_to_end(&mut text);
-        }
-        let text = String::from_utf8_lossy(&text);
+        // Not waiting for a grandchild that still holds the pipe.
+        self.listen();
+        let text = String::from_utf8_lossy(&self.said);
         let last = text.lines().rev().find(|line| !line.trim().is_empty());
         match last {
             Some(last) => format!("virtiofsd for {} ended ({status}): {}", self.share, last.trim()),
