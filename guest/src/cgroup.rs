@@ -5,9 +5,11 @@
 //! theirs. What runs in the box sees its own cgroup as `/sys/fs/cgroup`, as in a container; the
 //! contract's resource update writes there (contract §4.5).
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use crate::sys;
 
@@ -19,12 +21,17 @@ const FLAGS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC 
 const NAME: &str = "box";
 /// Controllers whose files the box has. One that the kernel lacks is left out.
 const CONTROLLERS: [&str; 5] = ["pids", "cpu", "memory", "cpuset", "io"];
+/// How long after the entrypoint's start they are enabled, when nobody asks for them before: they
+/// cost a third of the agent's part of the start.
+pub const CONTROLLERS_DELAY: Duration = Duration::from_millis(50);
 
 /// The box's cgroup.
 #[derive(Debug)]
 pub struct BoxCgroup {
     directory: File,
     procs: File,
+    /// The controllers to enable, and where; `None` once that is done.
+    controllers: RefCell<Option<(String, File)>>,
 }
 
 impl BoxCgroup {
@@ -43,26 +50,41 @@ impl BoxCgroup {
             .filter(|name| available.split_whitespace().any(|word| word == *name))
             .map(|name| format!("+{name}"))
             .collect();
-        fs::write(at("cgroup.subtree_control"), wanted.join(" "))
-            .map_err(failed("enable controllers"))?;
+        let mut control = open_for_writing(&at("cgroup.subtree_control"))
+            .map_err(failed("open cgroup.subtree_control"))?;
         fs::create_dir(at(NAME)).map_err(failed("create it"))?;
         if let Some(limit) = pids_limit {
-            fs::write(at("box/pids.max"), limit.to_string())
+            control
+                .write_all(b"+pids")
+                .and_then(|()| fs::write(at("box/pids.max"), limit.to_string()))
                 .map_err(|e| format!("resource_limits.pids_limit: set it in the guest: {e}"))?;
         }
         let directory = File::open(at(NAME)).map_err(failed("open it"))?;
         let procs = sys::open_below(&directory, "cgroup.procs").map_err(failed("open it"))?;
         // A namespace's root is where its maker is: go in, and come back.
-        let outside = fs::OpenOptions::new()
-            .write(true)
-            .open(at("cgroup.procs"))
-            .map_err(failed("open the root"))?;
+        let outside = open_for_writing(&at("cgroup.procs")).map_err(failed("open cgroup.procs"))?;
         (&procs).write_all(b"0").map_err(failed("enter it"))?;
         sys::new_cgroup_namespace().map_err(failed("create its namespace"))?;
         (&outside).write_all(b"0").map_err(failed("leave it"))?;
         sys::unmount(MOUNT_POINT).map_err(failed("mount its view"))?;
         mount()?;
-        Ok(BoxCgroup { directory, procs })
+        let controllers = RefCell::new(Some((wanted.join(" "), control)));
+        Ok(BoxCgroup { directory, procs, controllers })
+    }
+
+    /// Whether [`BoxCgroup::enable_controllers`] has yet to be called.
+    pub fn lacks_controllers(&self) -> bool {
+        self.controllers.borrow().is_some()
+    }
+
+    /// Gives the box the files of all controllers. A failure goes to the console: the box runs
+    /// without them.
+    pub fn enable_controllers(&self) {
+        if let Some((names, mut control)) = self.controllers.take()
+            && let Err(error) = control.write_all(names.as_bytes())
+        {
+            eprintln!("mote-agent: enable {names} for the box's cgroup: {error}");
+        }
     }
 
     /// Where a process writes `0` to join.
@@ -110,6 +132,10 @@ impl BoxCgroup {
 
 fn command_name(pid: u32) -> String {
     format!("exec-{pid}")
+}
+
+fn open_for_writing(path: &str) -> io::Result<File> {
+    fs::OpenOptions::new().write(true).open(path)
 }
 
 fn mount() -> Result<(), String> {

@@ -28,7 +28,7 @@ use mote_agent::protocol::{
     CONTROL_PORT, EntrypointEnd, FromGuest, FromHost, Mark, STDERR_PORT, STDOUT_PORT, VERSION,
 };
 
-use crate::cgroup::BoxCgroup;
+use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
 use crate::host::{Control, Received, Relay};
 use crate::launch::Program;
 use crate::server::{Context, Server, until};
@@ -228,6 +228,7 @@ fn supervise(
     relays: &mut [Relay; 2],
     server: &mut Server,
 ) -> Option<EntrypointEnd> {
+    let controllers_due = Instant::now() + CONTROLLERS_DELAY;
     let mut phase = Phase::Running;
     let mut end = None;
     let mut alone = false;
@@ -286,8 +287,15 @@ fn supervise(
             return end;
         }
 
-        let deadline = phase.deadline().filter(|_| !last);
-        let limit = deadline.into_iter().chain(server.next_deadline()).min().map(until);
+        if now >= controllers_due {
+            context.cgroup.enable_controllers();
+        }
+        let deadlines = [
+            phase.deadline().filter(|_| !last),
+            server.next_deadline(),
+            context.cgroup.lacks_controllers().then_some(controllers_due),
+        ];
+        let limit = deadlines.into_iter().flatten().min().map(until);
         // New clients are served while there is a box.
         let serving = end.is_none();
         let mut interests: Vec<Interest<'_>> = Vec::new();

@@ -172,6 +172,7 @@ impl Server {
 
     fn start_session(&mut self, newcomer: &Newcomer, context: &Context<'_>) -> io::Result<()> {
         const NAME: &CStr = c"mote-session";
+        context.cgroup.enable_controllers();
         let socket = newcomer.socket.try_clone()?;
         let keep: Vec<BorrowedFd<'_>> =
             [socket.as_fd()].into_iter().chain(context.cgroup.descriptors()).collect();
