@@ -65,6 +65,12 @@ impl Decoder {
 
     /// The next whole frame, `None` when more bytes are needed.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, TooLong> {
+        let frame = self.next_slice()?;
+        Ok(frame.map(|(kind, payload)| Frame { kind, payload: payload.to_vec() }))
+    }
+
+    /// The same without a copy: type and payload.
+    pub fn next_slice(&mut self) -> Result<Option<(u8, &[u8])>, TooLong> {
         let Some((header, rest)) = self.bytes[self.start..].split_first_chunk() else {
             return Ok(None);
         };
@@ -73,9 +79,8 @@ impl Decoder {
             return Err(TooLong { length });
         }
         let Some(payload) = rest.get(..length as usize) else { return Ok(None) };
-        let frame = Frame { kind, payload: payload.to_vec() };
         self.start += HEADER_LEN + length as usize;
-        Ok(Some(frame))
+        Ok(Some((kind, payload)))
     }
 }
 
