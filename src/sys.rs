@@ -8,7 +8,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -358,4 +358,95 @@ fn wait(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> bool {
     let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one pollfd, which outlives the call.
     unsafe { libc::poll(&mut poll, 1, timeout_ms) > 0 }
+}
+
+/// What to wait for on one descriptor.
+#[derive(Debug, Clone, Copy)]
+pub struct Interest<'a>(Option<(BorrowedFd<'a>, libc::c_short)>);
+
+impl<'a> Interest<'a> {
+    /// Nothing; keeps the place of one that does not matter at the moment.
+    pub const NONE: Interest<'static> = Interest(None);
+
+    /// Until it can be read from or is at its end, and until it can be written to or refuses that.
+    pub fn new(fd: &'a impl AsFd, read: bool, write: bool) -> Self {
+        let events = if read { libc::POLLIN } else { 0 } | if write { libc::POLLOUT } else { 0 };
+        // Without any events, poll still reports hang-ups: it would not wait.
+        Interest((events != 0).then(|| (fd.as_fd(), events)))
+    }
+}
+
+/// Waits until one of the descriptors is ready or the time is over (`None`: no limit). Says which
+/// are ready.
+pub fn poll<const N: usize>(
+    interests: [Interest<'_>; N],
+    limit: Option<Duration>,
+) -> io::Result<[bool; N]> {
+    let mut fds = interests.map(|Interest(interest)| {
+        let (fd, events) = interest.map_or((-1, 0), |(fd, events)| (fd.as_raw_fd(), events));
+        libc::pollfd { fd, events, revents: 0 }
+    });
+    // Rounded up: waking early would only mean waking again.
+    let timeout_ms = limit.map_or(-1, |limit| {
+        i32::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+    });
+    // SAFETY: pointer and length describe `fds`.
+    let ret = unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout_ms) };
+    match check(ret) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        // Interrupted, poll has written nothing, so nothing is ready.
+        _ => Ok(fds.map(|fd| fd.revents != 0)),
+    }
+}
+
+/// The settings of a terminal (termios(3)).
+#[derive(Debug, Clone, Copy)]
+pub struct TerminalMode(libc::termios);
+
+impl TerminalMode {
+    /// The settings that a terminal has.
+    pub fn of(terminal: &impl AsRawFd) -> io::Result<Self> {
+        let mut mode = MaybeUninit::uninit();
+        // SAFETY: tcgetattr fills the structure when it succeeds, and only then is it looked at.
+        unsafe {
+            check(libc::tcgetattr(terminal.as_raw_fd(), mode.as_mut_ptr()))?;
+            Ok(TerminalMode(mode.assume_init()))
+        }
+    }
+
+    /// These settings changed so that every key arrives as it is, at once, and is not echoed.
+    pub fn raw(mut self) -> Self {
+        // SAFETY: the pointer is to an initialised termios.
+        unsafe { libc::cfmakeraw(&mut self.0) };
+        self
+    }
+
+    /// Gives a terminal these settings.
+    pub fn apply(&self, terminal: &impl AsRawFd) -> io::Result<()> {
+        // SAFETY: tcsetattr reads a termios, which the pointer is to.
+        check(unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &self.0) })?;
+        Ok(())
+    }
+}
+
+/// A terminal's columns and rows; `None` for anything else, and for a terminal that does not know.
+pub fn terminal_size(terminal: &impl AsRawFd) -> Option<(u16, u16)> {
+    // SAFETY: an all-zero winsize is valid.
+    let mut size: libc::winsize = unsafe { zeroed() };
+    // SAFETY: TIOCGWINSZ writes a winsize, which the pointer is to.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) }).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
+/// Both ends of a new pseudo-terminal: the keyboard and screen, and what programs use.
+#[cfg(test)]
+pub fn pseudo_terminal(cols: u16, rows: u16) -> io::Result<(File, File)> {
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    let (mut master, mut slave) = (-1, -1);
+    // SAFETY: openpty writes two descriptors and reads a winsize; null asks for no name and for the
+    // usual settings.
+    check(unsafe {
+        libc::openpty(&mut master, &mut slave, ptr::null_mut(), ptr::null(), &raw const size)
+    })?;
+    Ok((File::from(owned(master)), File::from(owned(slave))))
 }
