@@ -15,6 +15,7 @@
 //! - the host's limits on all that: [`cpuset`], [`cgroup`]
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
+//! - working with a box that runs, from another process: [`client`]
 //! - the system: [`sys`]; with [`memory`] the only unsafe code
 //!
 //! The guest's half, and the messages between the two, are in the `mote-agent` crate (`guest/`).
@@ -23,6 +24,7 @@ pub mod boot;
 pub mod bus;
 pub mod cgroup;
 pub mod cli;
+pub mod client;
 pub mod console;
 pub mod cpio;
 pub mod cpu;

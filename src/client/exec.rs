@@ -1,0 +1,329 @@
+//! `mote exec`: a command on the caller's own input and output (contract §4).
+
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use mote_agent::exec::{
+    self, ExecChunk, ExecExit, ExecOutput, ExecRequest, MAX_PAYLOAD, Stream, control, kind,
+};
+
+use crate::client::channel::{Channel, request};
+use crate::client::relay::{Output, Session, Stdio, relay};
+use crate::client::{Program, Stop, Target};
+
+/// The time limit of a command without one. The protocol's own default is 5 s and it has no word for
+/// "none"; this is far from overflowing any agent's clock.
+pub const NO_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+
+/// A command to run in a box.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exec {
+    /// The box's exec socket.
+    pub target: Target,
+    /// The command.
+    pub program: Program,
+    /// Its time limit, enforced in the guest; not 0, at most [`NO_TIMEOUT`].
+    pub timeout: Duration,
+}
+
+impl Exec {
+    /// Runs it and returns its exit code.
+    ///
+    /// # Errors
+    /// The box cannot be reached, refuses, or ends first.
+    pub fn run(&self, stdio: &Stdio) -> Result<u8, Stop> {
+        knock(&self.target)?;
+        let mut channel = self.target.connect()?;
+        channel.send(kind::DATA, &request(&self.request(), MAX_PAYLOAD)?);
+        relay(&mut Running, channel, stdio, None)
+    }
+
+    fn request(&self) -> ExecRequest {
+        let program = self.program.clone();
+        ExecRequest {
+            cmd: program.cmd,
+            timeout_ns: self.timeout.as_nanos() as u64,
+            env: program.env,
+            working_dir: program.workdir,
+            stdin: None,
+            user: program.user,
+            streaming: true,
+            stdin_streaming: true,
+        }
+    }
+}
+
+/// Waits until the guest answers on its exec socket.
+pub fn knock(target: &Target) -> Result<(), Stop> {
+    let answer = target.knock(kind::HEARTBEAT, b"")?;
+    if answer.kind == kind::HEARTBEAT {
+        return Ok(());
+    }
+    let path = target.socket.display();
+    Err(Stop::Failed(anyhow!("{path} answers no heartbeat: it is not a box's exec socket")))
+}
+
+/// The error that the box's answer is.
+pub fn refusal(payload: &[u8]) -> anyhow::Error {
+    anyhow!("the box refused: {}", String::from_utf8_lossy(payload))
+}
+
+struct Running;
+
+impl Session for Running {
+    const INPUT_PIECE: usize = 64 * 1024;
+
+    fn input(&mut self, bytes: &[u8], channel: &mut Channel) {
+        match bytes {
+            // Closing our half instead would look like a client that has gone.
+            [] => channel.send(kind::CONTROL, control::STDIN_CLOSE),
+            _ => channel.send(kind::DATA, bytes),
+        }
+    }
+
+    fn frame(&mut self, kind: u8, payload: &[u8], output: &mut Output) -> Result<Option<u8>, Stop> {
+        match kind {
+            kind::DATA => {
+                let chunk =
+                    exec::parse_chunk(payload).or_else(|| serde_json::from_slice(payload).ok());
+                if let Some(ExecChunk { stream, data }) = chunk {
+                    output.push(stream, data);
+                    return Ok(None);
+                }
+                // The 0.8.0 agent does not stream: this is all of it.
+                let whole: ExecOutput =
+                    serde_json::from_slice(payload).context("read the box's answer")?;
+                output.push(Stream::Stdout, whole.stdout);
+                output.push(Stream::Stderr, whole.stderr);
+                Ok(Some(whole.exit_code as u8))
+            }
+            kind::CONTROL => {
+                let exit: ExecExit =
+                    serde_json::from_slice(payload).context("read the command's exit code")?;
+                Ok(Some(exit.exit_code as u8))
+            }
+            kind::ERROR => Err(Stop::Failed(refusal(payload))),
+            other => {
+                Err(Stop::Failed(anyhow!("the box sent a frame of unknown type {other:#04x}")))
+            }
+        }
+    }
+
+    fn signal(&mut self, _: i32, _: &mut Channel) -> Result<(), Stop> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::testing::{Agent, collect, program, read_frame, said, stdio, write_frame};
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::thread;
+
+    fn exec(target: &Target) -> Exec {
+        Exec { target: target.clone(), program: program(&["x"]), timeout: NO_TIMEOUT }
+    }
+
+    fn request(client: &mut UnixStream) -> ExecRequest {
+        let frame = read_frame(client).expect("a request");
+        assert_eq!(frame.kind, kind::DATA);
+        serde_json::from_slice(&frame.payload).expect("a request")
+    }
+
+    fn write_chunk(client: &mut UnixStream, stream: Stream, data: &[u8]) {
+        client.write_all(&exec::chunk_frame(stream, data)).expect("taken");
+    }
+
+    fn write_exit(client: &mut UnixStream, code: i32) {
+        client.write_all(&exec::exit_frame(code)).expect("taken");
+    }
+
+    /// Runs with a closed input and returns code and message, output, and errors.
+    fn run(
+        name: &str,
+        script: impl FnOnce(UnixStream) + Send + 'static,
+    ) -> ((u8, String), Vec<u8>, Vec<u8>) {
+        let agent = Agent::answering(name, kind::HEARTBEAT, script);
+        let (stdio, ends) = stdio();
+        drop(ends.input);
+        let result = exec(&agent.target).run(&stdio);
+        drop(stdio);
+        agent.join();
+        (
+            said(result),
+            collect(ends.output).join().expect("out"),
+            collect(ends.error).join().expect("err"),
+        )
+    }
+
+    #[test]
+    fn output_errors_and_code_arrive() {
+        let (end, output, errors) = run("split", |mut client| {
+            let request = request(&mut client);
+            assert_eq!(request.cmd, ["x"]);
+            assert!(request.streaming && request.stdin_streaming);
+            assert_eq!(request.timeout_ns, 315_360_000_000_000_000);
+            let end = read_frame(&mut client).expect("the input's end");
+            assert_eq!((end.kind, &end.payload[..]), (kind::CONTROL, control::STDIN_CLOSE));
+            write_chunk(&mut client, Stream::Stdout, b"out ");
+            write_chunk(&mut client, Stream::Stderr, b"err");
+            // The same in other words.
+            write_frame(
+                &mut client,
+                kind::DATA,
+                br#"{ "data": [112, 117, 116], "stream": "Stdout" }"#,
+            );
+            write_exit(&mut client, -1);
+        });
+        assert_eq!(
+            (end, &output[..], &errors[..]),
+            ((255, String::new()), &b"out put"[..], &b"err"[..])
+        );
+    }
+
+    #[test]
+    fn an_agent_that_does_not_stream_is_understood() {
+        let (end, output, errors) = run("whole", |mut client| {
+            request(&mut client);
+            write_frame(
+                &mut client,
+                kind::DATA,
+                br#"{"stdout":[111],"stderr":[101],"exit_code":3}"#,
+            );
+        });
+        assert_eq!((end, &output[..], &errors[..]), ((3, String::new()), &b"o"[..], &b"e"[..]));
+    }
+
+    #[test]
+    fn what_ends_a_command_early_is_told() {
+        let ((code, message), output, _) = run("died", |mut client| {
+            request(&mut client);
+            write_chunk(&mut client, Stream::Stdout, b"half");
+        });
+        assert_eq!((code, &output[..]), (125, &b"half"[..]));
+        assert!(message.contains("before the command's exit code"), "{message}");
+
+        let ((code, message), _, _) = run("error", |mut client| {
+            request(&mut client);
+            write_frame(&mut client, kind::ERROR, b"no such user");
+        });
+        assert_eq!((code, &message[..]), (125, "the box refused: no such user"));
+
+        let ((code, message), _, _) = run("garbage", |mut client| {
+            request(&mut client);
+            write_frame(&mut client, kind::DATA, b"{}");
+        });
+        assert_eq!(code, 125);
+        assert!(message.starts_with("read the box's answer: "), "{message}");
+    }
+
+    #[test]
+    fn a_socket_of_another_kind_is_found_out() {
+        let agent = Agent::new("kind", 1, |_, mut client| {
+            read_frame(&mut client).expect("a heartbeat");
+            write_frame(&mut client, 5, b"Expected PtyRequest frame");
+        });
+        let (stdio, _ends) = stdio();
+        let (code, message) = said(exec(&agent.target).run(&stdio));
+        assert_eq!(code, 125);
+        assert!(message.contains("not a box's exec socket"), "{message}");
+        agent.join();
+    }
+
+    /// Input and four times as many bytes of answers: whoever waits for one direction only, hangs.
+    #[test]
+    fn much_input_is_echoed() {
+        const LENGTH: usize = 20 << 20;
+        let agent = Agent::answering("echo", kind::HEARTBEAT, |mut client| {
+            request(&mut client);
+            loop {
+                let frame = read_frame(&mut client).expect("input");
+                match frame.kind {
+                    kind::DATA => write_chunk(&mut client, Stream::Stdout, &frame.payload),
+                    _ => break write_exit(&mut client, 0),
+                }
+            }
+        });
+        let (stdio, mut ends) = stdio();
+        let input: Vec<u8> = (0..LENGTH).map(|at| ((at * at) >> 8) as u8).collect();
+        let expected = input.clone();
+        let writer = thread::spawn(move || ends.input.write_all(&input));
+        let output = collect(ends.output);
+        assert_eq!(said(exec(&agent.target).run(&stdio)).0, 0);
+        drop(stdio);
+        writer.join().expect("ends").expect("taken");
+        assert!(output.join().expect("ends") == expected);
+        agent.join();
+    }
+
+    #[test]
+    fn output_that_nobody_takes_does_not_hold_up_input() {
+        const LENGTH: usize = 1 << 20;
+        let (all_read, may_read_output) = mpsc::channel();
+        let agent = Agent::answering("blocked", kind::HEARTBEAT, move |mut client| {
+            request(&mut client);
+            let mut other = client.try_clone().expect("cloned");
+            let output = thread::spawn(move || {
+                for _ in 0..16 {
+                    write_chunk(&mut other, Stream::Stdout, &[7; 64 * 1024]);
+                }
+                write_exit(&mut other, 0);
+            });
+            let mut read = 0;
+            while read < LENGTH {
+                read += read_frame(&mut client).expect("input").payload.len();
+            }
+            all_read.send(()).expect("waits");
+            output.join().expect("written");
+        });
+        let (stdio, mut ends) = stdio();
+        let writer = thread::spawn(move || ends.input.write_all(&[1; LENGTH]).map(|()| ends.input));
+        let reader = thread::spawn(move || {
+            may_read_output.recv().expect("the input gets through");
+            collect(ends.output).join().expect("ends")
+        });
+        assert_eq!(said(exec(&agent.target).run(&stdio)).0, 0);
+        drop(stdio);
+        assert_eq!(reader.join().expect("ends").len(), 16 * 64 * 1024);
+        writer.join().expect("ends").expect("taken");
+        agent.join();
+    }
+
+    #[test]
+    fn a_command_that_ends_does_not_wait_for_its_input() {
+        let agent = Agent::answering("zero", kind::HEARTBEAT, |mut client| {
+            request(&mut client);
+            write_exit(&mut client, 4);
+        });
+        let (mut stdio, _ends) = stdio();
+        assert_eq!(said(exec(&agent.target).run(&stdio)).0, 4);
+        agent.join();
+
+        // The same with a socket that is full of input.
+        let agent = Agent::answering("endless", kind::HEARTBEAT, |mut client| {
+            request(&mut client);
+            read_frame(&mut client).expect("input");
+            write_exit(&mut client, 5);
+        });
+        stdio.input = File::open("/dev/zero").expect("opens");
+        assert_eq!(said(exec(&agent.target).run(&stdio)).0, 5);
+        agent.join();
+    }
+
+    #[test]
+    fn output_without_a_reader_ends_quietly() {
+        let agent = Agent::answering("pipe", kind::HEARTBEAT, |mut client| {
+            request(&mut client);
+            write_chunk(&mut client, Stream::Stdout, b"x");
+            while read_frame(&mut client).is_some() {}
+        });
+        let (stdio, ends) = stdio();
+        drop(ends.output);
+        assert_eq!(said(exec(&agent.target).run(&stdio)), (141, String::new()));
+        agent.join();
+    }
+}
