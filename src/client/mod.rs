@@ -1,10 +1,12 @@
-//! The commands that work with a running box through its sockets (contract §4, §5): `mote exec`. They are clients of whatever agent answers there, mote's own or not.
+//! The commands that work with a running box through its sockets (contract §4, §5): `mote exec` and
+//! `mote pty`. They are clients of whatever agent answers there, mote's own or not.
 //!
 //! [`channel`] is a connection of frames, [`relay`] the traffic of a command between one and the
-//! process's own input and output; [`exec`] says what the frames mean.
+//! process's own input and output; [`exec`] and [`pty`] say what the frames mean.
 
 pub mod channel;
 pub mod exec;
+pub mod pty;
 pub mod relay;
 #[cfg(test)]
 mod testing;
