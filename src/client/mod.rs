@@ -1,10 +1,11 @@
-//! The commands that work with a running box through its sockets (contract §4, §5): `mote exec` and
-//! `mote pty`. They are clients of whatever agent answers there, mote's own or not.
+//! The commands that work with a running box through its sockets (contract §4, §5): `mote exec`,
+//! `mote pty` and `mote cp`. They are clients of whatever agent answers there, mote's own or not.
 //!
 //! [`channel`] is a connection of frames, [`relay`] the traffic of a command between one and the
-//! process's own input and output; [`exec`] and [`pty`] say what the frames mean.
+//! process's own input and output; [`exec`], [`pty`] and [`cp`] say what the frames mean.
 
 pub mod channel;
+pub mod cp;
 pub mod exec;
 pub mod pty;
 pub mod relay;
@@ -48,6 +49,17 @@ pub enum Stop {
 impl From<anyhow::Error> for Stop {
     fn from(error: anyhow::Error) -> Self {
         Stop::Failed(error)
+    }
+}
+
+impl Stop {
+    /// Adds what was being done.
+    fn context(self, what: String) -> Stop {
+        match self {
+            Stop::Failed(error) => Stop::Failed(error.context(what)),
+            Stop::Refused(error) => Stop::Refused(error.context(what)),
+            Stop::Quiet(code) => Stop::Quiet(code),
+        }
     }
 }
 
