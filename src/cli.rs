@@ -2,8 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lexopt::prelude::*;
+
+use crate::client::cp::{Cp, Route};
+use crate::client::exec::{Exec, NO_TIMEOUT};
+use crate::client::pty::Pty;
+use crate::client::{DEFAULT_WAIT, Program, Target};
 
 /// `--help`.
 pub const HELP: &str = "\
@@ -15,6 +21,23 @@ usage:
   mote check --config JSON | --config-file FILE
                              print the plan, or every error in the spec
   mote probe                 say whether this host can run boxes
+
+with a box that runs, by its exec socket (pty: by its pty socket):
+  mote exec [OPTIONS] SOCKET -- CMD [ARG...]
+                             run a command in it, on standard input and output
+  mote pty [OPTIONS] SOCKET -- CMD [ARG...]
+                             run a command in it, on this terminal
+  mote cp [--wait DURATION] SOCKET SRC DST
+                             copy a file; the guest's path starts with ':', and
+                             with '/' ends if it is a directory to copy into;
+                             '-' is standard input or output
+
+options for these:
+  --env NAME=VALUE           set a variable; may be repeated
+  --user USER                run as uid, uid:gid, name or name:group
+  --workdir DIR              start in this directory
+  --timeout DURATION         (exec) kill it after this: 30, 1.5s, 500ms, 2m, 1h
+  --wait DURATION            how long the box may take to answer (10s)
 
 options for a run:
   --outcome FILE             write how the box ended, as JSON
@@ -52,6 +75,12 @@ pub enum Command {
     Check(Config),
     /// Examine the host.
     Probe,
+    /// Run a command in a box.
+    Exec(Exec),
+    /// Run a command on a terminal in a box.
+    Pty(Pty),
+    /// Copy a file into a box or out of it.
+    Cp(Cp),
     /// Print the help text.
     Help,
     /// Print the version.
@@ -85,7 +114,16 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             }
             Long("outcome") => once("--outcome", &mut outcome, PathBuf::from(parser.value()?))?,
             Long("timeline") => once("--timeline", &mut timeline, PathBuf::from(parser.value()?))?,
-            Value(word) if verb.is_none() => verb = Some(word.string()?),
+            Value(word) if verb.is_none() => {
+                let word = word.string()?;
+                if let Some(kind) = Client::named(&word) {
+                    return match (config, outcome, timeline) {
+                        (None, None, None) => parse_client(kind, parser),
+                        _ => Err(format!("'{word}' takes no option before it").into()),
+                    };
+                }
+                verb = Some(word);
+            }
             other => return Err(other.unexpected()),
         }
     }
@@ -100,6 +138,96 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
         Some("probe") => Ok(Command::Probe),
         Some(other) => Err(format!("'{other}' is not a command; see mote --help").into()),
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Client {
+    Exec,
+    Pty,
+    Cp,
+}
+
+impl Client {
+    fn named(word: &str) -> Option<Client> {
+        match word {
+            "exec" => Some(Client::Exec),
+            "pty" => Some(Client::Pty),
+            "cp" => Some(Client::Cp),
+            _ => None,
+        }
+    }
+}
+
+fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let mut env = Vec::new();
+    let (mut user, mut workdir, mut timeout, mut wait, mut socket) = (None, None, None, None, None);
+    let mut words: Vec<OsString> = Vec::new();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Long("wait") => once("--wait", &mut wait, parser.value()?.parse_with(duration)?)?,
+            Long("timeout") if client == Client::Exec => {
+                once("--timeout", &mut timeout, parser.value()?.parse_with(duration)?)?;
+            }
+            Long("env") if client != Client::Cp => env.push(parser.value()?.parse_with(variable)?),
+            Long("user") if client != Client::Cp => {
+                once("--user", &mut user, parser.value()?.string()?)?;
+            }
+            Long("workdir") if client != Client::Cp => {
+                once("--workdir", &mut workdir, parser.value()?.string()?)?;
+            }
+            Value(word) if socket.is_none() => socket = Some(PathBuf::from(word)),
+            Value(word) if client == Client::Cp => words.push(word),
+            // Whatever follows the command's name is its own, options too.
+            Value(word) => {
+                words.push(word);
+                words.extend(parser.raw_args()?);
+            }
+            other => return Err(other.unexpected()),
+        }
+    }
+    let socket = socket.ok_or("give the path of the box's socket")?;
+    let target = Target { socket, wait: wait.unwrap_or(DEFAULT_WAIT) };
+    if client == Client::Cp {
+        let [source, destination] =
+            <[OsString; 2]>::try_from(words).map_err(|_| "give SOCKET, SRC and DST")?;
+        return Ok(Command::Cp(Cp { target, route: Route::parse(source, destination)? }));
+    }
+    if words.is_empty() {
+        return Err("give the command to run after the socket".into());
+    }
+    let cmd = words.into_iter().map(OsString::string).collect::<Result<_, _>>()?;
+    let program = Program { cmd, env, user, workdir };
+    Ok(match client {
+        Client::Exec => {
+            Command::Exec(Exec { target, program, timeout: timeout.unwrap_or(NO_TIMEOUT) })
+        }
+        _ => Command::Pty(Pty { target, program }),
+    })
+}
+
+fn variable(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((name, _)) if !name.is_empty() => Ok(text.to_owned()),
+        _ => Err("it must be NAME=VALUE".into()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+    let scale = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err("it must be a number of ms, s, m or h, such as 1.5s".into()),
+    };
+    let number: f64 =
+        text[..text.len() - unit.len()].parse().map_err(|_| "it must start with a number")?;
+    Duration::try_from_secs_f64(number * scale)
+        .ok()
+        .filter(|duration| !duration.is_zero() && *duration <= NO_TIMEOUT)
+        .ok_or_else(|| "it must be more than 0 and at most ten years".into())
 }
 
 fn once<T>(name: &str, slot: &mut Option<T>, value: T) -> Result<(), lexopt::Error> {
@@ -141,6 +269,83 @@ mod tests {
         );
     }
 
+    fn program(cmd: &[&str]) -> Program {
+        let cmd = cmd.iter().map(ToString::to_string).collect();
+        Program { cmd, env: vec![], user: None, workdir: None }
+    }
+
+    fn target() -> Target {
+        Target { socket: "s".into(), wait: DEFAULT_WAIT }
+    }
+
+    fn exec(cmd: &[&str]) -> Command {
+        Command::Exec(Exec { target: target(), program: program(cmd), timeout: NO_TIMEOUT })
+    }
+
+    #[test]
+    fn a_commands_own_options_are_left_alone() {
+        let ls = exec(&["ls", "-l", "--user", "x", "--", "y"]);
+        assert_eq!(parsed(&["exec", "s", "--", "ls", "-l", "--user", "x", "--", "y"]), Ok(ls));
+        let ls = exec(&["ls", "-l", "--help", "--", "y"]);
+        assert_eq!(parsed(&["exec", "s", "ls", "-l", "--help", "--", "y"]), Ok(ls));
+        assert_eq!(parsed(&["exec", "s", "--", "-x"]), Ok(exec(&["-x"])));
+        let shell = Command::Pty(Pty { target: target(), program: program(&["sh"]) });
+        assert_eq!(parsed(&["pty", "s", "sh"]), Ok(shell));
+    }
+
+    #[test]
+    fn client_options_go_before_and_after_the_socket() {
+        let expected = Command::Exec(Exec {
+            target: Target { socket: "s".into(), wait: Duration::from_secs(120) },
+            program: Program {
+                env: vec!["A=1".into(), "B==".into()],
+                user: Some("u:g".into()),
+                workdir: Some("/w".into()),
+                ..program(&["x"])
+            },
+            timeout: Duration::from_millis(1500),
+        });
+        let before = ["--env", "A=1", "--user=u:g", "--timeout", "1.5"];
+        let after = ["--env=B==", "--workdir", "/w", "--wait=2m", "--", "x"];
+        let words = [&["exec"][..], &before, &["s"], &after].concat();
+        assert_eq!(parsed(&words), Ok(expected));
+    }
+
+    #[test]
+    fn one_path_of_a_copy_is_the_guests() {
+        let cp = |source: &str, destination: &str| match parsed(&["cp", "s", source, destination]) {
+            Ok(Command::Cp(cp)) => Ok(cp.route),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error),
+        };
+        let up = |from: &str, to: &str| Ok(Route::Upload { from: from.into(), to: to.into() });
+        let down = |from: &str, to: &str| Ok(Route::Download { from: from.into(), to: to.into() });
+        assert_eq!(cp("a", ":/b"), up("a", "/b"));
+        assert_eq!(cp("d/a", ":/b/"), up("d/a", "/b/a"));
+        assert_eq!(cp("-", ":/b"), up("-", "/b"));
+        assert_eq!(cp(":/a", "-"), down("/a", "-"));
+        assert_eq!(cp(":/a", "."), down("/a", "."));
+        for (source, destination) in
+            [("a", "b"), (":/a", ":/b"), ("a", ":b"), ("a", ":"), ("-", ":/b/"), ("..", ":/b/")]
+        {
+            assert!(cp(source, destination).is_err(), "{source} {destination}");
+        }
+    }
+
+    #[test]
+    fn durations_have_units() {
+        for (text, ms) in
+            [("30", 30_000), ("1.5s", 1500), ("500ms", 500), ("2m", 120_000), ("1h", 3_600_000)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in
+            ["", "s", "-1", "0", "0.0ms", "1d", "1 s", "1e9h", "inf", "NaN", "1.2.3", "99999999h"]
+        {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
     #[test]
     fn misuse_is_refused() {
         for words in [
@@ -153,6 +358,18 @@ mod tests {
             &["probe", "--config", "{}"],
             &["check"],
             &["check", "--config", "{}", "--outcome", "x"],
+            &["--config", "{}", "exec", "s", "x"],
+            &["exec"],
+            &["exec", "s"],
+            &["exec", "s", "--"],
+            &["exec", "--env", "x", "s", "ls"],
+            &["exec", "--env", "=x", "s", "ls"],
+            &["exec", "--timeout", "0", "s", "ls"],
+            &["exec", "--user", "a", "--user", "b", "s", "ls"],
+            &["pty", "--timeout", "1", "s", "ls"],
+            &["cp", "s", ":/a"],
+            &["cp", "s", ":/a", "b", "c"],
+            &["cp", "--user", "u", "s", ":/a", "b"],
         ] {
             assert!(parsed(words).is_err(), "{words:?}");
         }

@@ -80,6 +80,9 @@ pub fn execute(command: Command, environment: &Environment, timeline: Timeline) 
             }
         }
         Command::Check(config) => check(&config, environment),
+        Command::Exec(exec) => client::run(|stdio| exec.run(stdio)),
+        Command::Pty(pty) => client::run(|stdio| pty.run(stdio, environment.term.as_deref())),
+        Command::Cp(cp) => client::run(|stdio| cp.run(stdio)),
         Command::Run { config, outcome, timeline: timeline_file } => {
             let timeline_file = timeline_file.or_else(|| environment.timeline.clone());
             run_box(&config, environment, outcome.as_deref(), timeline_file.as_deref(), timeline)

@@ -56,6 +56,8 @@ pub struct Environment {
     pub timeline: Option<PathBuf>,
     /// `TMPDIR`: where a socket may exist for an instant.
     pub temp_dir: PathBuf,
+    /// `TERM`: the type of the terminal that a box's terminal is shown on.
+    pub term: Option<String>,
 }
 
 impl Environment {
@@ -70,6 +72,7 @@ impl Environment {
             debug: path("MOTE_DEBUG").is_some(),
             timeline: path("MOTE_TIMELINE"),
             temp_dir: std::env::temp_dir(),
+            term: std::env::var("TERM").ok().filter(|term| !term.is_empty()),
         }
     }
 }
