@@ -31,7 +31,7 @@ unit:
 
 # The boot tests drive the release binary with real specs, on this machine or in the lab. In groups
 # of about a minute: a lab that hangs costs one group's time, not all.
-BOOT_GROUPS := bad_input::,guest:: lifecycle:: exec::,terminal:: limits::,outcomes::,shares::,sockets::
+BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: limits::,outcomes::,shares::,sockets::
 
 boots:
 	export MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) && \

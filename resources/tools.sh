@@ -30,6 +30,7 @@ test_packages="
 libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
 libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
 busybox-static      /usr/share/doc/busybox-static        the small test root file system
+tmux                /usr/bin/tmux                        the terminal that the tests look at
 debootstrap         /usr/sbin/debootstrap                the large test root file system
 cpio                /usr/bin/cpio                        a unit test lists our archives with it
 python3-venv        /usr/share/doc/python3-venv          runs virtme-ng, which starts the lab

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
 
-const APPLETS: [&str; 43] = [
+const APPLETS: [&str; 47] = [
     "sh",
     "cat",
     "echo",
@@ -55,6 +55,10 @@ const APPLETS: [&str; 43] = [
     "setsid",
     "stty",
     "df",
+    "less",
+    "top",
+    "vi",
+    "clear",
     "ifconfig",
 ];
 

@@ -11,6 +11,7 @@
 
 mod bad_input;
 mod client;
+mod commands;
 mod common;
 mod exec;
 mod guest;

@@ -1,0 +1,281 @@
+//! `mote exec`, `mote pty` and `mote cp` against the built-in servers, as their users call them.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::client;
+use crate::common::{Started, TestBox, mote};
+
+fn idle() -> (TestBox, Started) {
+    let test = TestBox::busybox()
+        .shell("echo ready; exec sleep 10000")
+        .with("console_output", json!(null));
+    let pty = test.path("sock/pty.sock");
+    let test = test.with("pty_socket_path", json!(pty));
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    (test, started)
+}
+
+fn stop(test: &TestBox, started: Started) {
+    started.signal(libc::SIGTERM);
+    test.finished(started.finish());
+}
+
+fn exec(test: &TestBox, options: &[&str], cmd: &[&str]) -> Command {
+    let mut command = Command::new(mote());
+    command.arg("exec").args(options).arg(test.path("sock/exec.sock")).arg("--").args(cmd);
+    command.stdin(Stdio::null());
+    command
+}
+
+fn cp(test: &TestBox, from: &str, to: &str) -> Output {
+    let mut command = Command::new(mote());
+    command.arg("cp").arg(test.path("sock/exec.sock")).args([from, to]);
+    command.stdin(Stdio::null()).output().expect("mote runs")
+}
+
+fn texts(output: &Output) -> (i32, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+fn sha256(path: &Path) -> String {
+    let output = Command::new("sha256sum").arg(path).output().expect("sha256sum runs");
+    texts(&output).1[..64].to_owned()
+}
+
+/// 100 MB that no compression or repetition explains away.
+fn big_file(path: &Path) {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    let bytes: Vec<u8> = words.take(100_000_000 / 8).flatten().collect();
+    fs::write(path, bytes).expect("written");
+}
+
+#[test]
+fn exec_is_like_the_command_itself() {
+    let (test, started) = idle();
+    let run = |options: &[&str], cmd: &[&str]| {
+        texts(&exec(&test, options, cmd).output().expect("mote runs"))
+    };
+    let split = run(&[], &["sh", "-c", "echo out; echo err >&2; exit 42"]);
+    assert_eq!(split, (42, "out\n".into(), "err\n".into()));
+    let shaped = run(
+        &["--env", "X=1 2", "--user", "app", "--workdir", "/etc"],
+        &["sh", "-c", "echo \"$X\" $(id -u) $(pwd)"],
+    );
+    assert_eq!(shaped, (0, "1 2 1000 /etc\n".into(), String::new()));
+    let late = run(&["--timeout", "500ms"], &["sleep", "1000"]);
+    assert_eq!(late, (137, String::new(), "\nProcess killed: timeout exceeded".into()));
+    let (code, _, said) = run(&[], &["nothing"]);
+    assert!(code == 127 && said.contains("'nothing' is in no directory of PATH"), "{said}");
+    assert_eq!(run(&[], &["sh", "-c", "kill -15 $$"]).0, 143);
+
+    // The end of the input crosses, the answer after it comes back.
+    let mut child = exec(&test, &[], &["sh", "-c", "cat; echo tail"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("mote starts");
+    child.stdin.take().expect("stdin").write_all(b"x").expect("written");
+    assert_eq!(
+        texts(&child.wait_with_output().expect("ends")),
+        (0, "xtail\n".into(), String::new())
+    );
+    stop(&test, started);
+}
+
+#[test]
+fn a_hundred_megabytes_cross_in_each_direction() {
+    let (test, started) = idle();
+    let (root, out) = (test.path("root/big"), test.path("out/big"));
+    big_file(&root);
+    let expected = sha256(&root);
+    let status = exec(&test, &[], &["cat", "/big"])
+        .stdout(File::create(&out).expect("file"))
+        .status()
+        .expect("mote runs");
+    assert!(status.success());
+    assert_eq!(sha256(&out), expected);
+
+    let input = File::open(&out).expect("file");
+    let sum = exec(&test, &[], &["sha256sum"]).stdin(input).output().expect("mote runs");
+    assert_eq!(texts(&sum), (0, format!("{expected}  -\n"), String::new()));
+    stop(&test, started);
+}
+
+#[test]
+fn failures_are_explained_in_one_line() {
+    let (test, started) = idle();
+    let run = |command: &mut Command| texts(&command.output().expect("mote runs"));
+    let absent = test.path("sock/absent.sock");
+    let mut command = Command::new(mote());
+    let (code, _, said) = run(command.arg("exec").arg(&absent).args(["--", "true"]));
+    assert_eq!(code, 125);
+    assert!(said.contains("the box is not running, or the path is wrong"), "{said}");
+
+    // A box that ends takes its commands along, and they say so.
+    let child =
+        exec(&test, &[], &["sleep", "9191"]).stderr(Stdio::piped()).spawn().expect("mote starts");
+    while !client::shell(&test, "ps").contains("sleep 9191") {}
+    started.signal(libc::SIGKILL);
+    started.finish();
+    let (code, _, said) = texts(&child.wait_with_output().expect("ends"));
+    assert_eq!(code, 125);
+    assert!(said.contains("the box ended"), "{said}");
+    let (code, _, said) = run(&mut exec(&test, &[], &["true"]));
+    assert_eq!(code, 125);
+    assert!(said.contains("the box is gone"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
+#[test]
+fn exec_waits_for_a_box_that_starts() {
+    let test = TestBox::busybox().shell("exec sleep 10000");
+    let started = test.start();
+    while !test.path("sock/exec.sock").exists() {
+        std::thread::yield_now();
+    }
+    let ran = exec(&test, &["--wait", "60"], &["echo", "hi"]).output().expect("mote runs");
+    assert_eq!(texts(&ran), (0, "hi\n".into(), String::new()));
+    stop(&test, started);
+}
+
+#[test]
+fn files_are_copied_both_ways() {
+    let (test, started) = idle();
+    let (local, back) = (test.path("out/tool"), test.path("out/back"));
+    // More than one part.
+    fs::write(&local, b"0123456789".repeat(900_000)).expect("written");
+    fs::set_permissions(&local, fs::Permissions::from_mode(0o750)).expect("mode");
+    let text = |path: &Path| path.to_str().expect("text").to_owned();
+    assert_eq!(texts(&cp(&test, &text(&local), ":/new/dir/")), (0, String::new(), String::new()));
+    let inside = test.path("root/new/dir/tool");
+    assert_eq!(sha256(&inside), sha256(&local));
+    assert_eq!(fs::metadata(&inside).expect("there").permissions().mode() & 0o777, 0o750);
+    assert_eq!(
+        texts(&cp(&test, ":/new/dir/tool", &text(&back))),
+        (0, String::new(), String::new())
+    );
+    assert_eq!(sha256(&back), sha256(&local));
+    assert_eq!(fs::metadata(&back).expect("there").permissions().mode() & 0o777, 0o750);
+    // A file that does not tell its size.
+    let (code, version, _) = texts(&cp(&test, ":/proc/version", "-"));
+    assert!(code == 0 && version.starts_with("Linux version 6.12"), "{version}");
+
+    let (code, _, said) = texts(&cp(&test, ":/no/such", &text(&back)));
+    assert!(code == 1 && said.contains("/no/such: No such file"), "{said}");
+    assert_eq!(sha256(&back), sha256(&local), "a failed copy leaves the destination alone");
+    stop(&test, started);
+}
+
+/// Far longer than any program takes to draw.
+const HANGING: Duration = Duration::from_secs(30);
+
+/// A terminal multiplexer as the terminal: what a person sees can be asked for.
+struct Tmux<'a> {
+    test: &'a TestBox,
+}
+
+impl Tmux<'_> {
+    fn command(&self, words: &[&str]) -> String {
+        let output = Command::new("tmux")
+            .args(["-u", "-f", "/dev/null", "-L", "mote"])
+            .args(words)
+            .env("TMUX_TMPDIR", self.test.path("out"))
+            .env("LC_ALL", "C.UTF-8")
+            .env("TERM", "xterm-256color")
+            .output()
+            .expect("tmux is installed");
+        let (code, text, said) = texts(&output);
+        assert_eq!(code, 0, "tmux {words:?}: {said}");
+        text
+    }
+
+    fn keys(&self, keys: &[&str]) {
+        self.command(&[&["send-keys"], keys].concat());
+    }
+
+    fn screen(&self) -> String {
+        self.command(&["capture-pane", "-p"])
+    }
+
+    /// Waits until the screen shows what is wanted.
+    fn wait_for(&self, wanted: impl Fn(&str) -> bool) -> String {
+        let started = Instant::now();
+        loop {
+            let screen = self.screen();
+            if wanted(&screen) {
+                return screen;
+            }
+            assert!(started.elapsed() < HANGING, "the screen does not change any more:\n{screen}");
+        }
+    }
+}
+
+impl Drop for Tmux<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("tmux")
+            .args(["-L", "mote", "kill-server"])
+            .env("TMUX_TMPDIR", self.test.path("out"))
+            .status();
+    }
+}
+
+#[test]
+fn full_screen_programs_work_on_a_terminal() {
+    let (test, started) = idle();
+    let lines: String = (1..=500).map(|n| format!("line {n}\n")).collect();
+    fs::write(test.path("root/tmp/lines"), lines).expect("written");
+    let socket = test.path("sock/pty.sock");
+    let tmux = Tmux { test: &test };
+    // A shell around it, so that what the terminal is like afterwards can be seen.
+    tmux.command(&["new-session", "-d", "-x", "120", "-y", "40", "env PS1='host> ' sh"]);
+    tmux.wait_for(|screen| screen.contains("host>"));
+    let start = format!("{} pty {} -- sh", mote().display(), socket.display());
+    tmux.keys(&[&start, "Enter"]);
+    tmux.wait_for(|screen| screen.contains("~ #"));
+    tmux.keys(&["stty size", "Enter"]);
+    tmux.wait_for(|screen| screen.contains("40 120"));
+
+    tmux.keys(&["less /tmp/lines", "Enter"]);
+    let screen = tmux.wait_for(|screen| screen.contains("line 39"));
+    assert!(screen.starts_with("line 1\n"), "{screen}");
+    tmux.keys(&["G"]);
+    tmux.wait_for(|screen| screen.contains("line 500"));
+    tmux.command(&["resize-window", "-x", "100", "-y", "30"]);
+    tmux.keys(&["g"]);
+    tmux.wait_for(|screen| screen.starts_with("line 1\n") && screen.contains("line 29\n"));
+    tmux.keys(&["q"]);
+    tmux.keys(&["clear; stty size", "Enter"]);
+    tmux.wait_for(|screen| screen.contains("30 100"));
+
+    tmux.keys(&["top", "Enter"]);
+    tmux.wait_for(|screen| screen.contains("Mem:") && screen.contains("%CPU"));
+    tmux.keys(&["q"]);
+    tmux.keys(&["vi /tmp/edited", "Enter"]);
+    tmux.wait_for(|screen| screen.contains("/tmp/edited"));
+    tmux.keys(&["i", "typed in a guest", "Escape"]);
+    // An escape that other keys follow at once would be one of theirs.
+    tmux.wait_for(|screen| screen.contains("- /tmp/edited"));
+    tmux.keys(&[":wq", "Enter"]);
+    tmux.keys(&["clear; cat /tmp/edited; exit 3", "Enter"]);
+    tmux.wait_for(|screen| screen.contains("typed in a guest\nhost>"));
+    tmux.keys(&["echo code $?; stty -a | grep -o ' echo '", "Enter"]);
+    // The terminal is as it was: it echoes.
+    tmux.wait_for(|screen| screen.contains("\ncode 3\n echo"));
+    drop(tmux);
+    stop(&test, started);
+}
