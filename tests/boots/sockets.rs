@@ -1,6 +1,6 @@
 //! The box's Unix sockets on the host, with an agent of the image's own behind them.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::client;
 use crate::common::TestBox;
 
 /// Serves vsock port 4089: sends everything back in capitals, and `tail` after end of file.
@@ -108,4 +109,76 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     drop(live);
     std::fs::remove_file(&path).expect("removed");
     test.assert_nothing_left();
+}
+
+/// Tries what a guest should not get, and then floods the host with requests.
+const HOSTILE: &str = r#"
+import errno, socket
+def attempt(cid, port):
+    s = socket.socket(socket.AF_VSOCK)
+    s.settimeout(20)
+    try:
+        s.connect((cid, port))
+        return "connected"
+    except OSError as e:
+        return errno.errorcode.get(e.errno, str(e))
+    finally:
+        s.close()
+# The agent's own ports are taken, the box's sockets are for clients, nothing else is offered.
+for port in (0x6d6f7465, 0x6d6f7466, 0x6d6f7467, 4089, 4090, 4091, 22, 1, 0xfffffffe):
+    print("host", hex(port), attempt(2, port))
+for cid in (0, 1, 3, 4, 77):
+    print("cid", cid, attempt(cid, 4089) != "connected")
+flood = []
+for i in range(3000):
+    s = socket.socket(socket.AF_VSOCK)
+    s.setblocking(False)
+    try:
+        s.connect((2, 5000 + i))
+    except OSError:
+        pass
+    flood.append(s)
+print("flooded", flush=True)
+while True:
+    try:
+        s = socket.socket(socket.AF_VSOCK)
+        s.setblocking(False)
+        s.connect((2, 9))
+    except OSError:
+        pass
+    s.close()
+"#;
+
+#[test]
+fn a_hostile_guest_gets_nothing_and_holds_up_nobody() {
+    let test = TestBox::debian()
+        .with("console_output", json!(null))
+        .with("vcpus", json!(2))
+        .with_entrypoint("executable", json!("python3"))
+        .with_entrypoint("args", json!(["-u", "-c", HOSTILE]));
+    let mut started = test.start();
+    let mut line = String::new();
+    let mut said = String::new();
+    while !line.starts_with("flooded") {
+        line.clear();
+        assert!(started.stdout.read_line(&mut line).expect("stdout") > 0, "{said}");
+        said += &line;
+    }
+    for port in ["0x6d6f7465", "0x6d6f7466", "0x6d6f7467", "0xff9", "0x16", "0xfffffffe"] {
+        assert!(said.contains(&format!("host {port} ECONNRESET\n")), "{port}: {said}");
+    }
+    assert_eq!(said.matches("connected").count(), 0, "{said}");
+    assert_eq!(said.matches(" True\n").count(), 5, "{said}");
+    // While it goes on flooding.
+    for _ in 0..5 {
+        assert_eq!(client::shell(&test, "echo served"), "served\n");
+    }
+    let resident_kib = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("a line");
+        line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number")
+    };
+    assert!(resident_kib(started.child.id()) < 16 * 1024, "mote's own memory stays small");
+    started.signal(libc::SIGTERM);
+    assert_eq!(test.finished(started.finish()).code, 143);
 }
