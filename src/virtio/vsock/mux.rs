@@ -561,3 +561,7 @@ impl Mux {
 fn watch_kick(kick: &EventFd, token: Token, ops: &mut EventOps<'_>) -> Result<()> {
     Ok(ops.add(Events::with_data(kick, token.to_data(), EventSet::IN))?)
 }
+
+#[cfg(test)]
+#[path = "mux_test.rs"]
+mod tests;
