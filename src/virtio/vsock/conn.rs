@@ -134,7 +134,9 @@ impl Conn {
     fn note_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc;
         self.guest_taken = header.fwd_cnt;
-        self.credit_requested = false;
+        // Asking again whenever the answer is "still none" would never end: Linux answers each
+        // request at once, and tells of room without being asked when its reader makes some.
+        self.credit_requested &= self.credit() == 0;
     }
 
     /// How many bytes the guest has room for. A guest that contradicts itself has room for none.
@@ -393,6 +395,18 @@ mod tests {
         // A guest that lies about what it took gets nothing rather than too much.
         conn.on_packet(&Header { fwd_cnt: 5000, ..packet(Op::CreditUpdate, 0) }, &[]);
         assert_ne!(next(&mut conn, HostRead::Data(1000)).map(|h| h.op), Some(Op::Data));
+    }
+
+    #[test]
+    fn a_guest_without_room_is_asked_for_it_once() {
+        let mut conn = open();
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.len), Some(100));
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.op), Some(Op::CreditRequest));
+        conn.on_packet(&packet(Op::CreditUpdate, 0), &[]);
+        assert_eq!(next(&mut conn, HostRead::Data(1000)), None, "the answer was none");
+        conn.on_packet(&Header { fwd_cnt: 100, ..packet(Op::CreditUpdate, 0) }, &[]);
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.len), Some(100));
+        assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.op), Some(Op::CreditRequest));
     }
 
     #[test]

@@ -196,6 +196,28 @@ fn the_guest_gets_no_more_than_it_says_it_has_room_for() {
     assert_serves(&mut bench, other, &mut client);
 }
 
+#[test]
+fn a_guest_without_room_is_asked_for_it_once() {
+    // The answer to a question is an update that may say the same again: once an endless exchange
+    // with any guest whose reader was slow.
+    let mut bench = Bench::started();
+    let (ports, mut client) = bench.open_client();
+    client.write_all(b"hello").expect("written");
+    bench.run();
+    let full = Packet { buf_alloc: 0, ..Packet::new(Op::CreditUpdate, ports) };
+    bench.ops();
+    bench.tell(full, &[]);
+    assert_eq!(bench.ops(), [CREDIT_REQUEST]);
+    for _ in 0..3 {
+        bench.tell(full, &[]);
+        assert_eq!(bench.ops(), [0; 0]);
+    }
+    bench.tell(Packet { buf_alloc: 7, ..full }, &[]);
+    client.write_all(b"world").expect("written");
+    bench.run();
+    assert_eq!(bench.collect().last(), Some(&(CREDIT_REQUEST, ports, vec![])));
+}
+
 // ---- descriptor chains -------------------------------------------------------------------------
 
 #[test]
