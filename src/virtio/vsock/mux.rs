@@ -384,11 +384,13 @@ impl Mux {
                 receive.push(ram, head, 0)?;
                 continue;
             };
-            let Some(space) = writer.available_bytes().checked_sub(HEADER_LEN) else {
+            // One that holds a header and no data would hold up those that have data to send.
+            let space = writer.available_bytes().saturating_sub(HEADER_LEN).min(MAX_PACKET);
+            if space == 0 {
                 receive.push(ram, head, 0)?;
                 continue;
-            };
-            let Some(header) = self.next_packet(space.min(MAX_PACKET), ops)? else {
+            }
+            let Some(header) = self.next_packet(space, ops)? else {
                 receive.unpop();
                 used -= 1;
                 break;

@@ -401,6 +401,17 @@ fn receive_buffers_that_hold_no_packet_come_back_empty() {
 }
 
 #[test]
+fn a_receive_buffer_without_room_for_data_holds_nobody_up() {
+    let mut bench = Bench::started();
+    let (ports, mut client) = bench.open_offer(OFFER);
+    bench.use_up_buffers();
+    client.write_all(b"wait for me").expect("written");
+    bench.post(1, 44);
+    assert_eq!(bench.rx.returned().len(), 1);
+    assert_eq!(bench.collect(), [(DATA, ports, b"wait for me".to_vec())]);
+}
+
+#[test]
 fn a_broken_transmit_ring_ends_the_device_after_what_was_sent() {
     for broken in 0..2 {
         let mut bench = Bench::started();
