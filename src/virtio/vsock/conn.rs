@@ -126,6 +126,11 @@ impl Conn {
         self.phase == Phase::Requested
     }
 
+    /// Whether the guest has reset the connection, and what it had sent is still being delivered.
+    pub fn is_forgotten(&self) -> bool {
+        self.phase == Phase::Forgotten
+    }
+
     /// Whether nothing is left to do.
     pub fn is_closed(&self) -> bool {
         self.closed

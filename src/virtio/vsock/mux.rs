@@ -282,6 +282,12 @@ impl Mux {
         };
         let touched = match self.by_ports.get(&header.ports).copied() {
             Some(index) if header.op == Op::Reset && self.ask_elsewhere(index) => Some(index),
+            Some(index) if self.is_forgotten(index) => {
+                if header.op != Op::Reset {
+                    self.refuse(header.ports);
+                }
+                None
+            }
             Some(index) => self.entries[index].as_mut().map(|entry| {
                 if complete {
                     let data = if header.op == Op::Data { &data[..len] } else { &[] };
@@ -329,6 +335,11 @@ impl Mux {
             entry.conn = Conn::requested(ports);
         }
         true
+    }
+
+    /// Whether the guest has reset this connection, which exists only for its host socket.
+    fn is_forgotten(&self, index: usize) -> bool {
+        self.entries[index].as_ref().is_some_and(|entry| entry.conn.is_forgotten())
     }
 
     fn refuse(&mut self, ports: Ports) {

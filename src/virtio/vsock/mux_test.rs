@@ -580,6 +580,24 @@ fn forgotten_with_bytes_left(bench: &mut Bench) -> (Ports, UnixStream, usize) {
 }
 
 #[test]
+fn after_its_reset_a_connection_is_unknown_and_its_bytes_are_safe() {
+    let mut bench = Bench::started();
+    let (ports, mut client, sent) = forgotten_with_bytes_left(&mut bench);
+    bench.tell(data(ports), b"more");
+    bench.tell(Packet::new(Op::Request, ports), &[]);
+    bench.tell(Packet::new(Op::CreditUpdate, ports), b"incomplete");
+    bench.tell(Packet::new(Op::Reset, ports), &[]);
+    assert_eq!(bench.collect(), vec![(RST, ports, vec![]); 3]);
+    let mut received = 0;
+    while bench.look().connections > 0 {
+        received += read_all(&mut client).0.len();
+        bench.run();
+    }
+    received += read_all(&mut client).0.len();
+    assert_eq!(received, sent);
+}
+
+#[test]
 fn a_client_that_dies_takes_its_forgotten_connection_along() {
     let mut bench = Bench::started();
     let (_, client, _) = forgotten_with_bytes_left(&mut bench);
