@@ -22,7 +22,8 @@ use crate::token::Token;
 use crate::virtio::Activation;
 use crate::virtio::queue::{Chain, ServedQueue};
 
-/// Most connections at once; what is beyond is refused.
+/// Most connections at once; clients beyond are refused. The guest's own connections always find
+/// room, of which there are no more than offers: without them there is no agent.
 const MAX_CONNECTIONS: usize = 4096;
 /// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
 /// loses them.
@@ -327,9 +328,8 @@ impl Mux {
         };
         let Some(guest) = entry.fallback_port.take() else { return false };
         let refused = entry.conn.ports();
-        let Some(host) = self.free_host_port(guest) else { return false };
+        let ports = Ports { host: self.free_host_port(guest), guest };
         self.by_ports.remove(&refused);
-        let ports = Ports { host, guest };
         self.by_ports.insert(ports, index);
         if let Some(entry) = &mut self.entries[index] {
             entry.conn = Conn::requested(ports);
@@ -484,17 +484,18 @@ impl Mux {
             Err(_) => return Ok(()),
         };
         socket.set_nonblocking(true)?;
-        let Some(host) = self.free_host_port(guest_port) else { return Ok(()) };
-        // Refused (dropped, so the client sees the end) when there are too many.
-        let conn = Conn::requested(Ports { host, guest: guest_port });
-        let _ = self.insert(conn, socket, fallback_port, ops);
+        if self.by_ports.len() >= MAX_CONNECTIONS {
+            // Dropped, so the client sees the end.
+            return Ok(());
+        }
+        let ports = Ports { host: self.free_host_port(guest_port), guest: guest_port };
+        // A host that cannot watch it: the same.
+        let _ = self.insert(Conn::requested(ports), socket, fallback_port, ops);
         Ok(())
     }
 
-    fn free_host_port(&mut self, guest: u32) -> Option<u32> {
-        if self.by_ports.len() >= MAX_CONNECTIONS {
-            return None;
-        }
+    /// There is always one: ports are many more than connections.
+    fn free_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
             self.next_host_port = match host.wrapping_add(1) {
@@ -502,7 +503,7 @@ impl Mux {
                 next => next,
             };
             if !self.by_ports.contains_key(&Ports { host, guest }) {
-                return Some(host);
+                return host;
             }
         }
     }
@@ -514,9 +515,6 @@ impl Mux {
         fallback_port: Option<u32>,
         ops: &mut EventOps<'_>,
     ) -> Result<()> {
-        if self.by_ports.len() >= MAX_CONNECTIONS {
-            bail!("too many connections");
-        }
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() - 1

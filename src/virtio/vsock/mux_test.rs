@@ -476,6 +476,35 @@ fn resets_that_nobody_takes_stay_bounded() {
 }
 
 #[test]
+fn clients_beyond_the_limit_are_closed_and_the_guest_keeps_its_own() {
+    crate::sys::raise_open_file_limit();
+    const BEYOND: usize = 904;
+    let mut bench = Bench::new();
+    let connect = |bench: &mut Bench| {
+        let client = bench.connect(0);
+        bench.run();
+        client
+    };
+    // Their connections stay: that they have gone does not answer them.
+    for _ in 0..MAX_CONNECTIONS {
+        drop(connect(&mut bench));
+    }
+    for _ in 0..BEYOND {
+        assert_eq!(read_all(&mut connect(&mut bench)), (vec![], Tail::End));
+    }
+    assert_eq!(bench.look().connections, MAX_CONNECTIONS);
+    // The agent's own streams must not depend on how many clients there are.
+    bench.activate();
+    let (ports, mut stream) = bench.open_offer(OFFER);
+    assert_serves(&mut bench, ports, &mut stream);
+
+    bench.let_requests_expire();
+    assert_eq!(bench.look().connections, 1);
+    let mut late = connect(&mut bench);
+    assert_eq!(read_all(&mut late), (vec![], Tail::More), "there is room again");
+}
+
+#[test]
 fn clients_that_the_guest_does_not_answer_are_closed() {
     let mut bench = Bench::started();
     let mut clients = [0, 1, 0].map(|listener| bench.connect(listener));
@@ -749,6 +778,24 @@ fn a_reset_after_the_answer_is_an_end_and_not_a_refusal() {
     bench.tell(Packet::new(Op::Reset, ports), &[]);
     assert_eq!(read_all(&mut client), (vec![], Tail::End));
     assert_eq!(bench.ops(), [0; 0]);
+}
+
+#[test]
+fn the_fallback_works_with_as_many_clients_as_there_may_be() {
+    crate::sys::raise_open_file_limit();
+    let mut bench = Bench::started();
+    let mut client = bench.connect(0);
+    bench.run();
+    let [(REQUEST, first, _)] = bench.collect()[..] else { panic!("a request") };
+    for _ in 1..MAX_CONNECTIONS {
+        bench.connect(1);
+        bench.run();
+    }
+    assert_eq!(bench.look().connections, MAX_CONNECTIONS);
+    bench.tell(Packet::new(Op::Reset, first), &[]);
+    assert_eq!(read_all(&mut client), (vec![], Tail::More));
+    let requests = bench.collect();
+    assert!(requests.iter().any(|(op, ports, _)| (*op, ports.guest) == (REQUEST, FALLBACK)));
 }
 
 // ---- everything at random ----------------------------------------------------------------------
