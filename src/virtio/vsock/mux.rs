@@ -130,7 +130,9 @@ impl Mux {
     /// The guest's servers listen: asks for the connections of all clients that wait.
     pub fn guest_is_ready(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
         self.guest_ready = true;
-        for index in 0..self.entries.len() {
+        // In the order they came, which is not that of the slots.
+        let waiting: Vec<usize> = self.requests.iter().map(|(_, index)| *index).collect();
+        for index in waiting {
             self.queue(index);
         }
         self.deliver(ops)

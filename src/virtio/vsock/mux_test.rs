@@ -798,6 +798,37 @@ fn the_fallback_works_with_as_many_clients_as_there_may_be() {
     assert!(requests.iter().any(|(op, ports, _)| (*op, ports.guest) == (REQUEST, FALLBACK)));
 }
 
+#[test]
+fn clients_of_a_guest_that_is_not_ready_wait_and_are_then_requested_in_order() {
+    let mut bench = Bench::new();
+    // Two slots that are free again, so that slots and ages differ.
+    let gone = [bench.connect(1), bench.connect(1)];
+    bench.run();
+    bench.let_requests_expire();
+    drop(gone);
+    let mut clients = Vec::new();
+    for number in 0..4_u8 {
+        let mut client = bench.connect(1);
+        client.write_all(&[number]).expect("written");
+        bench.run();
+        clients.push(client);
+    }
+    bench.activate();
+    bench.collect();
+    let (ports, mut stream) = bench.open_offer(OFFER);
+    assert_serves(&mut bench, ports, &mut stream);
+    assert_eq!(bench.ops(), [0; 0], "nothing before the guest is ready");
+
+    bench.call(Mux::guest_is_ready);
+    let requests = bench.collect();
+    assert_eq!(requests.len(), 4);
+    for (number, (op, ports, _)) in requests.into_iter().enumerate() {
+        assert_eq!((op, ports.guest), (REQUEST, LONE_SERVER));
+        bench.tell(Packet::new(Op::Response, ports), &[]);
+        assert_eq!(bench.collect(), [(DATA, ports, vec![number as u8])]);
+    }
+}
+
 // ---- everything at random ----------------------------------------------------------------------
 
 /// splitmix64: the same numbers for the same seed, everywhere.
