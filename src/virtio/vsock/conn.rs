@@ -126,6 +126,11 @@ impl Conn {
         self.phase == Phase::Requested
     }
 
+    /// Whether the guest has been told of the connection.
+    pub fn is_announced(&self) -> bool {
+        self.opening.is_none()
+    }
+
     /// Whether the guest has reset the connection, and what it had sent is still being delivered.
     pub fn is_forgotten(&self) -> bool {
         self.phase == Phase::Forgotten

@@ -223,7 +223,9 @@ impl Mux {
                 // At once, whether or not the guest ever takes the reset.
                 entry.conn.vanish();
                 let ports = entry.conn.ports();
-                self.refuse(ports);
+                if entry.conn.is_announced() {
+                    self.refuse(ports);
+                }
                 self.remove_if_closed(index, ops)?;
             }
         }

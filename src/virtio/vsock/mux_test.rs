@@ -829,6 +829,18 @@ fn clients_of_a_guest_that_is_not_ready_wait_and_are_then_requested_in_order() {
     }
 }
 
+#[test]
+fn the_guest_does_not_hear_of_clients_that_gave_up_before_it_was_ready() {
+    let mut bench = Bench::new();
+    let mut client = bench.connect(0);
+    bench.run();
+    bench.let_requests_expire();
+    assert_eq!(read_all(&mut client), (vec![], Tail::End));
+    bench.activate();
+    bench.call(Mux::guest_is_ready);
+    assert_eq!(bench.ops(), [0; 0]);
+}
+
 // ---- everything at random ----------------------------------------------------------------------
 
 /// splitmix64: the same numbers for the same seed, everywhere.
