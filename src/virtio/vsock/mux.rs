@@ -55,6 +55,7 @@ struct Entry {
     socket: UnixStream,
     readable: bool,
     writable: bool,
+    read_shut: bool,
     write_shut: bool,
     /// Stands in `Mux::ready`.
     queued: bool,
@@ -352,8 +353,8 @@ impl Mux {
         }
     }
 
-    /// Writes what the guest sent to the host socket, as far as it takes it, and closes the
-    /// direction once it is over.
+    /// Writes what the guest sent to the host socket, as far as it takes it, and closes each
+    /// direction that is over.
     fn flush_to_host(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
         let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
             return Ok(());
@@ -369,6 +370,10 @@ impl Mux {
         if entry.conn.is_host_direction_over() && !std::mem::replace(&mut entry.write_shut, true) {
             // Failing means that the peer is gone, which reading will tell.
             let _ = entry.socket.shutdown(Shutdown::Write);
+        }
+        if !entry.conn.guest_receives() && !std::mem::replace(&mut entry.read_shut, true) {
+            // So that the client's writes fail rather than fill a buffer that nobody empties.
+            let _ = entry.socket.shutdown(Shutdown::Read);
         }
         self.queue(index);
         self.remove_if_closed(index, ops)
@@ -540,6 +545,7 @@ impl Mux {
             socket,
             readable: true,
             writable: true,
+            read_shut: false,
             write_shut: false,
             queued: false,
             requested_at,

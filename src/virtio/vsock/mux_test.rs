@@ -732,6 +732,20 @@ fn a_guest_that_ends_its_half_still_gets_the_clients() {
     assert_eq!(bench.ops(), [SHUTDOWN, RST]);
 }
 
+#[test]
+fn a_guest_that_stops_receiving_stops_its_clients_writes_only() {
+    let mut bench = Bench::started();
+    let (ports, mut client) = bench.open_client();
+    bench.tell(Packet { flags: RECEIVE, ..Packet::new(Op::Shutdown, ports) }, &[]);
+    let refused = client.write(b"into the void").map_err(|error| error.kind());
+    assert_eq!(refused, Err(ErrorKind::BrokenPipe));
+    assert_eq!(bench.ops(), [0; 0]);
+    assert_serves(&mut bench, ports, &mut client);
+    bench.tell(Packet { flags: SEND, ..Packet::new(Op::Shutdown, ports) }, &[]);
+    assert_eq!(read_all(&mut client), (vec![], Tail::End));
+    assert_eq!(bench.ops(), [RST]);
+}
+
 // ---- fallback and readiness --------------------------------------------------------------------
 
 #[test]
