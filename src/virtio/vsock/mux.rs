@@ -34,6 +34,9 @@ const MAX_PACKET: usize = 64 * 1024;
 const BATCH: usize = 256;
 /// How long a client's connection waits for the guest to answer (contract §3: a bounded hold).
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How long a listener rests when the host has no descriptor or memory for its next client: the
+/// client goes on waiting, and asking again at once would be all that the main loop does.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First port given to connections from the host; the guest's own start at 1024 too, but those are
 /// a different set.
 const FIRST_HOST_PORT: u32 = 1024;
@@ -88,6 +91,8 @@ pub struct Mux {
     /// Sockets for guest connections to these host ports, one each.
     offers: HashMap<u32, UnixStream>,
     listeners: Vec<Listener>,
+    /// Which listeners are not watched, and until when; the one that is first comes first.
+    resting: VecDeque<(Instant, usize)>,
     /// When which slots asked the guest for a connection, oldest first; some have their answer.
     requests: VecDeque<(Instant, usize)>,
     /// Whether the guest's servers listen; until then clients' connections wait.
@@ -112,6 +117,7 @@ impl Mux {
             resets: VecDeque::new(),
             offers,
             listeners,
+            resting: VecDeque::new(),
             requests: VecDeque::new(),
             guest_ready: false,
             next_host_port: FIRST_HOST_PORT,
@@ -121,11 +127,13 @@ impl Mux {
 
     /// Starts watching the host sockets.
     pub fn register(&self, ops: &mut EventOps<'_>) -> Result<()> {
-        for (index, listener) in self.listeners.iter().enumerate() {
-            let token = Token::VsockListener(index as u32);
-            ops.add(Events::with_data(&listener.socket, token.to_data(), EventSet::IN))?;
-        }
-        Ok(())
+        (0..self.listeners.len()).try_for_each(|index| self.watch_listener(index, ops))
+    }
+
+    fn watch_listener(&self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
+        let token = Token::VsockListener(index as u32);
+        let socket = &self.listeners[index].socket;
+        Ok(ops.add(Events::with_data(socket, token.to_data(), EventSet::IN))?)
     }
 
     /// The guest's servers listen: asks for the connections of all clients that wait.
@@ -208,11 +216,20 @@ impl Mux {
 
     /// When [`Mux::expire`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.requests.front().map(|(requested_at, _)| *requested_at + ANSWER_LIMIT)
+        let answer = self.requests.front().map(|(requested_at, _)| *requested_at + ANSWER_LIMIT);
+        let rested = self.resting.front().map(|(until, _)| *until);
+        answer.into_iter().chain(rested).min()
     }
 
-    /// Closes clients' connections that the guest has not answered in time.
+    /// Closes clients' connections that the guest has not answered in time, and listens again where
+    /// that had to rest.
     pub fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
+        while let Some((until, index)) = self.resting.front().copied()
+            && now >= until
+        {
+            self.resting.pop_front();
+            self.watch_listener(index, ops)?;
+        }
         while let Some((requested_at, index)) = self.requests.front().copied()
             && now >= requested_at + ANSWER_LIMIT
         {
@@ -490,7 +507,12 @@ impl Mux {
         let socket = match listener.socket.accept() {
             Ok((socket, _)) => socket,
             // Level-triggered: what is still waiting comes again.
-            Err(_) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(_) => {
+                ops.remove(Events::empty(&listener.socket))?;
+                self.resting.push_back((Instant::now() + ACCEPT_PAUSE, index));
+                return Ok(());
+            }
         };
         socket.set_nonblocking(true)?;
         if self.by_ports.len() >= MAX_CONNECTIONS {

@@ -5,6 +5,7 @@ mod bench;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
@@ -545,6 +546,26 @@ fn a_request_that_was_given_up_does_not_take_the_next_one_in_its_slot_along() {
     assert_eq!(bench.look().slots, 1, "the same slot");
     bench.let_requests_expire();
     assert_serves(&mut bench, ports, &mut client);
+}
+
+#[test]
+fn a_listener_that_cannot_accept_rests_for_a_while() {
+    // Not listening at all, which fails as having no descriptors left does: with the client, and so
+    // the event, still there. Once a loop at full speed.
+    let (near, mut far) = UnixStream::pair().expect("a pair");
+    far.write_all(b"knock").expect("written");
+    let listeners = vec![Listener {
+        socket: UnixListener::from(OwnedFd::from(near)),
+        guest_port: SERVER,
+        fallback_port: None,
+    }];
+    let mut bench = Bench::with(HashMap::new(), listeners, HashMap::new(), Vec::new());
+    bench.run();
+    let deadline = bench.deadline().expect("tries again");
+    assert!(deadline <= Instant::now() + ACCEPT_PAUSE);
+    bench.call_only(|mux, ops| mux.expire(deadline, ops));
+    assert_eq!(bench.turn(), 1, "it tries again");
+    assert_eq!(bench.turn(), 0, "and rests again");
 }
 
 // ---- deaths ------------------------------------------------------------------------------------
