@@ -188,6 +188,21 @@ impl Conn {
         self.settle();
     }
 
+    /// Handles a reset, which ends the guest's side; the host's follows when it has been served.
+    pub fn on_reset(&mut self) {
+        self.on_packet(&Header::reset(self.ports), &[]);
+    }
+
+    /// Handles the end of the guest's driver, which took the guest's side along. A request that
+    /// waits for an answer is made again.
+    pub fn on_driver_reset(&mut self) {
+        if self.phase == Phase::Requested && !self.resetting {
+            self.opening = Some(Op::Request);
+        } else {
+            self.on_reset();
+        }
+    }
+
     /// The guest's side is gone; deliver what it had sent, then end.
     fn forget(&mut self) {
         self.phase = Phase::Forgotten;

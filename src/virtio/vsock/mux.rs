@@ -165,8 +165,9 @@ impl Mux {
         self.deliver(ops)
     }
 
-    /// Gives the queues back. All connections end, each once its host socket has been given all the
-    /// guest had sent: the guest knows none of them any more.
+    /// Gives the queues back. The guest knows no connection any more: all end, each once its host
+    /// socket has been given all the guest had sent, except that clients which wait for an answer
+    /// wait for the next driver's.
     pub fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
         // What is left in a ring that is broken stays there.
         let _ = self.transmit(ops);
@@ -174,23 +175,20 @@ impl Mux {
             for queue in [&queues.receive, &queues.transmit] {
                 ops.remove(Events::empty(queue.kick()))?;
             }
-            self.forget_connections(|conn| !conn.is_requested(), ops)?;
+            self.on_each_connection(Conn::on_driver_reset, ops)?;
             self.resets.clear();
         }
         Ok(())
     }
 
-    /// Ends the guest's side of connections; the host's follows when it has been served.
-    fn forget_connections(
+    fn on_each_connection(
         &mut self,
-        which: impl Fn(&Conn) -> bool,
+        change: impl Fn(&mut Conn),
         ops: &mut EventOps<'_>,
     ) -> Result<()> {
         for index in 0..self.entries.len() {
-            if let Some(entry) = &mut self.entries[index]
-                && which(&entry.conn)
-            {
-                entry.conn.on_packet(&Header::reset(entry.conn.ports()), &[]);
+            if let Some(entry) = &mut self.entries[index] {
+                change(&mut entry.conn);
                 self.flush_to_host(index, ops)?;
             }
         }
@@ -256,7 +254,7 @@ impl Mux {
         // What is left in a ring that is broken stays there.
         let _ = self.transmit(ops);
         self.offers.clear();
-        self.forget_connections(|_| true, ops)
+        self.on_each_connection(Conn::on_reset, ops)
     }
 
     // ---- from the guest ----------------------------------------------------------------------

@@ -679,6 +679,21 @@ fn a_device_reset_ends_streams_after_what_was_sent() {
 }
 
 #[test]
+fn a_request_is_made_again_to_the_next_driver() {
+    let mut bench = Bench::started();
+    let mut client = bench.connect(1);
+    client.write_all(b"patience").expect("written");
+    bench.run();
+    let [(REQUEST, ports, _)] = bench.collect()[..] else { panic!("a request") };
+    bench.call(Mux::reset);
+    assert_eq!(read_all(&mut client), (vec![], Tail::More));
+    bench.activate();
+    assert_eq!(bench.collect(), [(REQUEST, ports, vec![])]);
+    bench.tell(Packet::new(Op::Response, ports), &[]);
+    assert_eq!(bench.collect(), [(DATA, ports, b"patience".to_vec())]);
+}
+
+#[test]
 fn a_second_activation_without_a_reset_is_a_reset() {
     let mut bench = Bench::started();
     let (_, mut client) = bench.open_client();
