@@ -1135,3 +1135,101 @@ fn streams_arrive_exactly_however_they_are_cut() {
         exchange(seed);
     }
 }
+
+/// A packet with something wrong, or nothing, for one of these connections.
+fn odd_packet(dice: &mut Dice, known: &[Ports]) -> Packet {
+    let any = |dice: &mut Dice, values: &[u32]| values[dice.next() as usize % values.len()];
+    let ports = match dice.next() % 8 {
+        0 => Ports { host: any(dice, &[OFFER, OTHER_OFFER, 4089, 9]), guest: 1 },
+        _ => known.get(dice.next() as usize % known.len().max(1)).copied().unwrap_or(STRAY),
+    };
+    let ops = [Op::Response, Op::Response, Op::Data, Op::Data, Op::Shutdown, Op::CreditUpdate];
+    let op = match dice.next() % 8 {
+        0 => dice.next() as u16 % 9,
+        _ => ops[dice.next() as usize % ops.len()] as u16,
+    };
+    Packet {
+        op,
+        kind: if dice.next().is_multiple_of(32) { 2 } else { 1 },
+        len: any(dice, &[0, 0, 0, 1, 100, 65_536, 65_537, u32::MAX]),
+        flags: any(dice, &[0, RECEIVE, SEND, RECEIVE | SEND, u32::MAX]),
+        buf_alloc: any(dice, &[0, 1, 4096, GUEST_ALLOC, u32::MAX]),
+        fwd_cnt: any(dice, &[0, 0, 100, 1 << 31, u32::MAX]),
+        ..Packet::new(Op::Data, ports)
+    }
+}
+
+fn disturb(seed: u64) {
+    let mut dice = Dice(seed);
+    let mut bench = Bench::new();
+    let mut clients: Vec<UnixStream> = Vec::new();
+    let mut known: Vec<Ports> = Vec::new();
+    for _ in 0..3000 {
+        match dice.next() % 64 {
+            0 => bench.activate(),
+            1 => bench.call_only(Mux::reset),
+            2 => bench.call_only(Mux::guest_is_ready),
+            3 => bench.let_requests_expire(),
+            4..16 if clients.len() < 50 => {
+                let client = bench.connect(dice.next() as usize % 2);
+                clients.push(client);
+            }
+            4..24 if !clients.is_empty() => {
+                let index = dice.next() as usize % clients.len();
+                let client = &mut clients[index];
+                match dice.next() % 8 {
+                    0 => drop(clients.swap_remove(index)),
+                    1 => client.shutdown(Shutdown::Write).unwrap_or(()),
+                    2 => client.shutdown(Shutdown::Read).unwrap_or(()),
+                    3 | 4 => drop(client.read(&mut [0; 5000])),
+                    _ => drop(client.write(&[1; 5000])),
+                }
+            }
+            24..44 if bench.tx.room() > 2 => {
+                let packet = odd_packet(&mut dice, &known);
+                let header = &packet.bytes()[..[44, 44, 44, 43][dice.next() as usize % 4]];
+                let body = Buffer::Raw(1 << 20, packet.len.min(100_000), 0);
+                match dice.next() % 16 {
+                    0 => bench.tx.add(&[Buffer::Full(header)]),
+                    1 => bench.tx.add(&[Buffer::Full(header), Buffer::Empty(100)]),
+                    _ => bench.tx.add(&[Buffer::Full(header), body]),
+                };
+            }
+            44..52 => {
+                for _ in 0..bench.rx.room().min(dice.up_to(20)) {
+                    bench.rx.add(&[Buffer::Empty(dice.next() as u32 % 500)]);
+                }
+            }
+            _ => {
+                bench.run();
+                bench.tx.returned();
+                for (_, _, bytes) in bench.rx.returned() {
+                    if bytes.len() >= 44 {
+                        known.push(Packet::from_bytes(&bytes).ports());
+                    }
+                }
+                known.drain(..known.len().saturating_sub(20));
+            }
+        }
+        assert_eq!(bench.failure(), None, "seed {seed}");
+        assert!(bench.look().most_bytes <= BUFFER_LEN);
+    }
+    // Nothing stays behind.
+    drop(clients);
+    bench.call(Mux::guest_is_ready);
+    bench.call(Mux::reset);
+    bench.let_requests_expire();
+    bench.offers.clear();
+    bench.run();
+    assert_eq!(bench.look().connections, 0, "seed {seed}");
+    bench.activate();
+    let (ports, mut client) = bench.open_client();
+    assert_serves(&mut bench, ports, &mut client);
+}
+
+#[test]
+fn no_mixture_of_odd_packets_and_clients_does_lasting_harm() {
+    for seed in 0..16 {
+        disturb(seed);
+    }
+}
