@@ -4,8 +4,8 @@
 //! virtio-queue does the ring arithmetic and bounds every chain; what is wrong with a chain fails
 //! that chain, what is wrong with the ring stops the device, and neither the process.
 
-use anyhow::{Result, anyhow};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use anyhow::{Result, anyhow, ensure};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
@@ -13,6 +13,28 @@ use crate::virtio::{F_EVENT_IDX, ReadyQueue};
 
 /// A chain of guest buffers.
 pub type Chain<'a> = DescriptorChain<&'a GuestRam>;
+
+/// Most buffers in one chain: a driver must not make it longer than its queue (virtio 1.2,
+/// 2.7.5.3.1), and ours have no more entries than this. virtio-queue follows an indirect table of
+/// 65,535, and a queue full of those would keep the main loop from its other work for half a second.
+const MAX_CHAIN: usize = 256;
+
+/// What the driver wrote for the device.
+pub fn reader<'a>(chain: Chain<'_>, ram: &'a GuestRam) -> Result<Reader<'a>> {
+    check_length(&chain)?;
+    chain.reader(ram).map_err(|e| anyhow!("read a buffer: {e}"))
+}
+
+/// Room for what the device writes for the driver.
+pub fn writer<'a>(chain: Chain<'_>, ram: &'a GuestRam) -> Result<Writer<'a>> {
+    check_length(&chain)?;
+    chain.writer(ram).map_err(|e| anyhow!("write a buffer: {e}"))
+}
+
+fn check_length(chain: &Chain<'_>) -> Result<()> {
+    ensure!(chain.clone().nth(MAX_CHAIN).is_none(), "a chain of more buffers than its queue has");
+    Ok(())
+}
 
 /// A queue in service.
 #[derive(Debug)]

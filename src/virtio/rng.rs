@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
 use crate::sys;
-use crate::virtio::queue::{Chain, ServedQueue};
+use crate::virtio::queue::{self, Chain, ServedQueue};
 use crate::virtio::{
     Activation, DeviceEvent, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MainLoopDevice,
     MainLoopDeviceKind,
@@ -64,7 +64,7 @@ impl Rng {
 }
 
 fn fill(chain: Chain<'_>, ram: &GuestRam) -> Result<u32> {
-    let mut writer = chain.writer(ram)?;
+    let mut writer = queue::writer(chain, ram)?;
     let mut random = [0; MAX_BYTES];
     let len = writer.available_bytes().min(MAX_BYTES);
     sys::fill_random(&mut random[..len])?;

@@ -20,7 +20,7 @@ use super::packet::{Foreign, HEADER_LEN, Header, Op, Ports};
 use crate::memory::GuestRam;
 use crate::token::Token;
 use crate::virtio::Activation;
-use crate::virtio::queue::{Chain, ServedQueue};
+use crate::virtio::queue::{self, Chain, ServedQueue};
 
 /// Most connections at once; clients beyond are refused. The guest's own connections always find
 /// room, of which there are no more than offers: without them there is no agent.
@@ -282,7 +282,7 @@ impl Mux {
         ram: &GuestRam,
         ops: &mut EventOps<'_>,
     ) -> Option<usize> {
-        let mut reader = chain.reader(ram).ok()?;
+        let mut reader = queue::reader(chain, ram).ok()?;
         let mut bytes = [0; HEADER_LEN];
         reader.read_exact(&mut bytes).ok()?;
         let header = match Header::from_guest(&bytes) {
@@ -415,7 +415,7 @@ impl Mux {
             let Some(chain) = receive.pop_or_wait(ram)? else { break };
             used += 1;
             let head = chain.head_index();
-            let Ok(mut writer) = chain.writer(ram) else {
+            let Ok(mut writer) = queue::writer(chain, ram) else {
                 receive.push(ram, head, 0)?;
                 continue;
             };

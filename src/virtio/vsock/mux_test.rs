@@ -370,6 +370,42 @@ fn indirect_chains_are_served_and_strange_ones_survived() {
 }
 
 #[test]
+fn chains_longer_than_their_queue_are_not_served() {
+    const TABLE: u64 = 1 << 20;
+    const BYTES: u64 = 2 << 20;
+    let mut bench = Bench::started();
+    let (ports, mut client) = bench.open_offer(OFFER);
+    let packet = Packet { len: 212, ..data(ports) }.bytes();
+    bench.ram().write_slice(&packet, GuestAddress(BYTES)).expect("in RAM");
+    // A byte each: as long as the queue, then longer, then with each descriptor leading to itself.
+    let byte = |n: u16| (BYTES + u64::from(n), 1, VRING_DESC_F_NEXT, n + 1);
+    let mut table: Vec<_> = (0..RING).map(byte).collect();
+    let served = indirect(&bench, TABLE, &table);
+    table.push((BYTES, 1, 0, 0));
+    let too_long = indirect(&bench, TABLE + 0x2000, &table);
+    let _ = indirect(&bench, TABLE + 0x4000, &[(BYTES, 1, VRING_DESC_F_NEXT, 0)]);
+    let endless = Buffer::Raw(TABLE + 0x4000, 16 * 65_535, VRING_DESC_F_INDIRECT);
+    bench.tx.add(&[served]);
+    bench.run();
+    assert_eq!(read_all(&mut client), (vec![0; 212], Tail::More));
+    for _ in 0..RING / 2 {
+        bench.tx.add(&[too_long]);
+        bench.tx.add(&[endless]);
+        bench.run();
+        bench.tx.returned();
+    }
+    assert_eq!(read_all(&mut client), (vec![], Tail::More));
+    assert_serves(&mut bench, ports, &mut client);
+
+    bench.use_up_buffers();
+    let _ = indirect(&bench, TABLE, &[(BYTES, 1, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 0)]);
+    let head = bench.rx.add(&[Buffer::Raw(TABLE, 16 * 65_535, VRING_DESC_F_INDIRECT)]);
+    bench.tell(data(STRAY), &[]);
+    assert_eq!(bench.rx.returned(), [(head, 0, vec![])]);
+    assert_eq!(bench.collect(), [(RST, STRAY, vec![])]);
+}
+
+#[test]
 fn chains_that_loop_end() {
     let mut bench = Bench::started();
     let (ports, mut client) = bench.open_offer(OFFER);
