@@ -116,6 +116,13 @@ impl Conn {
         Conn::new(ports, Phase::Requested, Op::Request)
     }
 
+    /// Asks again on other ports, for a request that the guest has refused. What has become of the
+    /// client meanwhile stays known.
+    pub fn redirect(&mut self, ports: Ports) {
+        self.ports = ports;
+        self.opening = Some(Op::Request);
+    }
+
     /// The connection's ports.
     pub fn ports(&self) -> Ports {
         self.ports

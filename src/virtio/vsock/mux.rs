@@ -257,6 +257,11 @@ impl Mux {
         self.on_each_connection(Conn::on_reset, ops)
     }
 
+    /// Whether all host sockets have been given all that the guest has sent.
+    pub fn is_drained(&self) -> bool {
+        self.entries.iter().flatten().all(|entry| entry.conn.for_host().is_empty())
+    }
+
     // ---- from the guest ----------------------------------------------------------------------
 
     fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
@@ -352,7 +357,7 @@ impl Mux {
         self.by_ports.remove(&refused);
         self.by_ports.insert(ports, index);
         if let Some(entry) = &mut self.entries[index] {
-            entry.conn = Conn::requested(ports);
+            entry.conn.redirect(ports);
         }
         true
     }
