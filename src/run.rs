@@ -38,6 +38,8 @@ const CLOCK_INTERVAL: Duration = Duration::from_secs(300);
 const AGENTLESS_LIMIT: Duration = Duration::from_secs(2);
 /// Most activations and resets before the main loop turns to other work.
 const DEVICE_EVENT_BATCH: usize = 16;
+/// How long clients may take over the last of what the guest has sent them.
+const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 /// Output streams: stdout and stderr.
 const STREAMS: u64 = 2;
 
@@ -66,6 +68,7 @@ pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome
         stop: None,
         agent_lost: None,
         ending: None,
+        draining: None,
         failure: None,
     }));
     let mut manager =
@@ -107,6 +110,8 @@ struct MainLoop {
     agent_lost: Option<Instant>,
     /// The VM is over; this is the outcome once the output has drained.
     ending: Option<Outcome>,
+    /// Until when clients may take what the guest has sent them, once the box is over.
+    draining: Option<Instant>,
     /// Ends the box at once, output or not.
     failure: Option<Outcome>,
 }
@@ -117,7 +122,8 @@ impl MainLoop {
         if let Some(failure) = self.failure.take() {
             return Some(failure);
         }
-        if self.streams_done < STREAMS {
+        let limit = self.draining?;
+        if !self.vm.mux.is_drained() && Instant::now() < limit {
             return None;
         }
         match self.end.take() {
@@ -131,7 +137,12 @@ impl MainLoop {
     }
 
     fn timeout_ms(&self) -> i32 {
-        let deadlines = [self.stop.map(|(_, at)| at), self.agent_lost, self.vm.mux.next_deadline()];
+        let deadlines = [
+            self.stop.map(|(_, at)| at),
+            self.agent_lost,
+            self.draining,
+            self.vm.mux.next_deadline(),
+        ];
         let Some(next) = deadlines.into_iter().flatten().min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
@@ -159,6 +170,12 @@ impl MainLoop {
         }
         let expired = self.vm.mux.expire(now, ops);
         self.check_vsock(expired, ops);
+        let over = self.end.is_some() || self.ending.is_some();
+        if over && self.streams_done == STREAMS && self.draining.is_none() {
+            // What clients were sent precedes the end of the box, and has arrived by now.
+            self.draining = Some(now + CLIENTS_LIMIT);
+            self.close_vsock(ops);
+        }
     }
 
     fn fail(&mut self, outcome: Outcome) {
@@ -171,11 +188,15 @@ impl MainLoop {
             return;
         }
         self.ending = Some(outcome);
+        self.close_vsock(ops);
+        self.read_control(ops);
+        self.agent_lost = None;
+    }
+
+    fn close_vsock(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = self.vm.mux.close(ops) {
             log::error(&format!("vsock: {error:#}"));
         }
-        self.read_control(ops);
-        self.agent_lost = None;
     }
 
     fn on_signal(&mut self) {
