@@ -557,7 +557,7 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         rlimits: plan_rlimits(&spec.resource_limits, report),
         entrypoint,
         workdir,
-        user: spec.user.clone().or(user).filter(|user| !user.is_empty()),
+        user: [spec.user.clone(), user].into_iter().flatten().find(|user| !user.is_empty()),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
         security,

@@ -102,36 +102,32 @@ impl BoxCgroup {
         sys::open_below(&self.directory, "cgroup.kill")?.write_all(b"1")
     }
 
-    /// Creates the cgroup of the command that session `pid` runs.
-    pub fn create_command(&self, pid: u32) -> io::Result<CommandCgroup> {
-        let name = command_name(pid);
-        // An ended session of this pid whose command left processes behind had the same name.
-        match sys::create_directory_below(&self.directory, &name) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            other => other?,
-        }
+    /// Creates the cgroup of the command that a session runs.
+    pub fn create_command(&self, session: u64) -> io::Result<CommandCgroup> {
+        let name = command_name(session);
+        sys::create_directory_below(&self.directory, &name)?;
         let open = |file: &str| sys::open_below(&self.directory, &format!("{name}/{file}"));
         Ok(CommandCgroup { procs: open("cgroup.procs")?, kill: open("cgroup.kill")? })
     }
 
-    /// Removes the cgroup of the command that session `pid` ran; `false` while something of it
-    /// still runs.
-    pub fn remove_command(&self, pid: u32) -> bool {
-        match sys::remove_directory_below(&self.directory, &command_name(pid)) {
+    /// Removes the cgroup of the command that a session ran; `false` while something of it still
+    /// runs.
+    pub fn remove_command(&self, session: u64) -> bool {
+        match sys::remove_directory_below(&self.directory, &command_name(session)) {
             Err(error) => error.raw_os_error() != Some(libc::EBUSY),
             Ok(()) => true,
         }
     }
 
-    /// Kills what the command of session `pid` left behind.
-    pub fn kill_command(&self, pid: u32) -> io::Result<()> {
-        sys::open_below(&self.directory, &format!("{}/cgroup.kill", command_name(pid)))?
+    /// Kills what the command of a session left behind.
+    pub fn kill_command(&self, session: u64) -> io::Result<()> {
+        sys::open_below(&self.directory, &format!("{}/cgroup.kill", command_name(session)))?
             .write_all(b"1")
     }
 }
 
-fn command_name(pid: u32) -> String {
-    format!("exec-{pid}")
+fn command_name(session: u64) -> String {
+    format!("exec-{session}")
 }
 
 fn open_for_writing(path: &str) -> io::Result<File> {

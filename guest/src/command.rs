@@ -13,7 +13,7 @@ use mote_agent::frame::{self, Frame};
 use mote_agent::instance::Instance;
 
 use crate::cgroup::CommandCgroup;
-use crate::connection::{Connection, Received};
+use crate::connection::{Connection, HANG_UP_CHECK, Received};
 use crate::launch::{self, Program};
 use crate::server::{Context, until};
 use crate::sys::{self, Interest};
@@ -25,9 +25,10 @@ const NOT_STARTED: i32 = 127;
 const TIMED_OUT: i32 = 137;
 /// Input that waits for the command; above it the client's frames are left in the socket.
 const INPUT_FULL: usize = 256 * 1024;
-/// How often to look whether a client that has ended its input is still there: its full close is no
-/// event that can be waited for.
-const HANG_UP_CHECK: Duration = Duration::from_secs(1);
+/// Most characters of a client's own words in a message to it.
+const QUOTED: usize = 1024;
+/// Reads of one stream before the session looks at its other work.
+const ROUNDS: usize = 16;
 
 /// Serves one connection to its end.
 pub fn session(mut connection: Connection, context: &Context<'_>) {
@@ -76,7 +77,9 @@ fn run(
     match Command::start(request, context) {
         Ok(command) => command.serve(connection, reply, context),
         Err(reason) => {
-            let text = format!("Failed to spawn command '{}': {reason}", request.cmd[0]);
+            let name: String = request.cmd[0].chars().take(QUOTED).collect();
+            let reason: String = reason.chars().take(4 * QUOTED).collect();
+            let text = format!("Failed to spawn command '{name}': {reason}");
             reply.push(Stream::Stderr, text.as_bytes(), connection);
             Ended::Code(NOT_STARTED)
         }
@@ -134,10 +137,8 @@ struct Command {
 impl Command {
     fn start(request: &ExecRequest, context: &Context<'_>) -> Result<Self, String> {
         let doing = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
-        let cgroup = context
-            .cgroup
-            .create_command(std::process::id())
-            .map_err(doing("create its cgroup"))?;
+        let cgroup =
+            context.cgroup.create_command(context.session).map_err(doing("create its cgroup"))?;
         let (stdout, stdout_end) = sys::pipe().map_err(doing("create a pipe"))?;
         let (stderr, stderr_end) = sys::pipe().map_err(doing("create a pipe"))?;
         let has_input = request.stdin.is_some() || request.stdin_streaming;
@@ -152,7 +153,8 @@ impl Command {
         let program = program(&request.cmd, &env, &workdir, request.user.as_deref(), context);
         let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
         let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|e| e.reason)?;
-        let ended = sys::process_file(pid).map_err(doing("watch it"))?;
+        let ended =
+            sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(doing("watch it"))?;
         let timeout_ns = match request.timeout_ns {
             0 => DEFAULT_TIMEOUT_NS,
             other => other,
@@ -180,7 +182,7 @@ impl Command {
         context: &Context<'_>,
     ) -> Ended {
         loop {
-            let receiving = self.input.len() < INPUT_FULL;
+            let receiving = self.wants_frames(connection);
             if receiving && !connection.has_ended() {
                 self.receive(connection, reply, context);
             }
@@ -218,9 +220,15 @@ impl Command {
         }
     }
 
+    /// Whether the client is heard: not while it waits for the command to take input, nor while it
+    /// takes no output, to which its own frames can add.
+    fn wants_frames(&self, connection: &Connection) -> bool {
+        self.input.len() < INPUT_FULL && !connection.is_full()
+    }
+
     /// Handles what the client sends while the command runs.
     fn receive(&mut self, connection: &mut Connection, reply: &mut Reply, context: &Context<'_>) {
-        while self.input.len() < INPUT_FULL {
+        while self.wants_frames(connection) {
             match connection.receive() {
                 Received::Frame(Frame { kind: kind::DATA, payload }) if self.input_from_client => {
                     if self.stdin.is_some() && self.input_open {
@@ -304,7 +312,7 @@ impl Command {
         reply: &mut Reply,
     ) {
         let (stream, from) = &mut self.outputs[at];
-        let mut left = exactly.unwrap_or(usize::MAX);
+        let mut left = exactly.unwrap_or(ROUNDS * MAX_CHUNK);
         let mut buffer = [0; MAX_CHUNK];
         while left > 0 && (exactly.is_some() || reply.has_room(connection)) {
             let Some(file) = from else { return };
@@ -422,9 +430,16 @@ impl Reply {
             Reply::Whole { stdout, stderr, truncated } => {
                 let end = if truncated { ",\"truncated\":true}" } else { "}" };
                 let end = format!("],\"exit_code\":{exit_code}{end}");
-                let pieces =
-                    [&b"{\"stdout\":["[..], &stdout, b"],\"stderr\":[", &stderr, end.as_bytes()];
-                connection.send(&frame::encode(kind::DATA, &pieces.concat()));
+                let (start, middle) = (b"{\"stdout\":[", b"],\"stderr\":[");
+                let length = start.len() + stdout.len() + middle.len() + stderr.len() + end.len();
+                // Piece by piece: a whole copy of this may be more memory than the box has.
+                connection.send(&frame::header(kind::DATA, length as u32));
+                connection.send(start);
+                connection.send(&stdout);
+                drop(stdout);
+                connection.send(middle);
+                connection.send(&stderr);
+                connection.send(end.as_bytes());
             }
         }
     }

@@ -14,6 +14,10 @@ use crate::sys::{self, Interest};
 /// reply that nobody can wait for any longer.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often to look whether a client that has ended its input is still there: its full close is no
+/// event that can be waited for.
+pub const HANG_UP_CHECK: Duration = Duration::from_secs(1);
+
 /// Unsent bytes above which no more output is produced.
 const FULL: usize = 256 * 1024;
 
@@ -101,10 +105,20 @@ impl Connection {
         self.broken || sys::is_hung_up(&self.socket)
     }
 
-    /// Queues bytes and sends what the socket takes.
-    pub fn send(&mut self, bytes: &[u8]) {
-        self.unsent.extend(bytes);
+    /// Sends what the socket takes, and queues the rest.
+    pub fn send(&mut self, mut bytes: &[u8]) {
         self.flush();
+        while self.is_flushed() && !bytes.is_empty() && !self.broken {
+            match self.socket.write(bytes) {
+                Ok(sent) => bytes = &bytes[sent..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => self.broken = true,
+            }
+        }
+        if !self.broken {
+            self.unsent.extend(bytes);
+        }
     }
 
     /// Sends what is queued, as far as the socket takes it.
@@ -154,6 +168,8 @@ impl Connection {
             if limit.is_zero() {
                 break;
             }
+            // In steps: that the client is gone altogether need not be an event.
+            let limit = limit.min(HANG_UP_CHECK);
             let _ = sys::poll(&[Interest::write(self.socket.as_fd())], Some(limit));
         }
         let _ = sys::shutdown_write(&self.socket);

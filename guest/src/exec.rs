@@ -213,10 +213,9 @@ pub fn from_base64url(text: &str) -> Option<String> {
     String::from_utf8(URL_SAFE_NO_PAD.decode(text).ok()?).ok()
 }
 
-/// Appends bytes as the items of a JSON array of numbers, and returns how many characters that took.
-/// `first` says that no item precedes them.
-pub fn push_numbers(json: &mut Vec<u8>, bytes: &[u8], first: bool) -> usize {
-    let before = json.len();
+/// Appends bytes as the items of a JSON array of numbers, at most four characters each. `first` says
+/// that no item precedes them.
+pub fn push_numbers(json: &mut Vec<u8>, bytes: &[u8], first: bool) {
     for (at, byte) in bytes.iter().enumerate() {
         if !(first && at == 0) {
             json.push(b',');
@@ -229,7 +228,6 @@ pub fn push_numbers(json: &mut Vec<u8>, bytes: &[u8], first: bool) -> usize {
         }
         json.push(b'0' + byte % 10);
     }
-    json.len() - before
 }
 
 /// Longest output that one chunk's frame carries.

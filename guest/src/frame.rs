@@ -19,11 +19,16 @@ pub fn parse_header(header: [u8; HEADER_LEN]) -> (u8, u32) {
     (kind, u32::from_be_bytes(length))
 }
 
+/// What precedes a payload of this length.
+pub fn header(kind: u8, length: u32) -> [u8; HEADER_LEN] {
+    let [a, b, c, d] = length.to_be_bytes();
+    [kind, a, b, c, d]
+}
+
 /// The bytes of a frame. Payloads are far shorter than 4 GiB.
 pub fn encode(kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
-    bytes.push(kind);
-    bytes.extend((payload.len() as u32).to_be_bytes());
+    bytes.extend(header(kind, payload.len() as u32));
     bytes.extend(payload);
     bytes
 }

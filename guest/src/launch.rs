@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use mote_agent::instance::{Rlimit, Security};
@@ -68,25 +69,31 @@ pub fn start(
         |doing: &'static str| move |e: io::Error| refusal(SETUP_FAILED, format!("{doing}: {e}"));
     let identity = user::resolve(program.user)
         .map_err(|reason| refusal(SETUP_FAILED, format!("user: {reason}")))?;
-    // So that the program can open /dev/stdout, /dev/stderr or its terminal again.
-    for stream in &stdio[1..] {
-        sys::change_owner(stream, identity.uid)
-            .map_err(io("give the output streams to the user"))?;
+    // So that the program can open /dev/stdin, /dev/stdout, /dev/stderr or its terminal again. An
+    // input that is no pipe of its own, /dev/null, stays as it is.
+    let owned = if is_pipe(stdio[0]) { &stdio[..] } else { &stdio[1..] };
+    for stream in owned {
+        sys::change_owner(stream, identity.uid).map_err(io("give the streams to the user"))?;
     }
     let environment = environment(program, &identity);
     let candidates = candidates(program.executable, &environment);
     let strings = |texts: &[String]| -> Result<Vec<CString>, Refusal> {
         let strings = texts.iter().map(sys::c_string).collect::<io::Result<_>>();
-        strings.map_err(io("prepare arguments and environment"))
+        strings.map_err(|_| {
+            let reason =
+                "a program's name, arguments, environment and directory cannot contain NUL";
+            refusal(SETUP_FAILED, reason.into())
+        })
     };
-    let mut argv = strings(program.args)?;
-    argv.insert(0, sys::c_string(program.executable).map_err(io("prepare the program's name"))?);
+    let argv: Vec<String> =
+        [program.executable].into_iter().map(str::to_owned).chain(program.args.to_vec()).collect();
+    let workdir = strings(&[program.workdir.to_owned()])?;
     let envp: Vec<String> = environment.iter().map(|(n, v)| format!("{n}={v}")).collect();
     spawn::spawn(&Spawn {
         candidates: &strings(&candidates)?,
-        argv: &argv,
+        argv: &strings(&argv)?,
         envp: &strings(&envp)?,
-        workdir: &sys::c_string(program.workdir).map_err(io("prepare workdir"))?,
+        workdir: &workdir[0],
         rlimits: program.rlimits,
         uid: identity.uid,
         gid: identity.gid,
@@ -114,6 +121,11 @@ fn environment<'a>(program: &Program<'a>, identity: &'a Identity) -> Vec<(&'a st
         }
     }
     entries
+}
+
+fn is_pipe(fd: BorrowedFd<'_>) -> bool {
+    let metadata = fd.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    metadata.is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
 fn path<'a>(environment: &[(&'a str, &'a str)]) -> &'a str {
@@ -155,7 +167,9 @@ fn explain(
         Step::User => setup(format!("user: switch to the program's user: {error}")),
         Step::Exec => {
             let file = candidates.get(at).map_or(name, String::as_str);
-            let found = candidates.iter().find(|c| Path::new(c).symlink_metadata().is_ok());
+            // Where the program would have looked.
+            let place = |candidate: &str| Path::new(program.workdir).join(candidate);
+            let found = candidates.iter().find(|c| place(c).symlink_metadata().is_ok());
             match (error.raw_os_error(), found) {
                 (Some(libc::ENOENT | libc::ENOTDIR), None) if name.contains('/') => {
                     refusal(NOT_FOUND, format!("'{name}' is not in the root file system"))
@@ -167,7 +181,7 @@ fn explain(
                 (errno, found) => {
                     let missing = errno == Some(libc::ENOENT);
                     let file = found.filter(|_| missing).map_or(file, String::as_str);
-                    let defect = defect(Path::new(file), &error);
+                    let defect = defect(&place(file), &error);
                     refusal(NOT_EXECUTABLE, format!("'{file}' {defect}"))
                 }
             }

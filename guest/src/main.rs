@@ -36,9 +36,10 @@ use crate::sys::{Interest, Reap};
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
 const GRACE: Duration = Duration::from_secs(5);
-/// How long killed processes may take to vanish before their output counts as complete: one that
-/// is stuck in the kernel never will.
-const REAP_LIMIT: Duration = Duration::from_secs(2);
+/// How long killed processes may take to vanish before their output counts as complete, and sessions
+/// to tell their clients: a process that is stuck in the kernel never will, nor will a client that
+/// takes nothing.
+const REAP_LIMIT: Duration = Duration::from_millis(500);
 /// Difference from the host's wall clock that is left alone.
 const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
 /// Connections, pipes and the like that the agent may have open.
@@ -87,8 +88,12 @@ fn run() -> Result<(), String> {
             }
             let mut relays =
                 [Relay::new(entrypoint.stdout, stdout), Relay::new(entrypoint.stderr, stderr)];
-            let context =
-                Context { instance: &instance, cgroup: &cgroup, entrypoint: entrypoint.pid };
+            let context = Context {
+                instance: &instance,
+                cgroup: &cgroup,
+                entrypoint: entrypoint.pid,
+                session: 0,
+            };
             let end = supervise(&context, &children, &mut control, &mut relays, &mut server);
             (end, Some(relays))
         }
@@ -248,10 +253,10 @@ fn supervise(
                     server.child_ended(child.pid, child.status.is_ok(), context.cgroup);
                 }
                 Reap::NoneYet => break,
-                Reap::NoChildren => alone = end.is_some(),
-            }
-            if end.is_none() && alone {
-                break;
+                Reap::NoChildren => {
+                    alone = end.is_some();
+                    break;
+                }
             }
         }
         loop {
@@ -290,14 +295,14 @@ fn supervise(
         if now >= controllers_due {
             context.cgroup.enable_controllers();
         }
+        // New clients are served while there is a box.
+        let serving = end.is_none();
         let deadlines = [
             phase.deadline().filter(|_| !last),
-            server.next_deadline(),
+            server.next_deadline().filter(|_| serving),
             context.cgroup.lacks_controllers().then_some(controllers_due),
         ];
         let limit = deadlines.into_iter().flatten().min().map(until);
-        // New clients are served while there is a box.
-        let serving = end.is_none();
         let mut interests: Vec<Interest<'_>> = Vec::new();
         if serving {
             interests.extend(server.interests());

@@ -22,6 +22,11 @@ use crate::connection::{Connection, PATIENCE};
 use crate::sys::{self, Interest};
 use crate::{command, terminal};
 
+/// Connections accepted before the agent looks at its other work.
+const ACCEPTS: usize = 64;
+/// How long no connection is accepted after one could not be.
+const REST: Duration = Duration::from_millis(100);
+
 /// What a session needs of the box.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
@@ -31,6 +36,8 @@ pub struct Context<'a> {
     pub cgroup: &'a BoxCgroup,
     /// Process id of the entrypoint.
     pub entrypoint: i32,
+    /// Number of the session, which no other has had.
+    pub session: u64,
 }
 
 /// What a port serves.
@@ -65,10 +72,14 @@ enum Verdict {
 #[derive(Debug)]
 pub struct Server {
     listeners: [(Service, File); 2],
+    /// Until when no connection is accepted, for want of descriptors or memory.
+    resting_until: Option<Instant>,
     newcomers: Vec<Newcomer>,
-    sessions: Vec<i32>,
+    /// Process ids and numbers.
+    sessions: Vec<(i32, u64)>,
+    last_session: u64,
     /// Sessions that have ended while something of their command still ran.
-    survived: Vec<u32>,
+    survived: Vec<u64>,
 }
 
 impl Server {
@@ -84,46 +95,55 @@ impl Server {
                 listen(Service::Exec, EXEC_SERVER_PORT)?,
                 listen(Service::Pty, PTY_SERVER_PORT)?,
             ],
+            resting_until: None,
             newcomers: Vec::new(),
             sessions: Vec::new(),
+            last_session: 0,
             survived: Vec::new(),
         })
     }
 
     /// What to wait for.
     pub fn interests(&self) -> impl Iterator<Item = Interest<'_>> {
-        let listeners = self.listeners.iter().map(|(_, socket)| socket);
         let newcomers = self.newcomers.iter().map(|newcomer| &newcomer.socket);
-        listeners.chain(newcomers).map(|socket| Interest::read(socket.as_fd()))
+        let listeners = self.listeners.iter().map(|(_, socket)| socket);
+        let listeners = listeners.filter(|_| self.resting_until.is_none());
+        newcomers.chain(listeners).map(|socket| Interest::read(socket.as_fd()))
     }
 
-    /// When the first connection's time is over.
+    /// When the first connection's time is over, or a rest.
     pub fn next_deadline(&self) -> Option<Instant> {
         // In order of arrival, and all have the same time.
-        self.newcomers.first().map(|newcomer| newcomer.deadline)
+        let first = self.newcomers.first().map(|newcomer| newcomer.deadline);
+        first.into_iter().chain(self.resting_until).min()
     }
 
     /// Serves what is ready; `ready` answers [`Server::interests`] in its order.
     pub fn serve(&mut self, ready: &[bool], context: &Context<'_>) {
-        let (listeners, newcomers) = ready.split_at(self.listeners.len().min(ready.len()));
         let now = Instant::now();
-        let mut ready = newcomers.iter().copied().chain(std::iter::repeat(false));
-        let waiting = std::mem::take(&mut self.newcomers);
-        for newcomer in waiting {
+        let mut ready = ready.iter().copied();
+        for newcomer in std::mem::take(&mut self.newcomers) {
             let ready = ready.next().unwrap_or(false);
             self.serve_newcomer(newcomer, ready, now, context);
         }
-        for (at, _) in listeners.iter().enumerate().filter(|(_, ready)| **ready) {
+        self.resting_until = self.resting_until.filter(|until| now < *until);
+        for (at, _) in ready.enumerate().filter(|(_, ready)| *ready) {
             self.accept(at, now, context);
         }
     }
 
     fn accept(&mut self, at: usize, now: Instant, context: &Context<'_>) {
-        loop {
+        for _ in 0..ACCEPTS {
             let (service, listener) = &self.listeners[at];
             let service = *service;
-            // Without descriptors or memory the rest waits in the kernel for connections to end.
-            let Ok(socket) = sys::accept(listener) else { return };
+            let socket = match sys::accept(listener) {
+                Ok(socket) => socket,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    self.resting_until = Some(now + REST);
+                    return;
+                }
+            };
             let deadline = now + PATIENCE;
             let header = [0; HEADER_LEN];
             let newcomer = Newcomer { service, socket, header, filled: 0, deadline };
@@ -173,13 +193,14 @@ impl Server {
     fn start_session(&mut self, newcomer: &Newcomer, context: &Context<'_>) -> io::Result<()> {
         const NAME: &CStr = c"mote-session";
         context.cgroup.enable_controllers();
-        let socket = newcomer.socket.try_clone()?;
+        self.last_session += 1;
+        let context = &Context { session: self.last_session, ..*context };
+        let Newcomer { service, socket, header, .. } = newcomer;
         let keep: Vec<BorrowedFd<'_>> =
             [socket.as_fd()].into_iter().chain(context.cgroup.descriptors()).collect();
         let pid = sys::fork(&keep, NAME, || {
-            let header = &newcomer.header;
             let Ok(socket) = socket.try_clone() else { return };
-            match newcomer.service {
+            match service {
                 Service::Exec => {
                     command::session(Connection::new(socket, header, exec::MAX_PAYLOAD), context);
                 }
@@ -188,15 +209,14 @@ impl Server {
                 }
             }
         })?;
-        self.sessions.push(pid);
+        self.sessions.push((pid, self.last_session));
         Ok(())
     }
 
     /// Takes note of a child's end, which may be a session's; `clean` if it ended by itself.
     pub fn child_ended(&mut self, pid: i32, clean: bool, cgroup: &BoxCgroup) {
-        let Some(at) = self.sessions.iter().position(|session| *session == pid) else { return };
-        self.sessions.swap_remove(at);
-        let session = pid as u32;
+        let Some(at) = self.sessions.iter().position(|(known, _)| *known == pid) else { return };
+        let (_, session) = self.sessions.swap_remove(at);
         if !clean {
             // Nobody looks after its command any more. There may be none.
             let _ = cgroup.kill_command(session);

@@ -154,29 +154,28 @@ pub fn interface_up(name: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Starts a connection to a vsock port of the host. The socket is non-blocking: it becomes writable
-/// when the host has answered, and [`socket_error`] then tells how.
-pub fn vsock_connect(port: u32) -> io::Result<File> {
+/// A vsock stream socket, non-blocking, and an address for it.
+fn vsock_socket(cid: u32, port: u32) -> io::Result<(OwnedFd, libc::sockaddr_vm)> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: plain socket call.
-    let socket = owned(check(unsafe {
-        libc::socket(
-            libc::AF_VSOCK,
-            libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            0,
-        )
-    })?);
+    let socket = owned(check(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) })?);
     // SAFETY: an all-zero sockaddr_vm is valid.
     let mut address: libc::sockaddr_vm = unsafe { zeroed() };
     address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = HOST_CID;
+    address.svm_cid = cid;
     address.svm_port = port;
+    Ok((socket, address))
+}
+
+const VSOCK_ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+
+/// Starts a connection to a vsock port of the host. The socket is non-blocking: it becomes writable
+/// when the host has answered, and [`socket_error`] then tells how.
+pub fn vsock_connect(port: u32) -> io::Result<File> {
+    let (socket, address) = vsock_socket(HOST_CID, port)?;
     // SAFETY: pointer and length describe `address`.
     let ret = unsafe {
-        libc::connect(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
-        )
+        libc::connect(socket.as_raw_fd(), (&raw const address).cast(), VSOCK_ADDRESS_LEN)
     };
     match check(ret) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
@@ -186,22 +185,11 @@ pub fn vsock_connect(port: u32) -> io::Result<File> {
 
 /// A non-blocking socket that listens on a vsock port, for connections from the host.
 pub fn vsock_listen(port: u32) -> io::Result<File> {
-    // SAFETY: plain socket call.
-    let socket = owned(check(unsafe {
-        libc::socket(
-            libc::AF_VSOCK,
-            libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            0,
-        )
-    })?);
-    // SAFETY: an all-zero sockaddr_vm is valid.
-    let mut address: libc::sockaddr_vm = unsafe { zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = libc::VMADDR_CID_ANY;
-    address.svm_port = port;
-    let len = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    let (socket, address) = vsock_socket(libc::VMADDR_CID_ANY, port)?;
     // SAFETY: pointer and length describe `address`.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    check(unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), VSOCK_ADDRESS_LEN)
+    })?;
     // SAFETY: plain system call on an open descriptor. The kernel cuts the backlog to its limit.
     check(unsafe { libc::listen(socket.as_raw_fd(), libc::c_int::MAX) })?;
     Ok(File::from(socket))
@@ -317,7 +305,7 @@ pub fn raise_open_file_limit(limit: u64) -> io::Result<()> {
 }
 
 /// Continues as two processes; the new one runs `work` and ends. In it only the descriptors of
-/// `keep` are open, all signals wait for ever, and `ps` shows it as `name`.
+/// `keep` and the standard streams are open, all signals wait for ever, and its `comm` is `name`.
 pub fn fork(keep: &[BorrowedFd<'_>], name: &CStr, work: impl FnOnce()) -> io::Result<i32> {
     // SAFETY: the agent has one thread, so the child is a whole copy of it and may do anything. It
     // never returns: nothing of the parent's is dropped in it, and descriptors of the parent's that

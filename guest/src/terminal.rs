@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mote_agent::frame::{self, Frame};
@@ -15,6 +16,10 @@ use crate::launch::{self, Program};
 use crate::server::{Context, until};
 use crate::sys::{self, Interest};
 
+/// Exit code of a command that could not be started (contract §5).
+const NOT_STARTED: i32 = 127;
+/// Output taken from the terminal before the session looks at its other work.
+const ROUND: usize = 64 * 1024;
 /// Keystrokes that wait for the terminal; above it the client's frames are left in the socket.
 const INPUT_FULL: usize = 64 * 1024;
 /// Most output taken from a terminal whose command has ended: others may go on writing to it.
@@ -40,10 +45,12 @@ pub fn session(mut connection: Connection, context: &Context<'_>) {
                 exit(code, &mut connection);
             }
         }
-        Err((code, reason)) => {
+        Err(reason) => {
             let text = format!("{}: {reason}\r\n", request.cmd[0]);
-            connection.send(&frame::encode(kind::DATA, text.as_bytes()));
-            exit(code, &mut connection);
+            for part in text.as_bytes().chunks(MAX_DATA) {
+                connection.send(&frame::encode(kind::DATA, part));
+            }
+            exit(NOT_STARTED, &mut connection);
         }
     }
     connection.finish();
@@ -66,24 +73,27 @@ struct Terminal {
 }
 
 impl Terminal {
-    /// Starts the command; fails with the exit code that the client is to see.
-    fn open(request: &PtyRequest, context: &Context<'_>) -> Result<Self, (i32, String)> {
-        let failed = |what: &'static str| move |e: std::io::Error| (126, format!("{what}: {e}"));
-        let cgroup = context
-            .cgroup
-            .create_command(std::process::id())
-            .map_err(failed("create its cgroup"))?;
+    /// Starts the command.
+    fn open(request: &PtyRequest, context: &Context<'_>) -> Result<Self, String> {
+        let failed = |what: &'static str| move |e: std::io::Error| format!("{what}: {e}");
+        let cgroup =
+            context.cgroup.create_command(context.session).map_err(failed("create its cgroup"))?;
         let (master, slave) = sys::open_terminal().map_err(failed("open a terminal"))?;
         sys::resize_terminal(&master, request.cols, request.rows)
             .map_err(failed("size the terminal"))?;
         let env = environment(&request.env, context);
-        let workdir = working_dir(request.working_dir.as_deref(), context);
+        let mut workdir = working_dir(request.working_dir.as_deref(), context);
+        if !Path::new(&workdir).is_dir() {
+            // Contract §5: a directory that cannot be entered is ignored.
+            workdir = "/".into();
+        }
         let user = request.user.as_deref();
         let program = program(&request.cmd, &env, &workdir, user, context);
         let stdio = [slave.as_fd(); 3];
         let pid = launch::start(&Program { terminal: true, ..program }, stdio, cgroup.procs())
-            .map_err(|refusal| (i32::from(refusal.code), refusal.reason))?;
-        let ended = sys::process_file(pid).map_err(failed("watch it"))?;
+            .map_err(|refusal| refusal.reason)?;
+        let ended =
+            sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(failed("watch it"))?;
         Ok(Terminal { master, input: Vec::new(), pid, ended, cgroup })
     }
 
@@ -100,7 +110,7 @@ impl Terminal {
                 return None;
             }
             self.feed();
-            let open = self.pump(usize::MAX, connection);
+            let open = self.pump(ROUND, false, connection);
             connection.flush();
             let mut interests = vec![Interest::read(self.ended.as_fd())];
             interests.extend(connection.interests(receiving));
@@ -113,7 +123,7 @@ impl Terminal {
             let check = (!listening || !open).then_some(CHECK);
             if sys::poll(&interests, check).is_ok_and(|ready| ready[0]) {
                 let status = sys::wait_for(self.pid);
-                self.pump(LAST_OUTPUT, connection);
+                self.pump(LAST_OUTPUT, true, connection);
                 return Some(status.map_or(1, exit_code));
             }
         }
@@ -149,12 +159,12 @@ impl Terminal {
         }
     }
 
-    /// Passes at most `limit` bytes of output on, as far as there is room; a whole last part has it.
+    /// Passes at most about `limit` bytes of output on, with `last` whether there is room or not.
     /// `false` while nobody has the terminal open.
-    fn pump(&mut self, limit: usize, connection: &mut Connection) -> bool {
+    fn pump(&mut self, limit: usize, last: bool, connection: &mut Connection) -> bool {
         let mut left = limit;
         let mut buffer = [0; MAX_DATA];
-        while left > 0 && (limit != usize::MAX || !connection.is_full()) {
+        while left > 0 && (last || !connection.is_full()) {
             match self.master.read(&mut buffer) {
                 Ok(0) => return false,
                 Ok(read) => {

@@ -2,6 +2,7 @@
 //! `/etc/group`: `uid`, `uid:gid`, `name` or `name:group`.
 
 use std::fs;
+use std::io;
 
 /// Who a program runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,19 +26,25 @@ impl Identity {
 pub fn resolve(user: Option<&str>) -> Result<Identity, String> {
     match user {
         None | Some("") => Ok(Identity::ROOT),
-        Some(user) => resolve_in(
-            user,
-            &fs::read_to_string("/etc/passwd").unwrap_or_default(),
-            &fs::read_to_string("/etc/group").unwrap_or_default(),
-        ),
+        Some(user) => resolve_in(user, &read("/etc/passwd")?, &read("/etc/group")?),
+    }
+}
+
+/// A file's text; one that is not there is empty, and bytes that are no text matter only to the lines
+/// they are in.
+fn read(path: &str) -> Result<String, String> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(format!("read the guest's {path}: {error}")),
     }
 }
 
 fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<Identity, String> {
-    let (user, wanted_group) = match user.split_once(':') {
-        Some((user, group)) => (user, Some(group).filter(|g| !g.is_empty())),
-        None => (user, None),
-    };
+    // What follows a second colon is ignored (contract §1.5).
+    let mut parts = user.split(':');
+    let user = parts.next().unwrap_or("");
+    let wanted_group = parts.next().filter(|group| !group.is_empty());
     let accounts = || passwd.lines().filter_map(Account::parse);
     let numeric: Option<u32> = user.parse().ok();
     let account = match numeric {
@@ -123,6 +130,7 @@ mod tests {
             ("app:wheel", app(10, &[50])),
             ("app:7", app(7, &[50, 10])),
             ("app:", app(1001, &[50, 10])),
+            ("app:7:x", app(7, &[50, 10])),
             ("4242", id(4242, 0, &[], "")),
             ("4242:4343", id(4242, 4343, &[], "")),
             ("root", id(0, 0, &[], "/root")),
