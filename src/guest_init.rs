@@ -102,6 +102,12 @@ impl GuestInit {
                 container_env,
             };
         }
+        if is_init && vars.value("A3S_TEE_SIMULATE").is_some() {
+            report.warn(
+                "entrypoint.env",
+                "A3S_TEE_SIMULATE asks for an attestation server, which mote's agent does not have: connections to attest_socket_path are closed",
+            );
+        }
         let main = is_init.then(|| {
             for name in ["BOX_SIDECAR_IMAGE", "BOX_EXEC_ENV_FILE", "BOX_DEFERRED_MAIN"] {
                 if let Some(index) = vars.index(name) {
@@ -159,10 +165,11 @@ impl<'a> Variables<'a> {
         if !self.encoded {
             return value.clone();
         }
-        mote_agent::exec::from_base64url(value).unwrap_or_else(|| {
+        let text = mote_agent::exec::from_base64url(value).filter(|text| !text.contains('\0'));
+        text.unwrap_or_else(|| {
             report.error(
                 format!("entrypoint.env[{index}]"),
-                format!("{name} is not base64url text, as BOX_EXEC_B64=1 says"),
+                format!("{name} is not text without NUL in base64url, as BOX_EXEC_B64=1 says"),
             );
             String::new()
         })
@@ -172,7 +179,8 @@ impl<'a> Variables<'a> {
     fn container_env(&self, report: &mut Report) -> Vec<(String, String)> {
         let named = |index: usize| self.env[index].0.as_str();
         let of_image = (0..self.env.len()).filter_map(|index| {
-            let name = named(index).strip_prefix("BOX_EXEC_ENV_").filter(|n| *n != "FILE")?;
+            let name =
+                named(index).strip_prefix("BOX_EXEC_ENV_").filter(|n| !["FILE", ""].contains(n))?;
             Some((name.to_owned(), self.decoded(index, report)))
         });
         let of_image: Vec<(String, String)> = of_image.collect();
@@ -187,16 +195,25 @@ impl<'a> Variables<'a> {
         let executable = text("BOX_EXEC_EXEC").unwrap_or_default();
         let workdir = text("BOX_EXEC_WORKDIR").unwrap_or_else(|| "/".into());
         let user = text("BOX_EXEC_USER");
-        let count = self.value("BOX_EXEC_ARGC").map_or(Ok(0), str::parse::<usize>);
-        let args = match count {
-            Ok(count) => (0..count.min(self.env.len()))
-                .map(|n| text(&format!("BOX_EXEC_ARG_{n}")).unwrap_or_default())
-                .collect(),
-            Err(_) => {
-                report.error("entrypoint.env", "BOX_EXEC_ARGC is not a number");
-                Vec::new()
+        let args: Vec<String> = (0..).map_while(|n| text(&format!("BOX_EXEC_ARG_{n}"))).collect();
+        let count = self.value("BOX_EXEC_ARGC").unwrap_or("0");
+        let mut require = |holds: bool, name: &str, problem: String| {
+            if !holds {
+                let place = self.index(name).map_or(String::new(), |index| format!("[{index}]"));
+                report.error(format!("entrypoint.env{place}"), format!("{name} {problem}"));
             }
         };
+        require(!executable.is_empty(), "BOX_EXEC_EXEC", "is empty; name a program".into());
+        require(
+            workdir.starts_with('/'),
+            "BOX_EXEC_WORKDIR",
+            format!("is \"{workdir}\", must be an absolute path"),
+        );
+        require(
+            count.parse() == Ok(args.len()),
+            "BOX_EXEC_ARGC",
+            format!("is \"{count}\", but there are {} BOX_EXEC_ARG_n", args.len()),
+        );
         let entrypoint = Entrypoint { executable, args, env };
         Main { entrypoint, workdir, user, security: self.security(report) }
     }
@@ -375,7 +392,26 @@ mod tests {
         assert_eq!(entrypoint.executable, "sleep");
         assert_eq!(entrypoint.env, [("A".to_owned(), "b c".to_owned())]);
         let (_, errors) = read("/no/such/init", &[("BOX_EXEC_B64", "1"), ("BOX_EXEC_EXEC", "%")]);
-        assert!(errors[0].starts_with("entrypoint.env[1]: BOX_EXEC_EXEC is not base64url"));
+        assert!(errors[0].starts_with("entrypoint.env[1]: BOX_EXEC_EXEC is not text"));
+    }
+
+    #[test]
+    fn a_bad_main_process_is_named() {
+        let (_, errors) = read(
+            "/no/such/init",
+            &[
+                ("BOX_EXEC_EXEC", ""),
+                ("BOX_EXEC_WORKDIR", "srv"),
+                ("BOX_EXEC_ARGC", "2"),
+                ("BOX_EXEC_ARG_0", "x"),
+            ],
+        );
+        let expected = [
+            "entrypoint.env[0]: BOX_EXEC_EXEC is empty; name a program",
+            "entrypoint.env[1]: BOX_EXEC_WORKDIR is \"srv\", must be an absolute path",
+            "entrypoint.env[2]: BOX_EXEC_ARGC is \"2\", but there are 1 BOX_EXEC_ARG_n",
+        ];
+        assert_eq!(errors, expected);
     }
 
     #[test]

@@ -85,6 +85,9 @@ fn requests_shape_their_command() {
     let input: Vec<u8> = b"input".to_vec();
     assert_eq!(with(&["cat"], json!({"stdin": input})), done("input", "", 0));
     assert_eq!(run(&test, &["cat"]), done("", "", 0));
+    let as_user = json!({"stdin": b"again".to_vec(), "user": "app"});
+    let streams = "cat /dev/stdin >/dev/stdout; echo e >/dev/stderr";
+    assert_eq!(with(&["sh", "-c", streams], as_user), done("again", "e\n", 0));
     for (user, expected) in [
         ("app", "uid=1000(app) gid=1000(app) groups=2000(extra)\n"),
         ("1000", "uid=1000(app) gid=1000(app) groups=2000(extra)\n"),
@@ -100,6 +103,7 @@ fn requests_shape_their_command() {
         (&["nothing"][..], json!({}), "is in no directory of PATH"),
         (&["/etc/passwd"], json!({}), "may not be executed"),
         (&["pwd"], json!({"working_dir": "/no"}), "'/no'"),
+        (&["./passwd"], json!({"working_dir": "/etc"}), "may not be executed"),
         (&["pwd"], json!({"user": "ghost"}), "'ghost'"),
     ] {
         let refused = with(cmd, more);

@@ -91,6 +91,10 @@ fn what_is_no_session() {
     let text = String::from_utf8_lossy(&frames[0].1).into_owned();
     assert!(text.starts_with("nothing: ") && text.ends_with("\r\n"), "{text}");
     assert_eq!(frames[1..], [exit(127)]);
+    let mut client = Client::connect(&test, "pty");
+    let lost = json!({"cmd": ["pwd"], "working_dir": "/no", "cols": 80, "rows": 24});
+    client.send_json(REQUEST, &lost);
+    assert_eq!(client.rest(), [(DATA, b"/\r\n".to_vec()), exit(0)]);
 
     assert_eq!(open(&test, &[]).rest(), [(ERROR, b"Empty command".to_vec())]);
     for kind in [DATA, RESIZE, EXIT, ERROR] {

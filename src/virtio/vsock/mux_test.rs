@@ -849,6 +849,24 @@ fn a_refused_client_is_passed_to_the_fallback_port_with_all_its_bytes() {
 }
 
 #[test]
+fn a_client_that_goes_before_the_fallback_answers_is_known_to_have_gone() {
+    let mut bench = Bench::started();
+    let mut client = bench.connect(0);
+    client.write_all(b"a command").expect("written");
+    bench.run();
+    let [(REQUEST, first, _)] = bench.collect()[..] else { panic!("a request") };
+    drop(client);
+    bench.run();
+    bench.tell(Packet::new(Op::Reset, first), &[]);
+    let [(REQUEST, second, _)] = bench.collect()[..] else { panic!("another request") };
+    bench.tell(Packet::new(Op::Response, second), &[]);
+    let packets = bench.received();
+    let [(request, bytes), (shutdown, _)] = &packets[..] else { panic!("{packets:?}") };
+    assert_eq!((request.op as u16, &bytes[..]), (DATA, &b"a command"[..]));
+    assert_eq!((shutdown.op as u16, shutdown.flags), (SHUTDOWN, RECEIVE | SEND));
+}
+
+#[test]
 fn a_client_refused_everywhere_is_closed_at_once() {
     let mut bench = Bench::started();
     let mut client = bench.connect(0);
