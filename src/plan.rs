@@ -26,7 +26,7 @@ use crate::spec::{self, Spec};
 use crate::{image, layout};
 
 /// Longest Unix socket path (`sun_path` less its terminator, unix(7)).
-const MAX_SOCKET_PATH: usize = 107;
+pub const MAX_SOCKET_PATH: usize = 107;
 /// Longest virtio-fs tag (virtio 1.2, 5.11.4: a 36-byte field, no terminator when full).
 pub const MAX_TAG: usize = 36;
 /// Smallest guest in which kernel, agent and a small program fit.

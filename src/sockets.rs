@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::plan::HostSocket;
+use crate::plan::{HostSocket, MAX_SOCKET_PATH};
 use crate::sys;
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
@@ -53,7 +53,18 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
         }
         let socket = sys::unix_stream_socket()?;
         sys::set_socket_mode(&socket, 0o600)?;
-        sys::bind_and_listen(&socket, path.as_os_str().as_bytes(), BACKLOG)?;
+        // Under another name first: a client that sees the socket shall find somebody listening.
+        let mut random = [0; 4];
+        sys::fill_random(&mut random)?;
+        let hidden = path.with_file_name(format!(".{:08x}", u32::from_ne_bytes(random)));
+        if hidden.as_os_str().len() <= MAX_SOCKET_PATH {
+            sys::bind_and_listen(&socket, hidden.as_os_str().as_bytes(), BACKLOG)?;
+            let named = fs::hard_link(&hidden, path);
+            fs::remove_file(&hidden)?;
+            named?;
+        } else {
+            sys::bind_and_listen(&socket, path.as_os_str().as_bytes(), BACKLOG)?;
+        }
         let metadata = fs::symlink_metadata(path)?;
         let file = SocketFile { path: path.clone(), device: metadata.dev(), inode: metadata.ino() };
         let listener = UnixListener::from(socket);
@@ -84,6 +95,22 @@ mod tests {
         UnixStream::connect(&plan.path).expect("connects");
         drop((listener, file));
         assert!(!plan.path.exists());
+    }
+
+    #[test]
+    fn the_longest_path_works_and_nothing_else_is_left() {
+        let dir = std::env::temp_dir().join(format!("mote-sockets-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("directory");
+        let room = MAX_SOCKET_PATH - dir.as_os_str().len() - 1;
+        for name in ["s".repeat(room), "x".into()] {
+            let path = dir.join(name);
+            let plan = HostSocket { path: path.clone(), guest_port: 1, fallback_port: None };
+            let listening = listen(&plan).expect("binds");
+            UnixStream::connect(&path).expect("connects");
+            assert_eq!(fs::read_dir(&dir).expect("directory").count(), 1);
+            drop(listening);
+        }
+        fs::remove_dir(&dir).expect("empty");
     }
 
     #[test]

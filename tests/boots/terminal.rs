@@ -50,13 +50,15 @@ fn a_shell_on_a_terminal() {
     let (test, started) = idle();
     let mut client = open(&test, &["sh"]);
     wait_for(&mut client, "$ ");
-    client.send(DATA, b"stty size; echo $TERM; pwd; trap 'stty size' WINCH\r");
+    client.send(DATA, b"stty size; echo $TERM; pwd\r");
     let shown = wait_for(&mut client, "/tmp\r\n");
     assert!(shown.contains("24 80\r\nxterm-256color\r\n"), "{shown}");
-    // The program is told of the new size, and sees it.
+    // The program is told of the new size, and sees it. Keystrokes as the 0.8.0 command line sends
+    // them.
+    let watch = "sh -c 'trap \"stty size; exit\" WINCH; echo armed; while :; do sleep 1; done'\r";
+    client.send(REQUEST, watch.as_bytes());
+    wait_for(&mut client, "\narmed\r\n");
     client.send_json(RESIZE, &json!({"cols": 120, "rows": 40}));
-    // Keystrokes as the 0.8.0 command line sends them.
-    client.send(REQUEST, b"\r");
     wait_for(&mut client, "40 120\r\n");
     // Ctrl-C reaches the foreground process, not the shell.
     client.send(DATA, b"sleep 7171\r");

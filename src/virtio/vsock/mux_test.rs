@@ -862,8 +862,8 @@ fn a_client_that_goes_before_the_fallback_answers_is_known_to_have_gone() {
     bench.tell(Packet::new(Op::Response, second), &[]);
     let packets = bench.received();
     let [(request, bytes), (shutdown, _)] = &packets[..] else { panic!("{packets:?}") };
-    assert_eq!((request.op as u16, &bytes[..]), (DATA, &b"a command"[..]));
-    assert_eq!((shutdown.op as u16, shutdown.flags), (SHUTDOWN, RECEIVE | SEND));
+    assert_eq!((request.op, &bytes[..]), (DATA, &b"a command"[..]));
+    assert_eq!((shutdown.op, shutdown.flags), (SHUTDOWN, RECEIVE | SEND));
 }
 
 #[test]
