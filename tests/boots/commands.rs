@@ -7,26 +7,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
-
 use crate::client;
-use crate::common::{Started, TestBox, mote};
-
-fn idle() -> (TestBox, Started) {
-    let test = TestBox::busybox()
-        .shell("echo ready; exec sleep 10000")
-        .with("console_output", json!(null));
-    let pty = test.path("sock/pty.sock");
-    let test = test.with("pty_socket_path", json!(pty));
-    let mut started = test.start();
-    started.wait_for_line("ready");
-    (test, started)
-}
-
-fn stop(test: &TestBox, started: Started) {
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
-}
+use crate::common::{TestBox, mote};
 
 fn exec(test: &TestBox, options: &[&str], cmd: &[&str]) -> Command {
     let mut command = Command::new(mote());
@@ -66,7 +48,7 @@ fn big_file(path: &Path) {
 
 #[test]
 fn exec_is_like_the_command_itself() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let run = |options: &[&str], cmd: &[&str]| {
         texts(&exec(&test, options, cmd).output().expect("mote runs"))
     };
@@ -94,12 +76,12 @@ fn exec_is_like_the_command_itself() {
         texts(&child.wait_with_output().expect("ends")),
         (0, "xtail\n".into(), String::new())
     );
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
 fn a_hundred_megabytes_cross_in_each_direction() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let (root, out) = (test.path("root/big"), test.path("out/big"));
     big_file(&root);
     let expected = sha256(&root);
@@ -113,12 +95,12 @@ fn a_hundred_megabytes_cross_in_each_direction() {
     let input = File::open(&out).expect("file");
     let sum = exec(&test, &[], &["sha256sum"]).stdin(input).output().expect("mote runs");
     assert_eq!(texts(&sum), (0, format!("{expected}  -\n"), String::new()));
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
 fn failures_are_explained_in_one_line() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let run = |command: &mut Command| texts(&command.output().expect("mote runs"));
     let absent = test.path("sock/absent.sock");
     let mut command = Command::new(mote());
@@ -150,12 +132,12 @@ fn exec_waits_for_a_box_that_starts() {
     }
     let ran = exec(&test, &["--wait", "60"], &["echo", "hi"]).output().expect("mote runs");
     assert_eq!(texts(&ran), (0, "hi\n".into(), String::new()));
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
 fn files_are_copied_both_ways() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let (local, back) = (test.path("out/tool"), test.path("out/back"));
     // More than one part.
     fs::write(&local, b"0123456789".repeat(900_000)).expect("written");
@@ -178,7 +160,7 @@ fn files_are_copied_both_ways() {
     let (code, _, said) = texts(&cp(&test, ":/no/such", &text(&back)));
     assert!(code == 1 && said.contains("/no/such: No such file"), "{said}");
     assert_eq!(sha256(&back), sha256(&local), "a failed copy leaves the destination alone");
-    stop(&test, started);
+    started.stop(&test);
 }
 
 /// Far longer than any program takes to draw.
@@ -236,7 +218,7 @@ impl Drop for Tmux<'_> {
 
 #[test]
 fn full_screen_programs_work_on_a_terminal() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let lines: String = (1..=500).map(|n| format!("line {n}\n")).collect();
     fs::write(test.path("root/tmp/lines"), lines).expect("written");
     let socket = test.path("sock/pty.sock");
@@ -277,5 +259,5 @@ fn full_screen_programs_work_on_a_terminal() {
     // The terminal is as it was: it echoes.
     tmux.wait_for(|screen| screen.contains("\ncode 3\n echo"));
     drop(tmux);
-    stop(&test, started);
+    started.stop(&test);
 }

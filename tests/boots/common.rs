@@ -224,6 +224,18 @@ impl TestBox {
         Started { child, stdout }
     }
 
+    /// Starts a box that does nothing, with both servers' sockets, and waits until it is up.
+    pub fn idle(self) -> (TestBox, Started) {
+        let pty = self.path("sock/pty.sock");
+        let test = self
+            .shell("echo ready; exec sleep 10000")
+            .with("console_output", json!(null))
+            .with("pty_socket_path", json!(pty));
+        let mut started = test.start();
+        started.wait_for_line("ready");
+        (test, started)
+    }
+
     /// Fails if anything that belongs to this box is still there.
     pub fn assert_nothing_left(&self) {
         assert_eq!(processes_with(&self.dir), Vec::<String>::new(), "processes left");
@@ -266,6 +278,13 @@ impl Started {
 
     pub fn signal(&self, signal: i32) {
         kill(self.child.id(), signal);
+    }
+
+    /// Ends an idle box.
+    pub fn stop(self, test: &TestBox) {
+        self.signal(libc::SIGTERM);
+        let ran = test.finished(self.finish());
+        assert_eq!(ran.code, 143, "{}", ran.stderr);
     }
 
     /// Waits for the end.

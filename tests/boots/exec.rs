@@ -9,21 +9,11 @@ use crate::client::{
 };
 use crate::common::{Started, TestBox};
 
-/// A box that stays.
+/// A box that stays, with an environment.
 fn idle() -> (TestBox, Started) {
-    let test = TestBox::busybox()
-        .shell("echo ready; exec sleep 10000")
-        .with("console_output", json!(null))
-        .with_entrypoint("env", json!([["COLOR", "blue"], ["BOX_SECRET", "1"]]));
-    let mut started = test.start();
-    started.wait_for_line("ready");
-    (test, started)
-}
-
-fn stop(test: &TestBox, started: Started) {
-    started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
-    assert_eq!(ran.code, 143, "{}", ran.stderr);
+    TestBox::busybox()
+        .with_entrypoint("env", json!([["COLOR", "blue"], ["BOX_SECRET", "1"]]))
+        .idle()
 }
 
 fn done(stdout: &str, stderr: &str, code: i64) -> Done {
@@ -66,7 +56,7 @@ fn the_contracts_bytes() {
         );
     }
     assert_eq!(std::fs::read(test.path("root/tmp/f")).expect("uploaded"), b"hi\n");
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -111,7 +101,7 @@ fn requests_shape_their_command() {
         assert!(refused.stderr.starts_with(&start), "{refused:?}");
         assert!(refused.stderr.contains(said) && refused.code == 127, "{refused:?}");
     }
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -142,7 +132,7 @@ fn input_streams_in_and_output_streams_out() {
         }
     }
     assert_eq!((out.as_str(), err.as_str()), ("twotail\n", "err\n"));
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -155,7 +145,7 @@ fn a_timeout_kills_everything_the_command_started() {
     // What a command leaves behind on purpose stays, and holds up nobody.
     assert_eq!(shell(&test, "sleep 4343 & echo left"), "left\n");
     assert!(shell(&test, "ps").contains("sleep 4343"));
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -172,7 +162,7 @@ fn a_client_that_goes_takes_its_command_along() {
         drop(client);
         while shell(&test, "ps").contains(&running) {}
     }
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -193,7 +183,7 @@ fn a_hundred_commands_at_once() {
         }
     });
     drop(long);
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -208,7 +198,7 @@ fn a_thousand_connections_are_open_at_once() {
     for client in &mut clients {
         assert_eq!(client.rest(), [(HEARTBEAT, vec![])]);
     }
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -266,7 +256,7 @@ fn bad_clients_harm_nobody_else() {
     silent.send(HEARTBEAT, b"");
     assert_eq!(silent.rest(), [(HEARTBEAT, vec![])]);
     drop((half_a_frame, deaf));
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -282,7 +272,7 @@ fn output_beyond_a_frame_is_cut_and_said_to_be() {
     let expected = "],\"stderr\":[101,110,100,10],\"exit_code\":0,\"truncated\":true}";
     assert!(tail.ends_with(expected), "{tail}");
     assert!(payload.len() > 14 << 20, "{}", payload.len());
-    stop(&test, started);
+    started.stop(&test);
 }
 
 #[test]
@@ -313,5 +303,5 @@ fn files_that_cannot_be_moved_say_why() {
         let error = value["error"].as_str().expect("an error");
         assert!(error.starts_with(expected), "{error}");
     }
-    stop(&test, started);
+    started.stop(&test);
 }

@@ -3,24 +3,13 @@
 use serde_json::json;
 
 use crate::client::{Client, Frame, shell};
-use crate::common::{Started, TestBox};
+use crate::common::TestBox;
 
 const REQUEST: u8 = 1;
 const DATA: u8 = 2;
 const RESIZE: u8 = 3;
 const EXIT: u8 = 4;
 const ERROR: u8 = 5;
-
-fn idle() -> (TestBox, Started) {
-    let test = TestBox::busybox()
-        .shell("echo ready; exec sleep 10000")
-        .with("console_output", json!(null));
-    let pty = test.path("sock/pty.sock");
-    let test = test.with("pty_socket_path", json!(pty));
-    let mut started = test.start();
-    started.wait_for_line("ready");
-    (test, started)
-}
 
 fn open(test: &TestBox, cmd: &[&str]) -> Client {
     let mut client = Client::connect(test, "pty");
@@ -47,7 +36,7 @@ fn exit(code: i32) -> Frame {
 
 #[test]
 fn a_shell_on_a_terminal() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let mut client = open(&test, &["sh"]);
     wait_for(&mut client, "$ ");
     client.send(DATA, b"stty size; echo $TERM; pwd\r");
@@ -66,13 +55,12 @@ fn a_shell_on_a_terminal() {
     client.send(DATA, b"\x03");
     client.send(DATA, b"exit 5\r");
     assert_eq!(client.rest().last(), Some(&exit(5)));
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop(&test);
 }
 
 #[test]
 fn the_last_output_precedes_the_exit() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let mut client = open(&test, &["sh", "-c", "seq 1 5000; kill -9 $$"]);
     let frames = client.rest();
     let (last, output) = frames.split_last().expect("frames");
@@ -81,13 +69,12 @@ fn the_last_output_precedes_the_exit() {
     let expected: String = (1..=5000).map(|n| format!("{n}\r\n")).collect();
     assert_eq!(String::from_utf8_lossy(&shown), expected);
     assert!(output.iter().all(|(kind, bytes)| *kind == DATA && bytes.len() <= 4096));
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop(&test);
 }
 
 #[test]
 fn what_is_no_session() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     let mut client = open(&test, &["nothing"]);
     let frames = client.rest();
     let text = String::from_utf8_lossy(&frames[0].1).into_owned();
@@ -110,13 +97,12 @@ fn what_is_no_session() {
         client.send(kind, &payload);
         assert_eq!(client.rest(), []);
     }
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop(&test);
 }
 
 #[test]
 fn a_client_that_goes_hangs_up() {
-    let (test, started) = idle();
+    let (test, started) = TestBox::busybox().idle();
     // One that ends at the hang-up, and one that ignores it.
     let mut polite = open(&test, &["sh", "-c", "echo $$; sleep 8181"]);
     let mut stubborn = open(&test, &["sh", "-c", "trap '' HUP; echo $$; sleep 8282"]);
@@ -126,6 +112,5 @@ fn a_client_that_goes_hangs_up() {
     assert!(shell(&test, "ps").contains("sleep 8181"));
     drop((polite, stubborn));
     while shell(&test, "ps").contains("sleep 8") {}
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop(&test);
 }
