@@ -38,8 +38,6 @@ const RETRY_STEP: Duration = Duration::from_millis(1);
 
 /// The file of [`Limit::MemoryLow`].
 const MEMORY_LOW: &str = "memory.low";
-/// How often the sum of all boxes' reservations is taken while other boxes start and end.
-const PROTECT_ATTEMPTS: usize = 16;
 
 /// What to do when this user may not use cgroups.
 const NO_PERMISSION: &str = "run mote as root with /sys/fs/cgroup writable, or have the administrator create /sys/fs/cgroup/a3s-box and delegate it";
@@ -155,6 +153,8 @@ impl Cgroup {
         }
         offer(&parent, &controllers)?;
 
+        // Until this process is inside: an empty cgroup is taken for a leftover.
+        let _locked = lock(&parent)?;
         let dir = parent.join(&self.name);
         create(&dir, LEFTOVER_LIMIT).map_err(|error| {
             let step = format!("create the cgroup {}", dir.display());
@@ -173,7 +173,11 @@ impl Cgroup {
             write(&dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
         }
         if reserves {
-            protect(&parent, false)?;
+            // A greater value may be the administrator's.
+            let sum = reserved(&parent)?;
+            if memory_low(&parent) < sum {
+                protect(&parent, sum)?;
+            }
         }
         write(
             &dir.join(PROCESSES),
@@ -267,31 +271,35 @@ fn create(dir: &Path, limit: Duration) -> io::Result<()> {
     }
 }
 
-/// Sets the parent's `memory.low` to the sum of its children's: the kernel protects no more of a
-/// cgroup's memory than its parent's setting covers, and that is 0 at first. Without `lower`, a
-/// greater value stays; it may be the administrator's.
-fn protect(parent: &Path, lower: bool) -> Result<()> {
-    let low = |dir: &Path| match fs::read_to_string(dir.join(MEMORY_LOW)) {
+/// Bytes of memory that are protected in a cgroup.
+fn memory_low(dir: &Path) -> u64 {
+    match fs::read_to_string(dir.join(MEMORY_LOW)) {
         Ok(text) => text.trim().parse().unwrap_or(u64::MAX),
         Err(_) => 0,
-    };
-    // Boxes that come or go at the same time: the last to write has seen them all.
-    for _ in 0..PROTECT_ATTEMPTS {
-        let children = fs::read_dir(parent)
-            .with_context(|| format!("list the cgroups in {}", parent.display()))?;
-        let sum = children.flatten().fold(0u64, |sum, dir| sum.saturating_add(low(&dir.path())));
-        let covered = low(parent);
-        if covered == sum || (covered > sum && !lower) {
-            break;
-        }
-        write(
-            &parent.join(MEMORY_LOW),
-            &sum.to_string(),
-            ErrorKind::PermissionDenied,
-            "run mote as root, or have the administrator set it to the sum of all boxes' reservations",
-        )?;
     }
-    Ok(())
+}
+
+/// The sum of all boxes' reservations. The kernel protects no more of a cgroup's memory than its
+/// parent's setting covers, and that is 0 at first: it is kept at this.
+fn reserved(parent: &Path) -> Result<u64> {
+    let children = fs::read_dir(parent)
+        .with_context(|| format!("list the cgroups in {}", parent.display()))?;
+    Ok(children.flatten().fold(0, |sum: u64, dir| sum.saturating_add(memory_low(&dir.path()))))
+}
+
+fn protect(parent: &Path, sum: u64) -> Result<()> {
+    write(
+        &parent.join(MEMORY_LOW),
+        &sum.to_string(),
+        ErrorKind::PermissionDenied,
+        "run mote as root, or have the administrator set it to the sum of all boxes' reservations",
+    )
+}
+
+/// Keeps other boxes from coming and going as long as the file returned is open.
+fn lock(parent: &Path) -> Result<File> {
+    let locked = File::open(parent).and_then(|dir| dir.lock().map(|()| dir));
+    locked.with_context(|| format!("lock the cgroup {}", parent.display()))
 }
 
 /// Writes to a file of a cgroup; see [`explained`].
@@ -351,19 +359,34 @@ impl Remains {
     /// Removes the cgroup and kills what is still in it.
     fn remove(mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
-        while fs::metadata(&self.dir).is_ok_and(|found| found.ino() == self.inode) {
-            if fs::remove_dir(&self.dir).is_ok() {
-                if self.reserves {
-                    let _ = self.dir.parent().map(|parent| protect(parent, true));
-                }
-                return;
-            }
+        loop {
             let _ = self.kill.as_mut().map(|file| file.write_all(b"1"));
-            if Instant::now() >= deadline {
+            if self.is_removed() || Instant::now() >= deadline {
                 return;
             }
             thread::sleep(RETRY_STEP);
         }
+    }
+
+    /// Tries to remove the cgroup; `true` when it is gone.
+    fn is_removed(&self) -> bool {
+        let Some(parent) = self.dir.parent() else { return true };
+        let Ok(_locked) = lock(parent) else { return true };
+        if !fs::metadata(&self.dir).is_ok_and(|found| found.ino() == self.inode) {
+            return true;
+        }
+        let own = memory_low(&self.dir);
+        if fs::remove_dir(&self.dir).is_err() {
+            return false;
+        }
+        // Only what this box has added is taken back: any other value is the administrator's.
+        if self.reserves
+            && let Ok(sum) = reserved(parent)
+            && memory_low(parent) == sum.saturating_add(own)
+        {
+            let _ = protect(parent, sum);
+        }
+        true
     }
 }
 
@@ -488,24 +511,17 @@ mod tests {
     }
 
     #[test]
-    fn the_parent_reserves_the_sum() {
+    fn reservations_add_up() {
         let root = fake_root("sum", "");
-        for (dir, low) in [("", "0\n"), ("b", "8192\n"), ("c", "4096\n")] {
+        for (dir, low) in [("b", "8192\n"), ("c", "4096\n")] {
             fs::create_dir_all(root.join(dir)).expect("directory");
             fs::write(root.join(dir).join(MEMORY_LOW), low).expect("file");
         }
-        let low = || fs::read_to_string(root.join(MEMORY_LOW)).expect("file");
-        protect(&root, false).expect("raised");
-        assert_eq!(low(), "12288");
-        fs::remove_dir_all(root.join("b")).expect("removed");
-        protect(&root, false).expect("nothing to do");
-        assert_eq!(low(), "12288");
-        fs::write(root.join(MEMORY_LOW), "8192").expect("file");
-        protect(&root, true).expect("lowered");
-        assert_eq!(low(), "4096");
+        assert_eq!(reserved(&root).expect("a sum"), 12288);
         fs::write(root.join("c").join(MEMORY_LOW), "max\n").expect("file");
-        protect(&root, false).expect("raised");
-        assert_eq!(low(), u64::MAX.to_string());
+        assert_eq!(reserved(&root).expect("a sum"), u64::MAX);
+        fs::remove_dir_all(root.join("b")).expect("removed");
+        fs::write(root.join("c").join(MEMORY_LOW), "4096\n").expect("file");
         fs::remove_dir_all(root).expect("removed");
     }
 
