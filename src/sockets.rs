@@ -2,11 +2,11 @@
 //! client that sees the file can connect; private to the user; unlinked at the end.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -51,20 +51,31 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
             }
             Err(_) => {}
         }
-        let socket = sys::unix_stream_socket()?;
-        sys::set_socket_mode(&socket, 0o600)?;
         // Under another name first: a client that sees the socket shall find somebody listening.
         let mut random = [0; 4];
         sys::fill_random(&mut random)?;
         let hidden = path.with_file_name(format!(".{:08x}", u32::from_ne_bytes(random)));
-        if hidden.as_os_str().len() <= MAX_SOCKET_PATH {
-            sys::bind_and_listen(&socket, hidden.as_os_str().as_bytes(), BACKLOG)?;
-            let named = fs::hard_link(&hidden, path);
-            fs::remove_file(&hidden)?;
-            named?;
-        } else {
+        let bind_at = |path: &Path| {
+            let socket = sys::unix_stream_socket()?;
+            sys::set_socket_mode(&socket, 0o600)?;
             sys::bind_and_listen(&socket, path.as_os_str().as_bytes(), BACKLOG)?;
-        }
+            Ok::<_, io::Error>(socket)
+        };
+        let linked = if hidden.as_os_str().len() <= MAX_SOCKET_PATH {
+            let socket = bind_at(&hidden)?;
+            let linked = fs::hard_link(&hidden, path);
+            fs::remove_file(&hidden)?;
+            linked.map(|()| socket)
+        } else {
+            Err(ErrorKind::InvalidFilename.into())
+        };
+        let socket = match linked {
+            Ok(socket) => socket,
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(error.into()),
+            // No room for the other name, or a file system without links: then the moment between
+            // the two calls must do.
+            Err(_) => bind_at(path)?,
+        };
         let metadata = fs::symlink_metadata(path)?;
         let file = SocketFile { path: path.clone(), device: metadata.dev(), inode: metadata.ino() };
         let listener = UnixListener::from(socket);
