@@ -286,7 +286,13 @@ impl Destination {
             }
             // Through a link, the file that it names is replaced, not the link.
             Ok(_) => path = fs::canonicalize(&path).context("follow the destination's links")?,
-            Err(_) => {}
+            Err(_) => {
+                let shown = path.display();
+                let directory = to.as_os_str().as_encoded_bytes().ends_with(b"/");
+                ensure!(!directory, "{shown} is no directory; create it first");
+                let link = fs::symlink_metadata(&path).is_ok();
+                ensure!(!link, "{shown} is a link to something that is not there");
+            }
         }
         let (file, partial) = Partial::create(&path)?;
         Ok(Destination { sink: Sink::new(file), path, partial: Some(partial) })
@@ -324,7 +330,9 @@ struct Partial {
 impl Partial {
     fn create(beside: &Path) -> Result<(File, Partial)> {
         let signals = sys::signal_file(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
-        let path = beside.with_file_name(format!(".mote-cp-{}", std::process::id()));
+        let mut random = [0; 4];
+        sys::fill_random(&mut random)?;
+        let path = beside.with_file_name(format!(".mote-cp-{:08x}", u32::from_ne_bytes(random)));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let file = file.with_context(|| format!("create {}", path.display()))?;
         Ok((file, Partial { path, signals }))

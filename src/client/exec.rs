@@ -35,7 +35,7 @@ impl Exec {
         knock(&self.target)?;
         let mut channel = self.target.connect()?;
         channel.send(kind::DATA, &request(&self.request(), MAX_PAYLOAD)?);
-        relay(&mut Running, channel, stdio, None)
+        relay(&mut Running { gave_input: false }, channel, stdio, None)
     }
 
     fn request(&self) -> ExecRequest {
@@ -68,7 +68,10 @@ pub fn refusal(payload: &[u8]) -> anyhow::Error {
     anyhow!("the box refused: {}", String::from_utf8_lossy(payload))
 }
 
-struct Running;
+struct Running {
+    /// Whether input was sent after the request.
+    gave_input: bool,
+}
 
 impl Session for Running {
     const INPUT_PIECE: usize = 64 * 1024;
@@ -77,7 +80,10 @@ impl Session for Running {
         match bytes {
             // Closing our half instead would look like a client that has gone.
             [] => channel.send(kind::CONTROL, control::STDIN_CLOSE),
-            _ => channel.send(kind::DATA, bytes),
+            _ => {
+                self.gave_input = true;
+                channel.send(kind::DATA, bytes);
+            }
         }
     }
 
@@ -93,6 +99,11 @@ impl Session for Running {
                 // The 0.8.0 agent does not stream: this is all of it.
                 let whole: ExecOutput =
                     serde_json::from_slice(payload).context("read the box's answer")?;
+                if self.gave_input {
+                    return Err(Stop::Failed(anyhow!(
+                        "the box's agent gave the command no input: it does not stream; run it without input"
+                    )));
+                }
                 output.push(Stream::Stdout, whole.stdout);
                 output.push(Stream::Stderr, whole.stderr);
                 Ok(Some(whole.exit_code as u8))
@@ -183,6 +194,21 @@ mod tests {
             (end, &output[..], &errors[..]),
             ((255, String::new()), &b"out put"[..], &b"err"[..])
         );
+    }
+
+    #[test]
+    fn an_agent_that_takes_no_input_is_found_out() {
+        let agent = Agent::answering("deaf", kind::HEARTBEAT, |mut client| {
+            request(&mut client);
+            assert_eq!(read_frame(&mut client).expect("input").payload, b"important");
+            let whole = br#"{"stdout":[],"stderr":[],"exit_code":0}"#;
+            write_frame(&mut client, kind::DATA, whole);
+        });
+        let (stdio, mut ends) = stdio();
+        ends.input.write_all(b"important").expect("written");
+        let (code, message) = said(exec(&agent.target).run(&stdio));
+        assert!(code == 125 && message.contains("no input"), "{message}");
+        agent.join();
     }
 
     #[test]

@@ -23,8 +23,16 @@ const DEFAULT_SIZE: (u16, u16) = (80, 24);
 const END_OF_INPUT: u8 = 0x04;
 
 /// Signals that would end mote without restoring the terminal, and the one for a new size.
-const SIGNALS: [i32; 5] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGWINCH];
+const SIGNALS: [i32; 8] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGWINCH,
+];
 
 /// A command to run on a terminal in a box.
 #[derive(Debug, Clone, PartialEq, Eq)]

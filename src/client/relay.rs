@@ -7,9 +7,10 @@
 //! non-blocking.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, IsTerminal, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{Context, anyhow};
 use mote_agent::exec::Stream;
@@ -38,10 +39,25 @@ impl Stdio {
     pub fn of_process() -> io::Result<Self> {
         Ok(Stdio {
             input: File::from(io::stdin().as_fd().try_clone_to_owned()?),
-            output: Sink::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            error: Sink::new(File::from(io::stderr().as_fd().try_clone_to_owned()?)),
+            output: Sink::new(own(io::stdout().as_fd())?),
+            error: Sink::new(own(io::stderr().as_fd())?),
         })
     }
+}
+
+/// A descriptor of this process's own for the same file. For a terminal one that does not wait:
+/// "writable" promises room for no more than a byte there, and what stands in a write hears no
+/// signal.
+fn own(fd: BorrowedFd<'_>) -> io::Result<File> {
+    if fd.is_terminal() {
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        // Where /proc is missing, or the terminal is another user's, it has to do as it is.
+        if let Ok(file) = options.open(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+            return Ok(file);
+        }
+    }
+    Ok(File::from(fd.try_clone_to_owned()?))
 }
 
 /// A file to write to without waiting for longer than it takes.
