@@ -68,6 +68,8 @@ pub struct GuestInit {
     pub read_only_root: bool,
     /// The program it starts in place of the spec's entrypoint.
     pub main: Option<Main>,
+    /// Whether the image's own init runs, which needs root and switches to the box's user itself.
+    pub image_init: bool,
     /// The environment of what runs in the box, without the variables meant for an init.
     pub container_env: Vec<(String, String)>,
 }
@@ -99,6 +101,7 @@ impl GuestInit {
                 mounts: Vec::new(),
                 read_only_root: false,
                 main: None,
+                image_init: true,
                 container_env,
             };
         }
@@ -123,6 +126,7 @@ impl GuestInit {
             mounts: vars.mounts(spec, report),
             read_only_root: vars.value("BOX_READONLY") == Some("1"),
             main,
+            image_init: false,
             container_env,
         }
     }
@@ -380,6 +384,7 @@ mod tests {
         let env = [("BOX_EXEC_EXEC", "sleep"), ("BOX_VOL_0", "vol0:/data"), ("A", "1")];
         let (init, errors) = read("/bin/sh", &env);
         assert!(errors.is_empty() && init.main.is_none() && init.mounts.is_empty());
+        assert!(init.image_init);
         assert_eq!(init.container_env, [("A".to_owned(), "1".to_owned())]);
     }
 

@@ -538,7 +538,8 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
     if spec.resource_limits.pids_limit == Some(0) {
         report.error("resource_limits.pids_limit", "is 0, must be at least 1");
     }
-    let GuestInit { mounts, read_only_root, main, container_env } = GuestInit::new(spec, report);
+    let GuestInit { mounts, read_only_root, main, image_init, container_env } =
+        GuestInit::new(spec, report);
     let Main { entrypoint, workdir, user, security } = main.unwrap_or_else(|| Main {
         entrypoint: Entrypoint {
             executable: executable.clone(),
@@ -549,6 +550,13 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         user: None,
         security: Security::default(),
     });
+    let user = [spec.user.clone(), user].into_iter().flatten().find(|user| !user.is_empty());
+    if let Some(user) = user.as_ref().filter(|_| image_init) {
+        report.warn(
+            "user",
+            format!("is \"{user}\", but the image's own init runs as root; it takes BOX_EXEC_USER for its main process"),
+        );
+    }
     Instance {
         hostname: hostname.into(),
         mounts,
@@ -557,7 +565,7 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         rlimits: plan_rlimits(&spec.resource_limits, report),
         entrypoint,
         workdir,
-        user: [spec.user.clone(), user].into_iter().flatten().find(|user| !user.is_empty()),
+        user: user.filter(|_| !image_init),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
         security,
@@ -832,6 +840,20 @@ mod tests {
             s.resource_limits.pids_limit = Some(0);
         });
         assert_eq!(errors.len(), 8, "{errors:?}");
+    }
+
+    #[test]
+    fn a_user_is_not_the_images_own_inits() {
+        let user = |env: &str| {
+            let plan = plan(|s| {
+                s.entrypoint.executable = "/bin/sh".into();
+                s.entrypoint.env = vec![(env.into(), "sleep".into())];
+                s.user = Some("app".into());
+            });
+            plan.expect("a plan").instance.user
+        };
+        assert_eq!(user("BOX_EXEC_EXEC"), None);
+        assert_eq!(user("OTHER"), Some("app".into()));
     }
 
     #[test]

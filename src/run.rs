@@ -174,6 +174,8 @@ impl MainLoop {
         if over && self.streams_done == STREAMS && self.draining.is_none() {
             // What clients were sent precedes the end of the box, and has arrived by now.
             self.draining = Some(now + CLIENTS_LIMIT);
+            // It has ended in time.
+            self.stop = None;
             self.close_vsock(ops);
         }
     }
@@ -232,7 +234,10 @@ impl MainLoop {
 
     fn on_clock(&mut self) {
         // A jump of the clock makes the read fail, and is read by that.
-        let _ = self.clock.read(&mut [0; 8]);
+        if self.clock.read(&mut [0; 8]).is_err() {
+            // It worked at the start, so it works now.
+            let _ = sys::set_wall_clock_file(&self.clock, CLOCK_INTERVAL);
+        }
         self.send_clock();
     }
 

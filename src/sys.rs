@@ -143,17 +143,26 @@ pub fn next_signal(file: &File) -> Option<i32> {
 /// A non-blocking timer that is readable at every `interval`, and when the wall clock is set or
 /// makes a jump, as after the host's sleep (timerfd_create(2), `TFD_TIMER_CANCEL_ON_SET`).
 pub fn wall_clock_file(interval: Duration) -> io::Result<File> {
+    let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
+    // SAFETY: plain system call.
+    let fd = check(unsafe { libc::timerfd_create(libc::CLOCK_REALTIME, flags) })?;
+    let file = File::from(owned(fd));
+    set_wall_clock_file(&file, interval)?;
+    Ok(file)
+}
+
+/// Starts a [`wall_clock_file`] anew, which after a jump of the clock may have stopped, or be due at
+/// a time far away.
+pub fn set_wall_clock_file(file: &File, interval: Duration) -> io::Result<()> {
     // SAFETY: plain system calls; the structures live on this stack, and all-zero ones are valid.
     unsafe {
-        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-        let file = File::from(owned(check(libc::timerfd_create(libc::CLOCK_REALTIME, flags))?));
         let mut timer: libc::itimerspec = zeroed();
         check(libc::clock_gettime(libc::CLOCK_REALTIME, &mut timer.it_value))?;
         timer.it_interval.tv_sec = interval.as_secs() as libc::time_t;
         timer.it_value.tv_sec += timer.it_interval.tv_sec;
         let flags = libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET;
         check(libc::timerfd_settime(file.as_raw_fd(), flags, &timer, ptr::null_mut()))?;
-        Ok(file)
+        Ok(())
     }
 }
 

@@ -56,7 +56,7 @@ impl BoxCgroup {
         if let Some(limit) = pids_limit {
             control
                 .write_all(b"+pids")
-                .and_then(|()| fs::write(at("box/pids.max"), limit.to_string()))
+                .and_then(|()| fs::write(at("box/pids.max"), pids_max(limit)))
                 .map_err(|e| format!("resource_limits.pids_limit: set it in the guest: {e}"))?;
         }
         let directory = File::open(at(NAME)).map_err(failed("open it"))?;
@@ -128,6 +128,11 @@ impl BoxCgroup {
 
 fn command_name(session: u64) -> String {
     format!("exec-{session}")
+}
+
+/// The text of `pids.max`: a limit beyond the kernel's own (`PID_MAX_LIMIT`) is none.
+fn pids_max(limit: u64) -> String {
+    if limit > 4 << 20 { "max".into() } else { limit.to_string() }
 }
 
 fn open_for_writing(path: &str) -> io::Result<File> {

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::client;
-use crate::common::{TestBox, mote};
+use crate::common::{TestBox, eventually, mote};
 
 fn exec(test: &TestBox, options: &[&str], cmd: &[&str]) -> Command {
     let mut command = Command::new(mote());
@@ -111,7 +111,7 @@ fn failures_are_explained_in_one_line() {
     // A box that ends takes its commands along, and they say so.
     let child =
         exec(&test, &[], &["sleep", "9191"]).stderr(Stdio::piped()).spawn().expect("mote starts");
-    while !client::shell(&test, "ps").contains("sleep 9191") {}
+    eventually("the command runs", || client::shell(&test, "ps").contains("sleep 9191"));
     started.signal(libc::SIGKILL);
     started.finish();
     let (code, _, said) = texts(&child.wait_with_output().expect("ends"));
@@ -127,9 +127,7 @@ fn failures_are_explained_in_one_line() {
 fn exec_waits_for_a_box_that_starts() {
     let test = TestBox::busybox().shell("exec sleep 10000");
     let started = test.start();
-    while !test.path("sock/exec.sock").exists() {
-        std::thread::yield_now();
-    }
+    eventually("the file appears", || test.path("sock/exec.sock").exists());
     let ran = exec(&test, &["--wait", "60"], &["echo", "hi"]).output().expect("mote runs");
     assert_eq!(texts(&ran), (0, "hi\n".into(), String::new()));
     started.stop(&test);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::client::{
     CONTROL, Client, DATA, Done, ERROR, HEARTBEAT, request, run, run_with, shell, text,
 };
-use crate::common::{Started, TestBox};
+use crate::common::{Started, TestBox, eventually};
 
 /// A box that stays, with an environment.
 fn idle() -> (TestBox, Started) {
@@ -158,9 +158,9 @@ fn a_client_that_goes_takes_its_command_along() {
             client.0.shutdown(Shutdown::Write).expect("half-closes");
         }
         let running = format!("sleep {marker}");
-        while !shell(&test, "ps").contains(&running) {}
+        eventually("the command runs", || shell(&test, "ps").contains(&running));
         drop(client);
-        while shell(&test, "ps").contains(&running) {}
+        eventually("the command ends", || !shell(&test, "ps").contains(&running));
     }
     started.stop(&test);
 }
@@ -206,16 +206,14 @@ fn a_client_is_served_however_early_it_connects() {
     let test = TestBox::busybox().shell("read line </dev/zero");
     let started = test.start();
     let path = test.path("sock/exec.sock");
-    while !path.exists() {
-        std::thread::yield_now();
-    }
+    eventually("the file appears", || path.exists());
     // Held until the guest is ready, or closed after 2 s; never refused, never left waiting.
     let answered = || {
         let mut client = Client::connect(&test, "exec");
         client.send(HEARTBEAT, b"");
         client.rest() == [(HEARTBEAT, vec![])]
     };
-    while !answered() {}
+    eventually("an early client is answered", answered);
     started.signal(libc::SIGKILL);
     started.finish();
 }
@@ -280,7 +278,7 @@ fn commands_of_a_box_that_ends_get_their_answer() {
     let (test, started) = idle();
     let mut client = Client::connect(&test, "exec");
     client.send_json(DATA, &json!({"cmd": ["sleep", "6161"], "timeout_ns": u64::MAX}));
-    while !shell(&test, "ps").contains("sleep 6161") {}
+    eventually("the command runs", || shell(&test, "ps").contains("sleep 6161"));
     started.signal(libc::SIGTERM);
     let frames = client.rest();
     let expected = br#"{"stdout":[],"stderr":[],"exit_code":143}"#.to_vec();

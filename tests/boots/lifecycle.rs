@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::client;
-use crate::common::{TestBox, kill, mote, processes_with, virtiofsd_of};
+use crate::common::{TestBox, eventually, kill, mote, processes_with, virtiofsd_of};
 
 /// A box that says `ready` and then goes on.
 fn ready_then(script: &str) -> TestBox {
@@ -56,9 +56,7 @@ fn a_signal_during_boot_is_not_lost() {
     let test = ready_then("echo ready; while :; do sleep 1; done");
     let started = test.start();
     // The socket is bound before the guest runs.
-    while !test.path("sock/exec.sock").exists() {
-        std::thread::yield_now();
-    }
+    eventually("the file appears", || test.path("sock/exec.sock").exists());
     started.signal(libc::SIGTERM);
     let ran = test.finished(started.finish());
     assert_eq!(ran.code, 143, "{}", ran.stderr);
@@ -73,9 +71,7 @@ fn a_killed_mote_leaves_no_process() {
     started.signal(libc::SIGKILL);
     started.finish();
     // Its children get their signal at its death and go at their own pace.
-    while !processes_with(&test.dir).is_empty() {
-        std::thread::yield_now();
-    }
+    eventually("its processes end", || processes_with(&test.dir).is_empty());
     // What it could not remove, the next start copes with.
     let again = test.shell("exit 4");
     assert_eq!(again.run().code, 4);
@@ -124,7 +120,7 @@ fn the_clock_is_right_at_the_start_and_after_a_pause() {
     assert!(wrong < before - 3600);
     started.signal(libc::SIGSTOP);
     started.signal(libc::SIGCONT);
-    while date("date +%s").abs_diff(now()) > 1 {}
+    eventually("the clock is right again", || date("date +%s").abs_diff(now()) <= 1);
     started.signal(libc::SIGTERM);
     test.finished(started.finish());
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::client;
-use crate::common::{TestBox, mote, processes_with, virtiofsd_of};
+use crate::common::{TestBox, eventually, mote, processes_with, virtiofsd_of};
 
 /// A box with limits that says `ready` and then waits for its end.
 fn waiting(limits: Value) -> TestBox {
@@ -97,9 +97,9 @@ fn a_killed_mote_leaves_no_cgroup() {
         started.finish();
     };
     kill();
-    while cgroup.exists() || !processes_with(&test.dir).is_empty() {
-        std::thread::yield_now();
-    }
+    eventually("its processes and cgroup go", || {
+        !cgroup.exists() && processes_with(&test.dir).is_empty()
+    });
     kill();
     // At once: what is being removed is not in the way, and its removal does not hit the new box.
     let test = test.shell("exit 4");
@@ -174,6 +174,8 @@ fn pids_limit_holds_against_a_fork_bomb_and_the_box_still_answers() {
         let count: u32 = count.trim().parse().expect("a number");
         assert!(count <= 51, "{count} processes");
     }
+    let refused = client::run(&test, &["cat", "/sys/fs/cgroup/pids.events"]).stdout;
+    assert!(refused.starts_with("max ") && refused != "max 0\n", "{refused}");
     // A command's own children count against the limit.
     let forks = "for i in $(seq 60); do sleep 10000 & done";
     let refused = client::run(&test, &["sh", "-c", forks]);

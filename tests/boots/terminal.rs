@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::client::{Client, Frame, shell};
-use crate::common::TestBox;
+use crate::common::{TestBox, eventually};
 
 const REQUEST: u8 = 1;
 const DATA: u8 = 2;
@@ -51,7 +51,7 @@ fn a_shell_on_a_terminal() {
     wait_for(&mut client, "40 120\r\n");
     // Ctrl-C reaches the foreground process, not the shell.
     client.send(DATA, b"sleep 7171\r");
-    while !shell(&test, "ps").contains("sleep 7171") {}
+    eventually("the command runs", || shell(&test, "ps").contains("sleep 7171"));
     client.send(DATA, b"\x03");
     client.send(DATA, b"exit 5\r");
     assert_eq!(client.rest().last(), Some(&exit(5)));
@@ -111,6 +111,6 @@ fn a_client_that_goes_hangs_up() {
     }
     assert!(shell(&test, "ps").contains("sleep 8181"));
     drop((polite, stubborn));
-    while shell(&test, "ps").contains("sleep 8") {}
+    eventually("the command ends", || !shell(&test, "ps").contains("sleep 8"));
     started.stop(&test);
 }
