@@ -153,13 +153,9 @@ impl Cgroup {
         }
         offer(&parent, &controllers)?;
 
-        // Until this process is inside: an empty cgroup is taken for a leftover.
-        let _locked = lock(&parent)?;
         let dir = parent.join(&self.name);
-        create(&dir, LEFTOVER_LIMIT).map_err(|error| {
-            let step = format!("create the cgroup {}", dir.display());
-            explained(error, step, ErrorKind::ResourceBusy, "is this box running already?")
-        })?;
+        // Until this process is inside: an empty cgroup is taken for a leftover.
+        let _locked = create(&parent, &dir, LEFTOVER_LIMIT)?;
         let reserves = self.limits.iter().any(|limit| matches!(limit, Limit::MemoryLow(_)));
         let janitor = Remains::of(&dir, reserves)
             .and_then(Remains::watch)
@@ -257,17 +253,25 @@ fn offer(dir: &Path, controllers: &BTreeSet<&str>) -> Result<()> {
 }
 
 /// Creates a cgroup. An empty one of that name is a leftover of a mote that was killed, and is
-/// replaced, because it has that run's limits.
-fn create(dir: &Path, limit: Duration) -> io::Result<()> {
+/// replaced, because it has that run's limits. Returns the parent's [`lock`], which is not held while
+/// waiting: others end meanwhile.
+fn create(parent: &Path, dir: &Path, limit: Duration) -> Result<File> {
     let deadline = Instant::now() + limit;
     loop {
-        match fs::remove_dir(dir) {
+        let locked = lock(parent)?;
+        let created = match fs::remove_dir(dir) {
             Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                drop(locked);
                 thread::sleep(RETRY_STEP);
+                continue;
             }
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => return fs::create_dir(dir),
-        }
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => fs::create_dir(dir),
+        };
+        return created.map(|()| locked).map_err(|error| {
+            let step = format!("create the cgroup {}", dir.display());
+            explained(error, step, ErrorKind::ResourceBusy, "is this box running already?")
+        });
     }
 }
 
@@ -484,7 +488,7 @@ mod tests {
     #[test]
     fn a_populated_cgroup_is_not_replaced() {
         let root = fake_root("populated", "");
-        assert!(create(&root, Duration::ZERO).is_err());
+        assert!(create(&std::env::temp_dir(), &root, Duration::ZERO).is_err());
         assert!(root.join("cgroup.controllers").exists());
         fs::remove_dir_all(root).expect("removed");
     }
