@@ -21,7 +21,8 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{log, sys};
+use crate::log;
+use crate::sys::{self, Interest};
 
 /// What the kernel prints first when it gives up (kernel/panic.c).
 const PANIC: &str = "Kernel panic - not syncing: ";
@@ -121,7 +122,7 @@ fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
             Ok(written) => bytes = &bytes[written..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                sys::wait_writable(to, -1);
+                let _ = sys::poll([Interest::new(to, false, true)], None);
             }
             Err(error) => return Err(error),
         }

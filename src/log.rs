@@ -3,13 +3,14 @@
 //! boxes.
 
 use std::io::{self, Write};
+use std::time::Duration;
 
-use crate::sys;
+use crate::sys::{self, Interest};
 
 /// What a pipe that is writable takes without waiting (`PIPE_BUF`, pipe(7)).
 const PIPE_BUF: usize = 4096;
 /// How long a full stderr is waited for.
-const PATIENCE_MS: i32 = 500;
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Something failed.
 pub fn error(message: &str) {
@@ -31,7 +32,9 @@ fn line(kind: &str, message: &str) {
     }
     text.push('\n');
     // A stderr that is full and not read loses the line: it must not hold up the end of a box.
-    if sys::wait_writable(&io::stderr(), PATIENCE_MS) {
-        let _ = io::stderr().write_all(text.as_bytes());
+    let mut stderr = io::stderr();
+    let ready = sys::poll([Interest::new(&stderr, false, true)], Some(PATIENCE));
+    if ready.is_ok_and(|[ready]| ready) {
+        let _ = stderr.write_all(text.as_bytes());
     }
 }

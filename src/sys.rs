@@ -353,22 +353,6 @@ pub fn set_cpu_affinity(cpus: &BTreeSet<u16>) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until a descriptor can be written to; `false` when the time is over first.
-pub fn wait_writable(fd: &impl AsRawFd, timeout_ms: i32) -> bool {
-    wait(fd.as_raw_fd(), libc::POLLOUT, timeout_ms)
-}
-
-/// Waits until a descriptor can be read from, or is at its end; `false` when the time is over first.
-pub fn wait_readable(fd: &impl AsRawFd, timeout_ms: i32) -> bool {
-    wait(fd.as_raw_fd(), libc::POLLIN, timeout_ms)
-}
-
-fn wait(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> bool {
-    let mut poll = libc::pollfd { fd, events, revents: 0 };
-    // SAFETY: one pollfd, which outlives the call.
-    unsafe { libc::poll(&mut poll, 1, timeout_ms) > 0 }
-}
-
 /// What to wait for on one descriptor.
 #[derive(Debug, Clone, Copy)]
 pub struct Interest<'a>(Option<(BorrowedFd<'a>, libc::c_short)>);

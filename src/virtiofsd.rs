@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use mote_agent::instance::ROOT_TAG;
 
 use crate::plan::Share;
-use crate::sys;
+use crate::sys::{self, Interest};
 
 /// How long one answer of virtiofsd may take before it counts as hung.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const LAST_WORDS: usize = 4096;
 
 /// How long virtiofsd may take from its first sign of ending to its end.
-const ENDING_MS: i32 = 200;
+const ENDING_LIMIT: Duration = Duration::from_millis(200);
 
 /// A running virtiofsd. It dies with the thread that started it, and with this.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl Virtiofsd {
     /// Says how it ended, with its own last words. To be called when it has ended or should have.
     pub fn obituary(&mut self) -> String {
         // Its sockets close a moment before it can be waited for.
-        sys::wait_readable(&self.ended, ENDING_MS);
+        let _ = sys::poll([Interest::new(&self.ended, true, false)], Some(ENDING_LIMIT));
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status.to_string(),
             _ => {
