@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::sys;
 
 /// Where programs look for the hierarchy.
-pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
+const MOUNT_POINT: &str = "/sys/fs/cgroup";
 /// Mount flags of the hierarchy (contract §7.1).
 const FLAGS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RELATIME;
 /// Name of the box's cgroup in the real root.
@@ -56,7 +56,7 @@ impl BoxCgroup {
         if let Some(limit) = pids_limit {
             control
                 .write_all(b"+pids")
-                .and_then(|()| fs::write(at("box/pids.max"), pids_max(limit)))
+                .and_then(|()| fs::write(at(&format!("{NAME}/pids.max")), pids_max(limit)))
                 .map_err(|e| format!("resource_limits.pids_limit: set it in the guest: {e}"))?;
         }
         let directory = File::open(at(NAME)).map_err(failed("open it"))?;

@@ -129,6 +129,8 @@ struct Command {
     /// Whether frames from the client are input.
     input_from_client: bool,
     outputs: [(Stream, Option<File>); 2],
+    /// What a read of them fills.
+    buffer: Vec<u8>,
     deadline: Option<Instant>,
     timed_out: bool,
     hung_up: bool,
@@ -168,6 +170,7 @@ impl Command {
             input_open: request.stdin_streaming,
             input_from_client: request.stdin_streaming,
             outputs: [(Stream::Stdout, Some(stdout)), (Stream::Stderr, Some(stderr))],
+            buffer: vec![0; MAX_CHUNK],
             // A limit beyond the clock's range is none.
             deadline: Instant::now().checked_add(Duration::from_nanos(timeout_ns)),
             timed_out: false,
@@ -313,7 +316,7 @@ impl Command {
     ) {
         let (stream, from) = &mut self.outputs[at];
         let mut left = exactly.unwrap_or(ROUNDS * MAX_CHUNK);
-        let mut buffer = [0; MAX_CHUNK];
+        let buffer = &mut self.buffer;
         while left > 0 && (exactly.is_some() || reply.has_room(connection)) {
             let Some(file) = from else { return };
             let room = left.min(buffer.len());

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use mote_agent::frame::{Decoder, Frame};
 
+use crate::server::until;
 use crate::sys::{self, Interest};
 
 /// How long a client may take over its next byte of a request, or over taking the next byte of a
@@ -108,13 +109,8 @@ impl Connection {
     /// Sends what the socket takes, and queues the rest.
     pub fn send(&mut self, mut bytes: &[u8]) {
         self.flush();
-        while self.is_flushed() && !bytes.is_empty() && !self.broken {
-            match self.socket.write(bytes) {
-                Ok(sent) => bytes = &bytes[sent..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => self.broken = true,
-            }
+        if self.unsent.is_empty() {
+            bytes = &bytes[self.write(bytes)..];
         }
         if !self.broken {
             self.unsent.extend(bytes);
@@ -123,15 +119,28 @@ impl Connection {
 
     /// Sends what is queued, as far as the socket takes it.
     pub fn flush(&mut self) {
-        while !self.unsent.is_empty() && !self.broken {
-            let (head, _) = self.unsent.as_slices();
-            match self.socket.write(head) {
-                Ok(sent) => drop(self.unsent.drain(..sent)),
+        let unsent = std::mem::take(&mut self.unsent);
+        let (head, tail) = unsent.as_slices();
+        let mut sent = self.write(head);
+        if sent == head.len() {
+            sent += self.write(tail);
+        }
+        self.unsent = unsent;
+        self.unsent.drain(..sent);
+    }
+
+    /// Hands bytes to the socket, as far as it takes them, and says how many that are.
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        let mut sent = 0;
+        while sent < bytes.len() && !self.broken {
+            match self.socket.write(&bytes[sent..]) {
+                Ok(more) => sent += more,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => self.broken = true,
             }
         }
+        sent
     }
 
     /// Whether the client is so far behind that no more output should be produced.
@@ -164,7 +173,7 @@ impl Connection {
                 left = self.unsent.len();
                 deadline = Instant::now() + PATIENCE;
             }
-            let limit = deadline.saturating_duration_since(Instant::now());
+            let limit = until(deadline);
             if limit.is_zero() {
                 break;
             }

@@ -85,8 +85,8 @@ pub fn start(
             refusal(SETUP_FAILED, reason.into())
         })
     };
-    let argv: Vec<String> =
-        [program.executable].into_iter().map(str::to_owned).chain(program.args.to_vec()).collect();
+    let executable = program.executable.to_owned();
+    let argv: Vec<String> = [executable].into_iter().chain(program.args.iter().cloned()).collect();
     let workdir = strings(&[program.workdir.to_owned()])?;
     let envp: Vec<String> = environment.iter().map(|(n, v)| format!("{n}={v}")).collect();
     spawn::spawn(&Spawn {

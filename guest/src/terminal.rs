@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mote_agent::frame::{self, Frame};
 use mote_agent::pty::{MAX_DATA, PtyExit, PtyRequest, PtyResize, kind};
@@ -13,7 +13,7 @@ use crate::cgroup::CommandCgroup;
 use crate::command::{environment, exit_code, program, working_dir};
 use crate::connection::{Connection, Received};
 use crate::launch::{self, Program};
-use crate::server::{Context, until};
+use crate::server::Context;
 use crate::sys::{self, Interest};
 
 /// Exit code of a command that could not be started (contract §5).
@@ -182,8 +182,7 @@ impl Terminal {
     fn hang_up(self) {
         let Terminal { master, pid, ended, cgroup, .. } = self;
         drop(master);
-        let deadline = Instant::now() + HANG_UP_GRACE;
-        let ended = sys::poll(&[Interest::read(ended.as_fd())], Some(until(deadline)));
+        let ended = sys::poll(&[Interest::read(ended.as_fd())], Some(HANG_UP_GRACE));
         if !ended.is_ok_and(|ready| ready[0]) {
             cgroup.kill();
         }
