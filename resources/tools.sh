@@ -29,6 +29,8 @@ xz-utils            /usr/bin/xz                          unpacks the kernel sour
 test_packages="
 libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
 libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
+clang               /usr/bin/clang                       compiles the agent's BPF programs
+libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
 busybox-static      /usr/share/doc/busybox-static        the small test root file system
 tmux                /usr/bin/tmux                        the terminal that the tests look at
 debootstrap         /usr/sbin/debootstrap                the large test root file system

@@ -568,6 +568,8 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         user: user.filter(|_| !image_init),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
+        outgoing: spec.network.is_none(),
+        published: !spec.port_map.is_empty(),
         security,
     }
 }

@@ -92,6 +92,11 @@ impl BoxCgroup {
         self.procs.as_fd()
     }
 
+    /// The cgroup itself, to attach programs to.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
     /// Every descriptor of this, for a process that closes all others.
     pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         [self.directory.as_fd(), self.procs.as_fd()]

@@ -36,6 +36,10 @@ pub struct Instance {
     pub exec_env: Vec<(String, String)>,
     /// Directory that exec'd commands start in unless their requests name one.
     pub exec_workdir: String,
+    /// Whether sockets of the box reach the outside through the host's (TSI, contract §8).
+    pub outgoing: bool,
+    /// Whether the host takes clients to ports of the box (contract §1.6).
+    pub published: bool,
     /// What every program of the box gives up.
     pub security: Security,
 }

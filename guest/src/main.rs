@@ -17,6 +17,7 @@ mod spawn;
 mod sys;
 mod terminal;
 mod transfer;
+mod tsi;
 mod user;
 
 use std::fs::{self, File};
@@ -33,6 +34,7 @@ use crate::host::{Control, Received, Relay};
 use crate::launch::Program;
 use crate::server::{Context, Server, until};
 use crate::sys::{Interest, Reap};
+use crate::tsi::{Needs, Tsi};
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
 const GRACE: Duration = Duration::from_secs(5);
@@ -77,6 +79,7 @@ fn run() -> Result<(), String> {
                 children,
                 cgroup,
                 mut server,
+                mut tsi,
                 servers_ready_ns,
             } = prepared;
             for (mark, at_ns) in [
@@ -94,7 +97,8 @@ fn run() -> Result<(), String> {
                 entrypoint: entrypoint.pid,
                 session: 0,
             };
-            let end = supervise(&context, &children, &mut control, &mut relays, &mut server);
+            let end =
+                supervise(&context, &children, &mut control, &mut relays, &mut server, &mut tsi);
             (end, Some(relays))
         }
         Err(not_started) => {
@@ -120,6 +124,7 @@ struct Prepared {
     children: File,
     cgroup: BoxCgroup,
     server: Server,
+    tsi: Option<Tsi>,
     servers_ready_ns: u64,
 }
 
@@ -132,6 +137,12 @@ fn prepare() -> Result<Prepared, String> {
     mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
+    // Beside everything that follows.
+    // A file that is missing names no resolver.
+    let resolv_conf = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let needs = Needs { outgoing: instance.outgoing, published: instance.published };
+    let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
+        .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
@@ -140,8 +151,11 @@ fn prepare() -> Result<Prepared, String> {
         .map_err(|e| format!("raise the limit on open files: {e}"))?;
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
     let server = Server::listen()?;
+    if let Some(tsi) = &mut tsi {
+        tsi.wait_until_ready()?;
+    }
     let servers_ready_ns = sys::monotonic_ns();
-    Ok(Prepared { instance, root_mounted_ns, children, cgroup, server, servers_ready_ns })
+    Ok(Prepared { instance, root_mounted_ns, children, cgroup, server, tsi, servers_ready_ns })
 }
 
 /// The running entrypoint, with the reading ends of its output, non-blocking.
@@ -232,6 +246,7 @@ fn supervise(
     control: &mut Control,
     relays: &mut [Relay; 2],
     server: &mut Server,
+    tsi: &mut Option<Tsi>,
 ) -> Option<EntrypointEnd> {
     let controllers_due = Instant::now() + CONTROLLERS_DELAY;
     let mut phase = Phase::Running;
@@ -247,9 +262,15 @@ fn supervise(
                         Err(signal) => EntrypointEnd::Signaled(signal),
                     });
                     kill_box(context.cgroup);
+                    if let Some(tsi) = tsi {
+                        tsi.finish();
+                    }
                     phase = Phase::Draining(Instant::now() + REAP_LIMIT);
                 }
                 Reap::Ended(child) => {
+                    if let Some(tsi) = tsi {
+                        tsi.child_ended(child.pid, child.status);
+                    }
                     server.child_ended(child.pid, child.status.is_ok(), context.cgroup);
                 }
                 Reap::NoneYet => break,

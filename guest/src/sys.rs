@@ -10,7 +10,8 @@ use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::ptr;
 use std::time::Duration;
@@ -235,6 +236,284 @@ pub fn shutdown_write(socket: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) })?;
     Ok(())
+}
+
+/// Has a TCP socket's close cut the connection off (`SO_LINGER` of 0): its peer gets a reset.
+pub fn reset_on_close(socket: &impl AsRawFd) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    set_option(socket, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
+}
+
+/// `setsockopt(2)` with an option that is a plain value.
+fn set_option<T>(socket: &impl AsRawFd, level: i32, name: i32, value: &T) -> io::Result<()> {
+    // SAFETY: pointer and length describe `value`, which the kernel only reads.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
+/// An IP socket, non-blocking.
+fn ip_socket(family: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> {
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: plain socket call.
+    Ok(owned(check(unsafe { libc::socket(family, kind, protocol) })?))
+}
+
+/// An address for the kernel, and the length of its structure.
+fn raw_address(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: an all-zero sockaddr_storage is valid; it has room and alignment for either of the
+    // structures that are written into it.
+    unsafe {
+        let mut storage: libc::sockaddr_storage = zeroed();
+        let len = match address {
+            SocketAddr::V4(address) => {
+                let raw = &mut *(&raw mut storage).cast::<libc::sockaddr_in>();
+                raw.sin_family = libc::AF_INET as libc::sa_family_t;
+                raw.sin_port = address.port().to_be();
+                raw.sin_addr.s_addr = u32::from_ne_bytes(address.ip().octets());
+                size_of::<libc::sockaddr_in>()
+            }
+            SocketAddr::V6(address) => {
+                let raw = &mut *(&raw mut storage).cast::<libc::sockaddr_in6>();
+                raw.sin6_family = libc::AF_INET6 as libc::sa_family_t;
+                raw.sin6_port = address.port().to_be();
+                raw.sin6_addr.s6_addr = address.ip().octets();
+                size_of::<libc::sockaddr_in6>()
+            }
+        };
+        (storage, len as libc::socklen_t)
+    }
+}
+
+fn bind(socket: &OwnedFd, address: SocketAddr) -> io::Result<()> {
+    let (raw, len) = raw_address(address);
+    // SAFETY: pointer and length describe `raw`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const raw).cast(), len) })?;
+    Ok(())
+}
+
+/// A non-blocking TCP socket that listens on a port of all addresses of IPv6 and IPv4.
+pub fn tcp_listen(port: u16) -> io::Result<TcpListener> {
+    let socket = ip_socket(libc::AF_INET6, libc::SOCK_STREAM, 0)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1)?;
+    bind(&socket, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))?;
+    // SAFETY: plain system call on an open descriptor. The kernel cuts the backlog to its limit.
+    check(unsafe { libc::listen(socket.as_raw_fd(), libc::c_int::MAX) })?;
+    Ok(TcpListener::from(socket))
+}
+
+/// Starts a TCP connection from one of the machine's addresses, or one that is only routed to it. It
+/// becomes writable when there is an answer.
+pub fn tcp_connect(from: IpAddr, to: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let socket = ip_socket(family, libc::SOCK_STREAM, 0)?;
+    // Valid for both families (ip(7)), as are addresses that are not on an interface.
+    set_option(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, &1)?;
+    set_option(&socket, libc::SOL_IP, libc::IP_FREEBIND, &1)?;
+    bind(&socket, SocketAddr::new(from, 0))?;
+    let (raw, len) = raw_address(to);
+    // SAFETY: pointer and length describe `raw`.
+    match check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) }) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(socket),
+    }
+}
+
+/// A non-blocking UDP socket on a port of all addresses, which tells each datagram's destination and
+/// may send from any address that is routed to the machine.
+pub fn datagram_socket(port: u16) -> io::Result<UdpSocket> {
+    /// Room for bursts of all the box's datagrams.
+    const RECEIVE_BUFFER_LEN: libc::c_int = 4 << 20;
+    let socket = ip_socket(libc::AF_INET6, libc::SOCK_DGRAM, 0)?;
+    set_option(&socket, libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, &1)?;
+    set_option(&socket, libc::SOL_IPV6, libc::IPV6_FREEBIND, &1)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_BUFFER_LEN)?;
+    bind(&socket, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))?;
+    Ok(UdpSocket::from(socket))
+}
+
+/// Room for one `IPV6_PKTINFO` control message.
+#[repr(C, align(8))]
+struct PacketInfo([u8; 40]);
+
+/// A datagram from a [`datagram_socket`]: its length, its sender, and the address it was sent to.
+/// IPv4's are IPv4-mapped.
+pub fn receive_datagram(
+    socket: &UdpSocket,
+    buffer: &mut [u8],
+) -> io::Result<(usize, SocketAddrV6, Ipv6Addr)> {
+    let mut control = PacketInfo([0; 40]);
+    // SAFETY: all-zero structures of these types are valid; the message points to buffers of the
+    // lengths it says, which live to the end of the block. A control message is only looked at if
+    // the kernel says that it is there, whole, and of the type whose structure is then read.
+    unsafe {
+        let mut from: libc::sockaddr_in6 = zeroed();
+        let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        let mut message: libc::msghdr = zeroed();
+        message.msg_name = (&raw mut from).cast();
+        message.msg_namelen = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = size_of::<PacketInfo>();
+        let len = libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0);
+        if len < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        if header.is_null()
+            || (*header).cmsg_level != libc::SOL_IPV6
+            || (*header).cmsg_type != libc::IPV6_PKTINFO
+        {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let info = libc::CMSG_DATA(header).cast::<libc::in6_pktinfo>().read_unaligned();
+        let from = SocketAddrV6::new(
+            Ipv6Addr::from(from.sin6_addr.s6_addr),
+            u16::from_be(from.sin6_port),
+            0,
+            0,
+        );
+        Ok((len as usize, from, Ipv6Addr::from(info.ipi6_addr.s6_addr)))
+    }
+}
+
+/// Sends a datagram from a [`datagram_socket`], from this address.
+pub fn send_datagram(
+    socket: &UdpSocket,
+    bytes: &[u8],
+    from: Ipv6Addr,
+    to: SocketAddrV6,
+) -> io::Result<()> {
+    let mut control = PacketInfo([0; 40]);
+    let (mut to, to_len) = raw_address(to.into());
+    // SAFETY: an all-zero msghdr is valid; the message points to buffers of the lengths it says,
+    // which live to the end of the block and of which the kernel only reads. The control buffer has
+    // room for the one message that is written into it.
+    unsafe {
+        let mut part =
+            libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let mut message: libc::msghdr = zeroed();
+        message.msg_name = (&raw mut to).cast();
+        message.msg_namelen = to_len;
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = libc::CMSG_SPACE(size_of::<libc::in6_pktinfo>() as u32) as usize;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_IPV6;
+        (*header).cmsg_type = libc::IPV6_PKTINFO;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<libc::in6_pktinfo>() as u32) as usize;
+        let info = libc::in6_pktinfo {
+            ipi6_addr: libc::in6_addr { s6_addr: from.octets() },
+            ipi6_ifindex: 0,
+        };
+        libc::CMSG_DATA(header).cast::<libc::in6_pktinfo>().write_unaligned(info);
+        if libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Sockets that send whole IP packets, and receive none.
+#[derive(Debug)]
+pub struct RawSockets {
+    v4: OwnedFd,
+    v6: OwnedFd,
+}
+
+impl RawSockets {
+    /// Opens both.
+    pub fn open() -> io::Result<Self> {
+        let open = |family| ip_socket(family, libc::SOCK_RAW, libc::IPPROTO_RAW);
+        Ok(RawSockets { v4: open(libc::AF_INET)?, v6: open(libc::AF_INET6)? })
+    }
+
+    /// The descriptors.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.v4.as_fd(), self.v6.as_fd()]
+    }
+
+    /// Sends a packet that begins with its IP header.
+    pub fn send(&self, packet: &[u8], to: IpAddr) -> io::Result<()> {
+        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        let (raw, len) = raw_address(SocketAddr::new(to, 0));
+        // SAFETY: pointers and lengths describe `packet` and `raw`.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                packet.as_ptr().cast(),
+                packet.len(),
+                0,
+                (&raw const raw).cast(),
+                len,
+            )
+        };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// Makes a whole network of IPv6 addresses the machine's own (`ip -6 route add local NET dev NAME`,
+/// rtnetlink(7)). One that is there already is no error.
+pub fn add_local_route(net: Ipv6Addr, prefix_len: u8, interface: &str) -> io::Result<()> {
+    const REQUEST_LEN: u32 = 16 + 12 + 20 + 8;
+    const REPLY_ERROR: usize = 16;
+    let name = c_string(interface)?;
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    let mut request = Vec::with_capacity(REQUEST_LEN as usize);
+    // nlmsghdr
+    request.extend(REQUEST_LEN.to_ne_bytes());
+    request.extend(libc::RTM_NEWROUTE.to_ne_bytes());
+    request.extend((flags as u16).to_ne_bytes());
+    request.extend([0; 8]);
+    // rtmsg: family, destination's length, source's, TOS, table, protocol, scope, type; flags
+    request.extend([libc::AF_INET6 as u8, prefix_len, 0, 0]);
+    request.extend([
+        libc::RT_TABLE_LOCAL,
+        libc::RTPROT_BOOT,
+        libc::RT_SCOPE_UNIVERSE,
+        libc::RTN_LOCAL,
+    ]);
+    request.extend([0; 4]);
+    // rtattr: the destination, the interface
+    request.extend(20_u16.to_ne_bytes());
+    request.extend(libc::RTA_DST.to_ne_bytes());
+    request.extend(net.octets());
+    request.extend(8_u16.to_ne_bytes());
+    request.extend(libc::RTA_OIF.to_ne_bytes());
+    request.extend(index.to_ne_bytes());
+
+    // SAFETY: plain socket call, then calls with a buffer and its length.
+    let reply = unsafe {
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+        let socket = owned(check(libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE))?);
+        if libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut reply = [0_u8; 128];
+        if libc::recv(socket.as_raw_fd(), reply.as_mut_ptr().cast(), reply.len(), 0) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        reply
+    };
+    let [a, b, c, d] = [0, 1, 2, 3].map(|at| reply[REPLY_ERROR + at]);
+    match -i32::from_ne_bytes([a, b, c, d]) {
+        0 | libc::EEXIST => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// A pipe, closed on exec: (read end, non-blocking; write end, blocking).

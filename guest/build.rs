@@ -1,0 +1,31 @@
+//! Build script: compiles the agent's BPF programs with clang, which `make tools` installs.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::Command;
+use std::{env, io};
+
+const SOURCE: &str = "bpf/tsi.bpf.c";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed={SOURCE}");
+    let object = PathBuf::from(env::var("OUT_DIR")?).join("tsi.bpf.o");
+    // Debian's headers of the kernel's own types are below the architecture's directory. No debug
+    // information: it would only make the agent larger, and the kernel has no BTF to match.
+    let status = Command::new("clang")
+        .args(["-target", "bpf", "-mcpu=v3", "-O2", "-Wall", "-Wextra", "-Werror"])
+        .args(["-I", "/usr/include/x86_64-linux-gnu", "-c", SOURCE, "-o"])
+        .arg(&object)
+        .status()
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => "clang is missing; run 'make tools'".into(),
+            _ => format!("run clang: {error}"),
+        })?;
+    if !status.success() {
+        return Err(format!(
+            "clang could not compile {SOURCE}; its message is above (headers missing? run 'make tools')"
+        )
+        .into());
+    }
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! TSI (contract §8): sockets of the box that reach the outside without a network interface, and
+//! published ports (contract §1.6).
+//!
+//! ```text
+//!   application ── connect() ──▶ program (BPF) ──▶ relay ── vsock, one stream per flow ──▶ mote
+//!                                                     ▲
+//!   server of the box ◀── connect() ──────────────────┴── vsock ◀── client of a published port
+//! ```
+//!
+//! [`program`] redirects, [`relay`] serves the flows in a process of its own, with [`stream`] and
+//! [`datagrams`] for what one flow does and [`packet`] for what sockets are told. This file sets all
+//! that up and looks after the process.
+
+mod datagrams;
+mod packet;
+mod program;
+mod relay;
+mod stream;
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use mote_agent::flow::PUBLISH_PORT;
+
+use self::program::{AGENT_PORT, Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
+use self::relay::Relay;
+use crate::sys;
+
+/// What the box needs of this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// Its sockets reach the outside.
+    pub outgoing: bool,
+    /// It has published ports.
+    pub published: bool,
+}
+
+/// What the process says when it is ready.
+const READY: &[u8] = b"ready";
+
+/// Where applications are redirected to.
+#[derive(Debug)]
+struct Outgoing {
+    listener: TcpListener,
+    datagrams: UdpSocket,
+    raw: sys::RawSockets,
+}
+
+/// The process that carries the box's connections.
+#[derive(Debug)]
+pub struct Tsi {
+    needs: Needs,
+    cgroup: OwnedFd,
+    resolvers: Vec<Ipv6Addr>,
+    process: Option<Process>,
+}
+
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    /// Its end asks the process to finish.
+    _lifeline: OwnedFd,
+    /// What its set-up came to: [`READY`], or the reason why not.
+    outcome: File,
+}
+
+impl Tsi {
+    /// Starts the process, if the box needs it, and does not wait for it. `cgroup` is the box's,
+    /// `resolv_conf` what its resolver reads.
+    pub fn start(
+        needs: Needs,
+        cgroup: BorrowedFd<'_>,
+        resolv_conf: &str,
+    ) -> io::Result<Option<Self>> {
+        if !needs.outgoing && !needs.published {
+            return Ok(None);
+        }
+        let cgroup = cgroup.try_clone_to_owned()?;
+        let resolvers = loopback_resolvers(resolv_conf);
+        let mut tsi = Tsi { needs, cgroup, resolvers, process: None };
+        tsi.start_process()?;
+        Ok(Some(tsi))
+    }
+
+    fn start_process(&mut self) -> io::Result<()> {
+        const NAME: &CStr = c"mote-network";
+        let Tsi { needs, cgroup, resolvers, .. } = &*self;
+        let (end, lifeline) = sys::pipe()?;
+        let (outcome, outcome_end) = sys::input_pipe()?;
+        let keep = [end.as_fd(), outcome_end.as_fd(), cgroup.as_fd()];
+        let pid = sys::fork(&keep, NAME, || {
+            serve(*needs, cgroup.as_fd(), resolvers, &end, &outcome_end);
+        })?;
+        self.process = Some(Process { pid, _lifeline: lifeline, outcome: File::from(outcome) });
+        Ok(())
+    }
+
+    /// Waits until connections are carried. Nothing of the box may run before.
+    pub fn wait_until_ready(&mut self) -> Result<(), String> {
+        let Some(Process { outcome, .. }) = &mut self.process else { return Ok(()) };
+        let mut said = [0; libc::PIPE_BUF];
+        match outcome.read(&mut said) {
+            Ok(len) if said[..len] == *READY => Ok(()),
+            Ok(0) => Err("the process that carries the box's connections was killed".into()),
+            Ok(len) => Err(String::from_utf8_lossy(&said[..len]).into_owned()),
+            Err(e) => Err(format!("wait for the process that carries connections: {e}")),
+        }
+    }
+
+    /// Takes note of a child's end, which may be the process's. One that was killed, as a box's root
+    /// may, has a successor; its connections are lost.
+    pub fn child_ended(&mut self, pid: i32, status: Result<u8, u8>) {
+        if self.process.take_if(|process| process.pid == pid).is_some()
+            && status.is_err()
+            && let Err(error) = self.start_process()
+        {
+            eprintln!("mote-agent: start the process that carries connections: {error}");
+        }
+    }
+
+    /// Has the process end once everything that the box has sent is with the host.
+    pub fn finish(&mut self) {
+        self.process = None;
+    }
+}
+
+/// The process: sets everything up, says so, and carries connections until the lifeline ends.
+fn serve(
+    needs: Needs,
+    cgroup: BorrowedFd<'_>,
+    resolvers: &[Ipv6Addr],
+    lifeline: &File,
+    mut outcome: &File,
+) {
+    let (programs, outgoing, published) = match set_up(needs, cgroup, resolvers) {
+        Ok(made) => made,
+        Err(reason) => {
+            let reason = format!("set up the box's connections: {reason}");
+            // Nobody to tell: the box is over already.
+            let _ = outcome.write(reason.as_bytes());
+            return;
+        }
+    };
+    let relay = Relay::new(programs, outgoing.as_ref(), published.as_ref(), lifeline);
+    let _ = outcome.write(READY);
+    if let Err(error) = relay.and_then(|mut relay| relay.run()) {
+        eprintln!("mote-agent: carry the box's connections: {error}");
+    }
+}
+
+type Made = (Programs, Option<Outgoing>, Option<File>);
+
+fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<Made, String> {
+    let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+    sys::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
+    let outgoing = needs.outgoing.then(Outgoing::new).transpose().map_err(failed("listen"))?;
+    let published = needs
+        .published
+        .then(|| sys::vsock_listen(PUBLISH_PORT))
+        .transpose()
+        .map_err(failed("listen for clients of published ports"))?;
+    let extent = if needs.outgoing { Extent::Everything } else { Extent::Clients };
+    // Last, so that whatever is redirected finds its listener.
+    Ok((Programs::attach(cgroup, extent, resolvers)?, outgoing, published))
+}
+
+impl Outgoing {
+    fn new() -> io::Result<Self> {
+        Ok(Outgoing {
+            listener: sys::tcp_listen(AGENT_PORT)?,
+            datagrams: sys::datagram_socket(AGENT_PORT)?,
+            raw: sys::RawSockets::open()?,
+        })
+    }
+}
+
+/// Whether what failed on a vsock socket failed only because the host has yet to answer.
+fn is_connecting(socket: &File, error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOTCONN) && sys::socket_error(socket).is_ok()
+}
+
+/// The loopback addresses among the name servers of resolv.conf(5), IPv4 as IPv4-mapped.
+fn loopback_resolvers(resolv_conf: &str) -> Vec<Ipv6Addr> {
+    resolv_conf
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let address = words.next().filter(|word| *word == "nameserver").and(words.next())?;
+            address.parse::<IpAddr>().ok()
+        })
+        .filter(IpAddr::is_loopback)
+        .map(|ip| match ip {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_resolvers_are_found() {
+        let text = "# nameserver 127.0.0.9\nsearch a\nnameserver 127.0.0.53\nnameserver 192.0.2.1\n \
+            nameserver ::1\nnameserver\nnameserver x\n";
+        let expected: [Ipv6Addr; 2] =
+            ["::ffff:127.0.0.53", "::1"].map(|text| text.parse().expect("an address"));
+        assert_eq!(loopback_resolvers(text), expected);
+    }
+}

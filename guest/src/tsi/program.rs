@@ -1,0 +1,351 @@
+//! The BPF programs (`guest/bpf/tsi.bpf.c`, which explains them): loading, attaching, and the maps
+//! and events that the agent shares with them.
+
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use aya::maps::{HashMap, MapData, RingBuf};
+use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr};
+use aya::{Ebpf, EbpfLoader};
+use mote_agent::flow::Protocol;
+
+/// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
+pub const AGENT_PORT: u16 = 1;
+/// Network of the IPv6 addresses that name flows (`FLOW_NET6`).
+pub const FLOW_NET6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0, 0, 0, 0);
+/// Its prefix length.
+pub const FLOW_NET6_LEN: u8 = 64;
+/// Network of the IPv4 addresses that name flows (`FLOW_NET4`).
+const FLOW_NET4: u32 = 0x7f80_0000;
+/// Most loopback resolvers (`RESOLVERS`): resolv.conf(5) has three that count.
+const MAX_RESOLVERS: usize = 4;
+
+/// Bits of an id; those above its number say whose it is (`ID_BITS`).
+const ID_BITS: u32 = 20;
+const ID_MASK: u32 = (4 << ID_BITS) - 1;
+const KIND_DATAGRAM: u32 = 1 << ID_BITS;
+const KIND_PUBLISHED: u32 = 2 << ID_BITS;
+
+/// `struct flow`, as bytes.
+type RawFlow = [u8; 32];
+const FLOW_IP: usize = 8;
+const FLOW_PORT: usize = 24;
+const FLOW_PROTOCOL: usize = 26;
+const FLOW_STATE: usize = 27;
+/// `NEW`, `OPEN`.
+const STATE_NEW: u8 = 0;
+const STATE_OPEN: u8 = 2;
+
+/// `struct event`, as bytes.
+const EVENT_LEN: usize = 176;
+const EVENT_FLOW: usize = 8;
+const EVENT_PACKET_LEN: usize = 40;
+const EVENT_PACKET: usize = 44;
+const PACKET_MAX: usize = 128;
+/// `SYN`, `RELEASED`.
+const EVENT_SYN: u32 = 0;
+const EVENT_RELEASED: u32 = 1;
+
+/// Names a flow, in the address that stands for its destination. 22 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Id(u32);
+
+impl Id {
+    /// The id that an address names (IPv4 as IPv4-mapped).
+    pub fn of(ip: Ipv6Addr) -> Option<Self> {
+        let low = u128::from(ip) as u32;
+        match ip.to_ipv4_mapped() {
+            Some(ip) if u32::from(ip) & !ID_MASK == FLOW_NET4 => Some(Id(low & ID_MASK)),
+            None if u128::from(ip) & !u128::from(ID_MASK) == u128::from(FLOW_NET6) => {
+                Some(Id(low & ID_MASK))
+            }
+            _ => None,
+        }
+    }
+
+    /// The id of the `number`-th connection to a published port; numbers come round.
+    pub fn published(number: u32) -> Self {
+        Id(KIND_PUBLISHED | number & ((1 << ID_BITS) - 1))
+    }
+
+    /// Its address among those of IPv4.
+    pub fn ip4(self) -> std::net::Ipv4Addr {
+        (FLOW_NET4 | self.0).into()
+    }
+
+    /// Its address among those of IPv6.
+    pub fn ip6(self) -> Ipv6Addr {
+        (u128::from(FLOW_NET6) | u128::from(self.0)).into()
+    }
+
+    fn is_datagram(self) -> bool {
+        self.0 & KIND_DATAGRAM != 0
+    }
+}
+
+/// What an application asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Original {
+    /// Names its socket.
+    pub cookie: u64,
+    /// Where it wanted to go.
+    pub destination: SocketAddr,
+    /// How.
+    pub protocol: Protocol,
+}
+
+impl Original {
+    fn from_raw(raw: &RawFlow) -> Option<Self> {
+        let cookie = u64::from_ne_bytes(raw[..8].try_into().ok()?);
+        let ip: [u8; 16] = raw[FLOW_IP..FLOW_IP + 16].try_into().ok()?;
+        let port = u16::from_be_bytes([raw[FLOW_PORT], raw[FLOW_PORT + 1]]);
+        let protocol = match raw[FLOW_PROTOCOL] {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            _ => return None,
+        };
+        let destination = SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), port);
+        Some(Original { cookie, destination, protocol })
+    }
+
+    fn to_raw(self) -> RawFlow {
+        let ip = match self.destination.ip() {
+            std::net::IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            std::net::IpAddr::V6(ip) => ip,
+        };
+        let mut raw = [0; 32];
+        raw[..8].copy_from_slice(&self.cookie.to_ne_bytes());
+        raw[FLOW_IP..FLOW_IP + 16].copy_from_slice(&ip.octets());
+        raw[FLOW_PORT..FLOW_PORT + 2].copy_from_slice(&self.destination.port().to_be_bytes());
+        raw[FLOW_PROTOCOL] = self.protocol as u8;
+        raw
+    }
+}
+
+/// What the programs report.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A socket connects: the packet is held back.
+    Syn {
+        /// Its flow's id.
+        id: Id,
+        /// Where it wants to go.
+        original: Original,
+        /// Its SYN, from the IP header on.
+        packet: Vec<u8>,
+    },
+    /// A socket with flows was closed.
+    Released {
+        /// Its flow's id, unless it had only sent datagrams.
+        id: Option<Id>,
+        /// Names the socket.
+        cookie: u64,
+    },
+}
+
+impl Event {
+    fn from_raw(raw: &[u8]) -> Option<Self> {
+        let raw: &[u8; EVENT_LEN] = raw.try_into().ok()?;
+        let word = |at: usize| Some(u32::from_ne_bytes(raw[at..at + 4].try_into().ok()?));
+        let flow: &RawFlow = raw[EVENT_FLOW..EVENT_FLOW + 32].try_into().ok()?;
+        let id = word(4)?;
+        match word(0)? {
+            EVENT_SYN => {
+                let len = (word(EVENT_PACKET_LEN)? as usize).min(PACKET_MAX);
+                let packet = raw[EVENT_PACKET..EVENT_PACKET + len].to_vec();
+                Some(Event::Syn { id: Id(id), original: Original::from_raw(flow)?, packet })
+            }
+            EVENT_RELEASED => {
+                let cookie = u64::from_ne_bytes(flow[..8].try_into().ok()?);
+                Some(Event::Released { id: (id != 0).then_some(Id(id)), cookie })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What of TSI a box needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// Connections to the outside, and the true addresses of clients of published ports.
+    Everything,
+    /// Those addresses alone.
+    Clients,
+}
+
+/// The programs, attached while this lives, and the flows that they know.
+pub struct Programs {
+    _attached: Ebpf,
+    connected: HashMap<MapData, u32, RawFlow>,
+    datagrams: HashMap<MapData, u32, RawFlow>,
+    events: RingBuf<MapData>,
+}
+
+impl Programs {
+    /// Loads the programs and attaches them to a cgroup. `resolvers` are the loopback addresses that
+    /// stand for the host's resolver (IPv4 as IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not.
+    pub fn attach(
+        cgroup: BorrowedFd<'_>,
+        extent: Extent,
+        resolvers: &[Ipv6Addr],
+    ) -> Result<Self, String> {
+        const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
+        let mut ebpf = EbpfLoader::new()
+            .btf(None)
+            .load(OBJECT)
+            .map_err(|e| format!("load the BPF programs: {}", chain(&e)))?;
+        let mut take =
+            |name: &str| ebpf.take_map(name).ok_or_else(|| format!("there is no map {name}"));
+        let failed = |e: aya::maps::MapError| format!("open a map: {}", chain(&e));
+        let connected = HashMap::try_from(take("flows")?).map_err(failed)?;
+        let datagrams = HashMap::try_from(take("datagram_flows")?).map_err(failed)?;
+        let events = RingBuf::try_from(take("events")?).map_err(failed)?;
+        let mut known = HashMap::<_, [u8; 16], u8>::try_from(take("resolvers")?).map_err(failed)?;
+        for ip in resolvers.iter().take(MAX_RESOLVERS) {
+            known.insert(ip.octets(), 1, 0).map_err(failed)?;
+        }
+        for (name, program) in ebpf.programs_mut() {
+            if extent == Extent::Clients && !name.starts_with("tsi_getpeername") {
+                continue;
+            }
+            attach(program, cgroup).map_err(|e| format!("attach {name}: {}", chain(&e)))?;
+        }
+        Ok(Programs { _attached: ebpf, connected, datagrams, events })
+    }
+
+    /// Where a flow wanted to go; `None` for one whose socket is gone.
+    pub fn original(&self, id: Id) -> Option<Original> {
+        let raw = if id.is_datagram() {
+            self.datagrams.get(&id.0, 0)
+        } else {
+            self.connected.get(&id.0, 0)
+        };
+        Original::from_raw(&raw.ok()?)
+    }
+
+    /// Lets a flow's SYNs pass from now on.
+    pub fn open(&mut self, id: Id) {
+        self.set_state(id, STATE_OPEN);
+    }
+
+    /// Has a flow's next SYN reported again.
+    pub fn rearm(&mut self, id: Id) {
+        self.set_state(id, STATE_NEW);
+    }
+
+    fn set_state(&mut self, id: Id, state: u8) {
+        /// Only what exists (`BPF_EXIST`): the socket may be gone meanwhile.
+        const EXISTING: u64 = 2;
+        if let Ok(mut raw) = self.connected.get(&id.0, 0) {
+            raw[FLOW_STATE] = state;
+            // A failure is the same as a lost packet: it is asked for again.
+            let _ = self.connected.insert(id.0, raw, EXISTING);
+        }
+    }
+
+    /// Names the client of a connection to a published port, for the server to see.
+    pub fn name_client(&mut self, id: Id, client: SocketAddr) {
+        let original = Original { cookie: 0, destination: client, protocol: Protocol::Tcp };
+        // Without it the server sees an address of the agent's.
+        let _ = self.connected.insert(id.0, original.to_raw(), 0);
+    }
+
+    /// Forgets that.
+    pub fn forget_client(&mut self, id: Id) {
+        let _ = self.connected.remove(&id.0);
+    }
+
+    /// The next event.
+    pub fn next_event(&mut self) -> Option<Event> {
+        loop {
+            let item = self.events.next()?;
+            if let Some(event) = Event::from_raw(&item) {
+                return Some(event);
+            }
+        }
+    }
+
+    /// Readable when there are events.
+    pub fn events(&self) -> RawFd {
+        self.events.as_raw_fd()
+    }
+}
+
+fn attach(
+    program: &mut aya::programs::Program,
+    cgroup: BorrowedFd<'_>,
+) -> Result<(), aya::programs::ProgramError> {
+    use aya::programs::Program as Any;
+    // Links take no mode, and are always beside whatever else is attached (bpf_link_create).
+    let mode = CgroupAttachMode::Single;
+    match program {
+        Any::CgroupSockAddr(program) => {
+            let program: &mut CgroupSockAddr = program;
+            program.load()?;
+            program.attach(cgroup, mode).map(drop)
+        }
+        Any::CgroupSkb(program) => {
+            let program: &mut CgroupSkb = program;
+            program.load()?;
+            let egress = aya::programs::CgroupSkbAttachType::Egress;
+            program.attach(cgroup, egress, mode).map(drop)
+        }
+        Any::CgroupSock(program) => {
+            let program: &mut CgroupSock = program;
+            program.load()?;
+            program.attach(cgroup, mode).map(drop)
+        }
+        _ => Err(aya::programs::ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_and_their_addresses_are_the_same() {
+        for id in [Id(1), Id(KIND_DATAGRAM | 7), Id::published(0x12_3456), Id(ID_MASK)] {
+            assert_eq!(Id::of(id.ip4().to_ipv6_mapped()), Some(id));
+            assert_eq!(Id::of(id.ip6()), Some(id));
+        }
+        for ip in ["::ffff:127.0.0.1", "::1", "::ffff:127.192.0.0", "fd54:5349:0:1::1"] {
+            assert_eq!(Id::of(ip.parse().expect("an address")), None, "{ip}");
+        }
+    }
+
+    #[test]
+    fn structures_are_laid_out_as_in_c() {
+        let original = Original {
+            cookie: 0x0102_0304_0506_0708,
+            destination: "198.51.100.7:443".parse().expect("an address"),
+            protocol: Protocol::Tcp,
+        };
+        let raw = original.to_raw();
+        assert_eq!(raw[18..28], [0xff, 0xff, 198, 51, 100, 7, 1, 187, 6, 0]);
+        assert_eq!(Original::from_raw(&raw), Some(original));
+
+        let mut event = [0; EVENT_LEN];
+        event[4] = 9;
+        event[EVENT_FLOW..EVENT_FLOW + 32].copy_from_slice(&raw);
+        event[EVENT_PACKET_LEN] = 2;
+        event[EVENT_PACKET..EVENT_PACKET + 3].copy_from_slice(&[0x45, 1, 2]);
+        let syn = Event::Syn { id: Id(9), original, packet: vec![0x45, 1] };
+        assert_eq!(Event::from_raw(&event), Some(syn));
+        event[0] = 1;
+        let released = Event::Released { id: Some(Id(9)), cookie: original.cookie };
+        assert_eq!(Event::from_raw(&event), Some(released));
+        assert_eq!(Event::from_raw(&event[1..]), None);
+    }
+}
