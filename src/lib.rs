@@ -12,6 +12,7 @@
 //! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
 //!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
 //! - its devices: [`virtio`], and what serves them on the host: [`virtiofsd`], [`sockets`]
+//! - what the guest may reach through them: [`policy`]
 //! - the host's limits on all that: [`cpuset`], [`cgroup`]
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
@@ -38,6 +39,7 @@ pub mod log;
 pub mod memory;
 pub mod outcome;
 pub mod plan;
+pub mod policy;
 pub mod probe;
 pub mod run;
 pub mod sockets;

@@ -8,6 +8,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -263,6 +264,105 @@ pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int)
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
     Ok(())
+}
+
+/// A non-blocking TCP socket that listens on this address. One of IPv6 takes no clients of IPv4, for
+/// whom there is another. The port may have connections of an earlier listener that linger
+/// (`SO_REUSEADDR`), but no second listener.
+pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpListener> {
+    let listener = TcpListener::from(tcp_socket(address)?);
+    set_option(&listener, libc::SOL_SOCKET, libc::SO_REUSEADDR, &ON)?;
+    if address.is_ipv6() {
+        set_option(&listener, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &ON)?;
+    }
+    let (raw, len) = raw_address(address);
+    // SAFETY: `raw` holds an address of `len` bytes.
+    check(unsafe { libc::bind(listener.as_raw_fd(), (&raw const raw).cast(), len) })?;
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::listen(listener.as_raw_fd(), backlog) })?;
+    Ok(listener)
+}
+
+/// A non-blocking TCP socket that is being connected, or is. Its first readiness to write, or its
+/// first error, says how that went.
+pub fn connect_tcp(destination: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::from(tcp_socket(destination)?);
+    let (raw, len) = raw_address(destination);
+    // SAFETY: `raw` holds an address of `len` bytes.
+    match check(unsafe { libc::connect(stream.as_raw_fd(), (&raw const raw).cast(), len) }) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(stream),
+    }
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: plain system call.
+    Ok(owned(check(unsafe { libc::socket(family, kind, 0) })?))
+}
+
+/// An address as the kernel takes it, and its length there.
+fn raw_address(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: an all-zero address of any kind is valid.
+    let mut storage: libc::sockaddr_storage = unsafe { zeroed() };
+    let len = match address {
+        SocketAddr::V4(address) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: a sockaddr_storage is large enough and aligned for every kind of address.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(raw) };
+            size_of::<libc::sockaddr_in>()
+        }
+        SocketAddr::V6(address) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: address.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                sin6_scope_id: address.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, len as libc::socklen_t)
+}
+
+/// Whether closing a TCP socket resets its connection, and drops what is still to be sent, rather
+/// than ending it in order (socket(7), `SO_LINGER` of zero).
+pub fn set_reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+    set_option(stream, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
+}
+
+/// The value of a socket option that is switched on.
+const ON: libc::c_int = 1;
+
+/// Sets a socket option whose value is a `T`: one of libc's types for it.
+fn set_option<T>(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    let len = size_of::<T>() as libc::socklen_t;
+    let value = ptr::from_ref(value).cast();
+    // SAFETY: pointer and length describe `value`, which the call only reads.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, len) })?;
+    Ok(())
+}
+
+/// The number of the network interface of this name.
+pub fn interface_index(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: the name is NUL-terminated and outlives the call.
+    Some(unsafe { libc::if_nametoindex(name.as_ptr()) }).filter(|index| *index != 0)
 }
 
 /// Makes reads and writes on a descriptor return instead of waiting.
