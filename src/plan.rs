@@ -5,7 +5,7 @@
 //! Planning changes nothing on the host, so `mote check` is this stage and a printout.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
@@ -22,6 +22,7 @@ use crate::cgroup::{Cgroup, Limit};
 use crate::cpuset::CpuSet;
 use crate::guest_init::{GuestInit, Main};
 use crate::json::Report;
+use crate::policy::Policy;
 use crate::spec::{self, Spec};
 use crate::{image, layout};
 
@@ -94,6 +95,11 @@ pub struct Plan {
     pub shares: Vec<Share>,
     /// Host sockets and the guest ports behind them.
     pub sockets: Vec<HostSocket>,
+    /// Published ports, in the spec's order.
+    pub published_ports: Vec<PublishedPort>,
+    /// Where the guest's own connections may go when they are made with host sockets (TSI); `None`
+    /// when the guest has a network interface instead.
+    pub outgoing: Option<Policy>,
     /// File for the guest's output; `None` is mote's own stdout and stderr.
     pub console_output: Option<PathBuf>,
     /// What the agent is told.
@@ -132,6 +138,15 @@ pub struct HostSocket {
     pub fallback_port: Option<u32>,
 }
 
+/// A TCP port of the host whose connections go to a TCP port of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedPort {
+    /// The host's port, not 0.
+    pub host: u16,
+    /// The guest's port, not 0.
+    pub guest: u16,
+}
+
 /// Bytes to load, and where they come from.
 #[derive(Clone)]
 pub struct Image {
@@ -156,6 +171,7 @@ impl Plan {
         let cgroup = plan_cgroup(spec, report);
         let shares = plan_shares(spec, report);
         let sockets = plan_sockets(spec, report);
+        let published_ports = plan_ports(&spec.port_map, report);
         check_console(spec.console_output.as_deref(), report);
         let instance = plan_instance(spec, report);
         refuse_unsupported(spec, report);
@@ -179,6 +195,8 @@ impl Plan {
             cgroup,
             shares,
             sockets,
+            published_ports,
+            outgoing: spec.network.is_none().then(plan_outgoing),
             console_output: spec.console_output.clone(),
             instance,
             kernel: kernel?,
@@ -224,6 +242,9 @@ impl fmt::Display for Plan {
                 socket.path.display(),
                 socket.guest_port
             )?;
+        }
+        for PublishedPort { host, guest } in &self.published_ports {
+            writeln!(f, "port       {host} -> guest port {guest}")?;
         }
         match &self.console_output {
             Some(path) => writeln!(f, "console    {}", path.display())?,
@@ -467,6 +488,86 @@ fn socket_problem(path: &Path) -> Option<String> {
     parent_problem(path)
 }
 
+/// Most published ports (contract §1.6).
+const MAX_PUBLISHED_PORTS: usize = 4096;
+
+fn plan_ports(port_map: &[String], report: &mut Report) -> Vec<PublishedPort> {
+    if port_map.len() > MAX_PUBLISHED_PORTS {
+        let len = port_map.len();
+        report.error(
+            "port_map",
+            format!("has {len} entries, mote can publish {MAX_PUBLISHED_PORTS} ports"),
+        );
+        return Vec::new();
+    }
+    let mut ports = Vec::new();
+    let (mut host_ports, mut guest_ports) = (HashMap::new(), HashMap::new());
+    for (index, text) in port_map.iter().enumerate() {
+        let path = format!("port_map[{index}]");
+        let port = match parse_published_port(text) {
+            Ok(port) => port,
+            Err(problem) => {
+                report.error(path, format!("is \"{text}\", {problem}"));
+                continue;
+            }
+        };
+        for (side, number, known) in
+            [("host", port.host, &mut host_ports), ("guest", port.guest, &mut guest_ports)]
+        {
+            let first = *known.entry(number).or_insert(index);
+            if first != index {
+                report.error(
+                    &path,
+                    format!(
+                        "is \"{text}\", but {side} port {number} is in port_map[{first}] already; give each entry ports of its own"
+                    ),
+                );
+            }
+        }
+        ports.push(port);
+    }
+    ports
+}
+
+/// Parses `HOST:GUEST`. What is not understood is told apart from what mote does not do.
+fn parse_published_port(text: &str) -> Result<PublishedPort, String> {
+    let (pair, protocol) = text.split_once('/').map_or((text, None), |(p, q)| (p, Some(q)));
+    let mut from_the_end = pair.rsplitn(3, ':');
+    let (guest, host) = (from_the_end.next(), from_the_end.next());
+    let (Some(guest), Some(host)) = (guest, host) else {
+        return Err("must be HOST:GUEST, two port numbers like \"8080:80\"".into());
+    };
+    match protocol {
+        None => {}
+        Some(protocol) if protocol.eq_ignore_ascii_case("tcp") => {
+            return Err(format!("but ports are always TCP's here; write \"{host}:{guest}\""));
+        }
+        Some(protocol) => {
+            return Err(format!("but only TCP ports can be published, not those of {protocol}"));
+        }
+    }
+    if from_the_end.next().is_some() {
+        return Err(format!(
+            "but a port is published on all of the host's addresses; write \"{host}:{guest}\""
+        ));
+    }
+    let port = |text: &str| {
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err("must be HOST:GUEST, two port numbers like \"8080:80\"".into());
+        }
+        text.parse()
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| format!("but {text} is not a port; those are from 1 to {}", u16::MAX))
+    };
+    Ok(PublishedPort { host: port(host)?, guest: port(guest)? })
+}
+
+/// The name servers are the host's at this time; a host that has none is one without resolv.conf.
+fn plan_outgoing() -> Policy {
+    Policy::new(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default())
+}
+
 fn check_console(path: Option<&Path>, report: &mut Report) {
     let Some(path) = path else { return };
     let problem = if path.is_dir() {
@@ -650,9 +751,6 @@ fn refuse_unsupported(spec: &Spec, report: &mut Report) {
             "asks for a passt network, which this version of mote does not have yet; leave it null",
         );
     }
-    if !spec.port_map.is_empty() {
-        report.error("port_map", "asks for published ports, which this version of mote does not have yet; leave it empty");
-    }
 }
 
 fn plan_image(
@@ -830,6 +928,69 @@ mod tests {
     }
 
     #[test]
+    fn published_ports_are_judged_strictly() {
+        let ports = |entries: &[&str]| {
+            let port_map: Vec<String> = entries.iter().map(|text| (*text).to_owned()).collect();
+            plan(|s| s.port_map = port_map)
+        };
+        let planned = ports(&["8080:80", "1:65535", "65535:1"]).expect("a plan");
+        assert_eq!(planned.published_ports[1], PublishedPort { host: 1, guest: 65_535 });
+        assert!(planned.to_string().contains("port       8080 -> guest port 80\n"));
+        let wanted = "must be HOST:GUEST, two port numbers like \"8080:80\"";
+        for (text, problem) in [
+            ("", wanted),
+            ("8080", wanted),
+            (":", wanted),
+            ("8080:", wanted),
+            (":80", wanted),
+            (" 8080:80", wanted),
+            ("+8080:80", wanted),
+            ("-1:80", wanted),
+            ("8080-8090:80", wanted),
+            ("http:80", wanted),
+            ("8080:80/", "but only TCP ports can be published, not those of "),
+            ("8080:80/udp", "but only TCP ports can be published, not those of udp"),
+            ("8080:80/tcp", "but ports are always TCP's here; write \"8080:80\""),
+            (
+                "127.0.0.1:8080:80",
+                "but a port is published on all of the host's addresses; write \"8080:80\"",
+            ),
+            (
+                "[::1]:8080:80",
+                "but a port is published on all of the host's addresses; write \"8080:80\"",
+            ),
+            ("0:80", "but 0 is not a port; those are from 1 to 65535"),
+            ("8080:0", "but 0 is not a port; those are from 1 to 65535"),
+            ("65536:80", "but 65536 is not a port; those are from 1 to 65535"),
+            (
+                "8080:99999999999999999999",
+                "but 99999999999999999999 is not a port; those are from 1 to 65535",
+            ),
+        ] {
+            let errors = ports(&["1:1", text]).expect_err(text);
+            assert_eq!(errors, [format!("port_map[1]: is \"{text}\", {problem}")]);
+        }
+        assert_eq!(
+            ports(&["80:80", "443:443", "80:8080", "81:443"]).expect_err("repeated"),
+            [
+                "port_map[2]: is \"80:8080\", but host port 80 is in port_map[0] already; give each entry ports of its own",
+                "port_map[3]: is \"81:443\", but guest port 443 is in port_map[1] already; give each entry ports of its own",
+            ]
+        );
+        let many: Vec<String> = (1..=4097).map(|port| format!("{port}:{port}")).collect();
+        assert_eq!(
+            errors(|s| s.port_map = many.clone()),
+            ["port_map: has 4097 entries, mote can publish 4096 ports"]
+        );
+        assert!(plan(|s| s.port_map = many[1..].to_vec()).is_ok());
+    }
+
+    #[test]
+    fn without_a_network_of_its_own_the_guest_uses_the_hosts() {
+        assert!(plan(|_| ()).expect("a plan").outgoing.is_some());
+    }
+
+    #[test]
     fn every_error_is_reported_at_once() {
         let errors = errors(|s| {
             s.vcpus = 0;
@@ -838,7 +999,7 @@ mod tests {
             s.workdir = "here".into();
             s.entrypoint.executable.clear();
             s.entrypoint.env = vec![("A=B".into(), String::new())];
-            s.port_map = vec!["1:2".into()];
+            s.port_map = vec!["1".into()];
             s.resource_limits.pids_limit = Some(0);
         });
         assert_eq!(errors.len(), 8, "{errors:?}");

@@ -1,8 +1,12 @@
-//! The box's Unix sockets on the host (contract §2.8): bound before the guest runs, so that a
-//! client that sees the file can connect; private to the user; unlinked at the end.
+//! The box's sockets on the host: bound before the guest runs, so that a client that comes early
+//! can connect and is served once the guest is ready.
+//!
+//! Unix sockets (contract §2.8) are private to the user and unlinked at the end; published ports
+//! (§1.6) are open to everybody who can reach the host.
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::plan::{HostSocket, MAX_SOCKET_PATH};
+use crate::plan::{HostSocket, MAX_SOCKET_PATH, PublishedPort};
 use crate::sys;
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
@@ -85,9 +89,39 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     bind().with_context(|| format!("listen on {}", path.display()))
 }
 
+/// Listens on a host port for IPv4 and, where the host has it, IPv6. Two boxes cannot share a port.
+pub fn publish(port: &PublishedPort) -> Result<Vec<TcpListener>> {
+    let mut listeners = Vec::new();
+    for ip in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+        match sys::listen_tcp(SocketAddr::new(ip, port.host), BACKLOG) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) if ip.is_ipv6() && is_without_ipv6(&error) => {}
+            Err(error) => {
+                let reason = match error.kind() {
+                    ErrorKind::AddrInUse => {
+                        "is in use by another program; stop that or choose another port"
+                    }
+                    ErrorKind::PermissionDenied => {
+                        "may not be used by this user; choose a port above 1023, lower the sysctl net.ipv4.ip_unprivileged_port_start, or give mote CAP_NET_BIND_SERVICE"
+                    }
+                    _ => "cannot be used",
+                };
+                return Err(error).with_context(|| format!("host port {} {reason}", port.host));
+            }
+        }
+    }
+    Ok(listeners)
+}
+
+/// Whether the host has no IPv6: not in its kernel, or not on any interface.
+fn is_without_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::TcpStream;
     use std::os::unix::fs::PermissionsExt;
 
     fn scratch(name: &str) -> HostSocket {
@@ -141,6 +175,49 @@ mod tests {
         assert!(format!("{error:#}").contains("not a socket"), "{error:#}");
         assert_eq!(fs::read_to_string(&plan.path).expect("still there"), "precious");
         fs::remove_file(&plan.path).expect("cleaned");
+    }
+
+    /// A port that nobody had a moment ago, published.
+    fn published() -> (PublishedPort, Vec<TcpListener>) {
+        let any = TcpListener::bind("0.0.0.0:0").expect("bound");
+        let host = any.local_addr().expect("bound").port();
+        drop(any);
+        let port = PublishedPort { host, guest: 80 };
+        let listeners = publish(&port).expect("free");
+        (port, listeners)
+    }
+
+    #[test]
+    fn a_published_port_takes_clients_of_both_families() {
+        let (port, listeners) = published();
+        for (listener, address) in listeners.iter().zip(["127.0.0.1", "::1"]) {
+            let address: IpAddr = address.parse().expect("an address");
+            let client = TcpStream::connect((address, port.host)).expect("connected");
+            let (_, from) = listener.accept().expect("accepted");
+            assert_eq!(from, client.local_addr().expect("connected"));
+        }
+    }
+
+    #[test]
+    fn a_port_is_published_once_and_again_when_free() {
+        let (port, listeners) = published();
+        let error = publish(&port).expect_err("taken");
+        let expected = format!("host port {} is in use by another program; ", port.host);
+        assert!(error.to_string().starts_with(&expected), "{error:#}");
+        // A connection that the host ended first lingers; the port is free nevertheless.
+        let mut client = TcpStream::connect(("127.0.0.1", port.host)).expect("connected");
+        drop(listeners[0].accept().expect("accepted"));
+        assert_eq!(std::io::Read::read(&mut client, &mut [0]).expect("the end"), 0);
+        drop((client, listeners));
+        publish(&port).expect("free again");
+    }
+
+    #[test]
+    fn a_port_that_is_taken_for_ipv6_only_is_taken() {
+        let (port, mut listeners) = published();
+        drop(listeners.remove(0));
+        let error = publish(&port).expect_err("taken");
+        assert!(error.to_string().contains("is in use"), "{error:#}");
     }
 
     #[test]

@@ -138,7 +138,7 @@ impl Vm {
             vcpus,
             bus,
             reporter: ExitReporter { sender: exit_sender, event: exit_event.try_clone()? },
-            mux: Mux::new(offers, listeners)?,
+            mux: Mux::new(offers, listeners, plan.outgoing.clone()),
             control,
             device_events: (device_receiver, device_event),
             exits: (exit_receiver, exit_event),
@@ -175,8 +175,14 @@ fn bind_sockets(plan: &Plan) -> Result<(Vec<Listener>, Vec<SocketFile>)> {
     for planned in &plan.sockets {
         let (socket, file) = sockets::listen(planned)?;
         let HostSocket { guest_port, fallback_port, .. } = *planned;
-        listeners.push(Listener { socket, guest_port, fallback_port });
+        listeners.push(Listener::Unix { socket, guest_port, fallback_port });
         files.push(file);
+    }
+    for (index, port) in plan.published_ports.iter().enumerate() {
+        let sockets = sockets::publish(port).with_context(|| format!("port_map[{index}]"))?;
+        let guest_port = port.guest;
+        listeners
+            .extend(sockets.into_iter().map(|socket| Listener::Published { socket, guest_port }));
     }
     Ok((listeners, files))
 }

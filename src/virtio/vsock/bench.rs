@@ -340,7 +340,7 @@ impl Bench {
             let address = fresh_address();
             let socket = UnixListener::bind_addr(&address).expect("bound");
             socket.set_nonblocking(true).expect("non-blocking");
-            listeners.push(Listener { socket, guest_port, fallback_port });
+            listeners.push(Listener::Unix { socket, guest_port, fallback_port });
             addresses.push(address);
         }
         Bench::with(theirs, listeners, ours, addresses)
@@ -353,7 +353,7 @@ impl Bench {
         ours: HashMap<u32, UnixStream>,
         addresses: Vec<SocketAddr>,
     ) -> Self {
-        let mux = Mux::new(offers, listeners).expect("a device");
+        let mux = Mux::new(offers, listeners, Some(Policy::with_loopback()));
         let device = Rc::new(RefCell::new(Device { mux, failure: None }));
         let mut events = EventManager::new().expect("an event loop");
         let id = events.add_subscriber(Rc::clone(&device));

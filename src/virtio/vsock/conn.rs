@@ -10,6 +10,9 @@
 //!   to the guest:  Open ──end of file from host──────▶ ending ──SHUTDOWN sent───▶ ended
 //!   both ended ──▶ RST to the guest ──▶ gone
 //! ```
+//!
+//! A guest that ends both at once, or resets, has ended; what it had sent is still delivered. For a
+//! TCP connection that is a reset, which overtakes what was sent.
 
 use std::collections::VecDeque;
 
@@ -20,6 +23,8 @@ use super::packet::{Header, Op, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 pub const BUFFER_LEN: usize = 256 * 1024;
 /// The guest hears of freed buffer space at the latest when this much has been freed.
 const UPDATE_STEP: u32 = BUFFER_LEN as u32 / 4;
+/// The end of both directions.
+const BOTH: u32 = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
 
 /// What a read from the host socket gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +61,8 @@ pub struct Conn {
     resetting: bool,
     /// Gone: nothing is left to do.
     closed: bool,
+    /// See [`Conn::set_abortable`].
+    abortable: bool,
 
     /// The guest's receive buffer, and how much it has taken out of it.
     guest_alloc: u32,
@@ -88,6 +95,7 @@ impl Conn {
             opening: Some(opening),
             resetting: false,
             closed: false,
+            abortable: false,
             guest_alloc: 0,
             guest_taken: 0,
             sent: 0,
@@ -114,6 +122,12 @@ impl Conn {
     /// A connection that a host client asks the guest for.
     pub fn requested(ports: Ports) -> Self {
         Conn::new(ports, Phase::Requested, Op::Request)
+    }
+
+    /// Sets whether the guest aborts the connection by ending both directions at once, or by a
+    /// reset before it has ended its own.
+    pub fn set_abortable(&mut self, abortable: bool) {
+        self.abortable = abortable;
     }
 
     /// Asks again on other ports, for a request that the guest has refused. What has become of the
@@ -173,7 +187,9 @@ impl Conn {
             return;
         }
         self.note_credit(header);
+        let abortable = self.abortable && self.guest_sends;
         match (header.op, self.phase) {
+            (Op::Reset, _) if abortable => self.vanish(),
             (Op::Reset, _) => self.forget(),
             (Op::Response, Phase::Requested) => self.phase = Phase::Open,
             (Op::Data, Phase::Open) if self.guest_sends => {
@@ -184,6 +200,7 @@ impl Conn {
                     self.to_host.extend(data);
                 }
             }
+            (Op::Shutdown, Phase::Open) if abortable && header.flags & BOTH == BOTH => self.abort(),
             (Op::Shutdown, Phase::Open) => {
                 self.guest_sends &= header.flags & SHUTDOWN_SEND == 0;
                 self.guest_receives &= header.flags & SHUTDOWN_RECEIVE == 0;
@@ -221,18 +238,23 @@ impl Conn {
     /// Ends the connection at once, telling the guest.
     pub fn abort(&mut self) {
         self.resetting = true;
-        self.to_host.clear();
+        self.drop_for_host();
     }
 
     /// Ends the connection at once, without telling the guest.
     pub fn vanish(&mut self) {
         self.closed = true;
+        self.drop_for_host();
+    }
+
+    fn drop_for_host(&mut self) {
+        self.host_receives = false;
+        self.to_host.clear();
     }
 
     /// Notes that the host socket accepts nothing any more.
     pub fn host_stopped_receiving(&mut self) {
-        self.host_receives = false;
-        self.to_host.clear();
+        self.drop_for_host();
         self.settle();
     }
 
@@ -242,6 +264,11 @@ impl Conn {
         if head.is_empty() { tail } else { head }
     }
 
+    /// As [`Conn::for_host`], but always all of them.
+    pub fn all_for_host(&mut self) -> &[u8] {
+        self.to_host.make_contiguous()
+    }
+
     /// Notes that the host socket took `len` bytes of [`Conn::for_host`].
     pub fn host_took(&mut self, len: usize) {
         self.to_host.drain(..len);
@@ -249,9 +276,14 @@ impl Conn {
         self.settle();
     }
 
+    /// Whether the guest may still send.
+    pub fn guest_sends(&self) -> bool {
+        self.guest_sends
+    }
+
     /// Whether the host socket has got everything it will ever get and shall see the end.
     pub fn is_host_direction_over(&self) -> bool {
-        !self.guest_sends && self.to_host.is_empty()
+        !self.guest_sends && self.to_host.is_empty() && self.host_receives
     }
 
     /// Whether bytes from the host socket still have a receiver.
@@ -261,8 +293,7 @@ impl Conn {
 
     fn settle(&mut self) {
         let to_guest_over = !self.guest_receives || self.told_shutdown & SHUTDOWN_SEND != 0;
-        let to_host_over =
-            self.is_host_direction_over() || !self.host_receives && !self.guest_sends;
+        let to_host_over = !self.guest_sends && self.to_host.is_empty();
         if to_guest_over && to_host_over {
             match self.phase {
                 Phase::Forgotten => self.closed = true,
@@ -314,8 +345,7 @@ impl Conn {
                     HostRead::End => self.host_ended = true,
                     HostRead::Broken => {
                         self.host_ended = true;
-                        self.host_receives = false;
-                        self.to_host.clear();
+                        self.drop_for_host();
                     }
                 },
             }
@@ -352,7 +382,6 @@ mod tests {
     use super::*;
 
     const PORTS: Ports = Ports { host: 1024, guest: 4089 };
-    const BOTH: u32 = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
 
     fn packet(op: Op, flags: u32) -> Header {
         Header { op, flags, buf_alloc: 100, ..Header::reset(PORTS) }
@@ -498,6 +527,51 @@ mod tests {
         assert!(conn.for_host().is_empty());
         conn.on_packet(&packet(Op::Shutdown, BOTH), &[]);
         assert_eq!(next(&mut conn, HostRead::End).map(|h| h.op), Some(Op::Reset));
+    }
+
+    /// One that carries TCP, with undelivered bytes.
+    fn open_tcp() -> Conn {
+        let mut conn = open();
+        conn.set_abortable(true);
+        conn.on_packet(&packet(Op::Data, 0), b"lost");
+        conn
+    }
+
+    #[test]
+    fn ending_both_directions_at_once_aborts_tcp() {
+        let mut conn = open_tcp();
+        conn.on_packet(&packet(Op::Shutdown, BOTH), &[]);
+        assert!(conn.for_host().is_empty() && !conn.is_host_direction_over());
+        assert_eq!(next(&mut conn, HostRead::Data(1)).map(|h| h.op), Some(Op::Reset));
+        assert!(conn.is_closed());
+
+        let mut conn = open_tcp();
+        conn.on_packet(&packet(Op::Reset, 0), &[]);
+        assert!(conn.for_host().is_empty() && conn.is_closed());
+        assert!(!conn.is_host_direction_over());
+    }
+
+    #[test]
+    fn an_abort_is_no_end_for_the_host() {
+        let mut conn = open_tcp();
+        conn.on_packet(&packet(Op::Shutdown, SHUTDOWN_SEND), &[]);
+        conn.on_packet(&packet(Op::Request, 0), &[]);
+        assert!(conn.for_host().is_empty() && !conn.is_host_direction_over());
+    }
+
+    #[test]
+    fn ending_one_direction_after_the_other_ends_tcp_in_order() {
+        for last in [packet(Op::Shutdown, BOTH), packet(Op::Reset, 0)] {
+            let mut conn = open_tcp();
+            conn.on_packet(&packet(Op::Shutdown, SHUTDOWN_SEND), &[]);
+            conn.on_packet(&last, &[]);
+            assert_eq!(conn.for_host(), b"lost");
+            conn.host_took(4);
+            assert!(conn.is_host_direction_over());
+            let reset = next(&mut conn, HostRead::Data(1)).map(|h| h.op);
+            assert_eq!(reset.is_none(), last.op == Op::Reset);
+            assert!(conn.is_closed());
+        }
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! virtio-vsock (virtio 1.2, 5.10): stream connections between guest and host.
 //!
-//! [`packet`] is the header codec, [`conn`] one connection's state machine, both pure; [`mux`] is
-//! the device at work, with the queues, the host sockets and the connection table.
+//! [`packet`] is the header codec, [`conn`] one connection's state machine, [`flow`] the framing of
+//! network connections, all pure; [`host_end`] is a connection's host socket, and [`mux`] the device
+//! at work, with the queues and the connection table.
 
 pub mod conn;
+pub mod flow;
+pub mod host_end;
 pub mod mux;
 pub mod packet;
 

@@ -1,23 +1,27 @@
 //! The vsock device at work, in the main loop: moves packets between the queues and the
-//! connections, and bytes between the connections and their host sockets.
+//! connections, and bytes between the connections and their host ends.
 //!
 //! Host sockets are non-blocking and registered once, edge-triggered; a socket that has said "no
 //! more for now" is left alone until epoll speaks of it again. Everything a guest or a client can
 //! make this hold is bounded: connections, bytes per connection, waiting resets.
 
-use std::collections::{HashMap, VecDeque};
-use std::io::{ErrorKind, Read, Write};
-use std::net::Shutdown;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use event_manager::{EventOps, EventSet, Events};
+use mote_agent::flow::{FLOW_PORT, PUBLISH_PORT, Protocol, Published, REQUEST_LEN, Request};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::conn::{Conn, HostRead};
+use super::conn::Conn;
+use super::host_end::HostEnd;
 use super::packet::{Foreign, HEADER_LEN, Header, Op, Ports};
 use crate::memory::GuestRam;
+use crate::policy::Policy;
 use crate::token::Token;
 use crate::virtio::Activation;
 use crate::virtio::queue::{self, Chain, ServedQueue};
@@ -25,15 +29,20 @@ use crate::virtio::queue::{self, Chain, ServedQueue};
 /// Most connections at once; clients beyond are refused. The guest's own connections always find
 /// room, of which there are no more than offers: without them there is no agent.
 const MAX_CONNECTIONS: usize = 4096;
+/// Most of them that are flows, outgoing and published: the rest is for the clients of the box's own
+/// sockets, who must get in whatever the box does on the network.
+const MAX_FLOWS: usize = 3072;
 /// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
 /// loses them.
 const MAX_RESETS: usize = 1024;
 /// Most data in one packet (Linux's `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
-const MAX_PACKET: usize = 64 * 1024;
+pub const MAX_PACKET: usize = 64 * 1024;
 /// Most packets per queue before the main loop turns to other work.
 const BATCH: usize = 256;
 /// How long a client's connection waits for the guest to answer (contract §3: a bounded hold).
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How long the guest may take to say where an outgoing flow shall go: it does so at once.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 /// How long a listener rests when the host has no descriptor or memory for its next client: the
 /// client goes on waiting, and asking again at once would be all that the main loop does.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -51,31 +60,54 @@ struct Queues {
     _event: ServedQueue,
 }
 
-/// A connection and its host socket.
+/// A connection and its host end.
 #[derive(Debug)]
 struct Entry {
     conn: Conn,
-    socket: UnixStream,
-    readable: bool,
-    writable: bool,
-    read_shut: bool,
-    write_shut: bool,
+    end: HostEnd,
     /// Stands in `Mux::ready`.
     queued: bool,
-    requested_at: Instant,
+    /// Until when the guest may owe an answer, or a flow's request.
+    due: Option<Instant>,
     /// The guest port to ask when the guest refuses the first one.
     fallback_port: Option<u32>,
 }
 
-/// A host socket whose clients are connected to a guest port.
+impl Entry {
+    /// Whether the guest still owes what `due` is for.
+    fn is_owed(&self) -> bool {
+        self.conn.is_requested() || self.end.is_awaiting()
+    }
+}
+
+/// A listening host socket, non-blocking, whose clients are connected to the guest.
 #[derive(Debug)]
-pub struct Listener {
-    /// The listening socket, non-blocking.
-    pub socket: UnixListener,
-    /// Where its connections go.
-    pub guest_port: u32,
-    /// Where they go when the guest refuses that.
-    pub fallback_port: Option<u32>,
+pub enum Listener {
+    /// One of the box's own sockets.
+    Unix {
+        /// The socket.
+        socket: UnixListener,
+        /// The guest's vsock port.
+        guest_port: u32,
+        /// The one to try when the guest refuses that.
+        fallback_port: Option<u32>,
+    },
+    /// A published port. Its clients wait to be accepted until the guest's servers listen.
+    Published {
+        /// The socket.
+        socket: TcpListener,
+        /// The guest's TCP port.
+        guest_port: u16,
+    },
+}
+
+impl Listener {
+    fn fd(&self) -> RawFd {
+        match self {
+            Listener::Unix { socket, .. } => socket.as_raw_fd(),
+            Listener::Published { socket, .. } => socket.as_raw_fd(),
+        }
+    }
 }
 
 /// The device.
@@ -90,11 +122,15 @@ pub struct Mux {
     resets: VecDeque<Header>,
     /// Sockets for guest connections to these host ports, one each.
     offers: HashMap<u32, UnixStream>,
+    /// Where outgoing flows may go; without, there are none.
+    outgoing: Option<Policy>,
+    /// How many of the connections are flows.
+    flows: usize,
     listeners: Vec<Listener>,
     /// Which listeners are not watched, and until when; the one that is first comes first.
     resting: VecDeque<(Instant, usize)>,
-    /// When which slots asked the guest for a connection, oldest first; some have their answer.
-    requests: VecDeque<(Instant, usize)>,
+    /// By when the guest owes which slots something; some have it already.
+    deadlines: BTreeSet<(Instant, usize)>,
     /// Whether the guest's servers listen; until then clients' connections wait.
     guest_ready: bool,
     next_host_port: u32,
@@ -102,13 +138,14 @@ pub struct Mux {
 }
 
 impl Mux {
-    /// A device that connects the guest to `offers` (one connection per host port) and the clients
-    /// of `listeners` to the guest.
-    pub fn new(offers: HashMap<u32, UnixStream>, listeners: Vec<Listener>) -> Result<Self> {
-        for socket in offers.values() {
-            socket.set_nonblocking(true).context("prepare an internal socket")?;
-        }
-        Ok(Mux {
+    /// A device that connects the guest to `offers` (one connection per host port) and to where
+    /// `outgoing` lets it go, and the clients of `listeners` to the guest.
+    pub fn new(
+        offers: HashMap<u32, UnixStream>,
+        listeners: Vec<Listener>,
+        outgoing: Option<Policy>,
+    ) -> Self {
+        Mux {
             queues: None,
             entries: Vec::new(),
             free: Vec::new(),
@@ -116,31 +153,46 @@ impl Mux {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             offers,
+            outgoing,
+            flows: 0,
             listeners,
             resting: VecDeque::new(),
-            requests: VecDeque::new(),
+            deadlines: BTreeSet::new(),
             guest_ready: false,
             next_host_port: FIRST_HOST_PORT,
             buffer: vec![0; MAX_PACKET],
-        })
+        }
     }
 
-    /// Starts watching the host sockets.
+    /// Starts watching the box's own sockets.
     pub fn register(&self, ops: &mut EventOps<'_>) -> Result<()> {
-        (0..self.listeners.len()).try_for_each(|index| self.watch_listener(index, ops))
+        self.watch_listeners(|listener| matches!(listener, Listener::Unix { .. }), ops)
+    }
+
+    fn watch_listeners(
+        &self,
+        which: impl Fn(&Listener) -> bool,
+        ops: &mut EventOps<'_>,
+    ) -> Result<()> {
+        (0..self.listeners.len())
+            .filter(|index| which(&self.listeners[*index]))
+            .try_for_each(|index| self.watch_listener(index, ops))
     }
 
     fn watch_listener(&self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
         let token = Token::VsockListener(index as u32);
-        let socket = &self.listeners[index].socket;
-        Ok(ops.add(Events::with_data(socket, token.to_data(), EventSet::IN))?)
+        let fd = self.listeners[index].fd();
+        Ok(ops.add(Events::with_data_raw(fd, token.to_data(), EventSet::IN))?)
     }
 
     /// The guest's servers listen: asks for the connections of all clients that wait.
     pub fn guest_is_ready(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
-        self.guest_ready = true;
+        if std::mem::replace(&mut self.guest_ready, true) {
+            return Ok(());
+        }
+        self.watch_listeners(|listener| matches!(listener, Listener::Published { .. }), ops)?;
         // In the order they came, which is not that of the slots.
-        let waiting: Vec<usize> = self.requests.iter().map(|(_, index)| *index).collect();
+        let waiting: Vec<usize> = self.deadlines.iter().map(|(_, index)| *index).collect();
         for index in waiting {
             self.queue(index);
         }
@@ -214,13 +266,13 @@ impl Mux {
 
     /// When [`Mux::expire`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let answer = self.requests.front().map(|(requested_at, _)| *requested_at + ANSWER_LIMIT);
+        let owed = self.deadlines.first().map(|(due, _)| *due);
         let rested = self.resting.front().map(|(until, _)| *until);
-        answer.into_iter().chain(rested).min()
+        owed.into_iter().chain(rested).min()
     }
 
-    /// Closes clients' connections that the guest has not answered in time, and listens again where
-    /// that had to rest.
+    /// Closes connections for which the guest has not done its part in time, and listens again
+    /// where that had to rest.
     pub fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
         while let Some((until, index)) = self.resting.front().copied()
             && now >= until
@@ -228,13 +280,12 @@ impl Mux {
             self.resting.pop_front();
             self.watch_listener(index, ops)?;
         }
-        while let Some((requested_at, index)) = self.requests.front().copied()
-            && now >= requested_at + ANSWER_LIMIT
+        while let Some((due, index)) = self.deadlines.first().copied()
+            && now >= due
         {
-            self.requests.pop_front();
+            self.deadlines.pop_first();
             if let Some(entry) = &mut self.entries[index]
-                && entry.conn.is_requested()
-                && entry.requested_at == requested_at
+                && entry.is_owed()
             {
                 // At once, whether or not the guest ever takes the reset.
                 entry.conn.vanish();
@@ -249,11 +300,13 @@ impl Mux {
     }
 
     /// Gives up on offers that the guest has not taken, and on everything else: each host socket is
-    /// closed once it has been given all the guest had sent.
+    /// closed once it has been given all the guest had sent; TCP connections that the guest has not
+    /// ended are reset.
     pub fn close(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
         // What is left in a ring that is broken stays there.
         let _ = self.transmit(ops);
         self.offers.clear();
+        self.outgoing = None;
         self.on_each_connection(Conn::on_reset, ops)
     }
 
@@ -314,36 +367,79 @@ impl Mux {
                 }
                 None
             }
-            Some(index) => self.entries[index].as_mut().map(|entry| {
-                if complete {
-                    let data = if header.op == Op::Data { &data[..len] } else { &[] };
-                    entry.conn.on_packet(&header, data);
-                } else {
-                    entry.conn.abort();
+            Some(index) => {
+                if let Some(entry) = &mut self.entries[index] {
+                    if complete {
+                        let data = if header.op == Op::Data { &data[..len] } else { &[] };
+                        entry.conn.on_packet(&header, data);
+                    } else {
+                        entry.conn.abort();
+                    }
                 }
-                index
-            }),
+                // At once: what comes next in the queue may depend on it.
+                self.take_flow_request(index, ops);
+                Some(index)
+            }
             None => {
-                match (header.op, self.offers.remove(&header.ports.host)) {
-                    (Op::Request, Some(socket)) => {
-                        if self.insert(Conn::accepted(&header), socket, None, ops).is_err() {
-                            self.refuse(header.ports);
-                        }
-                    }
-                    (op, offer) => {
-                        if let Some(socket) = offer {
-                            self.offers.insert(header.ports.host, socket);
-                        }
-                        if op != Op::Reset {
-                            self.refuse(header.ports);
-                        }
-                    }
+                let refused = match header.op {
+                    Op::Request => self.accept_guest(&header, ops).is_err(),
+                    Op::Reset => false,
+                    _ => true,
+                };
+                if refused {
+                    self.refuse(header.ports);
                 }
                 None
             }
         };
         self.buffer = data;
         touched
+    }
+
+    /// Makes a connection that the guest asks for.
+    fn accept_guest(&mut self, request: &Header, ops: &mut EventOps<'_>) -> Result<()> {
+        let host_port = request.ports.host;
+        let mut conn = Conn::accepted(request);
+        let end = if host_port == FLOW_PORT && self.outgoing.is_some() && self.has_room_for_flow() {
+            conn.set_abortable(true);
+            HostEnd::awaiting()
+        } else {
+            let socket = self.offers.remove(&host_port).context("nobody listens on this port")?;
+            HostEnd::unix(socket)?
+        };
+        self.insert(conn, end, None, ops)
+    }
+
+    /// Connects an outgoing flow, if this is one and it has come to be known where to.
+    fn take_flow_request(&mut self, index: usize, ops: &mut EventOps<'_>) {
+        let (Some(entry), Some(policy)) = (&mut self.entries[index], &self.outgoing) else {
+            return;
+        };
+        let Entry { conn, end, .. } = entry;
+        if !end.is_awaiting() || conn.is_closed() {
+            return;
+        }
+        let request = match conn.all_for_host().first_chunk::<REQUEST_LEN>().copied() {
+            Some(bytes) => Request::decode(&bytes),
+            None if conn.guest_sends() => return,
+            None => None,
+        };
+        let Some(Request { protocol, destination }) = request else { return conn.abort() };
+        conn.host_took(REQUEST_LEN);
+        // A datagram is sent when it is there: nothing later undoes it.
+        conn.set_abortable(protocol == Protocol::Tcp);
+        let connected = policy
+            .resolve(protocol, destination)
+            .map_err(io::Error::from_raw_os_error)
+            .and_then(|destination| end.connect(protocol, destination))
+            .and_then(|()| watch(end, index, ops));
+        if let Err(error) = connected {
+            end.refuse(&error, conn);
+        }
+    }
+
+    fn has_room_for_flow(&self) -> bool {
+        self.flows < MAX_FLOWS && self.by_ports.len() < MAX_CONNECTIONS
     }
 
     /// Sends a request that the guest has refused to its other port, if it has one.
@@ -379,22 +475,7 @@ impl Mux {
         let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
             return Ok(());
         };
-        while entry.writable && !entry.conn.for_host().is_empty() {
-            match entry.socket.write(entry.conn.for_host()) {
-                Ok(taken) => entry.conn.host_took(taken),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => entry.writable = false,
-                Err(_) => entry.conn.host_stopped_receiving(),
-            }
-        }
-        if entry.conn.is_host_direction_over() && !std::mem::replace(&mut entry.write_shut, true) {
-            // Failing means that the peer is gone, which reading will tell.
-            let _ = entry.socket.shutdown(Shutdown::Write);
-        }
-        if !entry.conn.guest_receives() && !std::mem::replace(&mut entry.read_shut, true) {
-            // So that the client's writes fail rather than fill a buffer that nobody empties.
-            let _ = entry.socket.shutdown(Shutdown::Read);
-        }
+        entry.end.flush(&mut entry.conn);
         self.queue(index);
         self.remove_if_closed(index, ops)
     }
@@ -452,25 +533,9 @@ impl Mux {
         while let Some(index) = self.ready.pop_front() {
             let Some(entry) = self.entries[index].as_mut() else { continue };
             entry.queued = false;
-            let Entry { conn, socket, readable, .. } = entry;
+            let Entry { conn, end, .. } = entry;
             let buffer = &mut self.buffer;
-            let header = conn.next(space, |room| {
-                if !*readable {
-                    return HostRead::Empty;
-                }
-                loop {
-                    match socket.read(&mut buffer[..room]) {
-                        Ok(0) => return HostRead::End,
-                        Ok(read) => return HostRead::Data(read),
-                        Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                            *readable = false;
-                            return HostRead::Empty;
-                        }
-                        Err(_) => return HostRead::Broken,
-                    }
-                }
-            });
+            let header = conn.next(space, |room| end.read(buffer, room));
             if header.is_some() {
                 // There may be more; at the end of the line, so that nobody starves.
                 self.queue(index);
@@ -489,42 +554,58 @@ impl Mux {
         let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
             return Ok(());
         };
-        if set
-            .intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR)
-        {
-            entry.readable = true;
+        let Entry { conn, end, .. } = entry;
+        if let Err(error) = end.check_connecting() {
+            unwatch(end, ops)?;
+            end.refuse(&error, conn);
         }
-        if set.contains(EventSet::OUT) {
-            entry.writable = true;
-        }
-        // HANG_UP: both directions are closed. If we shut ours ourselves, the peer's is news.
-        if set.intersects(EventSet::HANG_UP | EventSet::ERROR) && !entry.write_shut {
-            entry.conn.host_stopped_receiving();
-        }
+        end.note_events(set, conn);
         self.flush_to_host(index, ops)
     }
 
     fn accept(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
         let listener = &self.listeners[index];
-        let Listener { guest_port, fallback_port, .. } = *listener;
-        let socket = match listener.socket.accept() {
-            Ok((socket, _)) => socket,
+        let accepted = match listener {
+            Listener::Unix { socket, guest_port, fallback_port } => socket
+                .accept()
+                .map(|(socket, _)| (HostEnd::unix(socket), *guest_port, *fallback_port)),
+            // The clients wait where they are.
+            Listener::Published { .. } if !self.has_room_for_flow() => {
+                Err(ErrorKind::QuotaExceeded.into())
+            }
+            Listener::Published { socket, guest_port } => {
+                socket.accept().map(|(socket, client)| {
+                    let header = Published { guest_port: *guest_port, client };
+                    (HostEnd::published(socket, header), PUBLISH_PORT, None)
+                })
+            }
+        };
+        let (end, guest, fallback_port) = match accepted {
+            Ok(accepted) => accepted,
             // Level-triggered: what is still waiting comes again.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted
+                ) =>
+            {
+                return Ok(());
+            }
             Err(_) => {
-                ops.remove(Events::empty(&listener.socket))?;
+                ops.remove(Events::empty_raw(listener.fd()))?;
                 self.resting.push_back((Instant::now() + ACCEPT_PAUSE, index));
                 return Ok(());
             }
         };
-        socket.set_nonblocking(true)?;
-        if self.by_ports.len() >= MAX_CONNECTIONS {
-            // Dropped, so the client sees the end.
-            return Ok(());
+        // Dropped, so the client sees the end: there are too many, or it has gone already, or the
+        // host cannot watch it.
+        if self.by_ports.len() < MAX_CONNECTIONS
+            && let Ok(end) = end
+        {
+            let mut conn = Conn::requested(Ports { host: self.free_host_port(guest), guest });
+            conn.set_abortable(end.is_flow());
+            let _ = self.insert(conn, end, fallback_port, ops);
         }
-        let ports = Ports { host: self.free_host_port(guest_port), guest: guest_port };
-        // A host that cannot watch it: the same.
-        let _ = self.insert(Conn::requested(ports), socket, fallback_port, ops);
         Ok(())
     }
 
@@ -545,7 +626,7 @@ impl Mux {
     fn insert(
         &mut self,
         conn: Conn,
-        socket: UnixStream,
+        end: HostEnd,
         fallback_port: Option<u32>,
         ops: &mut EventOps<'_>,
     ) -> Result<()> {
@@ -553,29 +634,20 @@ impl Mux {
             self.entries.push(None);
             self.entries.len() - 1
         });
-        let events =
-            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        let token = Token::VsockConnection(index as u32);
-        if let Err(error) = ops.add(Events::with_data(&socket, token.to_data(), events)) {
+        if let Err(error) = watch(&end, index, ops) {
             self.free.push(index);
             return Err(error).context("watch a connection");
         }
-        let requested_at = Instant::now();
-        if conn.is_requested() {
-            self.requests.push_back((requested_at, index));
+        let limit = if end.is_awaiting() { REQUEST_LIMIT } else { ANSWER_LIMIT };
+        let mut entry = Entry { conn, end, queued: false, due: None, fallback_port };
+        if entry.is_owed() {
+            let due = Instant::now() + limit;
+            entry.due = Some(due);
+            self.deadlines.insert((due, index));
         }
-        self.by_ports.insert(conn.ports(), index);
-        self.entries[index] = Some(Entry {
-            conn,
-            socket,
-            readable: true,
-            writable: true,
-            read_shut: false,
-            write_shut: false,
-            queued: false,
-            requested_at,
-            fallback_port,
-        });
+        self.flows += usize::from(entry.end.is_flow());
+        self.by_ports.insert(entry.conn.ports(), index);
+        self.entries[index] = Some(entry);
         self.queue(index);
         Ok(())
     }
@@ -595,13 +667,32 @@ impl Mux {
             return Ok(());
         }
         if let Some(entry) = self.entries[index].take() {
-            ops.remove(Events::empty(&entry.socket))?;
+            unwatch(&entry.end, ops)?;
+            self.flows -= usize::from(entry.end.is_flow());
+            if let Some(due) = entry.due {
+                self.deadlines.remove(&(due, index));
+            }
             self.by_ports.remove(&entry.conn.ports());
             self.ready.retain(|ready| *ready != index);
             self.free.push(index);
         }
         Ok(())
     }
+}
+
+/// Starts watching a connection's host socket, if it has one by now.
+fn watch(end: &HostEnd, index: usize, ops: &mut EventOps<'_>) -> io::Result<()> {
+    let Some(fd) = end.fd() else { return Ok(()) };
+    let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    let token = Token::VsockConnection(index as u32);
+    ops.add(Events::with_data_raw(fd, token.to_data(), events)).map_err(|error| match error {
+        event_manager::Error::Epoll(errno) => io::Error::from_raw_os_error(errno.errno()),
+        other => io::Error::other(other),
+    })
+}
+
+fn unwatch(end: &HostEnd, ops: &mut EventOps<'_>) -> Result<()> {
+    end.fd().map_or(Ok(()), |fd| Ok(ops.remove(Events::empty_raw(fd))?))
 }
 
 fn watch_kick(kick: &EventFd, token: Token, ops: &mut EventOps<'_>) -> Result<()> {

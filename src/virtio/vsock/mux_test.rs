@@ -611,7 +611,7 @@ fn a_listener_that_cannot_accept_rests_for_a_while() {
     // the event, still there. Once a loop at full speed.
     let (near, mut far) = UnixStream::pair().expect("a pair");
     far.write_all(b"knock").expect("written");
-    let listeners = vec![Listener {
+    let listeners = vec![Listener::Unix {
         socket: UnixListener::from(OwnedFd::from(near)),
         guest_port: SERVER,
         fallback_port: None,

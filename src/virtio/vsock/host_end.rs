@@ -1,0 +1,367 @@
+//! The host's end of one connection: its socket, and what is on its way through. No queues and no
+//! event loop; [`super::mux`] says when, and no call here waits.
+//!
+//! Clients of the box's own sockets have one from the start. The end of a flow
+//! ([`mote_agent::flow`]) comes to be:
+//!
+//! ```text
+//!   outgoing:   Awaiting ──request──▶ Connecting ──▶ Tcp     published:   Tcp
+//!                  ├─────request─────────────────▶ Udp
+//!                  └─────request──(Connecting)───▶ Refused
+//! ```
+//!
+//! A TCP connection that does not end in order is reset, whatever the reason, mote's own death
+//! included: its socket is set to do so from the start, and set to end in order once the guest has
+//! done so and all that it sent is delivered.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use event_manager::EventSet;
+use mote_agent::flow::{
+    CHUNK_HEADER_LEN, DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, Protocol, Published,
+};
+
+use super::conn::{Conn, HostRead};
+use super::flow::{self, Rest, TooLong};
+use super::mux::MAX_PACKET;
+use crate::sys;
+
+// A datagram is received whole, in the buffer for packets.
+const _: () = assert!(DATAGRAM_HEADER_LEN + MAX_DATAGRAM_LEN <= MAX_PACKET);
+
+/// The host's end of a connection.
+#[derive(Debug)]
+pub struct HostEnd {
+    socket: Socket,
+    /// Whether there may be something to read, and room to write: as long as the socket has not
+    /// said otherwise.
+    readable: bool,
+    writable: bool,
+    read_shut: bool,
+    write_shut: bool,
+    rest: Rest,
+    /// TCP: the guest has been sent the chunk that ends the stream.
+    end_sent: bool,
+    /// TCP: writing failed, and took with it the error that reading would have found.
+    broken: bool,
+    /// UDP: an error that the guest is to hear of. The latest is all it could tell its application.
+    error: Option<i32>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixStream),
+    /// None before the guest's request.
+    Awaiting,
+    Connecting(TcpStream),
+    Tcp(TcpStream),
+    Udp(UdpSocket),
+    /// None after all: the guest is told why.
+    Refused,
+}
+
+impl Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        uninterrupted(|| match self {
+            Socket::Unix(socket) => socket.read(buffer),
+            Socket::Tcp(socket) => socket.read(buffer),
+            Socket::Udp(socket) => socket.recv(buffer),
+            Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => {
+                Err(ErrorKind::WouldBlock.into())
+            }
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        uninterrupted(|| match self {
+            Socket::Unix(socket) => socket.write(bytes),
+            Socket::Tcp(socket) => socket.write(bytes),
+            Socket::Udp(socket) => socket.send(bytes),
+            Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => {
+                Err(ErrorKind::WouldBlock.into())
+            }
+        })
+    }
+
+    fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        match self {
+            Socket::Unix(socket) => socket.shutdown(how),
+            Socket::Tcp(socket) => socket.shutdown(how),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn uninterrupted(mut f: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match f() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
+}
+
+/// An errno for the guest.
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+impl HostEnd {
+    fn new(socket: Socket, rest: Rest) -> Self {
+        HostEnd {
+            socket,
+            readable: true,
+            writable: true,
+            read_shut: false,
+            write_shut: false,
+            rest,
+            end_sent: false,
+            broken: false,
+            error: None,
+        }
+    }
+
+    /// A Unix socket, whose bytes and ends are passed on as they are.
+    pub fn unix(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(HostEnd::new(Socket::Unix(socket), Rest::default()))
+    }
+
+    /// A client of a published port.
+    pub fn published(socket: TcpStream, header: Published) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        prepare_tcp(&socket)?;
+        Ok(HostEnd::new(Socket::Tcp(socket), Rest::new(&header.encode())))
+    }
+
+    /// An outgoing flow of which it is not known yet where to.
+    pub fn awaiting() -> Self {
+        HostEnd::new(Socket::Awaiting, Rest::default())
+    }
+
+    /// Whether this is a flow's.
+    pub fn is_flow(&self) -> bool {
+        !matches!(self.socket, Socket::Unix(_))
+    }
+
+    /// Whether this is an outgoing flow's that waits to be told where to.
+    pub fn is_awaiting(&self) -> bool {
+        matches!(self.socket, Socket::Awaiting)
+    }
+
+    /// The descriptor to watch, if there is one.
+    pub fn fd(&self) -> Option<RawFd> {
+        match &self.socket {
+            Socket::Unix(socket) => Some(socket.as_raw_fd()),
+            Socket::Connecting(socket) | Socket::Tcp(socket) => Some(socket.as_raw_fd()),
+            Socket::Udp(socket) => Some(socket.as_raw_fd()),
+            Socket::Awaiting | Socket::Refused => None,
+        }
+    }
+
+    /// Starts connecting to where the guest wants to go.
+    pub fn connect(&mut self, protocol: Protocol, destination: SocketAddr) -> io::Result<()> {
+        match protocol {
+            Protocol::Tcp => {
+                let socket = sys::connect_tcp(destination)?;
+                prepare_tcp(&socket)?;
+                self.socket = Socket::Connecting(socket);
+            }
+            Protocol::Udp => {
+                let socket = match destination {
+                    SocketAddr::V4(_) => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)),
+                    SocketAddr::V6(_) => UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)),
+                }?;
+                socket.set_nonblocking(true)?;
+                socket.connect(destination)?;
+                self.socket = Socket::Udp(socket);
+                self.rest = Rest::new(&flow::status(0));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at how connecting went, if that is what this end does.
+    ///
+    /// # Errors
+    /// It failed; [`HostEnd::refuse`] is to be told why.
+    pub fn check_connecting(&mut self) -> io::Result<()> {
+        let Socket::Connecting(socket) = &self.socket else { return Ok(()) };
+        if let Some(error) = socket.take_error()? {
+            return Err(error);
+        }
+        if socket.peer_addr().is_ok()
+            && let Socket::Connecting(socket) = std::mem::replace(&mut self.socket, Socket::Refused)
+        {
+            self.socket = Socket::Tcp(socket);
+            self.rest = Rest::new(&flow::status(0));
+        }
+        Ok(())
+    }
+
+    /// Gives a flow up that could not be connected. The socket, which is closed, must not be
+    /// watched any more.
+    pub fn refuse(&mut self, error: &io::Error, conn: &mut Conn) {
+        self.socket = Socket::Refused;
+        self.rest = Rest::new(&flow::status(errno(error)));
+        conn.host_stopped_receiving();
+    }
+
+    /// Notes what epoll has said.
+    pub fn note_events(&mut self, set: EventSet, conn: &mut Conn) {
+        let over = set.intersects(EventSet::HANG_UP | EventSet::ERROR);
+        self.readable |= over || set.intersects(EventSet::IN | EventSet::READ_HANG_UP);
+        self.writable |= set.contains(EventSet::OUT);
+        // HANG_UP: both directions are closed. If we shut ours ourselves, the peer's is news.
+        // An error of UDP is that of one datagram, and reading tells it.
+        if over && !self.write_shut && matches!(self.socket, Socket::Unix(_) | Socket::Tcp(_)) {
+            conn.host_stopped_receiving();
+        }
+    }
+
+    /// Writes what the guest has sent, as far as the socket takes it, and closes each direction
+    /// that is over.
+    pub fn flush(&mut self, conn: &mut Conn) {
+        match &self.socket {
+            Socket::Unix(_) | Socket::Tcp(_) => self.write_stream(conn),
+            Socket::Udp(_) => return self.send_datagrams(conn),
+            Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => return,
+        }
+        if conn.is_host_direction_over() && !std::mem::replace(&mut self.write_shut, true) {
+            // Failing means that the peer is gone, which reading will tell.
+            let _ = self.socket.shutdown(Shutdown::Write);
+            if let Socket::Tcp(socket) = &self.socket {
+                let _ = sys::set_reset_on_close(socket, false);
+            }
+        }
+        if !conn.guest_receives() && !std::mem::replace(&mut self.read_shut, true) {
+            // So that a client's writes fail rather than fill a buffer that nobody empties.
+            let _ = self.socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    fn write_stream(&mut self, conn: &mut Conn) {
+        while self.writable && !conn.for_host().is_empty() {
+            match self.socket.write(conn.for_host()) {
+                Ok(taken) => conn.host_took(taken),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.writable = false,
+                Err(error) => {
+                    // EPIPE comes from a peer that had ended in order before: that end stays.
+                    self.broken = error.kind() != ErrorKind::BrokenPipe;
+                    conn.host_stopped_receiving();
+                }
+            }
+        }
+    }
+
+    fn send_datagrams(&mut self, conn: &mut Conn) {
+        while self.writable {
+            let datagram = match flow::first_datagram(conn.all_for_host()) {
+                Ok(Some(datagram)) => datagram,
+                Ok(None) => {
+                    if !conn.guest_sends() {
+                        // Half a datagram, to which nothing more will come.
+                        conn.host_took(conn.for_host().len());
+                    }
+                    return;
+                }
+                Err(TooLong) => return conn.abort(),
+            };
+            let mut sent = self.socket.write(datagram);
+            if let Err(error) = &sent
+                && error.kind() == ErrorKind::ConnectionRefused
+            {
+                // The answer to an earlier one, told in place of sending this.
+                self.error = Some(errno(error));
+                sent = self.socket.write(datagram);
+            }
+            let len = DATAGRAM_HEADER_LEN + datagram.len();
+            match sent {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.writable = false;
+                    return;
+                }
+                Err(error) => self.error = Some(errno(&error)),
+            }
+            conn.host_took(len);
+        }
+    }
+
+    /// Reads what is next for the guest into the start of `buffer`, at most `room` bytes; what goes
+    /// beyond that with them comes first next time. The buffer has [`MAX_PACKET`] bytes.
+    pub fn read(&mut self, buffer: &mut [u8], room: usize) -> HostRead {
+        match self.rest.take(&mut buffer[..room]) {
+            0 => {}
+            len => return HostRead::Data(len),
+        }
+        match self.socket {
+            Socket::Unix(_) => self.read_stream(&mut buffer[..room]),
+            Socket::Tcp(_) => self.read_chunk(buffer, room),
+            Socket::Udp(_) => self.receive_datagram(buffer, room),
+            Socket::Awaiting | Socket::Connecting(_) => HostRead::Empty,
+            Socket::Refused => HostRead::End,
+        }
+    }
+
+    fn read_stream(&mut self, buffer: &mut [u8]) -> HostRead {
+        if !self.readable {
+            return HostRead::Empty;
+        }
+        match self.socket.read(buffer) {
+            Ok(0) => HostRead::End,
+            Ok(len) => HostRead::Data(len),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.readable = false;
+                HostRead::Empty
+            }
+            Err(_) => HostRead::Broken,
+        }
+    }
+
+    fn read_chunk(&mut self, buffer: &mut [u8], room: usize) -> HostRead {
+        if self.end_sent {
+            return HostRead::End;
+        }
+        // A byte at least, however little room there is.
+        let until = room.max(CHUNK_HEADER_LEN + 1);
+        let len = match self.read_stream(&mut buffer[CHUNK_HEADER_LEN..until]) {
+            HostRead::Data(len) => len,
+            HostRead::End if self.broken => return HostRead::Broken,
+            HostRead::End => {
+                self.end_sent = true;
+                0
+            }
+            other => return other,
+        };
+        HostRead::Data(self.rest.keep(flow::chunk(buffer, len), room))
+    }
+
+    fn receive_datagram(&mut self, buffer: &mut [u8], room: usize) -> HostRead {
+        if let Some(errno) = self.error.take() {
+            return HostRead::Data(self.rest.keep(flow::datagram_error(buffer, errno), room));
+        }
+        if !self.readable {
+            return HostRead::Empty;
+        }
+        let framed = match self.socket.read(&mut buffer[DATAGRAM_HEADER_LEN..]) {
+            Ok(len) => flow::datagram(buffer, len),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.readable = false;
+                return HostRead::Empty;
+            }
+            Err(error) => flow::datagram_error(buffer, errno(&error)),
+        };
+        HostRead::Data(self.rest.keep(framed, room))
+    }
+}
+
+/// What holds for every TCP connection from the start: the application's own writes are as large as
+/// it wants them; and see above.
+fn prepare_tcp(socket: &TcpStream) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    sys::set_reset_on_close(socket, true)
+}
