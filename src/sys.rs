@@ -8,7 +8,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -270,7 +270,7 @@ pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int)
 /// whom there is another. The port may have connections of an earlier listener that linger
 /// (`SO_REUSEADDR`), but no second listener.
 pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpListener> {
-    let listener = TcpListener::from(tcp_socket(address)?);
+    let listener = TcpListener::from(inet_socket(libc::SOCK_STREAM, address)?);
     set_option(&listener, libc::SOL_SOCKET, libc::SO_REUSEADDR, &ON)?;
     if address.is_ipv6() {
         set_option(&listener, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &ON)?;
@@ -286,18 +286,28 @@ pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpLi
 /// A non-blocking TCP socket that is being connected, or is. Its first readiness to write, or its
 /// first error, says how that went.
 pub fn connect_tcp(destination: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::from(tcp_socket(destination)?);
+    connect(libc::SOCK_STREAM, destination).map(TcpStream::from)
+}
+
+/// A non-blocking UDP socket, connected.
+pub fn connect_udp(destination: SocketAddr) -> io::Result<UdpSocket> {
+    connect(libc::SOCK_DGRAM, destination).map(UdpSocket::from)
+}
+
+fn connect(kind: libc::c_int, destination: SocketAddr) -> io::Result<OwnedFd> {
+    let socket = inet_socket(kind, destination)?;
     let (raw, len) = raw_address(destination);
     // SAFETY: `raw` holds an address of `len` bytes.
-    match check(unsafe { libc::connect(stream.as_raw_fd(), (&raw const raw).cast(), len) }) {
+    match check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) }) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
-        _ => Ok(stream),
+        _ => Ok(socket),
     }
 }
 
-fn tcp_socket(address: SocketAddr) -> io::Result<OwnedFd> {
+/// A non-blocking socket of this kind, for addresses of the same family as this one.
+fn inet_socket(kind: libc::c_int, address: SocketAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: plain system call.
     Ok(owned(check(unsafe { libc::socket(family, kind, 0) })?))
 }

@@ -297,7 +297,7 @@ pub enum Tail {
 }
 
 /// Everything there is to read.
-pub fn read_all(socket: &mut UnixStream) -> (Vec<u8>, Tail) {
+pub fn read_all(socket: &mut impl Read) -> (Vec<u8>, Tail) {
     let mut all = Vec::new();
     let mut bytes = [0; 4096];
     loop {
@@ -394,6 +394,11 @@ impl Bench {
     pub fn call_only(&mut self, f: impl FnOnce(&mut Mux, &mut EventOps<'_>) -> Result<()>) {
         let mut ops = self.events.event_ops(self.id).expect("ops");
         f(&mut self.device.borrow_mut().mux, &mut ops).expect("the device lives");
+    }
+
+    /// Moves time to when all flows opened so far have waited too long to say where to.
+    pub fn let_flows_expire(&mut self) {
+        self.call(|mux, ops| mux.expire(Instant::now() + REQUEST_LIMIT, ops));
     }
 
     /// Moves time to when all requests made so far have waited too long.
@@ -531,6 +536,15 @@ impl Bench {
         self.tell(Packet::new(Op::Request, ports), &[]);
         assert_eq!(self.collect(), [(Op::Response as u16, ports, vec![])]);
         (ports, self.offers.remove(&host).expect("not taken yet"))
+    }
+
+    /// A connection from the guest for an outgoing flow, accepted.
+    pub fn open_flow(&mut self) -> Ports {
+        self.next_guest_port += 1;
+        let ports = Ports { host: FLOW_PORT, guest: self.next_guest_port };
+        self.tell(Packet::new(Op::Request, ports), &[]);
+        assert_eq!(self.collect(), [(Op::Response as u16, ports, vec![])]);
+        ports
     }
 
     /// A client's connection to the second listener, accepted by the guest.

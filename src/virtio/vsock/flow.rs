@@ -67,11 +67,13 @@ pub fn datagram_error(buffer: &mut [u8], errno: i32) -> &[u8] {
     &buffer[..ERROR_LEN]
 }
 
-/// The answer to a request. A host without room for another socket is no business of the guest,
-/// which can do as little about it as about full buffers.
+/// The answer to a request. What the host lacks for another socket is said in words that connect(2)
+/// has: its descriptors and memory are not the guest's business.
 pub fn status(errno: i32) -> [u8; STATUS_LEN] {
     let errno = match errno {
         libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC => libc::ENOBUFS,
+        // No IPv6 at all.
+        libc::EAFNOSUPPORT => libc::ENETUNREACH,
         other => other,
     };
     (errno as u16).to_be_bytes()
@@ -124,10 +126,11 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_lack_of_descriptors_is_not_the_guests() {
+    fn what_the_host_lacks_is_said_in_the_applications_words() {
         assert_eq!(status(0), [0, 0]);
         assert_eq!(status(libc::ETIMEDOUT), [0, 110]);
         assert_eq!(status(libc::EMFILE), [0, 105]);
+        assert_eq!(status(libc::EAFNOSUPPORT), [0, 101]);
     }
 
     #[test]

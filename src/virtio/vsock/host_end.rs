@@ -15,7 +15,7 @@
 //! done so and all that it sent is delivered.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
@@ -171,13 +171,7 @@ impl HostEnd {
                 self.socket = Socket::Connecting(socket);
             }
             Protocol::Udp => {
-                let socket = match destination {
-                    SocketAddr::V4(_) => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)),
-                    SocketAddr::V6(_) => UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)),
-                }?;
-                socket.set_nonblocking(true)?;
-                socket.connect(destination)?;
-                self.socket = Socket::Udp(socket);
+                self.socket = Socket::Udp(sys::connect_udp(destination)?);
                 self.rest = Rest::new(&flow::status(0));
             }
         }

@@ -2,6 +2,8 @@
 
 #[path = "bench.rs"]
 mod bench;
+#[path = "flow_test.rs"]
+mod flows;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
