@@ -670,9 +670,17 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
         outgoing: spec.network.is_none(),
+        syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
     }
+}
+
+/// How often this host repeats a SYN, unless as often as any Linux.
+fn unusual_syn_retries() -> Option<u8> {
+    const USUAL: u8 = 6;
+    let text = fs::read_to_string("/proc/sys/net/ipv4/tcp_syn_retries").ok()?;
+    text.trim().parse().ok().filter(|retries| *retries != USUAL)
 }
 
 /// Names of `ulimits` and their `RLIMIT_*` numbers (contract §1.4; `as` is not one of them).

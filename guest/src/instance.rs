@@ -38,6 +38,9 @@ pub struct Instance {
     pub exec_workdir: String,
     /// Whether sockets of the box reach the outside through the host's (TSI, contract §8).
     pub outgoing: bool,
+    /// How often the host repeats a SYN, where that is not Linux's default: connect(2) times out in
+    /// the guest when it does on the host (tcp(7), `tcp_syn_retries`).
+    pub syn_retries: Option<u8>,
     /// Whether the host takes clients to ports of the box (contract §1.6).
     pub published: bool,
     /// What every program of the box gives up.

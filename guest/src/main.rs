@@ -140,7 +140,8 @@ fn prepare() -> Result<Prepared, String> {
     // Beside everything that follows.
     // A file that is missing names no resolver.
     let resolv_conf = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let needs = Needs { outgoing: instance.outgoing, published: instance.published };
+    let Instance { outgoing, syn_retries, published, .. } = instance;
+    let needs = Needs { outgoing, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;

@@ -18,7 +18,7 @@ mod relay;
 mod stream;
 
 use std::ffi::CStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -34,6 +34,8 @@ use crate::sys;
 pub struct Needs {
     /// Its sockets reach the outside.
     pub outgoing: bool,
+    /// How often a SYN is repeated, if not as often as usual.
+    pub syn_retries: Option<u8>,
     /// It has published ports.
     pub published: bool,
 }
@@ -156,6 +158,9 @@ type Made = (Programs, Option<Outgoing>, Option<File>);
 fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<Made, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     sys::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
+    if let Some(retries) = needs.syn_retries {
+        set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
+    }
     let outgoing = needs.outgoing.then(Outgoing::new).transpose().map_err(failed("listen"))?;
     let published = needs
         .published
@@ -165,6 +170,13 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     let extent = if needs.outgoing { Extent::Everything } else { Extent::Clients };
     // Last, so that whatever is redirected finds its listener.
     Ok((Programs::attach(cgroup, extent, resolvers)?, outgoing, published))
+}
+
+/// Sets how often SYNs are repeated, at intervals that double from the first on: a held-back SYN is
+/// answered by what the host says, or by its own time-out.
+fn set_syn_retries(retries: u8) -> io::Result<()> {
+    fs::write("/proc/sys/net/ipv4/tcp_syn_linear_timeouts", "0")?;
+    fs::write("/proc/sys/net/ipv4/tcp_syn_retries", retries.to_string())
 }
 
 impl Outgoing {

@@ -104,7 +104,25 @@ pub fn complete_tcp(packet: &[u8]) -> Option<Packet> {
     Some(Packet { bytes, destination })
 }
 
-/// The error that tells the sender of a packet that it has not arrived.
+/// The answer to a SYN where nobody listens (RFC 9293, 3.5.2): `ECONNREFUSED`.
+pub fn reset(syn: &[u8]) -> Option<Packet> {
+    const RST_ACK: u8 = 0x14;
+    let (client, server, header_len) = addresses(syn)?;
+    let asked = syn.get(header_len..).filter(|segment| segment.len() >= TCP_MIN_LEN)?;
+    let sequence = u32::from_be_bytes(asked[4..8].try_into().ok()?);
+    let mut segment = Vec::with_capacity(TCP_MIN_LEN);
+    segment.extend(&asked[2..4]);
+    segment.extend(&asked[..2]);
+    segment.extend([0; 4]);
+    segment.extend(sequence.wrapping_add(1).to_be_bytes());
+    segment.extend([(TCP_MIN_LEN as u8 / 4) << 4, RST_ACK, 0, 0, 0, 0, 0, 0]);
+    let mut bytes = ip_header(server, client, TCP, segment.len())?;
+    bytes.extend(segment);
+    complete_tcp(&bytes)
+}
+
+/// The error that tells the sender of a packet that it has not arrived. For a SYN, Linux wakes who
+/// waits for the socket a moment before it sets the errno, so [`reset`] is better where it will do.
 pub fn unreachable(packet: &[u8], why: Unreachable) -> Option<Packet> {
     let (sender, receiver, _) = addresses(packet)?;
     let quote = &packet[..packet.len().min(MAX_QUOTE)];
@@ -215,6 +233,16 @@ mod tests {
         assert_eq!(packet.destination, "127.128.0.1".parse::<IpAddr>().expect("an address"));
         assert!(is_valid(&packet.bytes, TCP));
         assert_eq!(packet.bytes[..36], SYN4[..36], "nothing else changes");
+    }
+
+    #[test]
+    fn a_refused_syn_is_reset() {
+        let packet = reset(&SYN4).expect("a reset");
+        assert_eq!(packet.destination, "127.0.0.1".parse::<IpAddr>().expect("an address"));
+        assert!(is_valid(&packet.bytes, TCP));
+        let segment = &packet.bytes[IP4_LEN..];
+        assert_eq!(segment[..4], [0, 1, 0x9c, 0x40], "from the flow to the application");
+        assert_eq!(segment[8..14], [0x12, 0x34, 0x56, 0x79, 0x50, 0x14]);
     }
 
     #[test]

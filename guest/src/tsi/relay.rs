@@ -417,7 +417,11 @@ impl<'a> Relay<'a> {
     fn refuse(&mut self, id: Id, syn: &[u8], why: Unreachable) {
         // Should the socket be busy at this moment, its next SYN asks again.
         self.programs.rearm(id);
-        if let Some(packet) = packet::unreachable(syn, why) {
+        let answer = match why {
+            Unreachable::Port => packet::reset(syn),
+            _ => packet::unreachable(syn, why),
+        };
+        if let Some(packet) = answer {
             self.inject(&packet);
         }
     }
