@@ -8,8 +8,8 @@ use mote_agent::flow::{
 /// An answer to a request, or what became of a datagram: an errno.
 const ERROR_LEN: usize = DATAGRAM_HEADER_LEN + STATUS_LEN;
 
-/// Bytes for the guest that go before anything else: a header, or the rest of a chunk or datagram
-/// of which a packet had room for the beginning.
+/// Bytes for the guest that go before anything else: a header, or the rest of what was read when a
+/// packet had room for the beginning only.
 #[derive(Debug, Default)]
 pub struct Rest {
     bytes: Vec<u8>,
