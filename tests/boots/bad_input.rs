@@ -1,6 +1,7 @@
 //! Specs, guests and hosts that are wrong: one clear line, the right code, nothing left behind.
 
 use std::fs;
+use std::net::TcpListener;
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -26,7 +27,7 @@ fn assert_one_line(ran: &Ran) {
 #[test]
 fn bad_specs_name_the_field() {
     let long_socket = format!("/run/{}", "s".repeat(103));
-    let cases: [(&str, Value, &str); 14] = [
+    let cases: [(&str, Value, &str); 19] = [
         ("vcpus", json!(0), "spec: vcpus: is 0, must be from 1 to 64"),
         ("vcpus", json!(65), "spec: vcpus: is 65, must be from 1 to 64"),
         ("vcpus", json!("2"), "spec: vcpus: is a string, must be a whole number"),
@@ -60,6 +61,15 @@ fn bad_specs_name_the_field() {
             "fs_mounts",
             json!([{"tag": "a", "host_path": "/no/such", "read_only": true}]),
             "spec: fs_mounts[0].host_path: /no/such does not exist",
+        ),
+        ("port_map", json!(["8080"]), "spec: port_map[0]: is \"8080\", must be HOST:GUEST"),
+        ("port_map", json!(["80:80/tcp"]), "spec: port_map[0]: is \"80:80/tcp\", but ports are"),
+        ("port_map", json!(["0:80"]), "spec: port_map[0]: is \"0:80\", but 0 is not a port"),
+        ("port_map", json!(["1:65536"]), "spec: port_map[0]: is \"1:65536\", but 65536 is not"),
+        (
+            "port_map",
+            json!(["8080:80", "8080:81"]),
+            "spec: port_map[1]: is \"8080:81\", but host port 8080 is in port_map[0] already",
         ),
     ];
     for (field, value, expected) in cases {
@@ -103,6 +113,47 @@ fn check_lists_every_error_and_exits_2() {
     let output = check(&TestBox::busybox().spec);
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains("\"/bin/true\""));
+}
+
+#[test]
+fn a_published_port_that_is_taken_is_named() {
+    let listener = TcpListener::bind("0.0.0.0:0").expect("bound");
+    let port = listener.local_addr().expect("bound").port();
+    let taken = format!("port_map[1]: host port {port} is in use by another program; ");
+    let test = TestBox::busybox().with("port_map", json!(["4321:80", format!("{port}:81")]));
+    let message = refused(&test, 125);
+    assert!(message.starts_with(&taken), "{message}");
+    drop(listener);
+    assert_eq!(test.run().code, 0);
+}
+
+#[test]
+fn two_boxes_cannot_publish_one_port() {
+    let (first, running) = TestBox::busybox().with("port_map", json!(["4322:80"])).idle();
+    let second = TestBox::busybox().with("port_map", json!(["4322:8080"]));
+    let message = refused(&second, 125);
+    assert!(message.starts_with("port_map[0]: host port 4322 is in use"), "{message}");
+    running.stop(&first);
+    assert_eq!(second.run().code, 0);
+}
+
+#[test]
+fn a_privileged_port_says_what_to_change() {
+    let test = TestBox::busybox().with("port_map", json!(["81:80"]));
+    let output = Command::new("setpriv")
+        .arg("--bounding-set=-net_bind_service")
+        .arg(mote())
+        .args(["--config", &test.spec.to_string(), "--outcome"])
+        .arg(test.path("out/outcome.json"))
+        .env("TMPDIR", test.path("tmp"))
+        .output()
+        .expect("setpriv runs");
+    let ran = test.finished(output);
+    assert_one_line(&ran);
+    assert_eq!(ran.code, 125);
+    let message =
+        "port_map[0]: host port 81 may not be used by this user; choose a port above 1023,";
+    assert!(ran.stderr.contains(message), "{}", ran.stderr);
 }
 
 #[test]
