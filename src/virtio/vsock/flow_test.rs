@@ -655,6 +655,35 @@ fn errors_that_nobody_takes_stay_bounded() {
 }
 
 #[test]
+fn a_flood_of_empty_datagrams_is_cut_into_turns() {
+    let mut bench = Bench::started();
+    let (ports, _peer) = udp_connected(&mut bench);
+    let (other, mut stream) = connected(&mut bench);
+    let flood = vec![0; MAX_PACKET];
+    bench.send(data(ports), &flood);
+    bench.send(data(other), b"in between");
+    bench.tx.kick_anyway();
+    bench.turn();
+    assert!(bench.look().most_bytes > MAX_PACKET / 2, "one turn sends few");
+    assert_eq!(read_until(&mut bench, &mut stream, 10).0, b"in between");
+    bench.run();
+    assert_eq!(bench.look().most_bytes, 0, "all are sent in time");
+    bench.collect();
+
+    // The end of the connection does not lose them, that of the device does.
+    bench.send(data(ports), &flood);
+    bench.tell(shutdown(ports, SEND | RECEIVE), &[]);
+    assert_eq!(bench.collect().last(), Some(&(RST, ports, vec![])));
+    assert_eq!(bench.look().connections, 1);
+    let (ports, _peer) = udp_connected(&mut bench);
+    bench.send(data(ports), &flood);
+    bench.tx.kick_anyway();
+    bench.turn();
+    bench.call(Mux::reset);
+    assert_eq!(bench.look().connections, 0);
+}
+
+#[test]
 fn a_length_that_no_datagram_has_is_reset() {
     for header in [[0xff, 0xf8], [0xff, 0xff]] {
         let mut bench = Bench::started();

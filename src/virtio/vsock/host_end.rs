@@ -32,6 +32,10 @@ use crate::sys;
 // A datagram is received whole, in the buffer for packets.
 const _: () = assert!(DATAGRAM_HEADER_LEN + MAX_DATAGRAM_LEN <= MAX_PACKET);
 
+/// Most datagrams that one flow sends before everybody else's turn: a guest's packet may hold 32,768
+/// empty ones, and its queue 256 such packets.
+const DATAGRAM_BATCH: usize = 32;
+
 /// The host's end of a connection.
 #[derive(Debug)]
 pub struct HostEnd {
@@ -218,13 +222,20 @@ impl HostEnd {
     }
 
     /// Writes what the guest has sent, as far as the socket takes it, and closes each direction
-    /// that is over.
-    pub fn flush(&mut self, conn: &mut Conn) {
+    /// that is over. Returns whether to go on after everybody else's turn: nothing will say so.
+    pub fn flush(&mut self, conn: &mut Conn) -> bool {
         match &self.socket {
-            Socket::Unix(_) | Socket::Tcp(_) => self.write_stream(conn),
-            Socket::Udp(_) => return self.send_datagrams(conn),
-            Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => return,
+            Socket::Unix(_) | Socket::Tcp(_) => {
+                self.write_stream(conn);
+                self.shut(conn);
+                false
+            }
+            Socket::Udp(_) => self.send_datagrams(conn),
+            Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => false,
         }
+    }
+
+    fn shut(&mut self, conn: &Conn) {
         if conn.is_host_direction_over() && !std::mem::replace(&mut self.write_shut, true) {
             // Failing means that the peer is gone, which reading will tell.
             let _ = self.socket.shutdown(Shutdown::Write);
@@ -252,8 +263,11 @@ impl HostEnd {
         }
     }
 
-    fn send_datagrams(&mut self, conn: &mut Conn) {
-        while self.writable {
+    fn send_datagrams(&mut self, conn: &mut Conn) -> bool {
+        for _ in 0..DATAGRAM_BATCH {
+            if !self.writable {
+                return false;
+            }
             let datagram = match flow::first_datagram(conn.all_for_host()) {
                 Ok(Some(datagram)) => datagram,
                 Ok(None) => {
@@ -261,9 +275,12 @@ impl HostEnd {
                         // Half a datagram, to which nothing more will come.
                         conn.host_took(conn.for_host().len());
                     }
-                    return;
+                    return false;
                 }
-                Err(TooLong) => return conn.abort(),
+                Err(TooLong) => {
+                    conn.abort();
+                    return false;
+                }
             };
             let mut sent = self.socket.write(datagram);
             if let Err(error) = &sent
@@ -278,12 +295,13 @@ impl HostEnd {
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.writable = false;
-                    return;
+                    return false;
                 }
                 Err(error) => self.error = Some(errno(&error)),
             }
             conn.host_took(len);
         }
+        true
     }
 
     /// Reads what is next for the guest into the start of `buffer`, at most `room` bytes. The buffer
@@ -357,8 +375,8 @@ impl HostEnd {
     }
 }
 
-/// What holds for every TCP connection from the start: the application's own writes are as large as
-/// it wants them; and see above.
+/// What holds for every TCP connection from the start. Nothing waits to be sent with more: whether
+/// that is wanted was decided in the guest.
 fn prepare_tcp(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
     sys::set_reset_on_close(socket, true)

@@ -120,6 +120,8 @@ pub struct Mux {
     /// Connections that may have something for the guest, first come first served.
     ready: VecDeque<usize>,
     resets: VecDeque<Header>,
+    /// Connections that have more to write to their host sockets than one turn may take.
+    unfinished: BTreeSet<usize>,
     /// Sockets for guest connections to these host ports, one each.
     offers: HashMap<u32, UnixStream>,
     /// Where outgoing flows may go; without, there are none.
@@ -152,6 +154,7 @@ impl Mux {
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
+            unfinished: BTreeSet::new(),
             offers,
             outgoing,
             flows: 0,
@@ -320,6 +323,7 @@ impl Mux {
     fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
         // Taken out while packets are handled: a packet may change anything else of the device.
         let Some(mut queues) = self.queues.take() else { return Ok(()) };
+        let unfinished = std::mem::take(&mut self.unfinished);
         let mut touched = Vec::new();
         let served = queues.transmit.serve(&queues.ram, BATCH, |chain| {
             touched.extend(self.take_packet(chain, &queues.ram, ops));
@@ -327,7 +331,7 @@ impl Mux {
         });
         self.queues = Some(queues);
         served?;
-        for index in touched {
+        for index in touched.into_iter().chain(unfinished) {
             self.flush_to_host(index, ops)?;
         }
         Ok(())
@@ -475,7 +479,16 @@ impl Mux {
         let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
             return Ok(());
         };
-        entry.end.flush(&mut entry.conn);
+        if entry.end.flush(&mut entry.conn) {
+            match &self.queues {
+                Some(queues) => {
+                    self.unfinished.insert(index);
+                    queues.transmit.kick().write(1)?;
+                }
+                // The driver is gone, and what is left are datagrams, which may be lost.
+                None => entry.conn.vanish(),
+            }
+        }
         self.queue(index);
         self.remove_if_closed(index, ops)
     }
