@@ -43,6 +43,11 @@ pub fn cpuid(supported: &CpuId, index: u8, count: u8, tsc_deadline: bool) -> Cpu
     cpuid
 }
 
+/// Whether a vCPU with this CPUID has CMPXCHG16B (leaf 1, ECX bit 13).
+pub fn has_cmpxchg16b(cpuid: &CpuId) -> bool {
+    cpuid.as_slice().iter().any(|entry| entry.function == 0x1 && entry.ecx & 1 << 13 != 0)
+}
+
 fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bool) {
     /// Bits of an APIC id below the package number: all vCPUs are cores of one package.
     fn id_bits(count: u32) -> u32 {

@@ -2,8 +2,9 @@
 //!
 //! Some KVMs accept every call and then cannot run Linux (software KVMs that emulate a subset).
 //! So a tiny built-in guest, [`self_test`], does what Linux cannot do without: a locked 16-byte
-//! compare-and-exchange, and a visit to user mode with CPUID and SYSCALL. It runs on the boot vCPU of every VM before the kernel is
-//! entered, which costs one exit, and alone for `mote probe`.
+//! compare-and-exchange (where CPUID offers it), and a visit to user mode with CPUID and SYSCALL. It
+//! runs on the boot vCPU of every VM before the kernel is entered, which costs one exit, and alone for
+//! `mote probe`.
 
 use std::io::{self, ErrorKind};
 use std::sync::mpsc;
@@ -11,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -88,13 +89,15 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 }
 
 /// CPUID that KVM supports on this host.
-pub fn supported_cpuid(kvm: &Kvm) -> Result<kvm_bindings::CpuId> {
+pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("read the CPUID that KVM supports")
 }
 
 // The self-test's page: code at its start, page tables behind it. Addresses are guest-physical.
 const CODE: u64 = layout::SELF_TEST;
 const TABLES: [u64; 3] = [CODE + 0x1000, CODE + 0x2000, CODE + 0x3000];
+/// Offset into [`PROGRAM`] behind CMPXCHG16B, where a vCPU without it starts: Linux does without.
+const AFTER_CMPXCHG16B: u64 = 0x06;
 /// Where SYSCALL enters; offset into [`PROGRAM`].
 const SYSCALL_ENTRY: u64 = 0x30;
 /// The port that reports success.
@@ -128,10 +131,10 @@ const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
 const EFER_SCE: u64 = 1;
 
-/// Runs the self-test on a vCPU that has its CPUID, in the first MiB of `ram`. On success the
+/// Runs the self-test on a vCPU that has this CPUID, in the first MiB of `ram`. On success the
 /// vCPU is handed back, to be set up for the kernel.
-pub fn self_test(vcpu: VcpuFd, ram: &GuestRam) -> Result<VcpuFd> {
-    prepare_self_test(&vcpu, ram).context("set up the KVM self-test")?;
+pub fn self_test(vcpu: VcpuFd, cpuid: &CpuId, ram: &GuestRam) -> Result<VcpuFd> {
+    prepare_self_test(&vcpu, cpuid, ram).context("set up the KVM self-test")?;
     // On a thread of its own: a KVM that hangs in KVM_RUN must not take mote along.
     let (sender, receiver) = mpsc::channel();
     thread::Builder::new()
@@ -155,7 +158,7 @@ fn unfit(reason: String) -> anyhow::Error {
     )
 }
 
-fn prepare_self_test(vcpu: &VcpuFd, ram: &GuestRam) -> Result<()> {
+fn prepare_self_test(vcpu: &VcpuFd, cpuid: &CpuId, ram: &GuestRam) -> Result<()> {
     const USER_PAGE: u64 = 0b111;
     const HUGE: u64 = 1 << 7;
     ram.write_slice(&PROGRAM, GuestAddress(CODE))?;
@@ -171,7 +174,8 @@ fn prepare_self_test(vcpu: &VcpuFd, ram: &GuestRam) -> Result<()> {
     sregs.cr3 = TABLES[0];
     sregs.efer |= EFER_SCE;
     vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&kvm_regs { rip: CODE, rsp: CODE + 0x800, rflags: 2, ..Default::default() })?;
+    let start = if cpu::has_cmpxchg16b(cpuid) { CODE } else { CODE + AFTER_CMPXCHG16B };
+    vcpu.set_regs(&kvm_regs { rip: start, rsp: CODE + 0x800, rflags: 2, ..Default::default() })?;
     // STAR: SYSCALL loads CS 0x10 and SS 0x18, SYSRET CS 0x23 and SS 0x1b.
     set_syscall_msrs(vcpu, 0x13 << 48 | 0x10 << 32, CODE + SYSCALL_ENTRY)
 }
@@ -221,5 +225,5 @@ pub fn check() -> Result<()> {
     let ram = memory::create_ram(2 << 20)?;
     memory::add_ram(&vm, &ram)?;
     let cpuid = cpu::cpuid(&supported_cpuid(&kvm)?, 0, 1, true);
-    self_test(vcpu::create(&vm, 0, &cpuid)?, &ram).map(drop)
+    self_test(vcpu::create(&vm, 0, &cpuid)?, &cpuid, &ram).map(drop)
 }

@@ -74,7 +74,8 @@ impl Vm {
         let supported = kvm::supported_cpuid(&kvm)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let cpuid = |index| cpu::cpuid(&supported, index, plan.vcpus, tsc_deadline);
-        let boot_vcpu = kvm::self_test(vcpu::create(&vm, 0, &cpuid(0))?, &ram)?;
+        let boot_cpuid = cpuid(0);
+        let boot_vcpu = kvm::self_test(vcpu::create(&vm, 0, &boot_cpuid)?, &boot_cpuid, &ram)?;
         timeline.mark("kvm_tested");
 
         // The guest's first memory.
