@@ -41,7 +41,12 @@ qemu-system-x86     /usr/bin/qemu-system-x86_64          the lab's machine, and 
 linux-image-cloud-amd64 /usr/share/doc/linux-image-cloud-amd64 the lab's kernel, with kvm_amd
 kmod                /sbin/modprobe                       loads kvm_amd in the lab
 udev                /usr/bin/udevadm                     virtme-ng runs it in the lab
-iproute2            /sbin/ip                             virtme-ng runs it in the lab
+iproute2            /sbin/ip                             virtme-ng runs it in the lab; networks for the tests
+musl-tools          /usr/bin/musl-gcc                    a static client with musl for the tests
+openssl             /usr/bin/openssl                     a certificate authority for the tests
+apache2-utils       /usr/bin/ab                          load on published ports
+passt               /usr/bin/passt                       the network that boxes with 'network' use
+iperf3              /usr/bin/iperf3                      the network benchmark
 "
 
 install_packages() {
