@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::network::Network;
+
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
 
-const APPLETS: [&str; 47] = [
+const APPLETS: [&str; 51] = [
     "sh",
     "cat",
     "echo",
@@ -61,6 +63,10 @@ const APPLETS: [&str; 47] = [
     "vi",
     "clear",
     "ifconfig",
+    "nc",
+    "nslookup",
+    "timeout",
+    "wget",
 ];
 
 /// The binary under test.
@@ -72,6 +78,8 @@ pub fn mote() -> PathBuf {
 pub struct TestBox {
     pub dir: PathBuf,
     pub spec: Value,
+    /// Words in front of mote's own: where it runs, if not right here.
+    within: Vec<String>,
     mounted: bool,
 }
 
@@ -105,7 +113,7 @@ impl TestBox {
             "console_output": dir.join("out/console.log"),
             "workdir": "/",
         });
-        TestBox { dir, spec, mounted: false }
+        TestBox { dir, spec, within: Vec::new(), mounted: false }
     }
 
     /// A box on a small tree: busybox and little else, made in an instant.
@@ -165,6 +173,22 @@ impl TestBox {
         self
     }
 
+    /// Runs mote in this network.
+    pub fn inside(mut self, network: &Network) -> Self {
+        self.within.extend(network.enter());
+        self
+    }
+
+    /// Gives mote, and nothing else, a host's resolv.conf of this text.
+    pub fn with_host_resolver(mut self, text: &str) -> Self {
+        let file = self.path("host-resolv.conf");
+        fs::write(&file, text).expect("file");
+        let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+        self.within.extend(["unshare", "--mount", "sh", "-c", script].map(String::from));
+        self.within.push(file.to_str().expect("text").into());
+        self
+    }
+
     pub fn path(&self, relative: &str) -> PathBuf {
         self.dir.join(relative)
     }
@@ -174,6 +198,7 @@ impl TestBox {
         let mut command = Command::new("timeout");
         command
             .args(["--foreground", "--signal=KILL", DEADLINE_S])
+            .args(&self.within)
             .arg(mote())
             .arg("--config")
             .arg(self.spec.to_string())
@@ -210,7 +235,10 @@ impl TestBox {
     /// Starts the box in the background.
     pub fn start(&self) -> Started {
         // Not under `timeout`: signals and the pid are mote's own.
-        let mut command = Command::new(mote());
+        let mut command = Command::new(self.within.first().map_or_else(mote, PathBuf::from));
+        if let [_, words @ ..] = &self.within[..] {
+            command.args(words).arg(mote());
+        }
         command
             .arg("--config")
             .arg(self.spec.to_string())
@@ -344,6 +372,13 @@ pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
             })
         })
         .collect()
+}
+
+/// Memory of a process's own, in KiB: a box's memory is shared and does not count.
+pub fn own_memory_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("a line");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
 }
 
 /// Writes an executable file.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::client;
-use crate::common::TestBox;
+use crate::common::{TestBox, own_memory_kib};
 
 /// Serves vsock port 4089: sends everything back in capitals, and `tail` after end of file.
 const AGENT: &str = r#"
@@ -173,12 +173,7 @@ fn a_hostile_guest_gets_nothing_and_holds_up_nobody() {
     for _ in 0..5 {
         assert_eq!(client::shell(&test, "echo served"), "served\n");
     }
-    let resident_kib = |pid: u32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-        let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("a line");
-        line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number")
-    };
-    assert!(resident_kib(started.child.id()) < 16 * 1024, "mote's own memory stays small");
+    assert!(own_memory_kib(started.child.id()) < 16 * 1024, "mote's own memory stays small");
     started.signal(libc::SIGTERM);
     assert_eq!(test.finished(started.finish()).code, 143);
 }

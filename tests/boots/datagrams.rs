@@ -1,0 +1,346 @@
+//! Datagrams with `network` null, names above all, and what is not carried.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::common::{TestBox, eventually};
+use crate::network::{Network, Server, python, run, shell};
+
+/// Echoes datagrams on two ports of both families, each with the port's last digit in front.
+const ECHO: &str = r#"
+import socket, threading
+def echo(server, digit):
+    while True:
+        data, client = server.recvfrom(70000)
+        server.sendto((digit + data)[:len(data)] if data else b"", client)
+for port in (9001, 9002):
+    for family, address in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
+        server = socket.socket(family, socket.SOCK_DGRAM)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        server.bind((address, port))
+        threading.Thread(target=echo, args=(server, str(port)[-1].encode())).start()
+print("ready")
+"#;
+
+#[test]
+fn datagrams_go_there_and_back() {
+    let network = Network::new();
+    let _server = network.serve(ECHO);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    python(
+        &test,
+        r#"
+import errno, socket
+def udp(family):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.settimeout(60)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    return s
+for family, host, longest in (
+    (socket.AF_INET, "198.51.100.1", 65507), (socket.AF_INET6, "2001:db8::1", 65507),
+    (socket.AF_INET6, "::ffff:198.51.100.1", 65507),
+):
+    # Of any length, also none; to two places from one socket; and from who it is.
+    s = udp(family)
+    for size in (0, 1, 2, 512, 1472, 1473, 9000, 32768, 60000, longest):
+        for port, digit in ((9001, b"1"), (9002, b"2")):
+            data = bytes(i & 255 for i in range(size))
+            s.sendto(data, (host, port))
+            reply, peer = s.recvfrom(70000)
+            assert peer[:2] == (host, port), (host, port, peer)
+            assert reply == (digit + data)[:size], (host, port, size, len(reply))
+    # The same on a connected socket, which hears nobody else.
+    c = udp(family)
+    c.connect((host, 9001))
+    assert c.getpeername()[:2] == (host, 9001), c.getpeername()
+    for size in (0, 1, 1473, 60000):
+        c.send(bytes(size))
+        reply, peer = c.recvfrom(70000)
+        assert len(reply) == size and peer[:2] == (host, 9001)
+    # A connected socket can be sent elsewhere by connecting again.
+    c.connect((host, 9002))
+    c.send(b"ab")
+    assert c.recv(9) == b"2a" and c.getpeername()[:2] == (host, 9002)
+    # Several on the way at once.
+    for number in range(20):
+        s.sendto(b"%02d" % number, (host, 9001))
+    assert sorted(s.recv(9) for _ in range(20)) == sorted((b"1%02d" % n)[:2] for n in range(20))
+"#,
+    );
+    started.stop(&test);
+}
+
+#[test]
+fn nobody_there_is_said_to_a_connected_socket() {
+    let network = Network::new();
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    python(
+        &test,
+        r#"
+import socket
+for family, host in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.settimeout(60)
+    s.connect((host, 1))
+    s.send(b"x")
+    try:
+        assert False, s.recv(9)
+    except ConnectionRefusedError:
+        pass
+"#,
+    );
+    started.stop(&test);
+}
+
+/// Resolves names below mote.test, on UDP and TCP, at the addresses in `WHERE`; says each question.
+///   host     198.51.100.1 and 2001:db8::1
+///   inside   127.0.0.1
+///   long     as host, but only over TCP: what fits into a datagram is cut
+const RESOLVER: &str = r#"
+import socket, struct, sys, threading
+A, AAAA = 1, 28
+NAMES = {
+    "host.mote.test": {A: ["198.51.100.1"], AAAA: ["2001:db8::1"]},
+    "inside.mote.test": {A: ["127.0.0.1"]},
+    "long.mote.test": {A: [f"198.51.100.{i}" for i in range(1, 200)]},
+}
+def answer(query, transport):
+    labels, at = [], 12
+    while length := query[at]:
+        labels.append(query[at + 1:at + 1 + length].decode())
+        at += 1 + length
+    kind = struct.unpack("!H", query[at + 1:at + 3])[0]
+    name = ".".join(labels).lower()
+    sys.stdout.write(f"{transport} {name} {kind}\n")
+    records = NAMES.get(name, {}).get(kind, [])
+    code = 0 if name in NAMES else 3
+    cut = transport == "udp" and len(records) > 20
+    body = b"" if cut else b"".join(
+        struct.pack("!HHHIH", 0xc00c, kind, 1, 60, 4 if kind == A else 16)
+        + socket.inet_pton(socket.AF_INET if kind == A else socket.AF_INET6, record)
+        for record in records)
+    flags = 0x8180 | code | (0x200 if cut else 0)
+    count = 0 if cut else len(records)
+    return query[:2] + struct.pack("!HHHHH", flags, 1, count, 0, 0) + query[12:at + 5] + body
+def datagrams(server):
+    while True:
+        query, client = server.recvfrom(4096)
+        server.sendto(answer(query, "udp"), client)
+def stream(conn):
+    while length := conn.recv(2, socket.MSG_WAITALL):
+        reply = answer(conn.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL), "tcp")
+        conn.sendall(len(reply).to_bytes(2, "big") + reply)
+    conn.close()
+def streams(server):
+    while True:
+        threading.Thread(target=stream, args=(server.accept()[0],), daemon=True).start()
+for address in WHERE:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    udp = socket.socket(family, socket.SOCK_DGRAM)
+    udp.bind((address, 53))
+    threading.Thread(target=datagrams, args=(udp,)).start()
+    tcp = socket.create_server((address, 53), family=family)
+    threading.Thread(target=streams, args=(tcp,)).start()
+print("ready")
+"#;
+
+fn resolver(network: &Network, addresses: &[&str]) -> Server {
+    network.serve(&format!("WHERE = {}\n{RESOLVER}", json!(addresses)))
+}
+
+/// The box asks there. It asks again only after 30 s: what is answered before was answered at once.
+fn asks(test: &TestBox, server: &str) {
+    let text = format!("nameserver {server}\noptions timeout:30 attempts:1\n");
+    fs::write(test.path("root/etc/resolv.conf"), text).expect("resolv.conf");
+}
+
+/// A static program with musl's resolver, which asks from unconnected sockets; glibc connects its own.
+fn install_musl_client(test: &TestBox) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/musl.c");
+    let status = Command::new("musl-gcc")
+        .args(["-O1", "-static", "-Wall", "-Werror", "-o"])
+        .arg(test.path("root/bin/resolve"))
+        .arg(source)
+        .status()
+        .expect("musl-tools is installed");
+    assert!(status.success());
+}
+
+#[test]
+fn names_resolve_at_once_or_fail_at_once() {
+    let network = Network::new();
+    let mut server = resolver(&network, &["198.51.100.1", "2001:db8::1"]);
+    let test = TestBox::debian().inside(&network);
+    asks(&test, "198.51.100.1");
+    install_musl_client(&test);
+    let (test, started) = test.idle();
+    let getent = |what: &str, name: &str| {
+        let done = run(&test, &["timeout", "25", "getent", what, name]);
+        (done.code, done.stdout.split_whitespace().next().unwrap_or_default().to_owned())
+    };
+    let found = |address: &str| (0, address.to_owned());
+    let not_found = (2, String::new());
+
+    assert_eq!(getent("ahostsv4", "host.mote.test"), found("198.51.100.1"));
+    assert_eq!(server.line(), "udp host.mote.test 1");
+    assert_eq!(getent("hosts", "host.mote.test"), found("2001:db8::1"));
+    assert_eq!(server.line(), "udp host.mote.test 28");
+    assert_eq!(getent("hosts", "nobody.mote.test"), not_found);
+    for _ in 0..2 {
+        let question = server.line();
+        assert!(question.starts_with("udp nobody.mote.test "), "{question}");
+    }
+    assert_eq!(getent("ahostsv4", "long.mote.test"), found("198.51.100.1"));
+    assert_eq!(
+        [server.line(), server.line()].join(", "),
+        "udp long.mote.test 1, tcp long.mote.test 1"
+    );
+
+    let said = shell(&test, "timeout 25 resolve host.mote.test");
+    assert_eq!(said, "2001:db8::1\n198.51.100.1\n");
+    let done = run(&test, &["timeout", "25", "resolve", "nobody.mote.test"]);
+    assert_eq!((done.code, done.stdout.as_str()), (1, "Name does not resolve\n"));
+    let said = python(
+        &test,
+        "import socket\nprint(sorted({a[4][0] for a in socket.getaddrinfo('host.mote.test', 80)}))",
+    );
+    assert_eq!(said, "['198.51.100.1', '2001:db8::1']\n");
+
+    // By IPv6, and where nobody answers; resolvers read the file anew.
+    asks(&test, "2001:db8::1");
+    assert_eq!(getent("ahostsv4", "host.mote.test"), found("198.51.100.1"));
+    asks(&test, "198.51.100.2");
+    assert_eq!(getent("hosts", "host.mote.test"), not_found);
+    let done = run(&test, &["timeout", "25", "curl", "-sS", "http://host.mote.test/"]);
+    assert_eq!(done.code, 6, "curl could not resolve it, in time: {}", done.stderr);
+    asks(&test, "203.0.113.53");
+    assert_eq!(getent("hosts", "host.mote.test"), not_found, "no route to the resolver");
+    started.stop(&test);
+}
+
+#[test]
+fn busybox_resolves() {
+    let network = Network::new();
+    let _server = resolver(&network, &["198.51.100.1"]);
+    let test = TestBox::busybox().inside(&network);
+    asks(&test, "198.51.100.1");
+    install_musl_client(&test);
+    let (test, started) = test.idle();
+    let said = shell(&test, "timeout 25 nslookup host.mote.test");
+    for address in ["198.51.100.1", "2001:db8::1"] {
+        assert!(said.contains(&format!("Address: {address}\n")), "{said}");
+    }
+    assert_eq!(shell(&test, "timeout 25 resolve host.mote.test"), "2001:db8::1\n198.51.100.1\n");
+    started.stop(&test);
+}
+
+#[test]
+fn a_loopback_resolver_in_the_box_means_the_hosts() {
+    // As systemd-resolved has it, and with a resolver somewhere else.
+    for (place, host) in [("127.0.0.53", "127.0.0.53"), ("198.51.100.1", "198.51.100.1")] {
+        let network = Network::new();
+        let mut server = resolver(&network, &[place]);
+        let test = TestBox::debian()
+            .inside(&network)
+            .with_host_resolver(&format!("# the host's\nnameserver {host}\noptions edns0\n"));
+        asks(&test, "127.0.0.53");
+        install_musl_client(&test);
+        let (test, started) = test.idle();
+        // glibc, then musl, then TCP.
+        let said = shell(&test, "timeout 25 getent ahostsv4 host.mote.test | head -n 1");
+        assert!(said.starts_with("198.51.100.1 "), "{place}: {said}");
+        assert_eq!(server.line(), "udp host.mote.test 1");
+        let said = shell(&test, "timeout 25 resolve host.mote.test");
+        assert_eq!(said, "2001:db8::1\n198.51.100.1\n", "{place}");
+        let said = shell(&test, "timeout 25 getent ahostsv4 long.mote.test | head -n 1");
+        assert!(said.starts_with("198.51.100.1 "), "{place}: {said}");
+        assert_eq!(run(&test, &["timeout", "25", "getent", "hosts", "nobody.mote.test"]).code, 2);
+        // That is all of the host's loopback that there is, by whatever name.
+        let done = run(&test, &["curl", "-sS", "--max-time", "60", "http://inside.mote.test:53/"]);
+        assert_eq!(done.code, 7, "{place}: refused: {}", done.stderr);
+        started.stop(&test);
+    }
+}
+
+#[test]
+fn five_hundred_questions_leave_nothing_behind() {
+    let network = Network::new();
+    let _server = network.serve(ECHO);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let descriptors =
+        || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
+    let before = descriptors();
+    python(
+        &test,
+        r#"
+import socket
+for number in range(500):
+    with socket.socket(type=socket.SOCK_DGRAM) as s:
+        s.settimeout(60)
+        data = b"question %d" % number
+        if number % 2:
+            s.connect(("198.51.100.1", 9001))
+            s.send(data)
+        else:
+            s.sendto(data, ("198.51.100.1", 9001))
+        assert s.recv(100) == (b"1" + data)[:len(data)]
+# And at once.
+many = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(200)]
+for s in many:
+    s.settimeout(60)
+    s.sendto(b"ab", ("198.51.100.1", 9001))
+for s in many:
+    assert s.recv(9) == b"1a"
+"#,
+    );
+    eventually("their descriptors go", || descriptors() <= before + 8);
+    started.stop(&test);
+}
+
+#[test]
+fn what_is_not_carried_fails_at_once() {
+    let network = Network::new();
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    for address in ["198.51.100.1", "2001:db8::1"] {
+        let done = run(&test, &["timeout", "25", "ping", "-c", "1", "-W", "20", address]);
+        assert!(![0, 124].contains(&done.code), "{done:?}");
+        let clear = ["unreachable", "not permitted", "denied", "not supported"];
+        assert!(clear.iter().any(|words| done.stderr.contains(words)), "{done:?}");
+    }
+    // The guest's own loopback answers.
+    assert_eq!(run(&test, &["ping", "-c", "1", "-W", "60", "127.0.0.1"]).code, 0);
+    python(
+        &test,
+        r#"
+import errno, socket
+CLEAR = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP,
+         errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
+def fails(family, kind, protocol, address, *options):
+    try:
+        with socket.socket(family, kind, protocol) as s:
+            for option in options:
+                s.setsockopt(*option)
+            s.sendto(b"\x08\x00\x00\x00\x00\x00\x00\x00", address)
+        assert False, ("sent", address)
+    except OSError as e:
+        assert e.errno in CLEAR, (address, e)
+        print(kind, address, errno.errorcode[e.errno])
+broadcast = (socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+v4, v6, dgram, raw = socket.AF_INET, socket.AF_INET6, socket.SOCK_DGRAM, socket.SOCK_RAW
+fails(v4, raw, socket.IPPROTO_ICMP, ("198.51.100.1", 0))
+fails(v4, raw, socket.IPPROTO_UDP, ("198.51.100.1", 0))
+fails(v4, raw, socket.IPPROTO_RAW, ("198.51.100.1", 0))
+fails(v6, raw, socket.IPPROTO_ICMPV6, ("2001:db8::1", 0))
+fails(v4, dgram, 0, ("255.255.255.255", 9), broadcast)
+fails(v4, dgram, 0, ("224.0.0.251", 5353))
+fails(v6, dgram, 0, ("ff02::fb", 5353))
+fails(v4, dgram, 0, ("203.0.113.1", 9))
+fails(v6, dgram, 0, ("2001:db8:1::1", 9))
+"#,
+    );
+    started.stop(&test);
+}

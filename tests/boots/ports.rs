@@ -1,0 +1,418 @@
+//! Published ports: `port_map` with `network` null.
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::common::{TestBox, eventually};
+use crate::network::{Network, Server, python, run, shell};
+
+/// Serves on every kind of address. Says whom it sees to whoever connects, then sends back what comes,
+/// in capitals, and `tail` after its end.
+///   8001 0.0.0.0    8002 :: (and IPv4)    8003 127.0.0.1    8004 ::1    8005 ::ffff:127.0.0.1
+const SERVERS: &str = r#"
+import asyncio, socket
+async def serve(reader, writer):
+    writer.write(f"{writer.get_extra_info('peername')[0]}\n".encode())
+    while data := await reader.read(65536):
+        writer.write(data.upper())
+        await writer.drain()
+    writer.write(b"tail")
+    await writer.drain()
+    writer.close()
+async def main():
+    for port, family, address, dual in (
+        (8001, socket.AF_INET, "0.0.0.0", False), (8002, socket.AF_INET6, "::", True),
+        (8003, socket.AF_INET, "127.0.0.1", False), (8004, socket.AF_INET6, "::1", False),
+        (8005, socket.AF_INET6, "::ffff:127.0.0.1", True),
+    ):
+        s = socket.socket(family)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
+        s.bind((address, port))
+        await asyncio.start_server(serve, sock=s, backlog=1024, limit=1 << 20)
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"#;
+
+/// Published 18001 to 18005 and, with nobody behind it, 18006.
+fn serving(network: &Network) -> TestBox {
+    let map: Vec<String> = (8001..=8006).map(|port| format!("1{port}:{port}")).collect();
+    TestBox::debian()
+        .inside(network)
+        .with("console_output", json!(null))
+        .with("port_map", json!(map))
+        .with_entrypoint("executable", json!("python3"))
+        .with_entrypoint("args", json!(["-u", "-c", SERVERS]))
+}
+
+#[test]
+fn a_server_sees_the_real_client_wherever_it_listens() {
+    let network = Network::new();
+    let test = serving(&network);
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    // From an address of its own, and from the host's loopback.
+    let seen = network.python(
+        r#"
+import socket
+for source, host in (("198.51.100.2", "198.51.100.1"), ("127.0.0.1", "127.0.0.1")):
+    for port in range(18001, 18006):
+        conn = socket.create_connection((host, port), timeout=60, source_address=(source, 0))
+        print(port, conn.makefile().readline().strip())
+"#,
+    );
+    let expected: String = ["198.51.100.2", "127.0.0.1"]
+        .iter()
+        .flat_map(|ip| {
+            [(18001, ""), (18002, "::ffff:"), (18003, ""), (18004, "::ffff:"), (18005, "::ffff:")]
+                .map(|(port, mapped)| format!("{port} {mapped}{ip}\n"))
+        })
+        .collect();
+    assert_eq!(seen, expected);
+    started.stop(&test);
+}
+
+#[test]
+fn published_ports_are_there_for_ipv6_clients() {
+    let network = Network::new();
+    let test = serving(&network);
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    let seen = network.python(
+        r#"
+import socket
+for port in (18002, 18004):
+    conn = socket.create_connection(("2001:db8::1", port), timeout=60, source_address=("2001:db8::2", 0))
+    print(port, conn.makefile().readline().strip())
+# Servers of IPv4 alone cannot name such a client, but serve it.
+for port in (18001, 18003):
+    conn = socket.create_connection(("2001:db8::1", port), timeout=60)
+    conn.sendall(b"abc")
+    conn.shutdown(socket.SHUT_WR)
+    print(port, conn.makefile().read().splitlines()[1])
+"#,
+    );
+    assert_eq!(seen, "18002 2001:db8::2\n18004 2001:db8::2\n18001 ABCtail\n18003 ABCtail\n");
+    started.stop(&test);
+}
+
+#[test]
+fn halves_close_on_their_own_and_resets_cross() {
+    let network = Network::new();
+    let test = serving(&network);
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    network.python(
+        r#"
+import errno, socket
+for port in range(18001, 18006):
+    # The client ends first, and the answer still comes.
+    conn = socket.create_connection(("198.51.100.1", port), timeout=60)
+    conn.sendall(b"abc" * 100000)
+    conn.shutdown(socket.SHUT_WR)
+    reply = conn.makefile("rb").read().split(b"\n")[1]
+    assert reply == b"ABC" * 100000 + b"tail", (port, len(reply))
+# Nobody listens behind this one: the client hears so, as a reset or an end.
+try:
+    assert socket.create_connection(("198.51.100.1", 18006), timeout=60).recv(9) == b""
+except ConnectionResetError:
+    pass
+"#,
+    );
+    // The server ends first, and still hears what comes; then it resets.
+    let server = r#"
+import errno, socket, struct
+server = socket.create_server(("127.0.0.1", 8006))
+print("listening", flush=True)
+conn, _ = server.accept()
+conn.sendall(b"bye")
+conn.shutdown(socket.SHUT_WR)
+count = 0
+while data := conn.recv(65536):
+    count += len(data)
+print(count)
+conn, _ = server.accept()
+conn.recv(1)
+conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+conn.close()
+conn, _ = server.accept()
+try:
+    while conn.recv(65536):
+        pass
+    print("end")
+except OSError as e:
+    print(errno.errorcode[e.errno])
+"#;
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| python(&test, server));
+        network.python(
+            r#"
+import socket, struct
+def reaches():
+    # Until the server listens, connections end at once.
+    while True:
+        try:
+            conn = socket.create_connection(("198.51.100.1", 18006), timeout=60)
+            if conn.recv(3, socket.MSG_WAITALL) == b"bye":
+                return conn
+        except ConnectionResetError:
+            pass
+conn = reaches()
+assert conn.recv(1) == b""
+conn.sendall(bytes(1 << 20))
+conn.close()
+conn = socket.create_connection(("198.51.100.1", 18006), timeout=60)
+conn.sendall(b"x")
+try:
+    assert False, conn.recv(9)
+except ConnectionResetError:
+    pass
+conn = socket.create_connection(("198.51.100.1", 18006), timeout=60)
+conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+conn.sendall(b"x")
+conn.close()
+"#,
+        );
+        assert_eq!(server.join().expect("serves"), "listening\n1048576\nECONNRESET\n");
+    });
+    started.stop(&test);
+}
+
+#[test]
+fn nginx_stands_a_load() {
+    let network = Network::new();
+    let test = TestBox::debian()
+        .inside(&network)
+        .with("console_output", json!(null))
+        .with("vcpus", json!(2))
+        .with("port_map", json!(["18080:80"]))
+        .shell("echo 'load me' >/var/www/html/index.html; echo ready; exec nginx -g 'daemon off;'");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    until_answered(&network, 18080);
+    for how in [&["-n", "2000", "-c", "50"][..], &["-n", "2000", "-c", "50", "-k"]] {
+        let said = network.run(&[&["ab", "-q"], how, &["http://198.51.100.1:18080/"]].concat());
+        assert!(said.contains("Complete requests:      2000\n"), "{said}");
+        assert!(said.contains("Failed requests:        0\n"), "{said}");
+        assert!(!said.contains("Non-2xx"), "{said}");
+    }
+    let log = shell(&test, "sort /var/log/nginx/access.log | cut -d' ' -f1 | uniq -c");
+    let lines: Vec<_> = log.split_whitespace().collect();
+    // 4000, the one before, and what ab had opened when it stopped.
+    let all_from_here = lines.len() == 2 && lines[1] == "198.51.100.1";
+    assert!(all_from_here && lines[0].parse::<u32>().expect("a count") > 4000, "{log}");
+    started.stop(&test);
+}
+
+/// Waits until a published web server answers; before, connections end.
+fn until_answered(network: &Network, port: u16) {
+    let url = format!("http://198.51.100.1:{port}/");
+    eventually("the server answers", || {
+        let mut words = network.enter();
+        words.extend(["curl", "-sf", "--max-time", "60", "-o", "/dev/null"].map(String::from));
+        let status = Command::new(&words[0]).args(&words[1..]).arg(&url).status();
+        status.expect("curl runs").success()
+    });
+}
+
+#[test]
+fn five_hundred_clients_at_once() {
+    let network = Network::new();
+    let test = serving(&network);
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    let descriptors =
+        || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
+    let before = descriptors();
+    network.python(
+        r#"
+import asyncio
+async def main():
+    pairs = await asyncio.gather(*(
+        asyncio.open_connection("198.51.100.1", 18001 + number % 5) for number in range(500)))
+    # All are open: each has been greeted before any says a word.
+    for reader, _ in pairs:
+        assert b"198.51.100.1" in await reader.readline()
+    async def talk(number, reader, writer):
+        data = f"number {number} ".encode() * 50
+        writer.write(data)
+        writer.write_eof()
+        assert await reader.read() == data.upper() + b"tail", number
+        writer.close()
+    await asyncio.gather(*(talk(number, *pair) for number, pair in enumerate(pairs)))
+asyncio.run(main())
+"#,
+    );
+    eventually("their descriptors go", || descriptors() <= before);
+    started.stop(&test);
+}
+
+#[test]
+fn a_server_may_come_late_and_come_again() {
+    let network = Network::new();
+    let test = TestBox::debian().inside(&network).with("port_map", json!(["18080:8080"]));
+    // Before the guest is up, its port is: who connects is never refused, and hears how it goes.
+    let (test, started) = std::thread::scope(|scope| {
+        let early = scope.spawn(|| {
+            network.python(
+                r#"
+import socket
+while True:
+    try:
+        assert socket.create_connection(("198.51.100.1", 18080), timeout=100).recv(9) == b""
+        break
+    except ConnectionRefusedError:  # mote has not begun
+        pass
+    except ConnectionResetError:
+        break
+"#,
+            )
+        });
+        let up = test.idle();
+        early.join().expect("an early client");
+        up
+    });
+    let serve = "cd /etc/apt && { python3 -m http.server 8080 >/dev/null 2>&1 & echo $!; }";
+    for _ in 0..3 {
+        let pid = shell(&test, serve);
+        until_answered(&network, 18080);
+        shell(&test, &format!("kill -9 {pid}"));
+        let mut words = network.enter();
+        words.extend(
+            ["curl", "-s", "--max-time", "60", "http://198.51.100.1:18080/"].map(String::from),
+        );
+        let status = Command::new(&words[0]).args(&words[1..]).status().expect("curl runs");
+        // A reset, or an empty reply: no silence (28).
+        assert!(matches!(status.code(), Some(7 | 52 | 56)), "{status}");
+    }
+    started.stop(&test);
+}
+
+#[test]
+fn only_mapped_ports_are_published() {
+    let network = Network::new();
+    for (map, expected) in [(json!([]), ""), (json!(["18003:8001"]), "18003")] {
+        let test = serving(&network).with("port_map", map);
+        let mut started = test.start();
+        started.wait_for_line("ready");
+        let listening = network.run(&["ss", "-H", "--listening", "--tcp", "--udp", "--numeric"]);
+        let ports: Vec<&str> = listening
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(4)?.rsplit(':').next())
+            .collect();
+        assert!(ports.iter().all(|&port| port == expected), "{listening}");
+        assert_eq!(ports.is_empty(), expected.is_empty(), "{listening}");
+        started.stop(&test);
+        // And nothing stays.
+        assert_eq!(network.run(&["ss", "-H", "--listening", "--tcp", "--numeric"]), "");
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let network = Network::new();
+    let test = serving(&network);
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    let second =
+        TestBox::busybox().inside(&network).with("port_map", json!(["18009:1", "18003:80"]));
+    let ran = second.run();
+    assert_eq!((ran.code, ran.stderr.lines().count()), (125, 1), "{}", ran.stderr);
+    assert!(ran.stderr.contains("18003") && !ran.stderr.contains("18009"), "{}", ran.stderr);
+    // The first one is none the worse, and after it the port is free at once.
+    let greet = "import socket; print(socket.create_connection(('127.0.0.1', 18003), 60).recv(99).decode())";
+    assert_eq!(network.python(greet).trim(), "127.0.0.1");
+    started.stop(&test);
+    assert_eq!(second.run().code, 0);
+}
+
+#[test]
+fn a_port_map_that_cannot_be_is_explained() {
+    for entry in [
+        "8080",
+        "127.0.0.1:8080:80",
+        "8080:80/udp",
+        "0:80",
+        "80:0",
+        "65536:80",
+        "80:65536",
+        ":",
+        "",
+    ] {
+        let ran = TestBox::busybox().with("port_map", json!(["18080:80", entry])).run();
+        assert_eq!((ran.code, ran.stderr.lines().count()), (125, 1), "{entry}: {}", ran.stderr);
+        assert!(ran.stderr.starts_with("mote: spec: port_map[1]: "), "{entry}: {}", ran.stderr);
+    }
+    for map in [["8080:80", "8080:81"], ["8080:80", "8081:80"]] {
+        let ran = TestBox::busybox().with("port_map", json!(map)).run();
+        assert_eq!(ran.code, 125, "{map:?}: {}", ran.stderr);
+        assert!(ran.stderr.starts_with("mote: spec: port_map"), "{map:?}: {}", ran.stderr);
+    }
+}
+
+/// Takes and gives a digest, as the guest's servers do in the test below.
+const PEER: &str = r#"
+import hashlib, socket, threading
+def pump(conn, seed, mib):
+    # 64 MiB each way at once, and what the other side says about it.
+    import random
+    block = random.Random(seed).randbytes(1 << 20)
+    sent, received = hashlib.sha256(), hashlib.sha256()
+    def send():
+        for number in range(mib):
+            data = number.to_bytes(8, "big") + block[8:]
+            sent.update(data)
+            conn.sendall(data)
+    sender = threading.Thread(target=send)
+    sender.start()
+    left = mib << 20
+    while left:
+        data = conn.recv(min(left, 1 << 18))
+        assert data, left
+        received.update(data)
+        left -= len(data)
+    sender.join()
+    conn.sendall(received.hexdigest().encode())
+    assert conn.recv(64, socket.MSG_WAITALL).decode() == sent.hexdigest()
+    assert conn.recv(1) == b"" if seed else conn.close() is None
+"#;
+
+fn digest_server(network: &Network) -> Server {
+    network.serve(&format!(
+        "{PEER}\nserver = socket.create_server(('198.51.100.1', 7010))\nprint('ready')\npump(server.accept()[0], 0, 64)"
+    ))
+}
+
+#[test]
+fn large_transfers_go_both_ways_on_both_kinds_of_connections() {
+    let network = Network::new();
+    let _outside = digest_server(&network);
+    let (test, started) =
+        TestBox::debian().inside(&network).with("port_map", json!(["18010:8010"])).idle();
+    std::thread::scope(|scope| {
+        let outbound = scope.spawn(|| {
+            python(
+                &test,
+                &format!("{PEER}\npump(socket.create_connection(('198.51.100.1', 7010)), 1, 64)"),
+            )
+        });
+        let published = scope.spawn(|| {
+            python(
+                &test,
+                &format!("{PEER}\nserver = socket.create_server(('0.0.0.0', 8010))\nopen('/listens', 'w')\npump(server.accept()[0], 0, 64)"),
+            )
+        });
+        eventually("the server listens", || test.path("root/listens").exists());
+        network.python(&format!(
+            "{PEER}\npump(socket.create_connection(('127.0.0.1', 18010)), 1, 64)"
+        ));
+        outbound.join().expect("outbound");
+        published.join().expect("published");
+    });
+    assert_eq!(run(&test, &["true"]).code, 0);
+    started.stop(&test);
+}

@@ -1,0 +1,749 @@
+//! Connections to the outside with `network` null: what programs in the box see of them, and what the
+//! servers see of the programs.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::common::{TestBox, eventually, own_memory_kib};
+use crate::network::{Network, python, run, shell};
+
+/// HTTP and HTTPS in both families, and the digest of what comes on port 7010.
+const WEB: &str = r#"
+import hashlib, http.server, random, socket, ssl, threading
+BLOCK = random.Random(1).randbytes(1 << 20)
+def blocks(mib):
+    for number in range(mib):
+        yield number.to_bytes(8, "big") + BLOCK[8:]
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        kind, _, mib = self.path[1:].partition("/")
+        if kind == "mib":
+            body = blocks(int(mib))
+            length = int(mib) << 20
+        elif kind == "sha256":
+            digest = hashlib.sha256()
+            for block in blocks(int(mib)):
+                digest.update(block)
+            body = [digest.hexdigest().encode()]
+            length = 64
+        else:
+            body = [b"hello " + self.path.encode()]
+            length = len(body[0])
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        for block in body:
+            self.wfile.write(block)
+    def log_message(self, *_):
+        pass
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 256
+class Server6(Server):
+    address_family = socket.AF_INET6
+def digest(conn):
+    digest = hashlib.sha256()
+    while data := conn.recv(1 << 18):
+        digest.update(data)
+    conn.sendall(digest.hexdigest().encode())
+    conn.close()
+def digests(server):
+    while True:
+        threading.Thread(target=digest, args=(server.accept()[0],)).start()
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("cert.pem", "key.pem")
+for make, address in ((Server, "198.51.100.1"), (Server6, "2001:db8::1")):
+    threading.Thread(target=make((address, 80), Handler).serve_forever).start()
+    secure = make((address, 443), Handler)
+    secure.socket = context.wrap_socket(secure.socket, server_side=True)
+    threading.Thread(target=secure.serve_forever).start()
+threading.Thread(target=digests, args=(socket.create_server(("198.51.100.1", 7010)),)).start()
+print("ready")
+"#;
+
+/// A network with the web server; its certificate authority is `cert.pem` in its directory.
+fn web() -> (Network, crate::network::Server) {
+    let network = Network::new();
+    let made = Command::new("openssl")
+        .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7".split(' '))
+        .args(["-subj", "/CN=mote test", "-keyout", "key.pem", "-out", "cert.pem"])
+        .args(["-addext", "subjectAltName=IP:198.51.100.1,IP:2001:db8::1"])
+        .current_dir(&network.dir)
+        .output()
+        .expect("openssl runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let server = network.serve(WEB);
+    (network, server)
+}
+
+/// What a server may do with a connection, by port and in both families.
+///   7001 sends back what comes, in capitals, and `tail` after its end
+///   7002 reports how the client ends
+///   7003 sends `bye`, ends its own direction, then as 7002
+///   7004 resets at the first byte
+///   7005 resets at the end
+///   7006 reads nothing until somebody connects to 7007, then as 7002
+///   7008 sends without end until it cannot, and reports how far it came when 7007 is called
+const SERVERS: &str = r#"
+import errno, socket, struct, sys, threading
+called = threading.Event()
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+def echo(conn):
+    while data := conn.recv(65536):
+        conn.sendall(data.upper())
+    conn.sendall(b"tail")
+    conn.close()
+def report(conn):
+    count = 0
+    try:
+        while data := conn.recv(65536):
+            count += len(data)
+        say("end", count)
+    except OSError as e:
+        say(errno.errorcode[e.errno])
+    conn.close()
+def bye(conn):
+    conn.sendall(b"bye")
+    try:
+        conn.shutdown(socket.SHUT_WR)
+    except OSError:  # the client is gone, which is reported below
+        pass
+    report(conn)
+def reset(conn):
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    conn.close()
+def reset_at_once(conn):
+    conn.recv(1)
+    reset(conn)
+def reset_at_end(conn):
+    while conn.recv(65536):
+        pass
+    reset(conn)
+def stall(conn):
+    called.wait()
+    report(conn)
+def call(conn):
+    called.set()
+    conn.close()
+def flood(conn):
+    sent = 0
+    conn.settimeout(3)
+    try:
+        while True:
+            sent += conn.send(bytes(65536))
+    except TimeoutError:
+        pass
+    called.wait()
+    conn.settimeout(60)
+    say("sent", sent)
+    conn.close()
+def serve(server, behaviour):
+    while True:
+        threading.Thread(target=behaviour, args=(server.accept()[0],), daemon=True).start()
+for port, behaviour in enumerate((echo, report, bye, reset_at_once, reset_at_end, stall, call, flood), 7001):
+    for family, address in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
+        server = socket.create_server((address, port), family=family, backlog=1024)
+        threading.Thread(target=serve, args=(server, behaviour), daemon=True).start()
+say("ready")
+threading.Event().wait()
+"#;
+
+#[test]
+fn usual_clients_fetch_over_http_and_https() {
+    let (network, _server) = web();
+    let test = TestBox::debian().inside(&network);
+    fs::copy(network.dir.join("cert.pem"), test.path("root/ca.pem")).expect("copied");
+    let (test, started) = test.idle();
+
+    for host in ["198.51.100.1", "[2001:db8::1]", "[::ffff:198.51.100.1]"] {
+        let said = shell(&test, &format!("curl -sS --max-time 60 http://{host}/curl"));
+        assert_eq!(said, "hello /curl", "{host}");
+    }
+    for host in ["198.51.100.1", "[2001:db8::1]"] {
+        let curl = format!("curl -sS --max-time 60 --cacert /ca.pem https://{host}/tls");
+        assert_eq!(shell(&test, &curl), "hello /tls", "{host}");
+    }
+    let said = python(
+        &test,
+        r#"
+import asyncio, ssl, urllib.request, requests
+async def fetch(host, **tls):
+    reader, writer = await asyncio.open_connection(host, 443 if tls else 80, **tls)
+    writer.write(b"GET /asyncio HTTP/1.0\r\n\r\n")
+    body = (await reader.read()).split(b"\r\n\r\n")[1].decode()
+    writer.close()
+    return body
+async def fetch_all():
+    context = ssl.create_default_context(cafile="/ca.pem")
+    return await asyncio.gather(*(
+        fetch(host, **tls) for host in ("198.51.100.1", "2001:db8::1") for tls in ({}, {"ssl": context})))
+print(*asyncio.run(fetch_all()))
+for host in ("198.51.100.1", "[2001:db8::1]"):
+    print(urllib.request.urlopen(f"http://{host}/urllib", timeout=60).read().decode())
+    with requests.Session() as session:
+        for _ in range(3):
+            print(session.get(f"https://{host}/requests", verify="/ca.pem", timeout=60).text)
+"#,
+    );
+    let once = "hello /urllib\nhello /requests\nhello /requests\nhello /requests\n";
+    assert_eq!(said, format!("{}\n{once}{once}", ["hello /asyncio"; 4].join(" ")));
+    let netcat = r"printf 'GET /nc HTTP/1.0\r\n\r\n' | nc -w 60 198.51.100.1 80 | tail -n 1";
+    assert_eq!(shell(&test, netcat), "hello /nc");
+    started.stop(&test);
+}
+
+#[test]
+fn busybox_fetches() {
+    let (network, _server) = web();
+    let test = TestBox::busybox().inside(&network);
+    let (test, started) = test.idle();
+    for host in ["198.51.100.1", "[2001:db8::1]"] {
+        let said = shell(&test, &format!("timeout 60 wget -q -O - http://{host}/wget"));
+        assert_eq!(said, "hello /wget", "{host}");
+    }
+    let netcat = r"printf 'GET /nc HTTP/1.0\r\n\r\n' | nc -w 60 198.51.100.1 80 | tail -n 1";
+    assert_eq!(shell(&test, netcat), "hello /nc");
+    started.stop(&test);
+}
+
+#[test]
+fn an_entrypoint_without_privileges_connects() {
+    let (network, _server) = web();
+    let ran = TestBox::debian()
+        .inside(&network)
+        .shell("id -u; exec curl -sS --max-time 60 http://198.51.100.1/user")
+        .with("user", json!("1000:1000"))
+        .run();
+    assert_eq!((ran.code, ran.console.as_str()), (0, "1000\nhello /user"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_program_that_makes_its_own_system_calls_connects() {
+    let network = Network::new();
+    let _servers = network.serve(SERVERS);
+    let test = TestBox::busybox().inside(&network);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/raw.c");
+    let status = Command::new("gcc")
+        .args("-O1 -static -nostdlib -ffreestanding -fno-stack-protector -Wall -Werror".split(' '))
+        .arg("-o")
+        .arg(test.path("root/bin/raw"))
+        .arg(source)
+        .status()
+        .expect("gcc runs");
+    assert!(status.success());
+    let (test, started) = test.idle();
+    let done = run(&test, &["/bin/raw"]);
+    let expected = "\
+blocking: connected to 198.51.100.1:7001, said HI
+non-blocking: errno 115, then 0, said HI
+refused: errno 111
+refused, non-blocking: errno 115, then 111
+";
+    assert_eq!((done.stdout.as_str(), done.code), (expected, 0));
+    started.stop(&test);
+}
+
+#[test]
+fn the_peer_is_who_was_asked_for() {
+    let network = Network::new();
+    let _servers = network.serve(SERVERS);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let said = python(
+        &test,
+        r#"
+import socket
+for family, address in (
+    (socket.AF_INET, ("198.51.100.1", 7001)),
+    (socket.AF_INET6, ("2001:db8::1", 7001)),
+    (socket.AF_INET6, ("::ffff:198.51.100.1", 7001)),
+):
+    s = socket.socket(family)
+    s.connect(address)
+    print(*s.getpeername()[:2])
+    s.sendall(b"x")
+    assert s.recv(1) == b"X" and s.getpeername()[:2] == address
+"#,
+    );
+    assert_eq!(said, "198.51.100.1 7001\n2001:db8::1 7001\n::ffff:198.51.100.1 7001\n");
+    started.stop(&test);
+}
+
+/// Prints the error of a connect to each destination, blocking and not.
+const ATTEMPTS: &str = r#"
+import errno, select, socket
+def name(number):
+    return errno.errorcode.get(number, str(number))
+def attempt(address, port):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as s:
+        blocking = name(s.connect_ex((address, port)))
+    with socket.socket(family) as s:
+        s.setblocking(False)
+        first = s.connect_ex((address, port))
+        if first == errno.EINPROGRESS:
+            poll = select.epoll()
+            poll.register(s, select.EPOLLOUT)
+            assert poll.poll(100), "silence"
+            first = s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    print(address, port, blocking, name(first))
+"#;
+
+/// The errors of connects to these, blocking and not.
+fn errors_of(test: &TestBox, destinations: &[(&str, u16)]) -> String {
+    let list = json!(destinations);
+    python(test, &format!("{ATTEMPTS}\nfor address, port in {list}: attempt(address, port)"))
+}
+
+#[test]
+fn a_failed_connect_says_why() {
+    let network = Network::new();
+    let _servers = network.serve(SERVERS);
+    // One answers no SYN, and one no question for its hardware address.
+    network.ip("neighbour add 198.51.100.9 lladdr 02:00:00:00:00:09 dev outside nud permanent
+        neighbour add 2001:db8::9 lladdr 02:00:00:00:00:09 dev outside nud permanent
+        route add unreachable 198.51.100.66
+        route add unreachable 2001:db8::66");
+    // Three seconds instead of two minutes for a connect, one instead of three for an address.
+    network.run(&[
+        "sh",
+        "-c",
+        "cd /proc/sys/net/ipv4 && echo 1 >tcp_syn_retries && echo 1 >neigh/outside/mcast_solicit",
+    ]);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let said = errors_of(
+        &test,
+        &[
+            ("198.51.100.1", 7001),
+            ("198.51.100.1", 1),
+            ("203.0.113.1", 80),
+            ("198.51.100.66", 80),
+            ("198.51.100.70", 80),
+            ("198.51.100.9", 80),
+            ("2001:db8::1", 7001),
+            ("2001:db8::1", 1),
+            ("2001:db8:1::1", 80),
+            ("2001:db8::66", 80),
+            ("2001:db8::9", 80),
+            ("::ffff:198.51.100.1", 1),
+            ("::ffff:203.0.113.1", 80),
+        ],
+    );
+    let expected = "\
+198.51.100.1 7001 0 0
+198.51.100.1 1 ECONNREFUSED ECONNREFUSED
+203.0.113.1 80 ENETUNREACH ENETUNREACH
+198.51.100.66 80 EHOSTUNREACH EHOSTUNREACH
+198.51.100.70 80 EHOSTUNREACH EHOSTUNREACH
+198.51.100.9 80 ETIMEDOUT ETIMEDOUT
+2001:db8::1 7001 0 0
+2001:db8::1 1 ECONNREFUSED ECONNREFUSED
+2001:db8:1::1 80 ENETUNREACH ENETUNREACH
+2001:db8::66 80 EHOSTUNREACH EHOSTUNREACH
+2001:db8::9 80 ETIMEDOUT ETIMEDOUT
+::ffff:198.51.100.1 1 ECONNREFUSED ECONNREFUSED
+::ffff:203.0.113.1 80 ENETUNREACH ENETUNREACH
+";
+    assert_eq!(said, expected);
+    started.stop(&test);
+}
+
+/// Errors for which no packet exists that would make the guest's own stack say them.
+#[test]
+fn a_forbidden_destination_is_named_as_such() {
+    let network = Network::new();
+    network.ip("route add prohibit 198.51.100.67
+        route add prohibit 2001:db8::67
+        route add blackhole 198.51.100.68");
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let destinations = [("198.51.100.67", 80), ("2001:db8::67", 80), ("198.51.100.68", 80)];
+    let expected = "198.51.100.67 80 EACCES EACCES\n2001:db8::67 80 EACCES EACCES\n198.51.100.68 80 EINVAL EINVAL\n";
+    assert_eq!(errors_of(&test, &destinations), expected);
+    started.stop(&test);
+}
+
+/// Serves on the host's loopback and on its outside address, and says so when somebody comes.
+const LOOPBACK_SERVERS: &str = r#"
+import socket, threading
+def serve(server):
+    while True:
+        conn, client = server.accept()
+        print("reached", server.getsockname(), flush=True)
+        conn.sendall(b"host")
+        conn.close()
+for family, address in (
+    (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET, "127.1.2.3"),
+    (socket.AF_INET, "198.51.100.1"),
+):
+    server = socket.create_server((address, 7777), family=family)
+    threading.Thread(target=serve, args=(server,)).start()
+    udp = socket.socket(family, socket.SOCK_DGRAM)
+    udp.bind((address, 7777))
+    def receive(udp=udp):
+        while True:
+            data, client = udp.recvfrom(100)
+            print("received", udp.getsockname(), flush=True)
+            udp.sendto(data, client)
+    threading.Thread(target=receive).start()
+print("ready")
+"#;
+
+#[test]
+fn the_hosts_loopback_is_out_of_reach() {
+    let network = Network::new();
+    let mut server = network.serve(LOOPBACK_SERVERS);
+    // It is there, for the host.
+    network.python(
+        "import socket; assert socket.create_connection(('127.0.0.1', 7777)).recv(9) == b'host'",
+    );
+    assert_eq!(server.line(), "reached ('127.0.0.1', 7777)");
+    let test = TestBox::debian().inside(&network);
+    fs::write(test.path("root/etc/hosts"), "127.0.0.1 localhost itself\n::1 localhost itself6\n")
+        .expect("hosts");
+    let (test, started) = test.idle();
+    // Each of these is the guest itself, where nobody listens. So are the addresses that flows go
+    // by in the guest: nobody gets out by naming one.
+    python(
+        &test,
+        r#"
+import errno, socket
+def tcp(family, address):
+    with socket.socket(family) as s:
+        s.settimeout(60)
+        return s.connect_ex((address, 7777))
+for address in ("127.0.0.1", "0.0.0.0", "localhost", "itself", "127.1.2.3", "127.255.255.254"):
+    assert tcp(socket.AF_INET, address) == errno.ECONNREFUSED, address
+for address in ("::1", "::", "itself6", "::ffff:127.0.0.1", "::ffff:0.0.0.0", "::ffff:127.1.2.3"):
+    assert tcp(socket.AF_INET6, address) == errno.ECONNREFUSED, address
+for family, address in (
+    (socket.AF_INET, "127.128.0.1"), (socket.AF_INET, "127.191.255.255"), (socket.AF_INET6, "fd54:5349::1"),
+):
+    assert tcp(family, address) != 0, address
+for family, address in (
+    (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET, "127.1.2.3"),
+    (socket.AF_INET6, "::1"), (socket.AF_INET6, "::ffff:127.0.0.1"),
+):
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
+        s.settimeout(60)
+        s.connect((address, 7777))
+        s.send(b"x")
+        try:
+            s.recv(9)
+            assert False, address
+        except ConnectionRefusedError:
+            pass
+assert socket.create_connection(("198.51.100.1", 7777)).recv(9) == b"host"
+"#,
+    );
+    assert_eq!(server.line(), "reached ('198.51.100.1', 7777)", "and nobody else was");
+    started.stop(&test);
+}
+
+#[test]
+fn the_guests_loopback_stays_its_own() {
+    // With nothing outside: these never leave the guest.
+    let network = Network::new();
+    let test = TestBox::debian().inside(&network);
+    fs::write(test.path("root/etc/hosts"), "127.0.0.1 localhost\n").expect("hosts");
+    let (test, started) = test.idle();
+    python(
+        &test,
+        r#"
+import socket
+for family, listen, address in (
+    (socket.AF_INET, "127.0.0.1", "127.0.0.1"), (socket.AF_INET6, "::1", "::1"),
+    (socket.AF_INET, "0.0.0.0", "localhost"), (socket.AF_INET6, "::", "::1"),
+    (socket.AF_INET, "127.77.0.1", "127.77.0.1"),
+):
+    server = socket.create_server((listen, 0), family=family)
+    port = server.getsockname()[1]
+    client = socket.create_connection((address, port), timeout=60)
+    conn, peer = server.accept()
+    assert peer[:2] == client.getsockname()[:2], (peer, client.getsockname())
+    assert client.getpeername()[1] == port
+    conn.sendall(b"in here")
+    assert client.recv(9) == b"in here"
+    client.close(), conn.close(), server.close()
+for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+    server, client = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(2))
+    server.bind((address, 0))
+    client.settimeout(60)
+    client.sendto(b"ping", server.getsockname())
+    data, peer = server.recvfrom(100)
+    server.sendto(data, peer)
+    assert client.recvfrom(100) == (b"ping", server.getsockname())
+"#,
+    );
+    started.stop(&test);
+}
+
+#[test]
+fn ends_and_resets_cross_as_they_are() {
+    let network = Network::new();
+    let mut servers = network.serve(SERVERS);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    for host in ["198.51.100.1", "2001:db8::1"] {
+        let script = |body: &str| format!("{ENDS}\nHOST = '{host}'\n{body}");
+        python(&test, &script("the_guest_ends_first()"));
+        python(&test, &script("the_server_ends_first()"));
+        assert_eq!(servers.line(), "end 1048576");
+        python(&test, &script("the_server_resets()"));
+        for (body, reported) in [
+            ("connect(7002).sendall(bytes(1000))", "end 1000"),
+            ("killed()", "end 1000"),
+            ("reset(connect(7002))", "ECONNRESET"),
+            ("leaves_something_unread()", "ECONNRESET"),
+        ] {
+            run(&test, &["python3", "-c", &script(body)]);
+            assert_eq!(servers.line(), reported, "{host}: {body}");
+        }
+    }
+    started.stop(&test);
+}
+
+const ENDS: &str = r#"
+import os, signal, socket, struct
+def connect(port):
+    return socket.create_connection((HOST, port), timeout=60)
+def rest(conn):
+    data = b""
+    while part := conn.recv(65536):
+        data += part
+    return data
+def the_guest_ends_first():
+    conn = connect(7001)
+    conn.sendall(b"abc" * 100000)
+    conn.shutdown(socket.SHUT_WR)
+    assert rest(conn) == b"ABC" * 100000 + b"tail"
+def the_server_ends_first():
+    conn = connect(7003)
+    assert rest(conn) == b"bye"
+    conn.sendall(bytes(1 << 20))
+    conn.close()
+def expect_reset(conn):
+    try:
+        assert False, rest(conn)
+    except ConnectionResetError:
+        pass
+def the_server_resets():
+    conn = connect(7004)
+    conn.sendall(b"x")
+    expect_reset(conn)
+    conn = connect(7005)
+    conn.sendall(b"x")
+    conn.shutdown(socket.SHUT_WR)
+    expect_reset(conn)
+def reset(conn):
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    conn.close()
+def killed():
+    conn = connect(7002)
+    conn.sendall(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+def leaves_something_unread():
+    conn = connect(7003)
+    conn.recv(3, socket.MSG_PEEK | socket.MSG_WAITALL)
+    conn.close()
+"#;
+
+/// The most memory of its own that a process had while something was done.
+fn most_memory_kib(pid: u32, work: impl FnOnce() + Send) -> u64 {
+    std::thread::scope(|scope| {
+        let work = scope.spawn(work);
+        let mut most = own_memory_kib(pid);
+        while !work.is_finished() {
+            most = most.max(own_memory_kib(pid));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        work.join().expect("it works");
+        most
+    })
+}
+
+fn available_kib(test: &TestBox) -> i64 {
+    let said = shell(
+        test,
+        "echo 3 >/proc/sys/vm/drop_caches; awk '/^MemAvailable/ {print $2}' /proc/meminfo",
+    );
+    said.trim().parse().expect("a number")
+}
+
+#[test]
+fn large_transfers_arrive_whole_in_flat_memory() {
+    let (network, _server) = web();
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let expected = shell(&test, "curl -sS http://198.51.100.1/sha256/128");
+    let mote = started.child.id();
+    let (before, available) = (own_memory_kib(mote), available_kib(&test));
+    let most = most_memory_kib(mote, || {
+        let digest = shell(
+            &test,
+            "curl -sS http://198.51.100.1/mib/128 | openssl dgst -sha256 -r | cut -d' ' -f1",
+        );
+        assert_eq!(digest.trim(), expected, "download");
+        let digest = python(
+            &test,
+            r#"
+import hashlib, random, socket
+block = random.Random(2).randbytes(1 << 20)
+digest = hashlib.sha256()
+conn = socket.create_connection(("198.51.100.1", 7010))
+for number in range(128):
+    data = number.to_bytes(8, "big") + block[8:]
+    digest.update(data)
+    conn.sendall(data)
+conn.shutdown(socket.SHUT_WR)
+print(conn.recv(64, socket.MSG_WAITALL).decode() == digest.hexdigest())
+"#,
+        );
+        assert_eq!(digest, "True\n", "upload");
+    });
+    assert!(most < before + 16 * 1024, "mote's memory grew from {before} to {most} KiB");
+    let left = available_kib(&test);
+    assert!(left > available - 16 * 1024, "the guest's memory went from {available} to {left} KiB");
+    started.stop(&test);
+}
+
+#[test]
+fn a_reader_that_stops_holds_up_its_writer_and_nobody_else() {
+    let network = Network::new();
+    let mut servers = network.serve(SERVERS);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let mote = started.child.id();
+    let mut sent = String::new();
+    let most = most_memory_kib(mote, || {
+        sent = python(
+            &test,
+            r#"
+import socket
+def connect(port):
+    return socket.create_connection(("198.51.100.1", port), timeout=60)
+# Towards the server, which does not read.
+stalled = connect(7006)
+stalled.settimeout(3)
+sent = 0
+try:
+    while sent < 1 << 30:
+        sent += stalled.send(bytes(65536))
+except TimeoutError:
+    pass
+# From a server, which is not read.
+flooding = connect(7008)
+# Meanwhile, others.
+for _ in range(10):
+    conn = connect(7001)
+    conn.sendall(b"abc")
+    conn.shutdown(socket.SHUT_WR)
+    assert conn.recv(7, socket.MSG_WAITALL) == b"ABCtail"
+# Nothing is lost: it goes on where it stopped.
+import time; time.sleep(6)  # until the flood is stuck too, which shows nowhere in here
+connect(7007)
+stalled.settimeout(60)
+stalled.sendall(b"the end")
+stalled.close()
+received = 0
+while data := flooding.recv(65536):
+    received += len(data)
+print(sent + 7, received)
+"#,
+        );
+    });
+    let mut reports = [servers.line(), servers.line()];
+    reports.sort();
+    let counts: Vec<u64> = sent.split_whitespace().map(|n| n.parse().expect("a number")).collect();
+    assert_eq!(reports, [format!("end {}", counts[0]), format!("sent {}", counts[1])]);
+    assert!(counts.iter().all(|&count| count < 64 << 20), "bounded: {counts:?}");
+    assert!(most < 32 * 1024, "mote's memory: {most} KiB");
+    started.stop(&test);
+}
+
+#[test]
+fn two_hundred_connections_live_side_by_side() {
+    let network = Network::new();
+    let _servers = network.serve(SERVERS);
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let descriptors =
+        || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
+    let before = descriptors();
+    let said = python(
+        &test,
+        r#"
+import asyncio
+async def main():
+    hosts = ("198.51.100.1", "2001:db8::1")
+    connections = await asyncio.gather(*(asyncio.open_connection(hosts[i % 2], 7001) for i in range(200)))
+    async def talk(number, reader, writer):
+        data = f"number {number} ".encode() * 100
+        for _ in range(3):
+            writer.write(data)
+            assert await reader.readexactly(len(data)) == data.upper()
+        writer.write_eof()
+        assert await reader.read() == b"tail"
+        writer.close()
+    await asyncio.gather(*(talk(number, *pair) for number, pair in enumerate(connections)))
+    print("all", len(connections))
+asyncio.run(main())
+"#,
+    );
+    assert_eq!(said, "all 200\n");
+    eventually("their descriptors go", || descriptors() <= before);
+    started.stop(&test);
+}
+
+#[test]
+fn namespaces_of_the_guests_own_are_respected() {
+    let (network, _server) = web();
+    let (test, started) = TestBox::debian().inside(&network).idle();
+    let curl = "curl -sS --max-time 60 http://198.51.100.1/inside";
+    for unshare in ["unshare --cgroup", "unshare --mount --pid --fork", "unshare --ipc --uts"] {
+        assert_eq!(shell(&test, &format!("{unshare} {curl}")), "hello /inside", "{unshare}");
+    }
+    let child = format!(
+        "mkdir /sys/fs/cgroup/box/own; echo $$ >/sys/fs/cgroup/box/own/cgroup.procs; {curl}"
+    );
+    assert_eq!(shell(&test, &child.replace("/box/", &box_cgroup(&test))), "hello /inside");
+    // Another network namespace is its owner's: its loopback works, and nothing leads out of it.
+    let script = r#"
+import errno, socket
+server = socket.create_server(("127.0.0.1", 7001))
+client = socket.create_connection(("127.0.0.1", 7001), timeout=60)
+server.accept()[0].sendall(b"own")
+print(client.recv(3).decode(), client.getpeername())
+print(errno.errorcode[socket.socket().connect_ex(("198.51.100.1", 80))])
+datagrams = socket.socket(type=socket.SOCK_DGRAM)
+try:
+    datagrams.sendto(b"x", ("198.51.100.1", 80))
+except OSError as e:
+    print(errno.errorcode[e.errno])
+"#;
+    let done = run(
+        &test,
+        &["unshare", "--net", "sh", "-c", "ip link set lo up; python3 -c \"$0\"", script],
+    );
+    let expected = "own ('127.0.0.1', 7001)\nENETUNREACH\nENETUNREACH\n";
+    assert_eq!((done.stdout.as_str(), done.code), (expected, 0), "{}", done.stderr);
+    started.stop(&test);
+}
+
+/// Where commands' cgroup is in the guest, with slashes around.
+fn box_cgroup(test: &TestBox) -> String {
+    let own = shell(test, "sed -n s/^0::// /proc/self/cgroup");
+    format!("{}/", own.trim().trim_end_matches('/'))
+}
+
+#[test]
+fn who_kills_all_processes_keeps_the_network() {
+    let (network, _server) = web();
+    let test = TestBox::debian()
+        .inside(&network)
+        .shell("kill -9 -1; curl -sS --max-time 60 http://198.51.100.1/survivor; echo; echo ready; exec sleep 10000")
+        .with("console_output", json!(null));
+    let mut started = test.start();
+    started.wait_for_line("hello /survivor");
+    started.wait_for_line("ready");
+    assert_eq!(shell(&test, "curl -sS --max-time 60 http://198.51.100.1/later"), "hello /later");
+    started.stop(&test);
+}
