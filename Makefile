@@ -2,13 +2,14 @@
 # make test    everything that CI checks: format, lints, unit tests, boot tests
 # make demo    install what is missing, build, and run one box from a spec file
 # make bench   start-up side by side with QEMU microvm
+# make bench-net   the network side by side with QEMU microvm on passt
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench lab tools check unit boots deny clean
+.PHONY: build test demo bench bench-net lab tools check unit boots deny clean
 
 build:
 	resources/tools.sh build
@@ -32,7 +33,8 @@ unit:
 # The boot tests drive the release binary with real specs, on this machine or in the lab. In groups
 # of about a minute, and with a limit far above that: a lab that hangs costs one group's time, not all.
 export LAB_LIMIT_S ?= 420
-BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: limits::,outcomes::,shares::,sockets::
+BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: limits::,outcomes::,shares::,sockets:: \
+	tsi:: datagrams:: ports::
 
 boots:
 	export MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) && \
@@ -45,6 +47,9 @@ demo: tools build
 
 bench: tools build
 	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench.py $(ARGS)
+
+bench-net: tools build
+	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench_net.py
 
 lab: tools
 	tests/lab/lab.sh $(ARGS)
