@@ -317,4 +317,5 @@ try:
     code = main(WORK)
 finally:
     shutil.rmtree(WORK, ignore_errors=True)
-os._exit(code)
+sys.stdout.flush()
+os._exit(code)  # the servers' thread goes on for ever

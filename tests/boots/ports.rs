@@ -260,8 +260,10 @@ fn a_server_may_come_late_and_come_again() {
         let early = scope.spawn(|| {
             network.python(
                 r#"
-import socket
+import socket, time
+limit = time.monotonic() + 60
 while True:
+    assert time.monotonic() < limit, "nobody ever listened"
     try:
         assert socket.create_connection(("198.51.100.1", 18080), timeout=100).recv(9) == b""
         break
