@@ -34,7 +34,7 @@ use crate::sys;
 pub struct Needs {
     /// Its sockets reach the outside.
     pub outgoing: bool,
-    /// How often a SYN is repeated, if not as often as usual.
+    /// How often the host repeats a SYN, if not as often as usual.
     pub syn_retries: Option<u8>,
     /// It has published ports.
     pub published: bool,
@@ -172,11 +172,11 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     Ok((Programs::attach(cgroup, extent, resolvers)?, outgoing, published))
 }
 
-/// Sets how often SYNs are repeated, at intervals that double from the first on: a held-back SYN is
-/// answered by what the host says, or by its own time-out.
-fn set_syn_retries(retries: u8) -> io::Result<()> {
+/// Sets how often SYNs are repeated, at intervals that double from the first on. Once more than the
+/// host does: what it says in the end comes before the guest's own time-out.
+fn set_syn_retries(hosts: u8) -> io::Result<()> {
     fs::write("/proc/sys/net/ipv4/tcp_syn_linear_timeouts", "0")?;
-    fs::write("/proc/sys/net/ipv4/tcp_syn_retries", retries.to_string())
+    fs::write("/proc/sys/net/ipv4/tcp_syn_retries", hosts.saturating_add(1).min(127).to_string())
 }
 
 impl Outgoing {
