@@ -157,8 +157,8 @@ impl RegisterPages {
     }
 }
 
-/// One device's register page, as the guest sees it.
-#[derive(Debug)]
+/// One device's register page, as the guest sees it. Cloning shares it.
+#[derive(Debug, Clone)]
 pub struct RegisterPage {
     region: Arc<GuestRegionMmap<()>>,
     base: u64,
@@ -181,14 +181,16 @@ impl RegisterPage {
         debug_assert!(stored.is_ok());
     }
 
-    /// Reads a 32-bit register back.
-    #[cfg(test)]
+    /// Reads a 32-bit register back; the same holds for `offset`.
     pub fn value(&self, offset: u64) -> u32 {
         let at = MemoryRegionAddress(self.base + offset);
-        u32::from_le(self.region.load(at, Ordering::Acquire).expect("in the page"))
+        let loaded = self.region.load(at, Ordering::Acquire);
+        debug_assert!(loaded.is_ok());
+        u32::from_le(loaded.unwrap_or(0))
     }
 
-    /// Sets bytes that the guest only reads once the device is announced (configuration space).
+    /// Sets bytes that the guest reads before it is told of them, or once more when it is
+    /// (configuration space).
     pub fn set_bytes(&self, offset: u64, bytes: &[u8]) {
         let written = self.region.write_slice(bytes, MemoryRegionAddress(self.base + offset));
         debug_assert!(written.is_ok());

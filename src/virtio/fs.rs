@@ -100,7 +100,7 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        let Activation { ram, features, queues, interrupt } = activation;
+        let Activation { ram, features, queues, interrupt, .. } = activation;
         let frontend = &mut self.connection.0;
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         frontend.set_features(features | protocol_bit).map_err(protocol)?;

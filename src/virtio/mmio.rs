@@ -3,9 +3,13 @@
 //! Reads never come here. The guest reads the device's register page directly (a read-only memory
 //! slot), so this side keeps the page up to date on every write that changes what a read returns.
 //! Writes arrive as exits, but for the two that happen at run time: QueueNotify is an ioeventfd per
-//! queue, and InterruptACK one that nobody reads. InterruptStatus therefore always says "used
-//! buffer": the driver looks at its rings on every interrupt, which is right for devices whose
-//! back-end raises the interrupt itself and harmless for the others.
+//! queue, and InterruptACK of "used buffer" one that nobody reads. InterruptStatus therefore always
+//! says "used buffer": the driver looks at its rings on every interrupt, which is right for devices
+//! whose back-end raises the interrupt itself and harmless for the others.
+//!
+//! "Configuration changed" is rare, and its acknowledgement is an exit. The driver acknowledges
+//! before it reads the configuration, so that taking the bit away then loses no change: a change
+//! that was announced before is read after.
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -26,6 +30,8 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"mote");
 /// SHMLen of a region that does not exist (4.2.2).
 const NO_SHARED_MEMORY: u32 = u32::MAX;
+/// InterruptStatus with news of the configuration.
+const CONFIG_CHANGED: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
 
 /// One device behind its registers.
 #[derive(Debug)]
@@ -47,6 +53,35 @@ struct State {
     driver_features: u64,
     queue_sel: usize,
     queues: Vec<Queue>,
+}
+
+/// A device's configuration space, for a device that changes it while the driver runs. One owner
+/// at a time: whoever serves the device.
+#[derive(Debug)]
+pub struct ConfigSpace {
+    page: RegisterPage,
+    interrupt: EventFd,
+}
+
+impl ConfigSpace {
+    /// Changes bytes of the configuration and tells the driver (2.5, 4.2.2.1).
+    pub fn change(&self, offset: u32, bytes: &[u8]) -> Result<()> {
+        let page = &self.page;
+        page.set_bytes(u64::from(VIRTIO_MMIO_CONFIG + offset), bytes);
+        let generation = page.value(VIRTIO_MMIO_CONFIG_GENERATION.into());
+        page.set(VIRTIO_MMIO_CONFIG_GENERATION.into(), generation.wrapping_add(1));
+        page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), CONFIG_CHANGED);
+        self.interrupt.write(1).context("announce a change of the configuration")
+    }
+
+    /// One that no guest sees, its interrupt, and its page.
+    #[cfg(test)]
+    pub fn unattached() -> (Self, RegisterPage, EventFd) {
+        let page = RegisterPage::unattached();
+        let interrupt = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
+        let clone = interrupt.try_clone().expect("clone");
+        (ConfigSpace { page: page.clone(), interrupt }, page, clone)
+    }
 }
 
 impl State {
@@ -83,12 +118,8 @@ impl MmioDevice {
                 .context("connect a queue's notification")?;
         }
         let ignored = EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd")?;
-        vm.register_ioevent(
-            &ignored,
-            &register(VIRTIO_MMIO_INTERRUPT_ACK),
-            kvm_ioctls::NoDatamatch,
-        )
-        .context("connect the interrupt acknowledgement")?;
+        vm.register_ioevent(&ignored, &register(VIRTIO_MMIO_INTERRUPT_ACK), VIRTIO_MMIO_INT_VRING)
+            .context("connect the interrupt acknowledgement")?;
         Ok(mmio)
     }
 
@@ -103,6 +134,7 @@ impl MmioDevice {
         set(VIRTIO_MMIO_VENDOR_ID, VENDOR);
         set(VIRTIO_MMIO_SHM_LEN_LOW, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
+        set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
         page.set_bytes(VIRTIO_MMIO_CONFIG.into(), device.config());
         let mmio =
             MmioDevice { device, page, ram: ram.clone(), interrupt: eventfd()?, kicks, state };
@@ -119,9 +151,6 @@ impl MmioDevice {
         let queue = state.queues.get(state.queue_sel);
         set(VIRTIO_MMIO_QUEUE_NUM_MAX, queue.map_or(0, |q| q.max_size().into()));
         set(VIRTIO_MMIO_QUEUE_READY, queue.is_some_and(Queue::ready).into());
-        let config_changed =
-            if state.status & NEEDS_RESET != 0 { VIRTIO_MMIO_INT_CONFIG } else { 0 };
-        set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING | config_changed);
     }
 
     /// A driver's store to the register page. Registers are 32 bits wide (4.2.2.2); anything else
@@ -138,6 +167,9 @@ impl MmioDevice {
             VIRTIO_MMIO_QUEUE_SEL => self.state.queue_sel = value as usize,
             VIRTIO_MMIO_STATUS if value == 0 => self.reset(),
             VIRTIO_MMIO_STATUS => self.set_status(value),
+            VIRTIO_MMIO_INTERRUPT_ACK if value & VIRTIO_MMIO_INT_CONFIG != 0 => {
+                self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), VIRTIO_MMIO_INT_VRING);
+            }
             _ => self.set_up_queue(register, value),
         }
         self.show_state();
@@ -182,6 +214,7 @@ impl MmioDevice {
             log::error(&format!("virtio device {}: activate: {error:#}", self.device.id()));
             self.state.status |= NEEDS_RESET;
             self.show_state();
+            self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), CONFIG_CHANGED);
             let _ = self.interrupt.write(1);
         }
     }
@@ -203,6 +236,7 @@ impl MmioDevice {
             features: self.state.driver_features,
             queues,
             interrupt: self.interrupt.try_clone()?,
+            config: ConfigSpace { page: self.page.clone(), interrupt: self.interrupt.try_clone()? },
         })
     }
 
@@ -210,6 +244,7 @@ impl MmioDevice {
         if self.state.status & DRIVER_OK != 0 {
             self.device.reset();
         }
+        self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), VIRTIO_MMIO_INT_VRING);
         // The sizes were accepted when the device was attached.
         if let Ok(state) = State::new(self.device.queue_sizes()) {
             self.state = state;
@@ -244,6 +279,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Fake {
         log: Arc<Mutex<Vec<String>>>,
+        config: Arc<Mutex<Option<ConfigSpace>>>,
     }
 
     impl VirtioDevice for Fake {
@@ -262,6 +298,7 @@ mod tests {
         fn activate(&mut self, activation: Activation) -> Result<()> {
             let line = format!("activate {:#x}", activation.features);
             self.log.lock().expect("lock").push(line);
+            *self.config.lock().expect("lock") = Some(activation.config);
             Ok(())
         }
         fn reset(&mut self) {
@@ -272,15 +309,16 @@ mod tests {
     struct Driver {
         device: MmioDevice,
         log: Arc<Mutex<Vec<String>>>,
+        config: Arc<Mutex<Option<ConfigSpace>>>,
     }
 
     impl Driver {
         fn new() -> Self {
             let fake = Fake::default();
-            let log = Arc::clone(&fake.log);
+            let (log, config) = (Arc::clone(&fake.log), Arc::clone(&fake.config));
             let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("ram");
             let device = MmioDevice::new(Box::new(fake), RegisterPage::unattached(), &ram);
-            Driver { device: device.expect("a device"), log }
+            Driver { device: device.expect("a device"), log, config }
         }
         fn write(&mut self, register: u32, value: u32) {
             self.device.write(register.into(), &value.to_le_bytes());
@@ -356,7 +394,29 @@ mod tests {
             assert_eq!(driver.log(), Vec::<String>::new());
             driver.write(VIRTIO_MMIO_STATUS, 0);
             assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
         }
+    }
+
+    #[test]
+    fn a_change_of_the_configuration_is_announced_until_acknowledged() {
+        let mut driver = Driver::new();
+        driver.negotiate(1, 1);
+        driver.set_up_queue(16);
+        driver.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK | DRIVER_OK);
+        let config = driver.config.lock().expect("lock").take().expect("activated");
+        config.change(2, b"NF").expect("changed");
+        assert_eq!(driver.device.interrupt.read().expect("interrupted"), 1);
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG), u32::from_le_bytes(*b"coNF"));
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG_GENERATION), 1);
+        assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+        driver.write(VIRTIO_MMIO_INTERRUPT_ACK, 1);
+        assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+        driver.write(VIRTIO_MMIO_INTERRUPT_ACK, 3);
+        assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+        config.change(2, b"nf").expect("changed");
+        driver.write(VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
     }
 
     #[test]

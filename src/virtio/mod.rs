@@ -22,6 +22,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
+use crate::virtio::mmio::ConfigSpace;
 
 /// `VIRTIO_F_VERSION_1` (6.1): every device offers it, every driver must accept it.
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -41,6 +42,8 @@ pub struct Activation {
     pub queues: Vec<ReadyQueue>,
     /// The device's interrupt line.
     pub interrupt: EventFd,
+    /// To change what [`VirtioDevice::config`] said at first.
+    pub config: ConfigSpace,
 }
 
 /// A queue that the driver has set up.
@@ -64,7 +67,7 @@ pub trait VirtioDevice: Send + std::fmt::Debug {
     fn features(&self) -> u64;
     /// Largest size of each queue.
     fn queue_sizes(&self) -> &[u16];
-    /// The device's configuration space; constant.
+    /// The device's configuration space, as it is before the first activation.
     fn config(&self) -> &[u8];
     /// Takes over the queues.
     fn activate(&mut self, activation: Activation) -> Result<()>;

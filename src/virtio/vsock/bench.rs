@@ -20,6 +20,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::*;
+use crate::virtio::mmio::ConfigSpace;
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1, ReadyQueue};
 
 /// A host port that takes one connection, and another.
@@ -380,6 +381,7 @@ impl Bench {
             features: F_VERSION_1 | F_EVENT_IDX,
             queues: [&self.rx, &self.tx, &event].map(Ring::ready_queue).into(),
             interrupt: EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"),
+            config: ConfigSpace::unattached().0,
         };
         self.call(|mux, ops| mux.activate(activation, ops));
     }

@@ -205,7 +205,7 @@ impl Mux {
     /// Takes the queues over.
     pub fn activate(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
         self.reset(ops)?;
-        let Activation { ram, features, queues, interrupt } = activation;
+        let Activation { ram, features, queues, interrupt, .. } = activation;
         let served: Vec<ServedQueue> = queues
             .into_iter()
             .map(|queue| ServedQueue::new(queue, features, &interrupt))
