@@ -279,7 +279,7 @@ macro_rules! bounded {
         const MAX: Self = <$t>::MAX;
     })* };
 }
-bounded!(u8, u32, u64, i64);
+bounded!(u8, u32, u64, i32, i64);
 
 /// An object being taken apart: each member is asked for by name, and [`Object::finish`] reports
 /// what nobody asked for.

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Modules in reading order:
-//! - the request: [`cli`], [`json`], [`spec`], [`guest_init`], [`plan`]
+//! - the request: [`cli`], [`json`], [`spec`], [`guest_init`], [`network`], [`plan`]
 //! - the answer: [`outcome`], [`timeline`], [`log`]
 //! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
 //!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
@@ -37,6 +37,7 @@ pub mod kvm;
 pub mod layout;
 pub mod log;
 pub mod memory;
+pub mod network;
 pub mod outcome;
 pub mod plan;
 pub mod policy;

@@ -22,6 +22,7 @@ use crate::cgroup::{Cgroup, Limit};
 use crate::cpuset::CpuSet;
 use crate::guest_init::{GuestInit, Main};
 use crate::json::Report;
+use crate::network::{self, Network};
 use crate::policy::Policy;
 use crate::spec::{self, Spec};
 use crate::{image, layout};
@@ -100,6 +101,8 @@ pub struct Plan {
     /// Where the guest's own connections may go when they are made with host sockets (TSI); `None`
     /// when the guest has a network interface instead.
     pub outgoing: Option<Policy>,
+    /// The box's own network, if it has one.
+    pub network: Option<Network>,
     /// File for the guest's output; `None` is mote's own stdout and stderr.
     pub console_output: Option<PathBuf>,
     /// What the agent is told.
@@ -173,7 +176,8 @@ impl Plan {
         let sockets = plan_sockets(spec, report);
         let published_ports = plan_ports(&spec.port_map, report);
         check_console(spec.console_output.as_deref(), report);
-        let instance = plan_instance(spec, report);
+        let network = Network::new(spec, report);
+        let instance = plan_instance(spec, network.as_ref(), report);
         refuse_unsupported(spec, report);
         let kernel =
             plan_image(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
@@ -197,6 +201,7 @@ impl Plan {
             sockets,
             published_ports,
             outgoing: spec.network.is_none().then(plan_outgoing),
+            network,
             console_output: spec.console_output.clone(),
             instance,
             kernel: kernel?,
@@ -245,6 +250,9 @@ impl fmt::Display for Plan {
         }
         for PublishedPort { host, guest } in &self.published_ports {
             writeln!(f, "port       {host} -> guest port {guest}")?;
+        }
+        if let Some(network) = &self.network {
+            writeln!(f, "network    {network}")?;
         }
         match &self.console_output {
             Some(path) => writeln!(f, "console    {}", path.display())?,
@@ -581,7 +589,7 @@ fn check_console(path: Option<&Path>, report: &mut Report) {
 }
 
 /// Why a file cannot be created at `path`, as far as its directory goes.
-fn parent_problem(path: &Path) -> Option<String> {
+pub fn parent_problem(path: &Path) -> Option<String> {
     let parent = match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,
@@ -597,7 +605,7 @@ fn parent_problem(path: &Path) -> Option<String> {
     }
 }
 
-fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
+fn plan_instance(spec: &Spec, network: Option<&Network>, report: &mut Report) -> Instance {
     let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
     if executable.is_empty() {
         report.error("entrypoint.executable", "is empty; name a program");
@@ -673,6 +681,8 @@ fn plan_instance(spec: &Spec, report: &mut Report) -> Instance {
         syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
+        interface: network.map(|network| network.interface),
+        resolv_conf: network::resolv_conf(spec),
     }
 }
 
@@ -751,12 +761,6 @@ fn refuse_unsupported(spec: &Spec, report: &mut Report) {
         report.error(
             "tee_config",
             "asks for a confidential VM, which mote cannot run; leave it null",
-        );
-    }
-    if spec.network.is_some() {
-        report.error(
-            "network",
-            "asks for a passt network, which this version of mote does not have yet; leave it null",
         );
     }
 }

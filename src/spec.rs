@@ -91,6 +91,12 @@ pub struct Network {
     pub mac_address: [u8; 6],
     /// Name servers.
     pub dns_servers: Vec<Ipv4Addr>,
+    /// A descriptor that mote was started with: a stream of frames like passt's (§1.8).
+    pub socket_fd: Option<i32>,
+    /// The other end of `socket_fd`, for a shim that puts a switch of its own between it and passt.
+    pub proxy_fd: Option<i32>,
+    /// Where such switches of one network find each other.
+    pub bridge_socket_dir: Option<PathBuf>,
 }
 
 /// Limits; every one is optional.
@@ -288,16 +294,14 @@ fn read_network(node: &Node<'_>) -> Option<Network> {
         o.required("prefix_len", "the subnet's prefix length").and_then(|n| n.integer());
     let mac_address = o.required("mac_address", "an array of 6 numbers").and_then(|n| mac(&n));
     let dns_servers = read_or_default(o.optional("dns_servers"), |n| n.array(ipv4));
-    for name in [
-        "net_stats_path",
-        "net_socket_fd",
-        "net_proxy_fd",
-        "bridge_socket_dir",
-        "networks_json",
-        "network_name",
-    ] {
-        refuse_unless_vacant(o.optional(name));
+    let socket_fd = read_nullable(o.optional("net_socket_fd"), Node::integer);
+    let proxy_fd = read_nullable(o.optional("net_proxy_fd"), Node::integer);
+    let bridge_socket_dir = read_nullable(o.optional("bridge_socket_dir"), path);
+    // For the names that the runtime's own proxy knows; with passt there is none.
+    for name in ["networks_json", "network_name"] {
+        read_nullable(o.optional(name), Node::string);
     }
+    refuse_unless_vacant(o.optional("net_stats_path"));
     o.finish();
     Some(Network {
         passt_socket_path: passt_socket_path?,
@@ -306,6 +310,9 @@ fn read_network(node: &Node<'_>) -> Option<Network> {
         prefix_len: prefix_len?,
         mac_address: mac_address?,
         dns_servers: dns_servers?,
+        socket_fd: socket_fd?,
+        proxy_fd: proxy_fd?,
+        bridge_socket_dir: bridge_socket_dir?,
     })
 }
 

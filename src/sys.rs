@@ -10,6 +10,7 @@ use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -247,8 +248,8 @@ pub fn unix_stream_socket() -> io::Result<OwnedFd> {
     })?))
 }
 
-/// Binds a Unix socket to a path of at most 107 bytes and listens.
-pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int) -> io::Result<()> {
+/// The address of a Unix socket at a path of at most 107 bytes.
+fn unix_address(path: &[u8]) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
     // SAFETY: an all-zero sockaddr_un is valid.
     let mut address: libc::sockaddr_un = unsafe { zeroed() };
     if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
@@ -258,7 +259,12 @@ pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int)
     for (to, from) in address.sun_path.iter_mut().zip(path) {
         *to = *from as libc::c_char;
     }
-    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
+}
+
+/// Binds a Unix socket to a path of at most 107 bytes and listens.
+pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int) -> io::Result<()> {
+    let (address, len) = unix_address(path)?;
     // SAFETY: pointer and length describe `address`.
     check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
     // SAFETY: plain system call on an open descriptor.
@@ -373,6 +379,48 @@ pub fn interface_index(name: &str) -> Option<u32> {
     let name = CString::new(name).ok()?;
     // SAFETY: the name is NUL-terminated and outlives the call.
     Some(unsafe { libc::if_nametoindex(name.as_ptr()) }).filter(|index| *index != 0)
+}
+
+/// A non-blocking connection to the Unix stream socket at a path of at most 107 bytes. A listener
+/// with a full backlog is an error (`WouldBlock`), not a wait.
+pub fn connect_unix(path: &[u8]) -> io::Result<UnixStream> {
+    let (address, len) = unix_address(path)?;
+    let socket = unix_stream_socket()?;
+    set_nonblocking(&socket)?;
+    // SAFETY: pointer and length describe `address`.
+    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    Ok(UnixStream::from(socket))
+}
+
+/// Whether this number is an open Unix stream socket.
+pub fn is_unix_stream(fd: RawFd) -> bool {
+    let is = |option: libc::c_int, wanted: libc::c_int| {
+        let mut value: libc::c_int = 0;
+        let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: `value` and `len` describe a buffer of the size these options write; a number that
+        // is no socket is refused.
+        let ret = unsafe {
+            libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut value).cast(), &mut len)
+        };
+        ret == 0 && value == wanted
+    };
+    is(libc::SO_DOMAIN, libc::AF_UNIX) && is(libc::SO_TYPE, libc::SOCK_STREAM)
+}
+
+/// A duplicate of a Unix stream socket that this process was started with, closed on exec.
+pub fn inherited_stream(fd: RawFd) -> io::Result<UnixStream> {
+    if !is_unix_stream(fd) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: plain system call.
+    Ok(UnixStream::from(owned(check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?)))
+}
+
+/// Keeps an inherited descriptor from the programs that this process starts.
+pub fn close_on_exec(fd: RawFd) -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    Ok(())
 }
 
 /// Makes reads and writes on a descriptor return instead of waiting.

@@ -4,6 +4,8 @@
 //! Everything here has been checked by the host's `Plan`; the agent only reports what the guest's
 //! own file system makes impossible.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 /// Where the agent finds the file in its initramfs.
@@ -45,6 +47,30 @@ pub struct Instance {
     pub published: bool,
     /// What every program of the box gives up.
     pub security: Security,
+    /// The box's own network; `None` is the host's, by way of sockets.
+    pub interface: Option<Interface>,
+    /// Name servers.
+    pub resolv_conf: ResolvConf,
+}
+
+/// The network interface `eth0`. Its MTU is the device's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Length of the subnet's prefix in bits, 1 to 31.
+    pub prefix_len: u8,
+    /// The router, in the same subnet.
+    pub gateway: Ipv4Addr,
+}
+
+/// Text for `/etc/resolv.conf` (resolv.conf(5)).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ResolvConf {
+    /// Whatever the image has there.
+    Always(String),
+    /// Unless the image's file names a server.
+    IfUnserved(String),
 }
 
 /// Restrictions on programs, for life (contract §2.10 `A3S_SEC_*`, §7.2 step 8).

@@ -11,6 +11,8 @@ mod connection;
 mod host;
 mod launch;
 mod mount;
+mod network;
+mod resolv;
 mod seccomp;
 mod server;
 mod spawn;
@@ -32,6 +34,7 @@ use mote_agent::protocol::{
 use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
 use crate::host::{Control, Received, Relay};
 use crate::launch::Program;
+use crate::resolv::NameServers;
 use crate::server::{Context, Server, until};
 use crate::sys::{Interest, Reap};
 use crate::tsi::{Needs, Tsi};
@@ -133,13 +136,13 @@ fn prepare() -> Result<Prepared, String> {
     let json = fs::read(instance::PATH).map_err(|e| format!("read {}: {e}", instance::PATH))?;
     let instance: Instance =
         serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
+    let name_servers = NameServers::stage(&instance.resolv_conf)?;
     mount::root()?;
     mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
+    let resolv_conf = name_servers.provide()?;
     // Beside everything that follows.
-    // A file that is missing names no resolver.
-    let resolv_conf = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let Instance { outgoing, syn_retries, published, .. } = instance;
     let needs = Needs { outgoing, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
@@ -148,6 +151,9 @@ fn prepare() -> Result<Prepared, String> {
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
     sys::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
+    if let Some(interface) = &instance.interface {
+        network::set_up(interface)?;
+    }
     sys::raise_open_file_limit(MAX_OPEN_FILES)
         .map_err(|e| format!("raise the limit on open files: {e}"))?;
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;

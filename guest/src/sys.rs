@@ -10,9 +10,10 @@ use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr;
 use std::time::Duration;
 
@@ -138,8 +139,8 @@ pub fn set_realtime(ns: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Brings a network interface up (`SIOCSIFFLAGS`).
-pub fn interface_up(name: &str) -> io::Result<()> {
+/// A request about a network interface, and the socket to make it with.
+fn interface_request(name: &str) -> io::Result<(OwnedFd, libc::ifreq)> {
     // SAFETY: plain socket call.
     let socket = owned(check(unsafe {
         libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0)
@@ -149,9 +150,84 @@ pub fn interface_up(name: &str) -> io::Result<()> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()).take(libc::IFNAMSIZ - 1) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: SIOCSIFFLAGS reads an ifreq, which `request` is.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) })?;
+    Ok((socket, request))
+}
+
+/// Brings a network interface up; its other flags stay (`SIOCSIFFLAGS`).
+pub fn interface_up(name: &str) -> io::Result<()> {
+    let (socket, mut request) = interface_request(name)?;
+    // SAFETY: both requests take an ifreq, which `request` is; the first has filled the flags in
+    // before they are read.
+    unsafe {
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request))?;
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request))?;
+    }
+    Ok(())
+}
+
+/// An IPv4 address as the requests about interfaces and routes take it.
+fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
+    let address = libc::sockaddr_in {
+        sin_family: libc::AF_INET as libc::sa_family_t,
+        sin_port: 0,
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.octets()) },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: a sockaddr_in is one kind of sockaddr, of the same size, and both are plain bytes.
+    unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) }
+}
+
+/// Gives an interface its only IPv4 address (`SIOCSIFADDR`, `SIOCSIFNETMASK`; netdevice(7)).
+pub fn set_interface_address(name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
+    let (socket, mut request) = interface_request(name)?;
+    for (operation, value) in [(libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, mask)] {
+        request.ifr_ifru.ifru_addr = socket_address(value);
+        // SAFETY: the requests read an ifreq with an address, which `request` is.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), operation, &request) })?;
+    }
+    Ok(())
+}
+
+/// Makes a router on an interface's subnet the way to everywhere else (`SIOCADDRT`).
+pub fn add_default_route(interface: &str, gateway: Ipv4Addr) -> io::Result<()> {
+    let (socket, mut request) = interface_request(interface)?;
+    // SAFETY: an all-zero rtentry is valid.
+    let mut route: libc::rtentry = unsafe { zeroed() };
+    route.rt_dst = socket_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_genmask = route.rt_dst;
+    route.rt_gateway = socket_address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    route.rt_dev = request.ifr_name.as_mut_ptr();
+    // SAFETY: SIOCADDRT reads an rtentry, which `route` is, and the terminated name it points to,
+    // which lives in `request`.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &route) })?;
+    Ok(())
+}
+
+/// Mounts an open file, whatever directory tree it is in, over the one at `target`, which is no
+/// symbolic link (open_tree(2), move_mount(2)).
+pub fn mount_file_over(file: &impl AsRawFd, target: &Path) -> io::Result<()> {
+    // include/uapi/linux/mount.h
+    const OPEN_TREE_CLONE: libc::c_int = 1;
+    const MOVE_MOUNT_F_EMPTY_PATH: libc::c_int = 4;
+    let target = c_string(target)?;
+    let empty = c"".as_ptr();
+    // SAFETY: system calls on descriptors that live to the end of the block, and on NUL-terminated
+    // strings that outlive the calls.
+    unsafe {
+        let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC | libc::AT_EMPTY_PATH;
+        let tree = libc::syscall(libc::SYS_open_tree, file.as_raw_fd(), empty, flags);
+        let tree = owned(check(tree as libc::c_int)?);
+        check(libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            empty,
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH,
+        ) as libc::c_int)?;
+    }
     Ok(())
 }
 

@@ -1,0 +1,497 @@
+//! What the spec's `network` asks for, judged: the interface, the way to passt, and name servers,
+//! which a box without a network of its own has too.
+
+use std::fmt;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::fd::RawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use mote_agent::instance::{Interface, ResolvConf};
+
+use crate::json::Report;
+use crate::plan::{MAX_SOCKET_PATH, parent_problem};
+use crate::spec::{self, Spec};
+use crate::sys;
+
+/// Prefix lengths of subnets that have a host and a gateway. The two addresses of a /31 are both
+/// hosts' (RFC 3021); a /32 has no room for a gateway.
+const PREFIX_LEN: std::ops::RangeInclusive<u8> = 1..=31;
+/// Name server of a box that is given none (contract §7.2 step 4).
+const DEFAULT_SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
+/// The same without a network of its own, on a host that has none either (contract §2.7).
+const DEFAULT_LINES: &str = "nameserver 8.8.8.8\nnameserver 8.8.4.4\n";
+const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// A network of the box's own: one interface, on passt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// Where passt is.
+    pub passt: PasstSocket,
+    /// The interface's hardware address.
+    pub mac_address: [u8; 6],
+    /// What the agent sets.
+    pub interface: Interface,
+    /// Descriptors that mote was started with for this network, and that nobody is to inherit.
+    pub inherited: Vec<RawFd>,
+}
+
+/// The way to passt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PasstSocket {
+    /// The Unix socket that it listens on.
+    Path(PathBuf),
+    /// A connected socket that mote was started with.
+    Inherited(RawFd),
+}
+
+impl Network {
+    /// Judges the spec's network and the variables that tell a guest init of it. What is wrong goes
+    /// to `report`.
+    pub fn new(spec: &Spec, report: &mut Report) -> Option<Network> {
+        let network = spec.network.as_ref();
+        check_variables(spec, report);
+        let network = network?;
+        let mac = network.mac_address;
+        if mac[0] & 1 != 0 {
+            report.error(
+                "network.mac_address",
+                format!("is {}, a multicast address; make the first number even", Mac(mac)),
+            );
+        } else if mac == [0; 6] {
+            report.error(
+                "network.mac_address",
+                "is all zeros, which is no address; use [2, 66] and the four numbers of ip_address",
+            );
+        }
+        let interface = check_addresses(network, report);
+        for (index, server) in network.dns_servers.iter().enumerate() {
+            check_server(*server, &format!("network.dns_servers[{index}]"), report);
+        }
+        Some(Network {
+            passt: plan_passt(network, report),
+            mac_address: mac,
+            interface,
+            inherited: [network.socket_fd, network.proxy_fd].into_iter().flatten().collect(),
+        })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Interface { address, prefix_len, gateway } = self.interface;
+        write!(f, "{address}/{prefix_len} via {gateway}, {}, ", Mac(self.mac_address))?;
+        match &self.passt {
+            PasstSocket::Path(path) => write!(f, "passt at {}", path.display()),
+            PasstSocket::Inherited(fd) => write!(f, "passt on descriptor {fd}"),
+        }
+    }
+}
+
+struct Mac([u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// Without `net_proxy_fd`, `net_socket_fd` leads to passt. With it, the two are the ends of one pair:
+/// the reference's shim puts its own switch between, which joins the boxes of a network, and goes to
+/// passt at the path. mote has no switch, and goes there itself.
+fn plan_passt(network: &spec::Network, report: &mut Report) -> PasstSocket {
+    for (field, fd) in
+        [("network.net_socket_fd", network.socket_fd), ("network.net_proxy_fd", network.proxy_fd)]
+    {
+        // The first three are nobody's network, whatever they are.
+        if let Some(fd) = fd.filter(|fd| *fd < 3 || !sys::is_unix_stream(*fd)) {
+            report.error(
+                field,
+                format!("is {fd}, which is no Unix stream socket that mote was started with"),
+            );
+        }
+    }
+    match (network.socket_fd, network.proxy_fd) {
+        (Some(fd), None) => return PasstSocket::Inherited(fd),
+        (_, Some(_)) if network.bridge_socket_dir.is_some() => report.warn(
+            "network.bridge_socket_dir",
+            "names a switch between the boxes of one network, which mote does not have: this box reaches what passt reaches",
+        ),
+        _ => {}
+    }
+    let path = &network.passt_socket_path;
+    if let Some(problem) = path_problem(path) {
+        report.error("network.passt_socket_path", problem);
+    }
+    PasstSocket::Path(path.clone())
+}
+
+fn path_problem(path: &Path) -> Option<String> {
+    let len = path.as_os_str().len();
+    match fs::symlink_metadata(path).and_then(|_| fs::metadata(path)) {
+        _ if len == 0 => Some("is empty, must be passt's socket".into()),
+        _ if len > MAX_SOCKET_PATH => Some(format!(
+            "has {len} bytes, a Unix socket's path can have {MAX_SOCKET_PATH}; use a shorter directory"
+        )),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            Some(format!("{} is not a socket; name the one passt listens on", path.display()))
+        }
+        // passt may be a little late.
+        _ => parent_problem(path),
+    }
+}
+
+fn check_addresses(network: &spec::Network, report: &mut Report) -> Interface {
+    let spec::Network { ip_address: address, gateway, prefix_len, .. } = *network;
+    let interface = Interface { address, prefix_len, gateway };
+    if !PREFIX_LEN.contains(&prefix_len) {
+        let (min, max) = (PREFIX_LEN.start(), PREFIX_LEN.end());
+        report.error(
+            "network.prefix_len",
+            format!("is {prefix_len}, must be from {min} to {max}, for an address and a gateway"),
+        );
+        return interface;
+    }
+    let mask = u32::MAX << (32 - prefix_len);
+    let subnet = Ipv4Addr::from_bits(address.to_bits() & mask);
+    for (field, address) in [("network.ip_address", address), ("network.gateway", gateway)] {
+        let host = address.to_bits() & !mask;
+        let problem = if let Some(kind) = special(address) {
+            Some(format!("is {address}, {kind}, which no host can have"))
+        } else if prefix_len == 31 {
+            None
+        } else if host == 0 {
+            Some(format!("is {address}, the name of the subnet {address}/{prefix_len} itself"))
+        } else if host == !mask {
+            Some(format!("is {address}, the broadcast address of its subnet"))
+        } else {
+            None
+        };
+        if let Some(problem) = problem {
+            report.error(field, problem);
+        }
+    }
+    if gateway.to_bits() & mask != subnet.to_bits() {
+        report.error(
+            "network.gateway",
+            format!("is {gateway}, which is not in the subnet {subnet}/{prefix_len} of ip_address"),
+        );
+    } else if gateway == address {
+        report.error("network.gateway", format!("is {gateway}, the box's own ip_address"));
+    }
+    interface
+}
+
+/// What an address is that cannot be a host's.
+fn special(address: Ipv4Addr) -> Option<&'static str> {
+    match address.octets()[0] {
+        0 => Some("an address of \"this network\""),
+        127 => Some("a loopback address"),
+        224..=239 => Some("a multicast address"),
+        240.. => Some("a reserved address"),
+        _ => None,
+    }
+}
+
+fn check_server(server: Ipv4Addr, field: &str, report: &mut Report) {
+    match special(server) {
+        Some(_) if server.is_loopback() => report.warn(
+            field,
+            format!("{server} is the box itself: only a name server that runs in it answers there"),
+        ),
+        Some(kind) => report.error(field, format!("is {server}, {kind}, where no name server is")),
+        None => {}
+    }
+}
+
+/// A variable that is set and not empty: its place in the environment, and its value.
+fn variable<'a>(spec: &'a Spec, name: &str) -> Option<(String, &'a str)> {
+    let env = &spec.entrypoint.env;
+    let index = env.iter().rposition(|(known, _)| known == name)?;
+    let value = env[index].1.as_str();
+    (!value.is_empty()).then(|| (format!("entrypoint.env[{index}]"), value))
+}
+
+/// The runtime tells the guest init, in variables, what it tells us in `network`; an init that runs
+/// as given goes by them. So they must not differ.
+fn check_variables(spec: &Spec, report: &mut Report) {
+    let network = spec.network.as_ref();
+    for (name, stated) in [
+        ("A3S_NET_IP", network.map(|n| format!("{}/{}", n.ip_address, n.prefix_len))),
+        ("A3S_NET_GATEWAY", network.map(|n| n.gateway.to_string())),
+        ("A3S_NET_DNS", network.map(|n| comma_list(&n.dns_servers))),
+    ] {
+        let Some((place, value)) = variable(spec, name) else { continue };
+        match stated {
+            None if name == "A3S_NET_IP" => report.error(
+                place,
+                format!("{name} gives the box an address, but network is null; set network or leave the variable out"),
+            ),
+            None => report.warn(place, format!("{name} has no effect without network")),
+            // No servers in `network`: the variable's are used.
+            Some(stated) if stated.is_empty() => {
+                for server in value.split(',') {
+                    match server.trim().parse() {
+                        Ok(server) => check_server(server, &place, report),
+                        Err(_) => report.error(
+                            &place,
+                            format!("{name} has \"{server}\", must be IPv4 addresses and commas"),
+                        ),
+                    }
+                }
+            }
+            Some(stated) if stated != value.replace(' ', "") => report.error(
+                place,
+                format!("{name} is \"{value}\", but network says {stated}; make them the same"),
+            ),
+            Some(_) => {}
+        }
+    }
+}
+
+fn comma_list(servers: &[Ipv4Addr]) -> String {
+    servers.iter().map(Ipv4Addr::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The box's name servers (contract §2.7, §7.2 step 4). With a network of its own, those it is given
+/// for that; otherwise what the runtime wrote into the image, or else the host's.
+pub fn resolv_conf(spec: &Spec) -> ResolvConf {
+    let Some(network) = &spec.network else {
+        let host = fs::read_to_string(HOST_RESOLV_CONF).unwrap_or_default();
+        return ResolvConf::IfUnserved(nameserver_lines(&host));
+    };
+    let given = variable(spec, "A3S_NET_DNS").map_or("", |(_, value)| value);
+    let given = given.split(',').filter_map(|server| server.trim().parse::<Ipv4Addr>().ok());
+    let mut servers = network.dns_servers.clone();
+    if servers.is_empty() {
+        servers.extend(given);
+    }
+    if servers.is_empty() {
+        servers.push(DEFAULT_SERVER);
+    }
+    ResolvConf::Always(servers.iter().map(|server| format!("nameserver {server}\n")).collect())
+}
+
+/// The lines of a resolv.conf(5) that name servers, or the default ones.
+fn nameserver_lines(text: &str) -> String {
+    let servers = text.lines().filter_map(|line| {
+        line.strip_prefix("nameserver")?.strip_prefix([' ', '\t'])?.split_whitespace().next()
+    });
+    let lines: String = servers.map(|server| format!("nameserver {server}\n")).collect();
+    if lines.is_empty() { DEFAULT_LINES.into() } else { lines }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    /// Plans with a change to a good network; what the report says.
+    fn plan(change: impl FnOnce(&mut Spec)) -> (Option<Network>, Vec<String>, Vec<String>) {
+        let text = r#"{"box_id":"b","vcpus":1,"memory_mib":256,"rootfs_path":"/",
+            "exec_socket_path":"","fs_mounts":[],"workdir":"/",
+            "entrypoint":{"executable":"/bin/true","args":[],"env":[]},
+            "network":{"passt_socket_path":"/tmp/passt.sock","ip_address":"10.88.0.2",
+                "gateway":"10.88.0.1","prefix_len":24,"mac_address":[2,66,10,88,0,2]}}"#;
+        let mut report = Report::default();
+        let mut spec = Spec::parse(text, &mut report).expect("a spec");
+        change(&mut spec);
+        let network = Network::new(&spec, &mut report);
+        let texts = |faults: &[crate::json::Fault]| faults.iter().map(|f| f.to_string()).collect();
+        (network, texts(&report.errors), texts(&report.warnings))
+    }
+
+    fn network(spec: &mut Spec) -> &mut spec::Network {
+        spec.network.as_mut().expect("a network")
+    }
+
+    fn set(spec: &mut Spec, name: &str, value: &str) {
+        spec.entrypoint.env.push((name.into(), value.into()));
+    }
+
+    #[test]
+    fn a_good_network_is_planned() {
+        let (network, errors, warnings) = plan(|_| ());
+        assert_eq!((errors, warnings), (vec![], vec![]));
+        assert_eq!(
+            network.expect("a network").to_string(),
+            "10.88.0.2/24 via 10.88.0.1, 02:42:0a:58:00:02, passt at /tmp/passt.sock"
+        );
+    }
+
+    #[test]
+    fn addresses_that_cannot_be_are_named() {
+        for (address, gateway, prefix_len, expected) in [
+            (
+                "10.88.0.2",
+                "10.88.1.1",
+                24,
+                Some("gateway: is 10.88.1.1, which is not in the subnet 10.88.0.0/24"),
+            ),
+            ("10.88.0.2", "10.88.1.1", 16, None),
+            ("10.88.0.2", "10.88.0.2", 24, Some("gateway: is 10.88.0.2, the box's own ip_address")),
+            (
+                "10.88.0.0",
+                "10.88.0.1",
+                24,
+                Some("ip_address: is 10.88.0.0, the name of the subnet"),
+            ),
+            ("10.88.0.255", "10.88.0.1", 24, Some("ip_address: is 10.88.0.255, the broadcast")),
+            ("10.88.0.2", "10.88.0.255", 24, Some("gateway: is 10.88.0.255, the broadcast")),
+            ("10.88.0.2", "10.88.0.3", 31, None),
+            (
+                "10.88.0.2",
+                "10.88.0.1",
+                31,
+                Some("gateway: is 10.88.0.1, which is not in the subnet"),
+            ),
+            ("10.88.0.2", "10.88.0.1", 32, Some("prefix_len: is 32, must be from 1 to 31")),
+            ("10.88.0.2", "10.88.0.1", 0, Some("prefix_len: is 0, must be from 1 to 31")),
+            ("10.88.0.2", "10.88.0.1", 255, Some("prefix_len: is 255, must be from 1 to 31")),
+            ("127.0.0.2", "127.0.0.1", 8, Some("ip_address: is 127.0.0.2, a loopback address")),
+            ("224.0.0.2", "224.0.0.1", 24, Some("ip_address: is 224.0.0.2, a multicast address")),
+            ("0.0.0.2", "0.0.0.1", 24, Some("ip_address: is 0.0.0.2, an address of")),
+            (
+                "255.255.255.255",
+                "10.88.0.1",
+                24,
+                Some("ip_address: is 255.255.255.255, a reserved"),
+            ),
+        ] {
+            let (_, errors, _) = plan(|spec| {
+                let network = network(spec);
+                network.ip_address = address.parse().expect("an address");
+                network.gateway = gateway.parse().expect("an address");
+                network.prefix_len = prefix_len;
+            });
+            match expected {
+                Some(start) => {
+                    let start = format!("network.{start}");
+                    assert!(errors.iter().any(|e| e.starts_with(&start)), "{start}: {errors:?}");
+                }
+                None => assert_eq!(errors, Vec::<String>::new()),
+            }
+        }
+    }
+
+    #[test]
+    fn hardware_addresses_of_no_single_device_are_refused() {
+        for (mac, expected) in [
+            ([1, 0, 0, 0, 0, 1], "is 01:00:00:00:00:01, a multicast address"),
+            ([255; 6], "is ff:ff:ff:ff:ff:ff, a multicast address"),
+            ([0; 6], "is all zeros"),
+        ] {
+            let (_, errors, _) = plan(|spec| network(spec).mac_address = mac);
+            assert!(
+                errors[0].starts_with(&format!("network.mac_address: {expected}")),
+                "{errors:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn ways_to_passt_are_checked() {
+        let long = format!("/tmp/{}", "s".repeat(103));
+        for (path, expected) in [
+            ("", "is empty"),
+            (long.as_str(), "has 108 bytes"),
+            ("/etc/passwd", "/etc/passwd is not a socket"),
+            ("/no/such/s", "its directory /no/such does not exist"),
+        ] {
+            let (_, errors, _) = plan(|spec| network(spec).passt_socket_path = path.into());
+            let expected = format!("network.passt_socket_path: {expected}");
+            assert!(errors[0].starts_with(&expected), "{errors:?}");
+        }
+        for fd in [-1, 0, 1 << 20] {
+            let (_, errors, _) = plan(|spec| network(spec).socket_fd = Some(fd));
+            assert!(errors[0].starts_with("network.net_socket_fd: is "), "{errors:?}");
+        }
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let (ours, theirs) = (ours.as_raw_fd(), theirs.as_raw_fd());
+        let (planned, errors, _) = plan(|spec| {
+            network(spec).socket_fd = Some(ours);
+            network(spec).passt_socket_path = "".into();
+        });
+        assert_eq!(errors, Vec::<String>::new());
+        assert_eq!(planned.expect("a network").passt, PasstSocket::Inherited(ours));
+        let (planned, errors, warnings) = plan(|spec| {
+            let network = network(spec);
+            (network.socket_fd, network.proxy_fd) = (Some(ours), Some(theirs));
+            network.bridge_socket_dir = Some("/tmp".into());
+        });
+        assert_eq!((errors.len(), warnings.len()), (0, 1), "{errors:?} {warnings:?}");
+        let planned = planned.expect("a network");
+        assert_eq!(planned.passt, PasstSocket::Path("/tmp/passt.sock".into()));
+        assert_eq!(planned.inherited, [ours, theirs]);
+    }
+
+    #[test]
+    fn variables_must_say_the_same() {
+        let (_, errors, warnings) = plan(|spec| {
+            network(spec).dns_servers = vec![DEFAULT_SERVER, Ipv4Addr::new(1, 1, 1, 1)];
+            set(spec, "A3S_NET_IP", "10.88.0.2/24");
+            set(spec, "A3S_NET_GATEWAY", "10.88.0.1");
+            set(spec, "A3S_NET_DNS", "8.8.8.8, 1.1.1.1");
+        });
+        assert_eq!((errors, warnings), (vec![], vec![]));
+        let (_, errors, _) = plan(|spec| {
+            set(spec, "A3S_NET_IP", "10.88.0.3/24");
+            set(spec, "A3S_NET_GATEWAY", "10.88.0.9");
+            set(spec, "A3S_NET_DNS", "8.8.8.8,here");
+        });
+        for (error, start) in errors.iter().zip([
+            "entrypoint.env[0]: A3S_NET_IP is \"10.88.0.3/24\", but network says 10.88.0.2/24",
+            "entrypoint.env[1]: A3S_NET_GATEWAY is \"10.88.0.9\", but",
+            "entrypoint.env[2]: A3S_NET_DNS has \"here\"",
+        ]) {
+            assert!(error.starts_with(start), "{error}");
+        }
+        assert_eq!(errors.len(), 3);
+        let (network, errors, warnings) = plan(|spec| {
+            spec.network = None;
+            set(spec, "A3S_NET_IP", "10.88.0.3/24");
+            set(spec, "A3S_NET_DNS", "8.8.8.8");
+        });
+        assert_eq!(network, None);
+        assert!(errors[0].contains("but network is null"), "{errors:?}");
+        assert!(warnings[0].ends_with("A3S_NET_DNS has no effect without network"), "{warnings:?}");
+    }
+
+    #[test]
+    fn name_servers_follow_the_contract() {
+        let resolv_conf = |change: fn(&mut Spec)| {
+            let mut planned = None;
+            plan(|spec| {
+                change(spec);
+                planned = Some(resolv_conf(spec));
+            });
+            planned.expect("planned")
+        };
+        let always = |text: &str| ResolvConf::Always(text.into());
+        assert_eq!(resolv_conf(|_| ()), always("nameserver 8.8.8.8\n"));
+        assert_eq!(
+            resolv_conf(|spec| set(spec, "A3S_NET_DNS", "1.1.1.1,9.9.9.9")),
+            always("nameserver 1.1.1.1\nnameserver 9.9.9.9\n")
+        );
+        assert_eq!(
+            resolv_conf(|spec| network(spec).dns_servers = vec![Ipv4Addr::new(9, 9, 9, 9)]),
+            always("nameserver 9.9.9.9\n")
+        );
+        assert!(matches!(resolv_conf(|spec| spec.network = None), ResolvConf::IfUnserved(_)));
+        let host =
+            "search x\nnameserver 127.0.0.53\n#nameserver 1.1.1.1\nnameserver\tfe80::1%eth0 \n";
+        assert_eq!(nameserver_lines(host), "nameserver 127.0.0.53\nnameserver fe80::1%eth0\n");
+        assert_eq!(nameserver_lines("search x\n"), DEFAULT_LINES);
+        for (server, is_error) in [([0; 4], true), ([224, 0, 0, 1], true), ([127, 0, 0, 53], false)]
+        {
+            let (_, errors, warnings) =
+                plan(|spec| network(spec).dns_servers = vec![DEFAULT_SERVER, server.into()]);
+            let faults = if is_error { &errors } else { &warnings };
+            assert!(faults[0].starts_with("network.dns_servers[1]: "), "{errors:?} {warnings:?}");
+            assert_eq!(errors.len() + warnings.len(), 1);
+        }
+    }
+}
