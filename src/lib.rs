@@ -11,7 +11,8 @@
 //! - the answer: [`outcome`], [`timeline`], [`log`]
 //! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
 //!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
-//! - its devices: [`virtio`], and what serves them on the host: [`virtiofsd`], [`sockets`]
+//! - its devices: [`virtio`], and what serves them on the host: [`virtiofsd`], [`sockets`],
+//!   [`passt`]
 //! - what the guest may reach through them: [`policy`]
 //! - the host's limits on all that: [`cpuset`], [`cgroup`]
 //! - its life: [`run`], with the events named in [`token`]
@@ -39,6 +40,7 @@ pub mod log;
 pub mod memory;
 pub mod network;
 pub mod outcome;
+pub mod passt;
 pub mod plan;
 pub mod policy;
 pub mod probe;

@@ -22,6 +22,11 @@ pub fn warn(message: &str) {
     line("warning: ", message);
 }
 
+/// What somebody who has read an earlier message wants to know.
+pub fn info(message: &str) {
+    line("", message);
+}
+
 fn line(kind: &str, message: &str) {
     // One write, so that lines of several threads do not mix; no control characters, so that text
     // from a guest cannot move the cursor.

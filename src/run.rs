@@ -21,6 +21,7 @@ use crate::outcome::Outcome;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
 use crate::vcpu::Exit;
+use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::{Activation, DeviceEvent, MainLoopDeviceKind};
 use crate::vm::Vm;
@@ -142,6 +143,7 @@ impl MainLoop {
             self.agent_lost,
             self.draining,
             self.vm.mux.next_deadline(),
+            self.vm.net.as_ref().and_then(Net::next_deadline),
         ];
         let Some(next) = deadlines.into_iter().flatten().min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
@@ -170,6 +172,8 @@ impl MainLoop {
         }
         let expired = self.vm.mux.expire(now, ops);
         self.check_vsock(expired, ops);
+        let retried = self.with_net(|net| net.retry(now, ops));
+        self.check_net(retried);
         let over = self.end.is_some() || self.ending.is_some();
         if over && self.streams_done == STREAMS && self.draining.is_none() {
             // What clients were sent precedes the end of the box, and has arrived by now.
@@ -278,6 +282,10 @@ impl MainLoop {
                     self.activate_rng(activation, ops)
                 }
                 DeviceEvent::Reset(MainLoopDeviceKind::Rng) => self.stop_rng(ops),
+                DeviceEvent::Activated(MainLoopDeviceKind::Net, activation) => {
+                    self.with_net(|net| net.activate(activation, ops))
+                }
+                DeviceEvent::Reset(MainLoopDeviceKind::Net) => self.with_net(|net| net.reset(ops)),
             };
             if let Err(error) = handled {
                 self.fail(Outcome::GuestCrashed(format!(
@@ -309,6 +317,17 @@ impl MainLoop {
         // The driver broke its own queue: this device stops, the guest lives on.
         log::error(&format!("rng: {error:#}; the device stops"));
         let _ = self.stop_rng(ops);
+    }
+
+    fn with_net(&mut self, call: impl FnOnce(&mut Net) -> Result<()>) -> Result<()> {
+        self.vm.net.as_mut().map_or(Ok(()), call)
+    }
+
+    fn check_net(&mut self, handled: Result<()>) {
+        if let Err(error) = handled {
+            // Neither the guest's fault nor passt's: the host refuses the main loop something.
+            log::error(&format!("net: {error:#}"));
+        }
     }
 
     fn check_vsock(&mut self, handled: Result<()>, ops: &mut EventOps<'_>) {
@@ -403,6 +422,9 @@ impl MutEventSubscriber for MainLoop {
             ops.add(Events::with_data_raw(fd, token.to_data(), EventSet::IN))
         };
         let mut registered = self.vm.mux.register(ops);
+        if let Some(net) = &self.vm.net {
+            registered = registered.and_then(|()| net.register(ops));
+        }
         for (fd, token) in [
             (self.signals.as_raw_fd(), Token::Signal),
             (self.clock.as_raw_fd(), Token::Clock),
@@ -452,6 +474,10 @@ impl MutEventSubscriber for MainLoop {
                 }
             }
             Token::Rng => self.on_rng(ops),
+            Token::NetReceive | Token::NetTransmit | Token::NetPasst => {
+                let handled = self.with_net(|net| net.handle(token, events.event_set(), ops));
+                self.check_net(handled);
+            }
             Token::VsockReceive
             | Token::VsockTransmit
             | Token::VsockListener(_)

@@ -21,6 +21,12 @@ pub enum Token {
     BackendStderr(u32),
     /// Buffers in the rng device's queue.
     Rng,
+    /// Buffers to receive into, for the network device.
+    NetReceive,
+    /// Frames to send from the network device.
+    NetTransmit,
+    /// The connection to passt.
+    NetPasst,
     /// Buffers to receive into, for the vsock device.
     VsockReceive,
     /// Packets to send from the vsock device.
@@ -51,6 +57,9 @@ impl Token {
             Token::VsockConnection(index) => (10, index),
             Token::Clock => (11, 0),
             Token::BackendStderr(index) => (12, index),
+            Token::NetReceive => (13, 0),
+            Token::NetTransmit => (14, 0),
+            Token::NetPasst => (15, 0),
         };
         kind << INDEX_BITS | index & INDEX_MASK
     }
@@ -72,6 +81,9 @@ impl Token {
             10 => Token::VsockConnection(index),
             11 => Token::Clock,
             12 => Token::BackendStderr(index),
+            13 => Token::NetReceive,
+            14 => Token::NetTransmit,
+            15 => Token::NetPasst,
             _ => return None,
         })
     }
@@ -93,6 +105,9 @@ mod tests {
             Token::BackendStderr(8),
             Token::Clock,
             Token::Rng,
+            Token::NetReceive,
+            Token::NetTransmit,
+            Token::NetPasst,
             Token::VsockReceive,
             Token::VsockTransmit,
             Token::VsockListener(1),

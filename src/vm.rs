@@ -14,16 +14,18 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::Bus;
 use crate::console::{self, FirstOutput, KernelLog, PanicMessage, Sinks};
 use crate::memory::{self, GuestRam, RegisterPages};
+use crate::network::{Network, PasstSocket};
 use crate::plan::{HostSocket, Plan};
 use crate::sockets::{self, SocketFile};
 use crate::timeline::Timeline;
 use crate::vcpu::{self, Exit, ExitCounts, ExitReporter};
 use crate::virtio::fs::Fs;
 use crate::virtio::mmio::MmioDevice;
+use crate::virtio::net::Net;
 use crate::virtio::vsock::mux::{Listener, Mux};
-use crate::virtio::{DeviceEvent, VirtioDevice, rng, vsock};
+use crate::virtio::{DeviceEvent, VirtioDevice, net, rng, vsock};
 use crate::virtiofsd::Virtiofsd;
-use crate::{boot, cpu, kvm, layout};
+use crate::{boot, cpu, kvm, layout, passt, sys};
 
 /// A VM that is ready to run, and what the main loop serves it with.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub struct Vm {
     reporter: ExitReporter,
     /// The vsock device.
     pub mux: Mux,
+    /// The network device, if the box has a network of its own.
+    pub net: Option<Net>,
     /// mote's end of the control channel.
     pub control: UnixStream,
     /// Activations and resets of the main loop's devices, and the event that announces them.
@@ -63,6 +67,7 @@ impl Vm {
         // Host resources. The back-ends start while the kernel is being loaded.
         let sinks = Sinks::open(plan.console_output.as_deref())?;
         let (listeners, socket_files) = bind_sockets(plan)?;
+        let net = plan.network.as_ref().map(connect_network).transpose()?;
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
 
@@ -79,7 +84,7 @@ impl Vm {
         timeline.mark("kvm_tested");
 
         // The guest's first memory.
-        let device_count = 2 + plan.shares.len();
+        let device_count = 2 + usize::from(net.is_some()) + plan.shares.len();
         let entry = boot::load(plan, &ram, device_count)?;
         timeline.mark("kernel_loaded");
 
@@ -88,8 +93,12 @@ impl Vm {
         let device_event = eventfd()?;
         let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
             Box::new(vsock::device(device_sender.clone(), device_event.try_clone()?)),
-            Box::new(rng::device(device_sender, device_event.try_clone()?)),
+            Box::new(rng::device(device_sender.clone(), device_event.try_clone()?)),
         ];
+        if let Some(network) = &plan.network {
+            let event = device_event.try_clone()?;
+            devices.push(Box::new(net::device(network.mac_address, device_sender, event)));
+        }
         let backends = connect_shares(plan, backends, connections, &ram, &mut devices)?;
         timeline.mark("backends_connected");
         let pages = RegisterPages::new(&vm, register_slot, device_count)?;
@@ -140,6 +149,7 @@ impl Vm {
             bus,
             reporter: ExitReporter { sender: exit_sender, event: exit_event.try_clone()? },
             mux: Mux::new(offers, listeners, plan.outgoing.clone()),
+            net,
             control,
             device_events: (device_receiver, device_event),
             exits: (exit_receiver, exit_event),
@@ -186,6 +196,20 @@ fn bind_sockets(plan: &Plan) -> Result<(Vec<Listener>, Vec<SocketFile>)> {
             .extend(sockets.into_iter().map(|socket| Listener::Published { socket, guest_port }));
     }
     Ok((listeners, files))
+}
+
+/// Connects the box to its passt, before there are programs that would inherit its descriptors.
+fn connect_network(network: &Network) -> Result<Net> {
+    for fd in &network.inherited {
+        sys::close_on_exec(*fd).with_context(|| format!("keep descriptor {fd} of the network"))?;
+    }
+    match &network.passt {
+        PasstSocket::Path(path) => Net::new(passt::connect(path)?, Some(path.clone())),
+        PasstSocket::Inherited(fd) => {
+            let socket = sys::inherited_stream(*fd);
+            Net::new(socket.context("take over the network's socket")?, None)
+        }
+    }
 }
 
 fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {

@@ -11,6 +11,7 @@
 
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod vsock;
@@ -82,6 +83,8 @@ pub enum MainLoopDeviceKind {
     Vsock,
     /// virtio-rng.
     Rng,
+    /// virtio-net.
+    Net,
 }
 
 /// News from the vCPU threads for the main loop.

@@ -1,0 +1,433 @@
+//! virtio-net (virtio 1.2, 5.1) on passt: Ethernet frames between the driver's queues and a
+//! [`Connection`], in the main loop.
+//!
+//! What is offered is what a stream of plain frames can carry:
+//!
+//! - `CSUM`: the driver may leave TCP and UDP checksums out. passt ends connections itself and looks
+//!   at none of them.
+//! - `GUEST_CSUM`: frames arrive with `DATA_VALID`. passt has just computed their checksums, and
+//!   nothing between it and the guest is a wire that could change a bit.
+//! - `MRG_RXBUF`: a large frame may fill several small buffers.
+//! - `MTU`: see [`MTU`]. With it segmentation offloads would be of no use: a frame is as long as a
+//!   segment can be.
+//! - `STATUS`: the link goes down when passt does.
+//!
+//! A side that cannot take more holds the other up: no frame is read from passt while the driver has
+//! no buffers, and none taken from the driver while the socket is full. Without passt the cable is
+//! unplugged: what the driver sends is lost, and passt is looked for again.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use event_manager::{EventOps, EventSet, Events};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_S_LINK_UP,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::log;
+use crate::memory::GuestRam;
+use crate::passt::{self, Connection, FRAME_LEN, Lost};
+use crate::token::Token;
+use crate::virtio::mmio::ConfigSpace;
+use crate::virtio::queue::{self, Chain, ServedQueue};
+use crate::virtio::{
+    Activation, DeviceEvent, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MainLoopDevice,
+    MainLoopDeviceKind,
+};
+
+/// Receive, transmit.
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// Largest IP packet: what passt itself announces (`--mtu`), an Ethernet frame of 65,535 bytes less
+/// its header, rounded down for alignment. There is no wire that would want less, and each frame
+/// costs as much as the other, whatever is in it.
+pub const MTU: u16 = 65_520;
+/// `struct virtio_net_hdr_v1` (5.1.6): the same length with and without merged buffers.
+const HEADER_LEN: usize = 12;
+/// Offset of `num_buffers` in it.
+const NUM_BUFFERS: usize = 10;
+/// Offset of `status` in the configuration space (5.1.4).
+const STATUS_OFFSET: u32 = 6;
+/// Most frames to the guest before the main loop turns to other work.
+const RECEIVE_BATCH: usize = 128;
+/// Most writes to passt, each of a buffer full of frames, before the main loop turns to other work.
+const TRANSMIT_BATCH: usize = 8;
+/// How long to wait before passt is looked for again, at first and after many failures.
+const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
+
+/// The vCPU side, with this hardware address; the link is up.
+pub fn device(mac: [u8; 6], sender: SyncSender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
+    let features = [
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_MAC,
+        VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_NET_F_MTU,
+        VIRTIO_NET_F_STATUS,
+    ];
+    let features = features.into_iter().fold(0, |all, bit| all | 1 << bit);
+    MainLoopDevice {
+        kind: MainLoopDeviceKind::Net,
+        id: VIRTIO_ID_NET,
+        features: features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
+        queue_sizes: &QUEUE_SIZES,
+        config: config_space(mac),
+        sender,
+        event,
+    }
+}
+
+/// `struct virtio_net_config` as far as the features go: address, status, number of queue pairs
+/// (without meaning here), MTU.
+fn config_space(mac: [u8; 6]) -> Vec<u8> {
+    [&mac[..], &link_status(true), &[0; 2], &MTU.to_le_bytes()].concat()
+}
+
+fn link_status(up: bool) -> [u8; 2] {
+    (if up { VIRTIO_NET_S_LINK_UP as u16 } else { 0 }).to_le_bytes()
+}
+
+/// The queues, while the driver lends them.
+#[derive(Debug)]
+struct Queues {
+    ram: GuestRam,
+    receive: ServedQueue,
+    transmit: ServedQueue,
+    config: ConfigSpace,
+    /// Whether a frame may fill several receive buffers.
+    merge: bool,
+    /// First byte of each received frame's header.
+    header_flags: u8,
+}
+
+/// Who is at fault when something cannot go on.
+#[derive(Debug)]
+enum Fault {
+    /// The driver, with its own queue: the device stops.
+    Driver(anyhow::Error),
+    /// passt: the link goes down.
+    Passt(Lost),
+}
+
+impl From<anyhow::Error> for Fault {
+    fn from(error: anyhow::Error) -> Self {
+        Fault::Driver(error)
+    }
+}
+
+impl From<Lost> for Fault {
+    fn from(lost: Lost) -> Self {
+        Fault::Passt(lost)
+    }
+}
+
+/// The device at work.
+#[derive(Debug)]
+pub struct Net {
+    queues: Option<Queues>,
+    cable: Option<Connection>,
+    /// Where passt is found again; `None` if its connection was inherited.
+    path: Option<PathBuf>,
+    plugged_at: Instant,
+    /// When passt is looked for again.
+    retry_at: Option<Instant>,
+    /// How long before that after the next failure.
+    pause: Duration,
+    /// What the driver's configuration space says.
+    shown_up: bool,
+    /// Receive buffers that the frame at hand has filled, and how far.
+    filled: Vec<(u16, u32)>,
+}
+
+impl Net {
+    /// A device on a connection to passt, which is made again at `path`.
+    pub fn new(socket: UnixStream, path: Option<PathBuf>) -> Result<Self> {
+        Ok(Net {
+            queues: None,
+            cable: Some(Connection::new(socket).context("prepare the connection to passt")?),
+            path,
+            plugged_at: Instant::now(),
+            retry_at: None,
+            pause: RETRY_PAUSE[0],
+            shown_up: true,
+            filled: Vec::new(),
+        })
+    }
+
+    /// Starts watching the connection.
+    pub fn register(&self, ops: &mut EventOps<'_>) -> Result<()> {
+        self.cable.as_ref().map_or(Ok(()), |cable| watch(cable, ops))
+    }
+
+    /// Takes the queues over.
+    pub fn activate(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
+        self.reset(ops)?;
+        let Activation { ram, features, queues, interrupt, config } = activation;
+        let served: Vec<ServedQueue> = queues
+            .into_iter()
+            .map(|queue| ServedQueue::new(queue, features, &interrupt))
+            .collect::<Result<_>>()?;
+        let Ok([receive, transmit]) = <[ServedQueue; 2]>::try_from(served) else {
+            bail!("the network device has two queues");
+        };
+        for (kick, token) in
+            [(receive.kick(), Token::NetReceive), (transmit.kick(), Token::NetTransmit)]
+        {
+            ops.add(Events::with_data(kick, token.to_data(), EventSet::IN))?;
+        }
+        let agreed = |bit: u32| features & 1 << bit != 0;
+        let valid = agreed(VIRTIO_NET_F_GUEST_CSUM);
+        self.queues = Some(Queues {
+            ram,
+            receive,
+            transmit,
+            config,
+            merge: agreed(VIRTIO_NET_F_MRG_RXBUF),
+            header_flags: if valid { VIRTIO_NET_HDR_F_DATA_VALID as u8 } else { 0 },
+        });
+        self.show_link()?;
+        let moved = self.transmit().and_then(|()| self.receive());
+        self.judge(moved, ops)
+    }
+
+    /// Gives the queues back.
+    pub fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+        let Some(queues) = self.queues.take() else { return Ok(()) };
+        for queue in [&queues.receive, &queues.transmit] {
+            ops.remove(Events::empty(queue.kick()))?;
+        }
+        Ok(())
+    }
+
+    /// Handles an event of the main loop.
+    pub fn handle(&mut self, token: Token, set: EventSet, ops: &mut EventOps<'_>) -> Result<()> {
+        let moved = match token {
+            Token::NetReceive => self.receive(),
+            Token::NetTransmit => self.transmit(),
+            Token::NetPasst => self.on_passt(set),
+            _ => Ok(()),
+        };
+        self.judge(moved, ops)
+    }
+
+    fn on_passt(&mut self, set: EventSet) -> Result<(), Fault> {
+        let Some(cable) = &mut self.cable else { return Ok(()) };
+        if cable.note(set) {
+            self.transmit()?;
+        }
+        self.receive()?;
+        // Nobody is there for what the driver cannot take yet.
+        if set.contains(EventSet::HANG_UP) { Err(Lost::Closed.into()) } else { Ok(()) }
+    }
+
+    /// Moves frames from passt to the driver.
+    fn receive(&mut self) -> Result<(), Fault> {
+        let Some(queues) = &mut self.queues else { return Ok(()) };
+        queues.receive.clear_kick();
+        let Some(cable) = &mut self.cable else { return Ok(()) };
+        let moved = queues.receive_from(cable, &mut self.filled);
+        queues.receive.notify(&queues.ram)?;
+        moved
+    }
+
+    /// Moves frames from the driver to passt, or to nowhere when there is none.
+    fn transmit(&mut self) -> Result<(), Fault> {
+        let Some(queues) = &mut self.queues else { return Ok(()) };
+        let Some(cable) = &mut self.cable else {
+            return Ok(queues.transmit.serve(&queues.ram, QUEUE_SIZES[1].into(), |_| 0)?);
+        };
+        queues.transmit.clear_kick();
+        let moved = queues.transmit_to(cable);
+        queues.transmit.notify(&queues.ram)?;
+        moved
+    }
+
+    /// Ends what cannot go on. An error is one of the main loop itself.
+    fn judge(&mut self, moved: Result<(), Fault>, ops: &mut EventOps<'_>) -> Result<()> {
+        match moved {
+            Ok(()) => Ok(()),
+            Err(Fault::Driver(error)) => {
+                log::error(&format!("net: {error:#}; the device stops"));
+                self.reset(ops)
+            }
+            Err(Fault::Passt(lost)) => self.unplug(&lost, ops),
+        }
+    }
+
+    fn unplug(&mut self, lost: &Lost, ops: &mut EventOps<'_>) -> Result<()> {
+        let Some(cable) = self.cable.take() else { return Ok(()) };
+        ops.remove(Events::empty(cable.socket()))?;
+        let now = Instant::now();
+        // One that never lasts is not asked, or complained of, ten times a second.
+        if now - self.plugged_at >= RETRY_PAUSE[1] {
+            self.pause = RETRY_PAUSE[0];
+        }
+        let outlook = match &self.path {
+            Some(path) => format!("until somebody serves {} again", path.display()),
+            None => "for good, since its socket was inherited".into(),
+        };
+        log::warn(&format!("net: passt {lost}; the link is down {outlook}"));
+        if self.path.is_some() {
+            self.retry_in(now);
+        }
+        self.show_link()?;
+        // The driver gets back what it was sending.
+        let moved = self.transmit();
+        self.judge(moved, ops)
+    }
+
+    fn retry_in(&mut self, now: Instant) {
+        self.retry_at = Some(now + self.pause);
+        self.pause = (self.pause * 2).min(RETRY_PAUSE[1]);
+    }
+
+    /// When [`Self::retry`] has something to do.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    /// Looks for passt again, once it is time.
+    pub fn retry(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
+        let Some(path) = self.path.as_ref().filter(|_| self.retry_at.is_some_and(|at| now >= at))
+        else {
+            return Ok(());
+        };
+        let connected = passt::connect_now(path).and_then(Connection::new).map_err(Into::into);
+        match connected.and_then(|cable| watch(&cable, ops).map(|()| cable)) {
+            Ok(cable) => {
+                log::info(&format!("net: passt serves {} again; the link is up", path.display()));
+                self.cable = Some(cable);
+                (self.retry_at, self.plugged_at) = (None, now);
+                self.show_link()
+            }
+            Err(_) => {
+                self.retry_in(now);
+                Ok(())
+            }
+        }
+    }
+
+    /// Tells the driver whether the link is up.
+    fn show_link(&mut self) -> Result<()> {
+        let up = self.cable.is_some();
+        let Some(queues) = self.queues.as_ref().filter(|_| self.shown_up != up) else {
+            return Ok(());
+        };
+        queues.config.change(STATUS_OFFSET, &link_status(up))?;
+        self.shown_up = up;
+        Ok(())
+    }
+}
+
+fn watch(cable: &Connection, ops: &mut EventOps<'_>) -> Result<()> {
+    let set = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    Ok(ops.add(Events::with_data(cable.socket(), Token::NetPasst.to_data(), set))?)
+}
+
+impl Queues {
+    fn receive_from(
+        &mut self,
+        cable: &mut Connection,
+        filled: &mut Vec<(u16, u32)>,
+    ) -> Result<(), Fault> {
+        for _ in 0..RECEIVE_BATCH {
+            let Some(frame) = cable.frame()? else { return Ok(()) };
+            let len = frame.len();
+            if !self.deliver(frame, filled)? {
+                return Ok(());
+            }
+            cable.take_frame(len);
+        }
+        // There may be more: after everybody else's turn.
+        Ok(self.receive.kick().write(1).context("go on receiving")?)
+    }
+
+    fn transmit_to(&mut self, cable: &mut Connection) -> Result<(), Fault> {
+        let Queues { ram, transmit, .. } = self;
+        for _ in 0..TRANSMIT_BATCH {
+            // A full socket: epoll will speak of it.
+            if !cable.flush()? {
+                return Ok(());
+            }
+            while cable.has_room() {
+                let Some(chain) = transmit.pop_or_wait(ram)? else {
+                    cable.flush()?;
+                    return Ok(());
+                };
+                let head = chain.head_index();
+                // A frame that cannot be is dropped.
+                let _ = put(chain, ram, cable);
+                transmit.push(ram, head, 0)?;
+            }
+        }
+        Ok(transmit.kick().write(1).context("go on sending")?)
+    }
+
+    /// Copies a frame into receive buffers. `false` when there are not enough of them yet. One that
+    /// is too long for the single buffer it may have is dropped.
+    fn deliver(&mut self, frame: &[u8], filled: &mut Vec<(u16, u32)>) -> Result<bool> {
+        let Queues { ram, receive, .. } = self;
+        filled.clear();
+        let mut rest = frame;
+        let mut header = None;
+        while header.is_none() || !rest.is_empty() {
+            let Some(chain) = receive.pop_or_wait(ram)? else {
+                for _ in filled.drain(..) {
+                    receive.unpop();
+                }
+                return Ok(false);
+            };
+            // Buffers without room would otherwise never be enough.
+            ensure!(
+                filled.len() < QUEUE_SIZES[0].into(),
+                "a frame fills more buffers than there are"
+            );
+            let head = chain.head_index();
+            let mut writer = queue::writer(chain, ram)?;
+            let mut len = 0;
+            if header.is_none() {
+                let body = writer.split_at(HEADER_LEN);
+                let body = body.map_err(|e| anyhow!("a receive buffer without a header: {e}"))?;
+                header = Some(std::mem::replace(&mut writer, body));
+                len = HEADER_LEN;
+            }
+            if !self.merge && writer.available_bytes() < rest.len() {
+                receive.unpop();
+                return Ok(true);
+            }
+            let written = writer.write(rest)?;
+            rest = &rest[written..];
+            filled.push((head, (len + written) as u32));
+        }
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0] = self.header_flags;
+        bytes[NUM_BUFFERS..].copy_from_slice(&(filled.len() as u16).to_le_bytes());
+        if let Some(mut header) = header {
+            header.write_all(&bytes)?;
+        }
+        for (head, len) in filled.drain(..) {
+            receive.push(ram, head, len)?;
+        }
+        Ok(true)
+    }
+}
+
+/// Adds the driver's frame to what is sent to passt. Its header says nothing that passt wants to
+/// know.
+fn put(chain: Chain<'_>, ram: &GuestRam, cable: &mut Connection) -> Result<()> {
+    let mut reader = queue::reader(chain, ram)?;
+    reader.read_exact(&mut [0; HEADER_LEN])?;
+    let len = reader.available_bytes();
+    ensure!(FRAME_LEN.contains(&len), "a frame of {len} bytes");
+    cable.put_frame(len, |bytes| Ok(reader.read_exact(bytes)?))
+}
+
+#[cfg(test)]
+#[path = "net_test.rs"]
+mod tests;
