@@ -34,7 +34,7 @@ unit:
 # of about a minute, and with a limit far above that: a lab that hangs costs one group's time, not all.
 export LAB_LIMIT_S ?= 420
 BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: limits::,outcomes::,shares::,sockets:: \
-	tsi:: datagrams:: ports::
+	tsi:: datagrams:: ports:: passt::
 
 boots:
 	export MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) && \

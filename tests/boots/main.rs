@@ -20,6 +20,7 @@ mod lifecycle;
 mod limits;
 mod network;
 mod outcomes;
+mod passt;
 mod ports;
 mod shares;
 mod sockets;
