@@ -1,6 +1,9 @@
 //! The connection to passt: a Unix stream on which every Ethernet frame comes after its length, a
 //! big-endian u32 (passt's `tap.c`; QEMU's stream netdev). Whole frames in and out, through one
-//! buffer each, so that one system call moves many; what they mean is [`crate::virtio::net`]'s.
+//! buffer each; what they mean is [`crate::virtio::net`]'s. One system call reads many frames, but
+//! writes one: a passt of 2023, as Debian 12 has it, loses all it has read when a frame reaches it in
+//! more than two pieces, and the place of the next when a length does in two. The kernel hands over
+//! what is written at once in pieces of some 32 KiB.
 //!
 //! The socket is non-blocking and registered edge-triggered: one that has said "no more for now" is
 //! left alone until epoll speaks of it again. Half a frame is waited for like nothing at all.
@@ -23,8 +26,8 @@ use crate::sys;
 pub const FRAME_LEN: RangeInclusive<usize> = 14..=65_535;
 /// Bytes of the length before each frame.
 const PREFIX_LEN: usize = 4;
-/// Bytes per direction: three of the largest frames, and hundreds of the usual ones, per system
-/// call; and what one box's network can cost mote.
+/// Bytes per direction: three of the largest frames, and hundreds of the usual ones; and what one
+/// box's network can cost mote.
 const BUFFER_LEN: usize = 256 * 1024;
 /// How long passt may take to create its socket; the runtime waits as long (contract §2.9).
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -92,6 +95,8 @@ pub struct Connection {
     writable: bool,
     incoming: Buffer,
     outgoing: Buffer,
+    /// Bytes of the first outgoing frame that are left, when some of it was written.
+    torn: usize,
 }
 
 impl Connection {
@@ -104,6 +109,7 @@ impl Connection {
             writable: false,
             incoming: Buffer::new(),
             outgoing: Buffer::new(),
+            torn: 0,
         })
     }
 
@@ -180,9 +186,11 @@ impl Connection {
             if !self.writable {
                 return Ok(false);
             }
-            match self.socket.write(self.outgoing.filled()) {
+            let rest = if self.torn > 0 { self.torn } else { self.outgoing.first_len() };
+            match self.socket.write(&self.outgoing.filled()[..rest]) {
                 Ok(written) => {
-                    self.writable = written == self.outgoing.filled().len();
+                    self.torn = rest - written;
+                    self.writable = self.torn == 0;
                     self.outgoing.take(written);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.writable = false,
@@ -220,6 +228,14 @@ impl Buffer {
 
     fn filled(&self) -> &[u8] {
         &self.bytes[self.start..self.end]
+    }
+
+    /// Length of the frame at the start, with what is before it, of those that [`Connection::put_frame`]
+    /// has put.
+    fn first_len(&self) -> usize {
+        let mut prefix = [0; PREFIX_LEN];
+        prefix.copy_from_slice(&self.filled()[..PREFIX_LEN]);
+        PREFIX_LEN + u32::from_be_bytes(prefix) as usize
     }
 
     fn take(&mut self, len: usize) {
@@ -369,10 +385,8 @@ mod tests {
         connect(&path).expect("connects");
         drop(listener.join().expect("listens"));
         std::fs::remove_file(&path).expect("removed");
-        std::fs::create_dir(&path).expect("directory");
         // Nothing that could change by waiting.
-        let error = format!("{:#}", connect(&path).expect_err("not a socket"));
-        assert!(error.contains("run 'passt --socket "), "{error}");
-        std::fs::remove_dir(&path).expect("removed");
+        let error = format!("{:#}", connect(Path::new("/etc/passwd/s")).expect_err("no directory"));
+        assert!(error.contains("run 'passt --socket /etc/passwd/s' before"), "{error}");
     }
 }

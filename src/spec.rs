@@ -549,6 +549,13 @@ mod tests {
         assert_eq!(report, Report::default());
         assert_eq!(parse(&network("net_socket_path")).0, spec);
         assert!(errors(&network("socket"))[0].starts_with("network.passt_socket_path: is missing"));
+        // As runtime 3.3 writes it.
+        let later = r#"net_socket_fd":7,"net_proxy_fd":8,"bridge_socket_dir":"/s","networks_json":"/n",
+            "network_name":"bridge","net_socket_path"#;
+        let (spec, report) = parse(&network(later));
+        assert_eq!(report, Report::default());
+        let network = spec.and_then(|spec| spec.network).expect("a network");
+        assert_eq!((network.socket_fd, network.proxy_fd), (Some(7), Some(8)));
     }
 
     #[test]

@@ -56,7 +56,7 @@ const NUM_BUFFERS: usize = 10;
 const STATUS_OFFSET: u32 = 6;
 /// Most frames to the guest before the main loop turns to other work.
 const RECEIVE_BATCH: usize = 128;
-/// Most writes to passt, each of a buffer full of frames, before the main loop turns to other work.
+/// Most buffers full of frames to passt before the main loop turns to other work.
 const TRANSMIT_BATCH: usize = 8;
 /// How long to wait before passt is looked for again, at first and after many failures.
 const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
