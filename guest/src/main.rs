@@ -142,6 +142,8 @@ fn prepare() -> Result<Prepared, String> {
     let root_mounted_ns = sys::monotonic_ns();
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
+    // The routes of what starts next go through it.
+    sys::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.
     let Instance { outgoing, syn_retries, published, .. } = instance;
     let needs = Needs { outgoing, syn_retries, published };
@@ -150,7 +152,6 @@ fn prepare() -> Result<Prepared, String> {
     mount::of_the_spec(&instance)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
-    sys::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     if let Some(interface) = &instance.interface {
         network::set_up(interface)?;
     }
