@@ -32,7 +32,6 @@ libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
 clang               /usr/bin/clang                       compiles the agent's BPF programs
 libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
 busybox-static      /usr/share/doc/busybox-static        the small test root file system
-passt               /usr/bin/passt                       the network of the tests' boxes
 tmux                /usr/bin/tmux                        the terminal that the tests look at
 debootstrap         /usr/sbin/debootstrap                the large test root file system
 cpio                /usr/bin/cpio                        a unit test lists our archives with it
