@@ -678,12 +678,22 @@ fn plan_instance(spec: &Spec, network: Option<&Network>, report: &mut Report) ->
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
         outgoing: spec.network.is_none(),
+        outgoing_ip6: host_has_global_ip6(),
         syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
         interface: network.map(|network| network.interface),
         resolv_conf: network::resolv_conf(spec),
     }
+}
+
+/// Whether an interface of this host has an IPv6 address of more than its own link (proc(5),
+/// `if_inet6`).
+fn host_has_global_ip6() -> bool {
+    const SCOPE_COLUMN: usize = 3;
+    const GLOBAL: &str = "00";
+    let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    addresses.lines().any(|line| line.split_whitespace().nth(SCOPE_COLUMN) == Some(GLOBAL))
 }
 
 /// How often this host repeats a SYN, unless as often as any Linux.

@@ -36,6 +36,8 @@
 #define FLOW_NET4 0x7f800000
 #define FLOW_MASK4 0xffc00000
 #define FLOW_NET6_0 bpf_htonl(0xfd545349)
+/* The guest's own addresses are this, and one beside the flows' (guest/src/tsi/mod.rs). */
+#define OWN_IP4 bpf_htonl(0xc0000008)
 
 /* Ids have 22 bits; the top two say whose they are. */
 #define ID_BITS 20
@@ -161,14 +163,15 @@ static __always_inline bool is_outside(const struct ip *ip)
 	if (is_mapped(ip)) {
 		__u32 top = bpf_ntohl(ip->word[3]) >> 24;
 
-		return top != 0 && top != 127 && top < 224;
+		return top != 0 && top != 127 && top < 224 && ip->word[3] != OWN_IP4;
 	}
 	if (ip->word[0] == 0 && ip->word[1] == 0 && ip->word[2] == 0 &&
 	    bpf_ntohl(ip->word[3]) <= 1)
 		return false;
 	__u32 top = bpf_ntohl(ip->word[0]);
 
-	return top >> 24 != 0xff && top >> 22 != 0xfe80 >> 6 && !is_flow6(ip);
+	return top >> 24 != 0xff && top >> 22 != 0xfe80 >> 6 &&
+	       !(ip->word[0] == FLOW_NET6_0 && ip->word[1] == 0);
 }
 
 /* Whether a loopback address is a resolver of resolv.conf that nobody in the guest plays. */

@@ -40,6 +40,9 @@ pub struct Instance {
     pub exec_workdir: String,
     /// Whether sockets of the box reach the outside through the host's (TSI, contract §8).
     pub outgoing: bool,
+    /// Whether the host has an IPv6 address that the outside may know: programs then look IPv6
+    /// addresses up.
+    pub outgoing_ip6: bool,
     /// How often the host repeats a SYN, where that is not Linux's default: connect(2) times out in
     /// the guest when it does on the host (tcp(7), `tcp_syn_retries`).
     pub syn_retries: Option<u8>,

@@ -140,13 +140,15 @@ fn prepare() -> Result<Prepared, String> {
     mount::root()?;
     mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
+    sys::raise_open_file_limit(MAX_OPEN_FILES)
+        .map_err(|e| format!("raise the limit on open files: {e}"))?;
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
     // The routes of what starts next go through it.
     sys::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.
-    let Instance { outgoing, syn_retries, published, .. } = instance;
-    let needs = Needs { outgoing, syn_retries, published };
+    let Instance { outgoing, outgoing_ip6, syn_retries, published, .. } = instance;
+    let needs = Needs { outgoing, outgoing_ip6, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;
@@ -155,8 +157,6 @@ fn prepare() -> Result<Prepared, String> {
     if let Some(interface) = &instance.interface {
         network::set_up(interface)?;
     }
-    sys::raise_open_file_limit(MAX_OPEN_FILES)
-        .map_err(|e| format!("raise the limit on open files: {e}"))?;
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
     let server = Server::listen()?;
     if let Some(tsi) = &mut tsi {

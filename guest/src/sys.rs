@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
@@ -513,11 +513,6 @@ impl RawSockets {
         Ok(RawSockets { v4: open(libc::AF_INET)?, v6: open(libc::AF_INET6)? })
     }
 
-    /// The descriptors.
-    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
-        [self.v4.as_fd(), self.v6.as_fd()]
-    }
-
     /// Sends a packet that begins with its IP header.
     pub fn send(&self, packet: &[u8], to: IpAddr) -> io::Result<()> {
         let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
@@ -537,41 +532,60 @@ impl RawSockets {
     }
 }
 
-/// Makes a whole network of IPv6 addresses the machine's own (`ip -6 route add local NET dev NAME`,
-/// rtnetlink(7)). One that is there already is no error.
+/// Makes a whole network of IPv6 addresses the machine's own (`ip -6 route add local NET dev NAME`).
 pub fn add_local_route(net: Ipv6Addr, prefix_len: u8, interface: &str) -> io::Result<()> {
-    const REQUEST_LEN: u32 = 16 + 12 + 20 + 8;
-    const REPLY_ERROR: usize = 16;
-    let name = c_string(interface)?;
+    // rtmsg: family, destination's length, source's, TOS, table, protocol, scope, type; flags
+    let mut body = vec![libc::AF_INET6 as u8, prefix_len, 0, 0];
+    body.extend([libc::RT_TABLE_LOCAL, libc::RTPROT_BOOT]);
+    body.extend([libc::RT_SCOPE_UNIVERSE, libc::RTN_LOCAL]);
+    body.extend([0; 4]);
+    add_attribute(&mut body, libc::RTA_DST, &net.octets());
+    add_attribute(&mut body, libc::RTA_OIF, &interface_index(interface)?.to_ne_bytes());
+    netlink_add(libc::RTM_NEWROUTE, &body)
+}
+
+/// Gives an interface an address, beside those it has (`ip address add IP dev NAME`).
+pub fn add_address(ip: IpAddr, interface: &str) -> io::Result<()> {
+    let (family, octets) = match ip {
+        IpAddr::V4(ip) => (libc::AF_INET, ip.octets().to_vec()),
+        IpAddr::V6(ip) => (libc::AF_INET6, ip.octets().to_vec()),
+    };
+    let prefix_len = 8 * octets.len() as u8;
+    // ifaddrmsg: family, prefix length, flags, scope, interface. Nobody else can have the address.
+    let mut body = vec![family as u8, prefix_len, libc::IFA_F_NODAD as u8, libc::RT_SCOPE_UNIVERSE];
+    body.extend(interface_index(interface)?.to_ne_bytes());
+    add_attribute(&mut body, libc::IFA_LOCAL, &octets);
+    add_attribute(&mut body, libc::IFA_ADDRESS, &octets);
+    netlink_add(libc::RTM_NEWADDR, &body)
+}
+
+fn interface_index(name: &str) -> io::Result<u32> {
+    let name = c_string(name)?;
     // SAFETY: `name` is a NUL-terminated string that outlives the call.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    if index == 0 {
-        return Err(io::Error::last_os_error());
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(io::Error::last_os_error()),
+        index => Ok(index),
     }
+}
+
+/// Adds an attribute (rtnetlink(7)) whose value is whole words long.
+fn add_attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    const HEADER_LEN: usize = 4;
+    body.extend(((HEADER_LEN + value.len()) as u16).to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+}
+
+/// Makes one rtnetlink(7) request to add something. What is there already is no error.
+fn netlink_add(kind: u16, body: &[u8]) -> io::Result<()> {
+    const HEADER_LEN: usize = 16;
     let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    let mut request = Vec::with_capacity(REQUEST_LEN as usize);
-    // nlmsghdr
-    request.extend(REQUEST_LEN.to_ne_bytes());
-    request.extend(libc::RTM_NEWROUTE.to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADER_LEN + body.len());
+    request.extend(((HEADER_LEN + body.len()) as u32).to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
     request.extend((flags as u16).to_ne_bytes());
     request.extend([0; 8]);
-    // rtmsg: family, destination's length, source's, TOS, table, protocol, scope, type; flags
-    request.extend([libc::AF_INET6 as u8, prefix_len, 0, 0]);
-    request.extend([
-        libc::RT_TABLE_LOCAL,
-        libc::RTPROT_BOOT,
-        libc::RT_SCOPE_UNIVERSE,
-        libc::RTN_LOCAL,
-    ]);
-    request.extend([0; 4]);
-    // rtattr: the destination, the interface
-    request.extend(20_u16.to_ne_bytes());
-    request.extend(libc::RTA_DST.to_ne_bytes());
-    request.extend(net.octets());
-    request.extend(8_u16.to_ne_bytes());
-    request.extend(libc::RTA_OIF.to_ne_bytes());
-    request.extend(index.to_ne_bytes());
-
+    request.extend(body);
     // SAFETY: plain socket call, then calls with a buffer and its length.
     let reply = unsafe {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
@@ -585,7 +599,8 @@ pub fn add_local_route(net: Ipv6Addr, prefix_len: u8, interface: &str) -> io::Re
         }
         reply
     };
-    let [a, b, c, d] = [0, 1, 2, 3].map(|at| reply[REPLY_ERROR + at]);
+    // nlmsgerr: the negative errno follows the header.
+    let [a, b, c, d] = [0, 1, 2, 3].map(|at| reply[HEADER_LEN + at]);
     match -i32::from_ne_bytes([a, b, c, d]) {
         0 | libc::EEXIST => Ok(()),
         errno => Err(io::Error::from_raw_os_error(errno)),

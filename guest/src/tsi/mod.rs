@@ -20,7 +20,7 @@ mod stream;
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use mote_agent::flow::PUBLISH_PORT;
@@ -34,11 +34,18 @@ use crate::sys;
 pub struct Needs {
     /// Its sockets reach the outside.
     pub outgoing: bool,
+    /// So does IPv6, as far as can be told.
+    pub outgoing_ip6: bool,
     /// How often the host repeats a SYN, if not as often as usual.
     pub syn_retries: Option<u8>,
     /// It has published ports.
     pub published: bool,
 }
+
+/// The guest's own address beside loopback's: one that is nobody's elsewhere (RFC 7600).
+const OWN_IP4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
+/// The same for IPv6, beside the flows'.
+const OWN_IP6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0x8000, 0, 0, 1);
 
 /// What the process says when it is ready.
 const READY: &[u8] = b"ready";
@@ -158,6 +165,14 @@ type Made = (Programs, Option<Outgoing>, Option<File>);
 fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<Made, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     sys::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
+    if needs.outgoing {
+        // Not having these, getaddrinfo() finds no addresses of a family that is asked for
+        // (`AI_ADDRCONFIG`): loopback's own do not count.
+        sys::add_address(OWN_IP4.into(), "lo").map_err(failed("add an IPv4 address"))?;
+        if needs.outgoing_ip6 {
+            sys::add_address(OWN_IP6.into(), "lo").map_err(failed("add an IPv6 address"))?;
+        }
+    }
     if let Some(retries) = needs.syn_retries {
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
