@@ -360,6 +360,20 @@ pub fn set_reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
 /// The value of a socket option that is switched on.
 const ON: libc::c_int = 1;
 
+/// Has a TCP socket ask a silent peer whether it is there (`SO_KEEPALIVE`, tcp(7)): after `idle_s`
+/// seconds, every `interval_s`, and give the connection up after `probes` without an answer.
+pub fn set_keepalive(
+    socket: &impl AsRawFd,
+    idle_s: libc::c_int,
+    interval_s: libc::c_int,
+    probes: libc::c_int,
+) -> io::Result<()> {
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &idle_s)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, &interval_s)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, &probes)?;
+    set_option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &ON)
+}
+
 /// Sets a socket option whose value is a `T`: one of libc's types for it.
 fn set_option<T>(
     socket: &impl AsRawFd,

@@ -46,7 +46,7 @@
 #define KIND_PUBLISHED (2 << ID_BITS) /* made by the agent */
 
 #define CONNECTED_MAX 65536
-#define DATAGRAM_MAX 1024
+#define DATAGRAM_MAX 4096
 #define EVENTS_LEN (256 * 1024)
 #define RESOLVERS 4
 
@@ -78,12 +78,13 @@ struct datagram_key {
 
 enum event_kind {
 	SYN,
-	RELEASED,
+	RELEASED, /* a socket was closed */
+	REPLACED, /* a socket has a new flow in this one's place */
 };
 
 #define PACKET_MAX 128 /* IPv6 and TCP headers with all their options */
 
-struct event {
+struct syn_event {
 	__u32 kind;
 	__u32 id;
 	struct flow flow;
@@ -92,7 +93,15 @@ struct event {
 	__u32 reserved;
 };
 
-_Static_assert(sizeof(struct flow) == 32 && sizeof(struct event) == 176, "as in program.rs");
+struct end_event {
+	__u32 kind;
+	__u32 id; /* 0: the socket has only sent datagrams */
+	__u64 cookie;
+};
+
+_Static_assert(sizeof(struct flow) == 32 && sizeof(struct syn_event) == 176 &&
+		       sizeof(struct end_event) == 16,
+	       "as in program.rs");
 
 struct map_def {
 	unsigned int type, key_size, value_size, max_entries, map_flags;
@@ -229,7 +238,8 @@ static __always_inline __u32 new_id(void *map, __u32 kind, const struct flow *fl
 		return 0;
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
-		__u32 id = __sync_fetch_and_add(last, 1) + 1;
+		/* In turn, or past a run of those that are taken. */
+		__u32 id = i ? bpf_get_prandom_u32() : __sync_fetch_and_add(last, 1) + 1;
 
 		id = kind | (id & ((1 << ID_BITS) - 1));
 		if (id != kind && bpf_map_update_elem(map, &id, flow, BPF_NOEXIST) == 0)
@@ -242,6 +252,18 @@ static __always_inline int refuse(void)
 {
 	bpf_set_retval(-ENOBUFS);
 	return 0;
+}
+
+/* A flow has lost its socket. TCP's is of no more use; the agent may still have to read datagrams,
+ * and forgets the flow then. */
+static __always_inline void end_flow(__u32 kind, __u32 id, __u64 cookie)
+{
+	struct end_event event = { .kind = kind, .id = id, .cookie = cookie };
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	bool told = bpf_ringbuf_output(&events, &event, sizeof(event), 0) == 0;
+
+	if (flow && flow->cookie == cookie && (flow->protocol != IPPROTO_UDP || !told))
+		bpf_map_delete_elem(&flows, &id);
 }
 
 /* connect(): the socket has one flow, which replaces the one it may have had. 0: no id is free. */
@@ -257,14 +279,15 @@ static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struc
 	__u32 *old = bpf_map_lookup_elem(&sockets, &flow.cookie);
 	__u32 id;
 
-	if (old)
-		bpf_map_delete_elem(&flows, old);
+	if (old && *old)
+		end_flow(REPLACED, *old, flow.cookie);
 	id = new_id(&flows, KIND_CONNECTED, &flow);
-	if (id && bpf_map_update_elem(&sockets, &flow.cookie, &id, BPF_ANY) != 0) {
+	if (id && bpf_map_update_elem(&sockets, &flow.cookie, &id, BPF_ANY) == 0)
+		return id;
+	if (id)
 		bpf_map_delete_elem(&flows, &id);
-		return 0;
-	}
-	return id;
+	bpf_map_delete_elem(&sockets, &flow.cookie);
+	return 0;
 }
 
 /* sendto(): the socket has a flow per destination. 0: no id is free. */
@@ -451,22 +474,18 @@ struct tcp_header {
 #define TCP_SYN 0x02
 #define TCP_ACK 0x10
 
-static __always_inline bool report(__u32 kind, __u32 id, const struct flow *flow,
-				   struct __sk_buff *skb)
+static __always_inline bool report_syn(__u32 id, const struct flow *flow, struct __sk_buff *skb)
 {
-	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
-	__u32 len = 0;
+	struct syn_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+	__u32 len = skb->len;
 
 	if (!event)
 		return false;
-	if (skb) {
-		len = skb->len;
-		if (len > PACKET_MAX)
-			len = PACKET_MAX;
-		if (len == 0 || bpf_skb_load_bytes(skb, 0, event->packet, len) != 0)
-			len = 0;
-	}
-	event->kind = kind;
+	if (len > PACKET_MAX)
+		len = PACKET_MAX;
+	if (len == 0 || bpf_skb_load_bytes(skb, 0, event->packet, len) != 0)
+		len = 0;
+	event->kind = SYN;
 	event->id = id;
 	event->flow = *flow;
 	event->packet_len = len;
@@ -514,7 +533,7 @@ SEC("cgroup_skb/egress") int tsi_egress(struct __sk_buff *skb)
 	if (flow->state == NEW) {
 		copy = *flow;
 		/* One that cannot be reported comes again. */
-		if (report(SYN, id, &copy, skb))
+		if (report_syn(id, &copy, skb))
 			flow->state = ASKED;
 	}
 	return 0;
@@ -524,18 +543,13 @@ SEC("cgroup_skb/egress") int tsi_egress(struct __sk_buff *skb)
 
 SEC("cgroup/sock_release") int tsi_release(struct bpf_sock *ctx)
 {
-	struct flow flow = { .cookie = bpf_get_socket_cookie(ctx) };
-	__u32 *known = bpf_map_lookup_elem(&sockets, &flow.cookie);
-	__u32 id;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	__u32 *id = bpf_map_lookup_elem(&sockets, &cookie);
 
-	if (!known)
-		return 1;
-	id = *known;
-	if (id)
-		bpf_map_delete_elem(&flows, &id);
-	bpf_map_delete_elem(&sockets, &flow.cookie);
-	/* One that cannot be reported costs the agent the flow's idle time. */
-	report(RELEASED, id, &flow, NULL);
+	if (id) {
+		end_flow(RELEASED, *id, cookie);
+		bpf_map_delete_elem(&sockets, &cookie);
+	}
 	return 1;
 }
 

@@ -45,6 +45,9 @@ const GRACE: Duration = Duration::from_secs(5);
 /// to tell their clients: a process that is stuck in the kernel never will, nor will a client that
 /// takes nothing.
 const REAP_LIMIT: Duration = Duration::from_millis(500);
+/// The same for the process that carries connections, which gives up earlier when the host takes
+/// nothing. Together with [`GRACE`] it stays below the host's patience.
+const CONNECTIONS_LIMIT: Duration = Duration::from_millis(2_500);
 /// Difference from the host's wall clock that is left alone.
 const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
 /// Connections, pipes and the like that the agent may have open.
@@ -270,14 +273,21 @@ fn supervise(
                         Err(signal) => EntrypointEnd::Signaled(signal),
                     });
                     kill_box(context.cgroup);
+                    let mut limit = REAP_LIMIT;
                     if let Some(tsi) = tsi {
                         tsi.finish();
+                        limit = CONNECTIONS_LIMIT;
                     }
-                    phase = Phase::Draining(Instant::now() + REAP_LIMIT);
+                    phase = Phase::Draining(Instant::now() + limit);
                 }
                 Reap::Ended(child) => {
                     if let Some(tsi) = tsi {
                         tsi.child_ended(child.pid, child.status);
+                        if let Phase::Draining(deadline) = &mut phase
+                            && !tsi.is_running()
+                        {
+                            *deadline = (Instant::now() + REAP_LIMIT).min(*deadline);
+                        }
                     }
                     server.child_ended(child.pid, child.status.is_ok(), context.cgroup);
                 }

@@ -17,6 +17,7 @@
 //! unplugged: what the driver sends is lost, and passt is looked for again.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::SyncSender;
@@ -143,6 +144,8 @@ pub struct Net {
     shown_up: bool,
     /// Receive buffers that the frame at hand has filled, and how far.
     filled: Vec<(u16, u32)>,
+    /// A driver's fault was reported.
+    complained: bool,
 }
 
 impl Net {
@@ -157,6 +160,7 @@ impl Net {
             pause: RETRY_PAUSE[0],
             shown_up: true,
             filled: Vec::new(),
+            complained: false,
         })
     }
 
@@ -253,7 +257,10 @@ impl Net {
         match moved {
             Ok(()) => Ok(()),
             Err(Fault::Driver(error)) => {
-                log::error(&format!("net: {error:#}; the device stops"));
+                // Once: a driver could go on and on.
+                if !std::mem::replace(&mut self.complained, true) {
+                    log::error(&format!("net: {error:#}; the device stops"));
+                }
                 self.reset(ops)
             }
             Err(Fault::Passt(lost)) => self.unplug(&lost, ops),
@@ -263,6 +270,8 @@ impl Net {
     fn unplug(&mut self, lost: &Lost, ops: &mut EventOps<'_>) -> Result<()> {
         let Some(cable) = self.cable.take() else { return Ok(()) };
         ops.remove(Events::empty(cable.socket()))?;
+        // An inherited socket has another descriptor, which stays open.
+        let _ = cable.socket().shutdown(Shutdown::Both);
         let now = Instant::now();
         // One that never lasts is not asked, or complained of, ten times a second.
         if now - self.plugged_at >= RETRY_PAUSE[1] {

@@ -301,6 +301,42 @@ for s in many:
     started.stop(&test);
 }
 
+/// Says what comes.
+const SINK: &str = r#"
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("198.51.100.1", 9003))
+print("ready", flush=True)
+while True:
+    print(server.recv(100).decode(), flush=True)
+"#;
+
+/// As syslog and statsd clients do, and then the box is over.
+#[test]
+fn what_was_sent_before_a_close_arrives() {
+    let network = Network::new();
+    let mut server = network.serve(SINK);
+    let script = r#"
+import socket
+for number in range(20):
+    with socket.socket(type=socket.SOCK_DGRAM) as s:
+        if number % 2:
+            s.connect(("198.51.100.1", 9003))
+            s.send(b"%d" % number)
+        else:
+            s.sendto(b"%d" % number, ("198.51.100.1", 9003))
+"#;
+    let test = TestBox::debian()
+        .inside(&network)
+        .with_entrypoint("executable", json!("python3"))
+        .with_entrypoint("args", json!(["-c", script]));
+    assert_eq!(test.run().code, 0);
+    // Each has a port of its own, so only the order may be another.
+    let mut numbers: Vec<u32> = (0..20).map(|_| server.line().parse().expect("a number")).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, Vec::from_iter(0..20));
+}
+
 #[test]
 fn what_is_not_carried_fails_at_once() {
     let network = Network::new();

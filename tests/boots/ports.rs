@@ -190,7 +190,9 @@ fn nginx_stands_a_load() {
         .with("console_output", json!(null))
         .with("vcpus", json!(2))
         .with("port_map", json!(["18080:80"]))
-        .shell("echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait");
+        .shell(
+            "echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait",
+        );
     let mut started = test.start();
     started.wait_for_line("ready");
     until_answered(&network, 18080);

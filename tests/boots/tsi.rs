@@ -504,6 +504,19 @@ fn ends_and_resets_cross_as_they_are() {
     started.stop(&test);
 }
 
+#[test]
+fn the_last_words_of_a_box_arrive() {
+    let network = Network::new();
+    let mut servers = network.serve(SERVERS);
+    let script = format!("{ENDS}\nHOST = '198.51.100.1'\nconnect(7002).sendall(bytes(8 << 20))");
+    let test = TestBox::debian()
+        .inside(&network)
+        .with_entrypoint("executable", json!("python3"))
+        .with_entrypoint("args", json!(["-c", script]));
+    assert_eq!(test.run().code, 0);
+    assert_eq!(servers.line(), "end 8388608");
+}
+
 const ENDS: &str = r#"
 import os, signal, socket, struct
 def connect(port):

@@ -15,6 +15,8 @@ use super::is_connecting;
 
 /// How long a flow is kept that carries nothing (RFC 4787, REQ-5: at least two minutes).
 pub const IDLE_LIMIT: Duration = Duration::from_secs(150);
+/// Most reads before other flows get their turn.
+const ROUNDS: usize = 8;
 /// Most bytes kept for the host while it takes none.
 const KEPT_LEN: usize = 4 * MAX_DATAGRAM_LEN;
 
@@ -93,21 +95,21 @@ impl Datagrams {
         Ok(())
     }
 
-    /// Reads from the host and hands on what is whole; `scratch` holds a read. An error is the
-    /// flow's end.
+    /// Reads from the host and hands on what is whole; `scratch` holds a read. `true` if there may be
+    /// more, after others' turn. An error is the flow's end.
     pub fn receive(
         &mut self,
         scratch: &mut [u8],
         now: Instant,
         mut hand_on: impl FnMut(Received<'_>),
-    ) -> io::Result<()> {
-        loop {
+    ) -> io::Result<bool> {
+        for _ in 0..ROUNDS {
             let len = match self.vsock.read(scratch) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if is_connecting(&self.vsock, &error) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if is_connecting(&self.vsock, &error) => return Ok(false),
                 Err(error) => return Err(error),
             };
             self.last_use = now;
@@ -131,6 +133,7 @@ impl Datagrams {
             }
             self.incoming.drain(..taken);
         }
+        Ok(true)
     }
 
     /// The first message of `bytes`, and its length; `None` for a part of one.
@@ -182,9 +185,9 @@ mod tests {
         Error(u16),
     }
 
-    fn receive(flow: &mut Datagrams) -> (Vec<Seen>, io::Result<()>) {
+    fn receive(flow: &mut Datagrams) -> (Vec<Seen>, io::Result<bool>) {
         let mut seen = Vec::new();
-        let result = flow.receive(&mut [0; 7], Instant::now(), |received| {
+        let result = flow.receive(&mut [0; 64], Instant::now(), |received| {
             seen.push(match received {
                 Received::Datagram(bytes) => Seen::Datagram(bytes.to_vec()),
                 Received::Error(errno) => Seen::Error(errno),

@@ -70,8 +70,8 @@ pub struct Tsi {
 #[derive(Debug)]
 struct Process {
     pid: i32,
-    /// Its end asks the process to finish.
-    _lifeline: OwnedFd,
+    /// Its end asks the process to finish; `None` once it was asked.
+    lifeline: Option<OwnedFd>,
     /// What its set-up came to: [`READY`], or the reason why not.
     outcome: File,
 }
@@ -103,7 +103,8 @@ impl Tsi {
         let pid = sys::fork(&keep, NAME, || {
             serve(*needs, cgroup.as_fd(), resolvers, &end, &outcome_end);
         })?;
-        self.process = Some(Process { pid, _lifeline: lifeline, outcome: File::from(outcome) });
+        self.process =
+            Some(Process { pid, lifeline: Some(lifeline), outcome: File::from(outcome) });
         Ok(())
     }
 
@@ -122,7 +123,8 @@ impl Tsi {
     /// Takes note of a child's end, which may be the process's. One that was killed, as a box's root
     /// may, has a successor; its connections are lost.
     pub fn child_ended(&mut self, pid: i32, status: Result<u8, u8>) {
-        if self.process.take_if(|process| process.pid == pid).is_some()
+        if let Some(ended) = self.process.take_if(|process| process.pid == pid)
+            && ended.lifeline.is_some()
             && status.is_err()
             && let Err(error) = self.start_process()
         {
@@ -130,9 +132,17 @@ impl Tsi {
         }
     }
 
-    /// Has the process end once everything that the box has sent is with the host.
+    /// Has the process end once everything that the box has sent is with the host, or the host takes
+    /// no more of it.
     pub fn finish(&mut self) {
-        self.process = None;
+        if let Some(process) = &mut self.process {
+            process.lifeline = None;
+        }
+    }
+
+    /// Whether there is a process.
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
     }
 }
 

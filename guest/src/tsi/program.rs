@@ -36,15 +36,18 @@ const FLOW_STATE: usize = 27;
 const STATE_NEW: u8 = 0;
 const STATE_OPEN: u8 = 2;
 
-/// `struct event`, as bytes.
-const EVENT_LEN: usize = 176;
-const EVENT_FLOW: usize = 8;
-const EVENT_PACKET_LEN: usize = 40;
-const EVENT_PACKET: usize = 44;
+/// `struct syn_event`, as bytes.
+const SYN_LEN: usize = 176;
+const SYN_FLOW: usize = 8;
+const SYN_PACKET_LEN: usize = 40;
+const SYN_PACKET: usize = 44;
 const PACKET_MAX: usize = 128;
-/// `SYN`, `RELEASED`.
+/// `struct end_event`, as bytes.
+const END_LEN: usize = 16;
+/// `SYN`, `RELEASED`, `REPLACED`.
 const EVENT_SYN: u32 = 0;
 const EVENT_RELEASED: u32 = 1;
+const EVENT_REPLACED: u32 = 2;
 
 /// Names a flow, in the address that stands for its destination. 22 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -141,24 +144,26 @@ pub enum Event {
         /// Names the socket.
         cookie: u64,
     },
+    /// A socket has got a new flow in the place of this one.
+    Replaced(Id),
 }
 
 impl Event {
     fn from_raw(raw: &[u8]) -> Option<Self> {
-        let raw: &[u8; EVENT_LEN] = raw.try_into().ok()?;
-        let word = |at: usize| Some(u32::from_ne_bytes(raw[at..at + 4].try_into().ok()?));
-        let flow: &RawFlow = raw[EVENT_FLOW..EVENT_FLOW + 32].try_into().ok()?;
-        let id = word(4)?;
-        match word(0)? {
-            EVENT_SYN => {
-                let len = (word(EVENT_PACKET_LEN)? as usize).min(PACKET_MAX);
-                let packet = raw[EVENT_PACKET..EVENT_PACKET + len].to_vec();
+        let word = |at: usize| Some(u32::from_ne_bytes(raw.get(at..at + 4)?.try_into().ok()?));
+        let (kind, id) = (word(0)?, word(4)?);
+        match (kind, raw.len()) {
+            (EVENT_SYN, SYN_LEN) => {
+                let flow: &RawFlow = raw[SYN_FLOW..SYN_FLOW + 32].try_into().ok()?;
+                let len = (word(SYN_PACKET_LEN)? as usize).min(PACKET_MAX);
+                let packet = raw[SYN_PACKET..SYN_PACKET + len].to_vec();
                 Some(Event::Syn { id: Id(id), original: Original::from_raw(flow)?, packet })
             }
-            EVENT_RELEASED => {
-                let cookie = u64::from_ne_bytes(flow[..8].try_into().ok()?);
+            (EVENT_RELEASED, END_LEN) => {
+                let cookie = u64::from_ne_bytes(raw[8..].try_into().ok()?);
                 Some(Event::Released { id: (id != 0).then_some(Id(id)), cookie })
             }
+            (EVENT_REPLACED, END_LEN) => Some(Event::Replaced(Id(id))),
             _ => None,
         }
     }
@@ -213,7 +218,7 @@ impl Programs {
         Ok(Programs { _attached: ebpf, connected, datagrams, events })
     }
 
-    /// Where a flow wanted to go; `None` for one whose socket is gone.
+    /// Where a flow wanted to go; `None` for one that is forgotten, as TCP's are with their sockets.
     pub fn original(&self, id: Id) -> Option<Original> {
         let raw = if id.is_datagram() {
             self.datagrams.get(&id.0, 0)
@@ -250,8 +255,8 @@ impl Programs {
         let _ = self.connected.insert(id.0, original.to_raw(), 0);
     }
 
-    /// Forgets that.
-    pub fn forget_client(&mut self, id: Id) {
+    /// Forgets a flow: one of those, or one of datagrams whose socket is gone.
+    pub fn forget(&mut self, id: Id) {
         let _ = self.connected.remove(&id.0);
     }
 
@@ -336,16 +341,19 @@ mod tests {
         assert_eq!(raw[18..28], [0xff, 0xff, 198, 51, 100, 7, 1, 187, 6, 0]);
         assert_eq!(Original::from_raw(&raw), Some(original));
 
-        let mut event = [0; EVENT_LEN];
+        let mut event = [0; SYN_LEN];
         event[4] = 9;
-        event[EVENT_FLOW..EVENT_FLOW + 32].copy_from_slice(&raw);
-        event[EVENT_PACKET_LEN] = 2;
-        event[EVENT_PACKET..EVENT_PACKET + 3].copy_from_slice(&[0x45, 1, 2]);
+        event[SYN_FLOW..SYN_FLOW + 32].copy_from_slice(&raw);
+        event[SYN_PACKET_LEN] = 2;
+        event[SYN_PACKET..SYN_PACKET + 3].copy_from_slice(&[0x45, 1, 2]);
         let syn = Event::Syn { id: Id(9), original, packet: vec![0x45, 1] };
         assert_eq!(Event::from_raw(&event), Some(syn));
-        event[0] = 1;
-        let released = Event::Released { id: Some(Id(9)), cookie: original.cookie };
-        assert_eq!(Event::from_raw(&event), Some(released));
         assert_eq!(Event::from_raw(&event[1..]), None);
+
+        let mut event = [1, 0, 0, 0, 9, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0];
+        let released = Event::Released { id: Some(Id(9)), cookie: 7 };
+        assert_eq!(Event::from_raw(&event), Some(released));
+        event[0] = 2;
+        assert_eq!(Event::from_raw(&event), Some(Event::Replaced(Id(9))));
     }
 }

@@ -27,6 +27,10 @@ use crate::sys;
 /// How long a client of a published port may take to be named by the host, and an application to
 /// answer its own SYN's answer.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the host may take nothing before the rest of what the box has sent is given up.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(400);
+/// How often that is looked at, in milliseconds.
+const DRAIN_STEP_MS: i32 = 50;
 /// How often time limits are looked after, while there are any.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Most events, connections and datagrams handled before others get their turn.
@@ -106,6 +110,8 @@ impl Token {
 struct Slot {
     generation: u32,
     flow: Option<Flow>,
+    /// Stands in `Relay::again`.
+    queued: bool,
 }
 
 /// The process's state.
@@ -126,6 +132,8 @@ pub struct Relay<'a> {
     sweep_at: Option<Instant>,
     last_published: u32,
     draining: bool,
+    /// While draining: how much the host has taken, and since when no more.
+    progress: Option<(u64, Instant)>,
     scratch: Vec<u8>,
 }
 
@@ -151,6 +159,7 @@ impl<'a> Relay<'a> {
             sweep_at: None,
             last_published: 0,
             draining: false,
+            progress: None,
             scratch: vec![0; SCRATCH_LEN],
         };
         if let Some(Outgoing { listener, datagrams, .. }) = outgoing {
@@ -171,7 +180,7 @@ impl<'a> Relay<'a> {
     /// applications have sent has gone to the host.
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = vec![EpollEvent::default(); BATCH];
-        while !(self.draining && self.has_sent_all()) {
+        while !(self.draining && self.is_drained()) {
             let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -182,6 +191,7 @@ impl<'a> Relay<'a> {
             }
             for _ in 0..self.again.len() {
                 if let Some(slot) = self.again.pop_front() {
+                    self.slots[slot].queued = false;
                     self.advance(slot);
                 }
             }
@@ -197,6 +207,9 @@ impl<'a> Relay<'a> {
         if !self.again.is_empty() {
             return 0;
         }
+        if self.draining {
+            return DRAIN_STEP_MS;
+        }
         self.sweep_at.map_or(-1, |at| {
             let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             i32::try_from(left).unwrap_or(i32::MAX)
@@ -206,8 +219,8 @@ impl<'a> Relay<'a> {
     fn handle(&mut self, token: Token, set: EventSet) {
         match token {
             Token::Events => self.take_events(),
-            Token::Listener => self.accept_applications(),
-            Token::Datagrams => self.take_datagrams(),
+            Token::Listener => drop(self.accept_applications()),
+            Token::Datagrams => drop(self.take_datagrams()),
             Token::Published => self.accept_clients(),
             Token::Lifeline => self.draining = true,
             Token::Flow { slot, generation, side } => {
@@ -261,6 +274,12 @@ impl<'a> Relay<'a> {
         self.free.push(slot);
     }
 
+    fn call_again(&mut self, slot: usize) {
+        if !std::mem::replace(&mut self.slots[slot].queued, true) {
+            self.again.push_back(slot);
+        }
+    }
+
     fn forget_outgoing(&mut self, id: Id) {
         self.by_id.remove(&id);
     }
@@ -305,10 +324,10 @@ impl<'a> Relay<'a> {
                 let progress = stream.pump(&mut self.scratch);
                 match progress {
                     Progress::Waiting => {}
-                    Progress::More => self.again.push_back(slot),
+                    Progress::More => self.call_again(slot),
                     Progress::Over | Progress::Broken => {
                         if is_published {
-                            self.programs.forget_client(id);
+                            self.programs.forget(id);
                         } else {
                             self.forget_outgoing(id);
                         }
@@ -321,7 +340,7 @@ impl<'a> Relay<'a> {
                 Some(Flow::Stream { stream, id, is_published })
             }
             Flow::Datagrams { mut flow, id, source, cookie, released } => {
-                if self.move_datagrams(&mut flow, id, source, released) {
+                if self.move_datagrams(slot, &mut flow, id, source, released) {
                     return Some(Flow::Datagrams { flow, id, source, cookie, released });
                 }
                 self.forget_datagrams(slot, id, source, cookie);
@@ -337,6 +356,7 @@ impl<'a> Relay<'a> {
             match self.programs.next_event() {
                 Some(Event::Syn { id, original, packet }) => self.ask_host(id, original, packet),
                 Some(Event::Released { id, cookie }) => self.released(id, cookie),
+                Some(Event::Replaced(id)) => self.replaced(id),
                 None => return,
             }
         }
@@ -433,10 +453,11 @@ impl<'a> Relay<'a> {
         }
     }
 
-    fn accept_applications(&mut self) {
-        let Some(outgoing) = self.outgoing else { return };
+    /// Takes applications' connections; `false` once none is left.
+    fn accept_applications(&mut self) -> bool {
+        let Some(outgoing) = self.outgoing else { return false };
         for _ in 0..BATCH {
-            let Ok(tcp) = sys::accept(&outgoing.listener) else { return };
+            let Ok(tcp) = sys::accept(&outgoing.listener) else { return false };
             let tcp = TcpStream::from(OwnedFd::from(tcp));
             let slot = tcp.local_addr().ok().and_then(|address| {
                 let SocketAddr::V6(address) = address else { return None };
@@ -450,7 +471,11 @@ impl<'a> Relay<'a> {
                         self.release(slot);
                         continue;
                     }
-                    let stream = Box::new(Stream::new(vsock, tcp));
+                    let mut stream = Box::new(Stream::new(vsock, tcp));
+                    if self.programs.original(id).is_none() {
+                        // The application has closed its socket already.
+                        stream.desert();
+                    }
                     self.slots[slot].flow = Some(Flow::Stream { stream, id, is_published: false });
                     self.advance(slot);
                 }
@@ -463,72 +488,117 @@ impl<'a> Relay<'a> {
                 }
             }
         }
+        true
     }
 
     /// An application has closed a socket.
     fn released(&mut self, id: Option<Id>, cookie: u64) {
+        // What it sent before counts.
+        while self.take_datagrams() {}
+        if let Some(id) = id {
+            self.programs.forget(id);
+        }
         if let Some(slot) = id.and_then(|id| self.by_id.get(&id).copied()) {
             match &mut self.slots[slot].flow {
                 Some(Flow::Stream { stream, .. }) => {
                     stream.desert();
                     self.advance(slot);
                 }
-                Some(Flow::Asking { id, .. } | Flow::Answered { id, .. }) => {
-                    let id = *id;
-                    self.slots[slot].flow = None;
-                    self.forget_outgoing(id);
-                    self.release(slot);
-                }
+                Some(Flow::Asking { .. }) => self.drop_asking(slot),
+                // It may have connected, sent something, and be waiting to be accepted.
                 _ => {}
             }
         }
         for slot in self.by_cookie.get(&cookie).cloned().unwrap_or_default() {
-            if let Some(Flow::Datagrams { released, .. }) = &mut self.slots[slot].flow {
-                *released = true;
-                self.advance(slot);
-            }
+            self.end_datagrams(slot);
+        }
+    }
+
+    /// A socket has connected anew, to somewhere else.
+    fn replaced(&mut self, id: Id) {
+        while self.take_datagrams() {}
+        self.programs.forget(id);
+        if let Some(slot) = self.by_id.get(&id).copied() {
+            self.drop_asking(slot);
+        }
+        let slots: Vec<usize> = self
+            .by_source
+            .iter()
+            .filter(|((known, _), _)| *known == id)
+            .map(|(_, slot)| *slot)
+            .collect();
+        for slot in slots {
+            self.end_datagrams(slot);
+        }
+    }
+
+    /// Nobody waits for the host's answer any more.
+    fn drop_asking(&mut self, slot: usize) {
+        if let Some(Flow::Asking { id, .. }) = &self.slots[slot].flow {
+            let id = *id;
+            self.slots[slot].flow = None;
+            self.forget_outgoing(id);
+            self.release(slot);
+        }
+    }
+
+    /// Nothing more comes from the application.
+    fn end_datagrams(&mut self, slot: usize) {
+        if let Some(Flow::Datagrams { released, .. }) = &mut self.slots[slot].flow {
+            *released = true;
+            self.advance(slot);
         }
     }
 
     // ---- UDP -----------------------------------------------------------------------------------
 
-    fn take_datagrams(&mut self) {
-        let Some(outgoing) = self.outgoing else { return };
+    /// Takes applications' datagrams; `false` once none is left.
+    fn take_datagrams(&mut self) -> bool {
+        let Some(outgoing) = self.outgoing else { return false };
         for _ in 0..BATCH {
             let mut scratch = std::mem::take(&mut self.scratch);
             let received = sys::receive_datagram(&outgoing.datagrams, &mut scratch);
-            if let Ok((len, source, destination)) = received
-                && let Some(id) = Id::of(destination)
-            {
-                self.send_datagram(id, source, &scratch[..len]);
-            }
+            let failed = match &received {
+                Ok((len, source, destination)) => Id::of(*destination)
+                    .and_then(|id| self.send_datagram(id, *source, &scratch[..*len])),
+                Err(_) => None,
+            };
             self.scratch = scratch;
+            if let Some(slot) = failed {
+                // Whatever the host has said about it is read first.
+                self.advance(slot);
+                self.drop_datagrams(slot);
+            }
             if received.is_err() {
-                return;
+                return false;
             }
         }
+        true
     }
 
-    fn send_datagram(&mut self, id: Id, source: SocketAddrV6, datagram: &[u8]) {
+    /// Sends a datagram on its way; the flow that turns out to have failed.
+    fn send_datagram(&mut self, id: Id, source: SocketAddrV6, datagram: &[u8]) -> Option<usize> {
         let now = Instant::now();
         let slot = match self.by_source.get(&(id, source)) {
             Some(slot) => *slot,
-            None => match self.new_datagrams(id, source, now) {
-                Some(slot) => slot,
-                None => return,
-            },
+            None => self.new_datagrams(id, source, now)?,
         };
-        if let Some(Flow::Datagrams { flow, .. }) = &mut self.slots[slot].flow
-            && flow.send(datagram, now).is_err()
-        {
-            self.advance(slot);
+        match &mut self.slots[slot].flow {
+            Some(Flow::Datagrams { flow, .. }) => flow.send(datagram, now).err().map(|_| slot),
+            _ => None,
+        }
+    }
+
+    fn drop_datagrams(&mut self, slot: usize) {
+        if let Some(Flow::Datagrams { id, source, cookie, .. }) = &self.slots[slot].flow {
+            let (id, source, cookie) = (*id, *source, *cookie);
+            self.slots[slot].flow = None;
+            self.forget_datagrams(slot, id, source, cookie);
+            self.release(slot);
         }
     }
 
     fn new_datagrams(&mut self, id: Id, source: SocketAddrV6, now: Instant) -> Option<usize> {
-        if self.draining {
-            return None;
-        }
         let Original { cookie, destination, protocol } = self.programs.original(id)?;
         let vsock = sys::vsock_connect(FLOW_PORT).ok()?;
         let slot = self.place(vsock.as_raw_fd()).ok()?;
@@ -544,6 +614,7 @@ impl<'a> Relay<'a> {
     /// Serves a flow of datagrams; `false` at its end.
     fn move_datagrams(
         &mut self,
+        slot: usize,
         flow: &mut Datagrams,
         id: Id,
         source: SocketAddrV6,
@@ -573,6 +644,9 @@ impl<'a> Relay<'a> {
             // In order, so that the host sends them all.
             let _ = sys::shutdown_write(flow.socket());
             return false;
+        }
+        if received.as_ref().is_ok_and(|more| *more) {
+            self.call_again(slot);
         }
         received.is_ok() && sent.is_ok()
     }
@@ -650,7 +724,7 @@ impl<'a> Relay<'a> {
             Ok(tcp) => Some(Flow::Connecting { vsock, tcp, published, id, over_ip6 }),
             Err(_) if !over_ip6 => self.seek_server(slot, vsock, published, id, true),
             Err(_) => {
-                self.programs.forget_client(id);
+                self.programs.forget(id);
                 None
             }
         }
@@ -668,7 +742,7 @@ impl<'a> Relay<'a> {
         match (tcp.take_error(), tcp.peer_addr()) {
             (Ok(None), Ok(_)) => {
                 let stream = Box::new(Stream::new(vsock, tcp));
-                self.again.push_back(slot);
+                self.call_again(slot);
                 Some(Flow::Stream { stream, id, is_published: true })
             }
             (Ok(None), Err(_)) => Some(Flow::Connecting { vsock, tcp, published, id, over_ip6 }),
@@ -679,7 +753,7 @@ impl<'a> Relay<'a> {
             }
             _ => {
                 // Dropping the vsock tells the host that nobody listens.
-                self.programs.forget_client(id);
+                self.programs.forget(id);
                 None
             }
         }
@@ -707,18 +781,39 @@ impl<'a> Relay<'a> {
                 Some(Flow::Datagrams { id, source, cookie, .. }) => {
                     self.forget_datagrams(slot, id, source, cookie);
                 }
+                // A client that was not named in time.
                 _ => {}
             }
             self.release(slot);
         }
     }
 
-    fn has_sent_all(&self) -> bool {
-        self.slots.iter().all(|slot| match &slot.flow {
-            Some(Flow::Stream { stream, .. }) => stream.has_sent_all(),
-            Some(Flow::Datagrams { flow, .. }) => flow.has_sent_all(),
-            _ => true,
-        })
+    /// Whether everything that applications have sent has gone to the host, or it takes nothing.
+    fn is_drained(&mut self) -> bool {
+        while self.accept_applications() {}
+        while self.take_datagrams() {}
+        let now = Instant::now();
+        let mut sent_all = true;
+        let mut unsent = 0;
+        for slot in &self.slots {
+            match &slot.flow {
+                Some(Flow::Stream { stream, .. }) => {
+                    sent_all &= stream.has_sent_all();
+                    unsent += stream.taken();
+                }
+                Some(Flow::Datagrams { flow, .. }) => sent_all &= flow.has_sent_all(),
+                Some(Flow::Answered { .. }) => sent_all = false,
+                _ => {}
+            }
+        }
+        if sent_all {
+            return true;
+        }
+        let (progress, at) = self.progress.get_or_insert((unsent, now));
+        if *progress != unsent {
+            (*progress, *at) = (unsent, now);
+        }
+        now >= *at + DRAIN_PATIENCE
     }
 }
 

@@ -110,6 +110,8 @@ pub struct Stream {
     deserted: bool,
     /// The host reads nothing more.
     unheard: bool,
+    /// Bytes that the host has taken.
+    taken: u64,
 }
 
 /// What one attempt to move bytes came to.
@@ -137,6 +139,7 @@ impl Stream {
             chunks: Chunks::default(),
             deserted: false,
             unheard: false,
+            taken: 0,
         }
     }
 
@@ -148,6 +151,11 @@ impl Stream {
     /// Whether everything of the application's has gone to the host.
     pub fn has_sent_all(&self) -> bool {
         self.up == Direction::Ended
+    }
+
+    /// How many bytes of the application's the host has taken.
+    pub fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// Moves what can be moved.
@@ -162,8 +170,7 @@ impl Stream {
                         break;
                     }
                     Step::Moved => rounds += 1,
-                    Step::Blocked => break,
-                    Step::End => break,
+                    Step::Blocked | Step::End => break,
                     Step::Failed => return Progress::Broken,
                 }
             }
@@ -222,10 +229,13 @@ impl Stream {
         }
         match write(&self.vsock, bytes) {
             Ok(len) => {
+                self.taken += len as u64;
                 self.up_kept = bytes[len..].to_vec();
                 self.vsock_ready.writable = len == bytes.len();
                 if len == bytes.len() { Step::Moved } else { Step::Blocked }
             }
+            // What it has sent was read to its end: there is nobody to say more.
+            Err(_) if self.down == Direction::Ended && !self.deserted => Step::Failed,
             Err(_) => {
                 // The host's socket takes nothing more. What it has sent, and how it ended, is
                 // still to be read.

@@ -21,6 +21,8 @@ use super::packet::{Header, Op, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 /// Bytes the guest may have on the way to one host socket: what one slow reader can cost mote.
 /// Above Linux's default of 256 KiB on the guest's side there is nothing to gain.
 pub const BUFFER_LEN: usize = 256 * 1024;
+/// The memory that an idle connection may hold on to, of thousands.
+const KEPT_CAPACITY: usize = 16 * 1024;
 /// The guest hears of freed buffer space at the latest when this much has been freed.
 const UPDATE_STEP: u32 = BUFFER_LEN as u32 / 4;
 /// The end of both directions.
@@ -272,6 +274,9 @@ impl Conn {
     /// Notes that the host socket took `len` bytes of [`Conn::for_host`].
     pub fn host_took(&mut self, len: usize) {
         self.to_host.drain(..len);
+        if self.to_host.is_empty() && self.to_host.capacity() > KEPT_CAPACITY {
+            self.to_host = VecDeque::new();
+        }
         self.taken = self.taken.wrapping_add(len as u32);
         self.settle();
     }

@@ -375,9 +375,17 @@ impl HostEnd {
     }
 }
 
+/// How long a TCP connection may be silent before its peer is asked, in seconds; how often then; and
+/// how many answers may be missing.
+const KEEPALIVE_IDLE_S: libc::c_int = 120;
+const KEEPALIVE_INTERVAL_S: libc::c_int = 30;
+const KEEPALIVE_PROBES: libc::c_int = 4;
+
 /// What holds for every TCP connection from the start. Nothing waits to be sent with more: whether
-/// that is wanted was decided in the guest.
+/// that is wanted was decided in the guest. A peer that has vanished is found out: what the guest's
+/// program asks of its own socket only reaches the agent.
 fn prepare_tcp(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
+    sys::set_keepalive(socket, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES)?;
     sys::set_reset_on_close(socket, true)
 }

