@@ -56,7 +56,7 @@ struct ip {
 
 enum state {
 	NEW,   /* no SYN yet */
-	ASKED, /* the agent has the SYN */
+	ASKED, /* the agent was given one, and has not let them pass */
 	OPEN,  /* the host has connected: SYNs may pass */
 };
 

@@ -15,8 +15,6 @@ const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
-/// Longest packet that an error quotes: what the smallest path carries (RFC 4443, 2.4).
-const MAX_QUOTE: usize = 1_200;
 
 /// Why something cannot be reached, as far as ICMP can say it (RFC 792, RFC 4443) and Linux turns it
 /// into an errno again.
@@ -121,17 +119,16 @@ pub fn reset(syn: &[u8]) -> Option<Packet> {
     complete_tcp(&bytes)
 }
 
-/// The error that tells the sender of a packet that it has not arrived. For a SYN, Linux wakes who
+/// The error that tells the sender of a packet, quoted whole, that it has not arrived. For a SYN, Linux wakes who
 /// waits for the socket a moment before it sets the errno, so [`reset`] is better where it will do.
 pub fn unreachable(packet: &[u8], why: Unreachable) -> Option<Packet> {
     let (sender, receiver, _) = addresses(packet)?;
-    let quote = &packet[..packet.len().min(MAX_QUOTE)];
     let (protocol, kind, code) = match sender {
         IpAddr::V4(_) => (ICMP, 3, why.code4()),
         IpAddr::V6(_) => (ICMPV6, 1, why.code6()),
     };
     let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
-    message.extend(quote);
+    message.extend(packet);
     let pseudo_header = match sender {
         IpAddr::V4(_) => 0,
         IpAddr::V6(_) => pseudo_header_sum(receiver, sender, ICMPV6, message.len()),
@@ -181,8 +178,7 @@ fn ip_header(source: IpAddr, destination: IpAddr, protocol: u8, len: usize) -> O
     Some(header)
 }
 
-/// The part of a checksum that comes from the addresses (RFC 9293, 3.1; RFC 8200, 8.1). IPv4's and
-/// IPv6's have the same sum for a mapped address but for its 0xffff, so each is summed as it is.
+/// The part of a checksum that comes from the addresses (RFC 9293, 3.1; RFC 8200, 8.1).
 fn pseudo_header_sum(source: IpAddr, destination: IpAddr, protocol: u8, len: usize) -> u32 {
     let address = |ip: IpAddr| match ip {
         IpAddr::V4(ip) => sum(&ip.octets()),

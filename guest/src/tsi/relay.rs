@@ -280,10 +280,6 @@ impl<'a> Relay<'a> {
         }
     }
 
-    fn forget_outgoing(&mut self, id: Id) {
-        self.by_id.remove(&id);
-    }
-
     fn forget_datagrams(&mut self, slot: usize, id: Id, source: SocketAddrV6, cookie: u64) {
         self.by_source.remove(&(id, source));
         if let Some(slots) = self.by_cookie.get_mut(&cookie) {
@@ -329,7 +325,7 @@ impl<'a> Relay<'a> {
                         if is_published {
                             self.programs.forget(id);
                         } else {
-                            self.forget_outgoing(id);
+                            self.by_id.remove(&id);
                         }
                         if progress == Progress::Broken {
                             stream.break_off();
@@ -398,7 +394,7 @@ impl<'a> Relay<'a> {
                 Err(error) if is_connecting(&vsock, &error) => {}
                 Err(_) => {
                     // No host port, or no room for more flows.
-                    self.forget_outgoing(id);
+                    self.by_id.remove(&id);
                     self.refuse(id, &syn, Unreachable::Network);
                     return None;
                 }
@@ -416,7 +412,7 @@ impl<'a> Relay<'a> {
                         self.limit_time();
                         return Some(Flow::Answered { vsock, id, since: Instant::now() });
                     }
-                    self.forget_outgoing(id);
+                    self.by_id.remove(&id);
                     if let Some(why) = Unreachable::from_errno(errno) {
                         self.refuse(id, &syn, why);
                     }
@@ -424,7 +420,7 @@ impl<'a> Relay<'a> {
                 }
                 Ok(false) => {}
                 Err(_) => {
-                    self.forget_outgoing(id);
+                    self.by_id.remove(&id);
                     self.refuse(id, &syn, Unreachable::Network);
                     return None;
                 }
@@ -467,7 +463,7 @@ impl<'a> Relay<'a> {
             match slot.map(|slot| (slot, self.slots[slot].flow.take())) {
                 Some((slot, Some(Flow::Answered { vsock, id, .. }))) => {
                     if self.watch_flow(tcp.as_raw_fd(), slot, Side::Tcp).is_err() {
-                        self.forget_outgoing(id);
+                        self.by_id.remove(&id);
                         self.release(slot);
                         continue;
                     }
@@ -537,7 +533,7 @@ impl<'a> Relay<'a> {
         if let Some(Flow::Asking { id, .. }) = &self.slots[slot].flow {
             let id = *id;
             self.slots[slot].flow = None;
-            self.forget_outgoing(id);
+            self.by_id.remove(&id);
             self.release(slot);
         }
     }
@@ -777,7 +773,7 @@ impl<'a> Relay<'a> {
                 continue;
             }
             match self.slots[slot].flow.take() {
-                Some(Flow::Answered { id, .. }) => self.forget_outgoing(id),
+                Some(Flow::Answered { id, .. }) => drop(self.by_id.remove(&id)),
                 Some(Flow::Datagrams { id, source, cookie, .. }) => {
                     self.forget_datagrams(slot, id, source, cookie);
                 }

@@ -1,8 +1,9 @@
 //! The vsock device at work, in the main loop: moves packets between the queues and the
 //! connections, and bytes between the connections and their host ends.
 //!
-//! Host sockets are non-blocking and registered once, edge-triggered; a socket that has said "no
-//! more for now" is left alone until epoll speaks of it again. Everything a guest or a client can
+//! Connections' sockets are non-blocking and registered once, edge-triggered; one that has said "no
+//! more for now" is left alone until epoll speaks of it again. Listeners are level-triggered, and
+//! taken out while they rest. Everything a guest or a client can
 //! make this hold is bounded: connections, bytes per connection, waiting resets.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
