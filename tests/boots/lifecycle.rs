@@ -145,7 +145,7 @@ fn four_boxes_at_once() {
                     .shell(&format!("sleep 1; exit {code}"))
                     .with("vcpus", json!(2));
                 let ran = test.run();
-                assert_eq!(ran.code, code, "{}", ran.stderr);
+                assert_eq!(ran.code, code, "{}{}", ran.stderr, ran.console);
             });
         }
     });
