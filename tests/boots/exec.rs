@@ -211,7 +211,10 @@ fn a_client_is_served_however_early_it_connects() {
     let answered = || {
         let mut client = Client::connect(&test, "exec");
         client.send(HEARTBEAT, b"");
-        client.rest() == [(HEARTBEAT, vec![])]
+        // A Unix socket that is closed with bytes unread resets its peer.
+        let mut answer = Vec::new();
+        let end = std::io::Read::read_to_end(&mut client.0, &mut answer);
+        end.is_ok() && answer == [HEARTBEAT, 0, 0, 0, 0]
     };
     eventually("an early client is answered", answered);
     started.signal(libc::SIGKILL);
