@@ -98,7 +98,8 @@ impl TestBox {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         // A tmpfs on every Linux, so that an overlay can be made on it.
-        let dir = PathBuf::from(format!("/run/mote-test-{}-{count}", std::process::id()));
+        // No name is the beginning of another: tests look for theirs in command lines.
+        let dir = PathBuf::from(format!("/run/mote-test-{}-{count:04}", std::process::id()));
         for sub in ["root", "tmp", "sock", "out"] {
             fs::create_dir_all(dir.join(sub)).expect("directory");
         }

@@ -188,7 +188,6 @@ fn nginx_stands_a_load() {
     let test = TestBox::debian()
         .inside(&network)
         .with("console_output", json!(null))
-        .with("vcpus", json!(2))
         .with("port_map", json!(["18080:80"]))
         .shell(
             "echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait",
@@ -290,8 +289,8 @@ while True:
             ["curl", "-s", "--max-time", "60", "http://198.51.100.1:18080/"].map(String::from),
         );
         let status = Command::new(&words[0]).args(&words[1..]).status().expect("curl runs");
-        // A reset, or an empty reply: no silence (28).
-        assert!(matches!(status.code(), Some(7 | 52 | 56)), "{status}");
+        // Refused, an empty reply, or a reset before the request was sent or after: no silence (28).
+        assert!(matches!(status.code(), Some(7 | 52 | 55 | 56)), "{status}");
     }
     started.stop(&test);
 }
