@@ -25,8 +25,8 @@ use super::{Outgoing, is_connecting};
 use crate::sys;
 
 /// How long a client of a published port may take to be named by the host, and an application to
-/// answer its own SYN's answer.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// answer its own SYN's answer: at once, unless there is too much else to do.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 /// How long the host may take nothing before the rest of what the box has sent is given up.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(400);
 /// How often that is looked at, in milliseconds.

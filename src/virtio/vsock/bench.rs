@@ -400,7 +400,7 @@ impl Bench {
 
     /// Moves time to when all flows opened so far have waited too long to say where to.
     pub fn let_flows_expire(&mut self) {
-        self.call(|mux, ops| mux.expire(Instant::now() + REQUEST_LIMIT, ops));
+        self.call(|mux, ops| mux.expire(Instant::now() + FLOW_LIMIT, ops));
     }
 
     /// Moves time to when all requests made so far have waited too long.

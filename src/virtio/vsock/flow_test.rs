@@ -494,7 +494,7 @@ fn a_flow_that_does_not_say_where_to_is_closed_in_time() {
     let half = bench.open_flow();
     bench.tell(data(half), &[6, 0, 0, 80]);
     let (used, mut peer) = connected(&mut bench);
-    assert!(bench.deadline().is_some_and(|at| at <= Instant::now() + REQUEST_LIMIT));
+    assert!(bench.deadline().is_some_and(|at| at <= Instant::now() + FLOW_LIMIT));
     bench.let_requests_expire();
     assert_eq!(bench.look().connections, 3, "not before its time");
     bench.let_flows_expire();
@@ -787,7 +787,7 @@ fn clients_that_the_guest_cannot_serve_are_reset() {
                 bench.collect();
             }
             1 => bench.tell(Packet::new(Op::Reset, ports), &[]),
-            _ => bench.let_requests_expire(),
+            _ => bench.let_flows_expire(),
         }
         assert_eq!(read_until(&mut bench, &mut client, 1), (vec![], Tail::Reset), "case {case}");
         assert_eq!(bench.look().connections, 0);

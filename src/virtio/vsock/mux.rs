@@ -43,10 +43,14 @@ const MAX_RESETS: usize = 1024;
 pub const MAX_PACKET: usize = 64 * 1024;
 /// Most packets per queue before the main loop turns to other work.
 const BATCH: usize = 256;
-/// How long a client's connection waits for the guest to answer (contract §3: a bounded hold).
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// How long the guest may take to say where an outgoing flow shall go: it does so at once.
-const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client of the box's own sockets waits for a guest that is not up (contract §3).
+const BOOT_LIMIT: Duration = Duration::from_secs(2);
+/// How long it waits for one that is to answer: its kernel does so at once, when it runs.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long the guest may take to answer for a published port, or to say where an outgoing flow shall
+/// go. It does so at once, too; but on a host with too much to do, a client that is only slow to
+/// be served must not be reset.
+const FLOW_LIMIT: Duration = Duration::from_secs(30);
 /// How long a listener rests when the host has no descriptor or memory for its next client: the
 /// client goes on waiting, and asking again at once would be all that the main loop does.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -667,7 +671,11 @@ impl Mux {
             self.free.push(index);
             return Err(error).context("watch a connection");
         }
-        let limit = if end.is_awaiting() { REQUEST_LIMIT } else { ANSWER_LIMIT };
+        let limit = match end.is_flow() {
+            true => FLOW_LIMIT,
+            false if self.guest_ready => ANSWER_LIMIT,
+            false => BOOT_LIMIT,
+        };
         let mut entry = Entry { conn, end, queued: false, due: None, fallback_port };
         if entry.is_owed() {
             let due = Instant::now() + limit;
