@@ -1,11 +1,15 @@
-//! Build script: makes the guest's two files, which [`image`](../src/image.rs) embeds. The kernel
-//! comes from `kernel.sh` (cached per machine) and is stripped of its zero pages, the initramfs holds the agent, built here as its own
-//! static program.
+//! Build script: makes the guest's two files, which [`image`](../src/image.rs) embeds, and the
+//! filters of [`seccomp`](../src/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
+//! and is stripped of its zero pages; the initramfs holds the agent, built here as its own static
+//! program; the filters are compiled from `seccomp/*.json`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
+
+use seccompiler::TargetArch;
+use serde_json::Value;
 
 #[path = "../src/cpio.rs"]
 mod cpio;
@@ -20,6 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "resources/build.rs",
         "resources/kernel.sh",
         "resources/kernel.config",
+        "resources/seccomp",
     ] {
         println!("cargo::rerun-if-changed={input}");
     }
@@ -33,6 +38,53 @@ fn main() -> Result<(), Box<dyn Error>> {
     let initramfs = out.join("initramfs.cpio");
     fs::write(&initramfs, initramfs_of(&fs::read(build_agent(&root, &out)?)?))?;
     println!("cargo::rustc-env=MOTE_BUILT_INITRAMFS={}", initramfs.display());
+
+    compile_filters(&root.join("resources/seccomp"), &out)?;
+    println!("cargo::rustc-env=MOTE_BUILT_FILTERS={}", out.display());
+    Ok(())
+}
+
+/// Compiles the system call filters, each to a file of `struct sock_filter`. A rule without a reason
+/// does not build.
+fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
+    let mut filters = serde_json::Map::new();
+    for name in ["main.json", "vcpu.json", "output.json"] {
+        let parsed: Value = serde_json::from_slice(&fs::read(sources.join(name))?)
+            .map_err(|error| format!("{name}: {error}"))?;
+        filters.extend(parsed.as_object().ok_or("a filter file holds an object")?.clone());
+    }
+    for (name, filter) in &filters {
+        let rules = filter["filter"].as_array().ok_or("a filter has rules")?;
+        for rule in rules {
+            let reason = rule["comment"].as_str().unwrap_or_default();
+            if reason.is_empty() {
+                return Err(
+                    format!("seccomp filter {name}: {} has no reason", rule["syscall"]).into()
+                );
+            }
+        }
+    }
+    // What a main thread may do in a box without a network of its own: its usual calls and some more.
+    let (outgoing, main) = (filters.remove("outgoing"), filters.get("main").cloned());
+    let (Some(outgoing), Some(mut both)) = (outgoing, main) else {
+        return Err("main.json has no filters 'main' and 'outgoing'".into());
+    };
+    let more = outgoing["filter"].as_array().cloned().unwrap_or_default();
+    both["filter"].as_array_mut().ok_or("a filter has rules")?.extend(more);
+    filters.insert("main-outgoing".into(), both);
+
+    let json = serde_json::to_vec(&filters)?;
+    for (name, program) in seccompiler::compile_from_json(&json[..], TargetArch::x86_64)? {
+        let bytes: Vec<u8> = program
+            .iter()
+            .flat_map(|i| {
+                let [c0, c1] = i.code.to_le_bytes();
+                let [k0, k1, k2, k3] = i.k.to_le_bytes();
+                [c0, c1, i.jt, i.jf, k0, k1, k2, k3]
+            })
+            .collect();
+        fs::write(out.join(format!("{name}.bpf")), bytes)?;
+    }
     Ok(())
 }
 

@@ -2,26 +2,24 @@
 //! together. cgroup v2 only; the files are those of Documentation/admin-guide/cgroup-v2.rst.
 //!
 //! ```text
-//! mote     create, start the janitor, set limits, join … the box's life … leave, close the pipe, reap
-//! janitor                  wait for the end of the pipe ………………………………………………………………………… remove
+//! mote     create, start the janitor, set limits, join … the box's life … leave, end
+//! janitor                                                                           remove
 //! ```
 //!
-//! Whatever happens to mote, one and the same process removes the cgroup: the janitor, which is not
-//! in it. SIGKILL closes the pipe too.
+//! Whatever happens to mote, one and the same process removes the cgroup: the [`crate::janitor`], which
+//! is not in it.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, PipeWriter, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-
-use crate::{log, sys};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -31,7 +29,7 @@ const PARENT: &str = "a3s-box";
 const MAX_NAME: usize = 255;
 /// How long a leftover may stay busy with processes that are being killed.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
-/// How long the janitor tries; what it cannot kill in that time is stuck in the kernel.
+/// How long removing is tried; what it cannot kill in that time is stuck in the kernel.
 const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
 /// How often a busy cgroup is tried again.
 const RETRY_STEP: Duration = Duration::from_millis(1);
@@ -130,20 +128,19 @@ impl Cgroup {
         Ok(Cgroup { name: box_id.into(), limits })
     }
 
-    /// Creates the cgroup, with a janitor to remove it, and moves this process into it. To be called
-    /// before there are threads, whose locks the janitor would inherit.
+    /// Creates the cgroup, empty as yet.
     ///
     /// Fails when the host has no cgroup v2 or not the controllers, when this user may not use them,
     /// or when the box is running already.
-    pub fn enter(&self) -> Result<Membership> {
-        self.enter_below(Path::new(ROOT))
+    pub fn create(&self) -> Result<Created<'_>> {
+        self.create_below(Path::new(ROOT))
     }
 
-    fn enter_below(&self, root: &Path) -> Result<Membership> {
+    fn create_below(&self, root: &Path) -> Result<Created<'_>> {
         let own = fs::read_to_string("/proc/self/cgroup").context("read /proc/self/cgroup")?;
         let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
         offer(root, &controllers)?;
-        let home = home(&own, root)?;
+        let home = open_processes(&home(&own, root)?)?;
         let parent = root.join(PARENT);
         if let Err(error) = fs::create_dir(&parent)
             && error.kind() != ErrorKind::AlreadyExists
@@ -152,36 +149,57 @@ impl Cgroup {
             return Err(explained(error, step, ErrorKind::PermissionDenied, NO_PERMISSION));
         }
         offer(&parent, &controllers)?;
-
         let dir = parent.join(&self.name);
-        // Until this process is inside: an empty cgroup is taken for a leftover.
         let _locked = create(&parent, &dir, LEFTOVER_LIMIT)?;
-        let reserves = self.limits.iter().any(|limit| matches!(limit, Limit::MemoryLow(_)));
-        let janitor = Remains::of(&dir, reserves)
-            .and_then(Remains::watch)
-            .inspect_err(|_| drop(fs::remove_dir(&dir)))
-            .with_context(|| format!("start a janitor for the cgroup {}", dir.display()))?;
-        for limit in &self.limits {
+        Ok(Created { limits: &self.limits, parent, dir, home, _locked })
+    }
+}
+
+/// A cgroup that exists and that nobody is in yet. Others cannot take it for a leftover meanwhile.
+#[derive(Debug)]
+pub struct Created<'a> {
+    limits: &'a [Limit],
+    parent: PathBuf,
+    dir: PathBuf,
+    home: File,
+    _locked: File,
+}
+
+impl Created<'_> {
+    /// What is to be removed at the end.
+    pub fn remains(&self) -> Result<Remains> {
+        Remains::of(&self.dir, self.reserves())
+            .inspect_err(|_| drop(fs::remove_dir(&self.dir)))
+            .with_context(|| format!("look at the cgroup {}", self.dir.display()))
+    }
+
+    fn reserves(&self) -> bool {
+        self.limits.iter().any(|limit| matches!(limit, Limit::MemoryLow(_)))
+    }
+
+    /// Sets the limits and moves this process into the cgroup.
+    pub fn join(self) -> Result<Membership> {
+        for limit in self.limits {
             let remedy = format!(
                 "this kernel cannot do it, or swap accounting is off; leave resource_limits.{} null",
                 limit.fields()
             );
-            write(&dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
+            write(&self.dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
         }
-        if reserves {
+        if self.reserves() {
             // A greater value may be the administrator's.
-            let sum = reserved(&parent)?;
-            if memory_low(&parent) < sum {
-                protect(&parent, sum)?;
+            let sum = reserved(&self.parent)?;
+            if memory_low(&self.parent) < sum {
+                protect(&self.parent, sum)?;
             }
         }
         write(
-            &dir.join(PROCESSES),
+            &self.dir.join(PROCESSES),
             MYSELF,
             ErrorKind::PermissionDenied,
             "run mote as root, or in a cgroup that is delegated together with this one",
         )?;
-        Ok(Membership { home, janitor: Some(janitor) })
+        Ok(Membership { home: self.home })
     }
 }
 
@@ -197,26 +215,27 @@ const PROCESSES: &str = "cgroup.procs";
 /// The writing process, all its threads included.
 const MYSELF: &str = "0";
 
-/// This process is in a box's cgroup. Dropping it takes the process back to where it came from and
-/// has the janitor, a child of this process, remove the cgroup with what still runs there.
+/// This process is in a box's cgroup.
 #[derive(Debug)]
 pub struct Membership {
-    home: PathBuf,
-    /// The pipe whose end the janitor waits for.
-    janitor: Option<PipeWriter>,
+    /// The process list of the cgroup that it came from, opened when it could be.
+    home: File,
 }
 
-impl Drop for Membership {
-    fn drop(&mut self) {
-        // The janitor is at home there too, so the cgroup still exists.
-        let remedy = "the box's cgroup is removed when mote has ended";
-        let left = write(&self.home.join(PROCESSES), MYSELF, ErrorKind::NotFound, remedy);
-        if let Err(error) = left {
-            log::warn(&format!("{error:#}"));
-            // The janitor would kill mote before it has reported anything: let it wait for the end.
-            std::mem::forget(self.janitor.take());
-        }
+impl Membership {
+    /// Takes this process back to where it came from, before the janitor removes the cgroup with all
+    /// that still runs there. The janitor is at home there too, so it still exists.
+    pub fn leave(mut self) -> io::Result<()> {
+        self.home.write_all(MYSELF.as_bytes())
     }
+}
+
+/// The process list of a cgroup, for moving processes there.
+fn open_processes(dir: &Path) -> Result<File> {
+    let file = dir.join(PROCESSES);
+    OpenOptions::new().write(true).open(&file).map_err(|error| {
+        explained(error, format!("open {}", file.display()), ErrorKind::NotFound, NO_PERMISSION)
+    })
 }
 
 /// Where this process is, from the text of /proc/self/cgroup (cgroups(7)).
@@ -331,7 +350,7 @@ fn explained(error: io::Error, step: String, special: ErrorKind, remedy: &str) -
 
 /// A cgroup to remove: this one, and none that a later start of the box has put in its place.
 #[derive(Debug)]
-struct Remains {
+pub struct Remains {
     dir: PathBuf,
     inode: u64,
     /// Its `cgroup.kill`, which Linux has since 5.14.
@@ -346,22 +365,17 @@ impl Remains {
         Ok(Remains { dir: dir.into(), inode: fs::metadata(dir)?.ino(), kill, reserves })
     }
 
-    /// Starts the janitor. It removes the cgroup when the pipe returned, and all copies of it, are
-    /// closed: at the latest when this process has ended.
-    fn watch(self) -> io::Result<PipeWriter> {
-        let (mut reader, writer) = io::pipe()?;
-        let keep = [Some(reader.as_raw_fd()), self.kill.as_ref().map(File::as_raw_fd)];
-        let keep: Vec<_> = keep.into_iter().flatten().collect();
-        sys::start_detached(c"mote-janitor", &keep, move || {
-            // Nothing is ever written.
-            let _ = reader.read_exact(&mut [0]);
-            self.remove(REMOVAL_LIMIT);
-        })?;
-        Ok(writer)
+    /// What has to stay open for [`Remains::remove`].
+    pub fn descriptors(&self) -> Option<RawFd> {
+        self.kill.as_ref().map(File::as_raw_fd)
     }
 
     /// Removes the cgroup and kills what is still in it.
-    fn remove(mut self, limit: Duration) {
+    pub fn remove(self) {
+        self.remove_within(REMOVAL_LIMIT);
+    }
+
+    fn remove_within(mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
         loop {
             let _ = self.kill.as_mut().map(|file| file.write_all(b"1"));
@@ -458,30 +472,36 @@ mod tests {
     fn a_host_without_the_controllers_is_explained() {
         let limits = [Limit::CpuWeight(1), Limit::MemoryLow(1)];
         let root = fake_root("controllers", "cpuset cpu\n");
-        let error = cgroup(&limits).enter_below(&root).expect_err("no memory controller");
+        let error = cgroup(&limits).create_below(&root).expect_err("no memory controller");
         assert!(error.to_string().contains("has no \"memory\": free it from"), "{error:#}");
         // What it does have was asked for by then.
         let control = fs::read_to_string(root.join("cgroup.subtree_control")).expect("file");
         assert_eq!(control, "+cpu");
 
         fs::remove_file(root.join("cgroup.controllers")).expect("removed");
-        let error = cgroup(&limits).enter_below(&root).expect_err("not cgroup v2");
+        let error = cgroup(&limits).create_below(&root).expect_err("not cgroup v2");
         assert!(error.to_string().contains("need cgroup v2 there, not v1"), "{error:#}");
         fs::remove_dir_all(root).expect("removed");
     }
 
     #[test]
-    fn a_failed_start_leaves_the_rest_to_the_janitor() {
-        let root = fake_root("janitor", "cpu memory\n");
+    fn a_limit_that_cannot_be_set_is_explained() {
+        let root = fake_root("limit", "cpu memory\n");
+        let own = fs::read_to_string("/proc/self/cgroup").expect("text");
+        let home = home(&own, &root).expect("a home");
+        fs::create_dir_all(&home).expect("directory");
+        fs::write(home.join(PROCESSES), "").expect("file");
         let dir = root.join(PARENT).join("b");
         fs::create_dir(&dir).expect("a leftover");
         // The files of a cgroup are the kernel's: a plain directory has none.
-        let error = cgroup(&[Limit::MemorySwapMax(None)]).enter_below(&root).expect_err("no file");
+        let cgroup = cgroup(&[Limit::MemorySwapMax(None)]);
+        let created = cgroup.create_below(&root).expect("created");
+        let remains = created.remains().expect("a directory");
+        let error = created.join().expect_err("no file");
         let expected = format!("write \"max\" to {}/memory.swap.max (this kernel", dir.display());
         assert!(error.to_string().starts_with(&expected), "{error:#}");
-        while dir.exists() {
-            thread::yield_now();
-        }
+        remains.remove();
+        assert!(!dir.exists());
         fs::remove_dir_all(root).expect("removed");
     }
 
@@ -498,7 +518,7 @@ mod tests {
         let root = fake_root("removal", "");
         let kill = root.join("cgroup.kill");
         fs::write(&kill, "").expect("file");
-        Remains::of(&root, false).expect("directory").remove(Duration::ZERO);
+        Remains::of(&root, false).expect("directory").remove_within(Duration::ZERO);
         assert_eq!(fs::read_to_string(&kill).expect("still there"), "1");
 
         let dir = root.join("b");
@@ -507,9 +527,9 @@ mod tests {
         // Before the first is gone, so that the second has another inode.
         fs::create_dir(root.join("c")).expect("directory");
         fs::rename(root.join("c"), &dir).expect("replaced");
-        remains.remove(REMOVAL_LIMIT);
+        remains.remove();
         assert!(dir.exists());
-        Remains::of(&dir, false).expect("directory").remove(REMOVAL_LIMIT);
+        Remains::of(&dir, false).expect("directory").remove();
         assert!(!dir.exists());
         fs::remove_dir_all(root).expect("removed");
     }
@@ -532,15 +552,11 @@ mod tests {
     #[test]
     fn membership_ends_with_a_way_home() {
         let root = fake_root("home", "");
-        let dir = root.join("b");
-        fs::create_dir(&dir).expect("directory");
-        fs::write(root.join(PROCESSES), "").expect("file");
-        let janitor = Remains::of(&dir, false).and_then(Remains::watch).expect("a janitor");
-        drop(Membership { home: root.clone(), janitor: Some(janitor) });
-        assert_eq!(fs::read_to_string(root.join(PROCESSES)).expect("file"), MYSELF);
-        while dir.exists() {
-            thread::yield_now();
-        }
+        let file = root.join(PROCESSES);
+        fs::write(&file, "").expect("file");
+        let membership = Membership { home: open_processes(&root).expect("opened") };
+        membership.leave().expect("left");
+        assert_eq!(fs::read_to_string(file).expect("file"), MYSELF);
         fs::remove_dir_all(root).expect("removed");
     }
 }

@@ -13,7 +13,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -76,16 +75,26 @@ impl Sinks {
 /// When the guest's first byte of output was written, for the timeline.
 pub type FirstOutput = Arc<OnceLock<Instant>>;
 
-/// Copies a stream to its sink until end of file, on a thread of its own; then signals `done` once.
-/// A sink that fails is reported and the rest of the stream is dropped, as a closed pipe would.
-pub fn spawn_writer(
-    name: &'static str,
-    mut from: UnixStream,
-    mut to: File,
-    first_output: FirstOutput,
-    done: EventFd,
-) -> Result<()> {
-    let copy = move || {
+/// One of the guest's output streams, on its way to its sink.
+#[derive(Debug)]
+pub struct OutputStream {
+    /// `stdout` or `stderr`.
+    pub name: &'static str,
+    /// Where its bytes come from.
+    pub from: UnixStream,
+    /// Where they go.
+    pub to: File,
+    /// Told of the first.
+    pub first_output: FirstOutput,
+    /// Written to, once, when the last has been written out.
+    pub done: EventFd,
+}
+
+impl OutputStream {
+    /// Copies until end of file, on a thread of its own. A sink that fails is reported and the rest of
+    /// the stream is dropped, as a closed pipe would.
+    pub fn copy(self) {
+        let OutputStream { name, mut from, mut to, first_output, done } = self;
         let mut buffer = vec![0; 64 * 1024];
         let mut failed = false;
         loop {
@@ -105,12 +114,7 @@ pub fn spawn_writer(
         }
         // Failing would need a counter of 2^64 - 1.
         let _ = done.write(1);
-    };
-    thread::Builder::new()
-        .name(name.into())
-        .spawn(copy)
-        .with_context(|| format!("start the {name} thread"))?;
-    Ok(())
+    }
 }
 
 /// Writes everything, also to a descriptor that somebody has made non-blocking: mote's own stdout is
@@ -232,8 +236,14 @@ mod tests {
         let done = EventFd::new(0).expect("eventfd");
         let sink = File::from(std::os::fd::OwnedFd::from(writer));
         let first = FirstOutput::default();
-        spawn_writer("test", theirs, sink, first.clone(), done.try_clone().expect("clone"))
-            .expect("thread");
+        let stream = OutputStream {
+            name: "test",
+            from: theirs,
+            to: sink,
+            first_output: first.clone(),
+            done: done.try_clone().expect("clone"),
+        };
+        std::thread::spawn(|| stream.copy());
         ours.write_all(b"last words").expect("writes");
         drop(ours);
         assert_eq!(done.read().expect("signal"), 1);

@@ -15,6 +15,7 @@
 //!   [`passt`]
 //! - what the guest may reach through them: [`policy`]
 //! - the host's limits on all that: [`cpuset`], [`cgroup`]
+//! - its confinement: [`sandbox`] and [`seccomp`]; who stays outside: [`janitor`]
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
 //! - working with a box that runs, from another process: [`client`]
@@ -33,6 +34,7 @@ pub mod cpu;
 pub mod cpuset;
 pub mod guest_init;
 pub mod image;
+pub mod janitor;
 pub mod json;
 pub mod kvm;
 pub mod layout;
@@ -45,6 +47,8 @@ pub mod plan;
 pub mod policy;
 pub mod probe;
 pub mod run;
+pub mod sandbox;
+pub mod seccomp;
 pub mod sockets;
 pub mod spec;
 pub mod sys;
@@ -56,19 +60,23 @@ pub mod virtiofsd;
 pub mod vm;
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::cgroup::{Cgroup, Membership};
+use crate::cgroup::{Cgroup, Created, Membership};
 use crate::cli::{Command, Config};
+use crate::janitor::{Janitor, Leftovers};
 use crate::json::Report;
 use crate::outcome::{Outcome, USAGE};
 use crate::plan::{Environment, Plan};
 use crate::spec::Spec;
+use crate::sys::confine::{self, Resource};
 use crate::timeline::Timeline;
 use crate::vm::Vm;
 
@@ -131,25 +139,65 @@ fn run_box(
     mut timeline: Timeline,
 ) -> u8 {
     let mut exits = Default::default();
-    let outcome = run_to_end(config, environment, &mut timeline, &mut exits)
-        .unwrap_or_else(Outcome::NotStarted);
+    // Before mote opens anything that shall live.
+    let inherited = confine::inherited_descriptors();
+    let opened = ReportFile::open(outcome_file, "outcome")
+        .and_then(|outcome| Ok((outcome, ReportFile::open(timeline_file, "timeline")?)));
+    let (outcome_file, timeline_file, refused) = match opened {
+        Ok((outcome, timeline)) => (outcome, timeline, None),
+        Err(error) => (None, None, Some(error)),
+    };
+    let outcome = match refused {
+        Some(error) => Err(error),
+        None => inherited
+            .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
+            .and_then(|inherited| {
+                seccomp::report_refused_calls(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
+                run_to_end(config, environment, &inherited, &mut timeline, &mut exits)
+            }),
+    };
+    let outcome = outcome.unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
-    let files = outcome_file
-        .map_or(Ok(()), |path| outcome.write_to(path))
-        .and_then(|()| timeline_file.map_or(Ok(()), |path| timeline.write_to(path, &exits)));
+    let reported =
+        outcome_file.map_or(Ok(()), |to| to.write(|file| outcome.write_to(file))).and_then(|()| {
+            timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f, &exits)))
+        });
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
         log::error(&message);
     }
-    if let Err(error) = files {
+    if let Err(error) = reported {
         log::error(&format!("{error:#}"));
     }
     outcome.exit_code()
 }
 
+/// A file for a report at the end, opened at the start: there is nothing to open from inside the
+/// sandbox.
+struct ReportFile<'a> {
+    what: &'static str,
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> ReportFile<'a> {
+    fn open(path: Option<&'a Path>, what: &'static str) -> Result<Option<Self>> {
+        let Some(path) = path else { return Ok(None) };
+        let file = File::create(path)
+            .with_context(|| format!("create the {what} file {}", path.display()))?;
+        Ok(Some(ReportFile { what, path, file }))
+    }
+
+    fn write(&self, write: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {
+        write(&self.file)
+            .with_context(|| format!("write the {} to {}", self.what, self.path.display()))
+    }
+}
+
 fn run_to_end(
     config: &Config,
     environment: &Environment,
+    inherited: &[RawFd],
     timeline: &mut Timeline,
     exits: &mut BTreeMap<&'static str, u64>,
 ) -> Result<Outcome> {
@@ -168,28 +216,48 @@ fn run_to_end(
     timeline.mark("plan_ready");
     let signals = run::block_signals()?;
     sys::raise_open_file_limit();
+    // Its image in memory holds the guest's: nobody gets a copy.
+    confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
-    let outcome = confine(&plan).and_then(|membership| {
-        let outcome = Vm::build(&plan, timeline).and_then(|vm| {
-            let counts = Arc::clone(&vm.exit_counts);
-            let outcome = run::run(vm, signals, timeline);
-            *exits = counts.read();
-            outcome
-        });
-        drop(membership);
-        outcome
-    });
+    let outcome = run_on_host(&plan, inherited, signals, timeline, exits);
     // The VM is dropped: its back-ends were killed, and nothing shall outlive this process.
     sys::reap_children(REAP_LIMIT);
     outcome
 }
 
-/// Puts the host's limits on this process, before there are threads and children to inherit them.
-fn confine(plan: &Plan) -> Result<Option<Membership>> {
+/// Takes the box's place on the host, runs it, and leaves the place as it was.
+fn run_on_host(
+    plan: &Plan,
+    inherited: &[RawFd],
+    signals: File,
+    timeline: &mut Timeline,
+    exits: &mut BTreeMap<&'static str, u64>,
+) -> Result<Outcome> {
+    // The host's limits on this process, before there are threads and children to inherit them.
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
     }
-    plan.cgroup.as_ref().map(Cgroup::enter).transpose()
+    let mut leftovers = Leftovers::default();
+    let listeners = sockets::bind(plan, &mut leftovers.sockets)?;
+    let cgroup = plan.cgroup.as_ref().map(Cgroup::create).transpose()?;
+    leftovers.cgroup = cgroup.as_ref().map(Created::remains).transpose()?;
+    let janitor = Janitor::start(leftovers, plan.passt_socket().map(Path::to_owned))?;
+    let membership = cgroup.map(Created::join).transpose()?;
+
+    let outcome = Vm::build(plan, listeners, &janitor, timeline).and_then(|vm| {
+        plan.sandbox.enter(inherited)?;
+        timeline.mark("confined");
+        let counts = Arc::clone(&vm.exit_counts);
+        let outcome = run::run(vm, &plan.sandbox, signals, timeline);
+        *exits = counts.read();
+        outcome
+    });
+    if let Some(Err(error)) = membership.map(Membership::leave) {
+        log::warn(&format!("leave the box's cgroup: {error}; it is removed when mote has ended"));
+        // The janitor would kill mote before it has reported anything: let it wait for the end.
+        std::mem::forget(janitor);
+    }
+    outcome
 }
 
 /// How long killed back-ends may take to vanish; one that is stuck in the kernel never will.

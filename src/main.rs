@@ -4,10 +4,16 @@
 use std::process::ExitCode;
 
 use mote::plan::Environment;
+use mote::sys::confine;
 use mote::timeline::Timeline;
 use mote::{cli, log, outcome};
 
 fn main() -> ExitCode {
+    // A bug: one line that says where, rather than a signal that says nothing.
+    std::panic::set_hook(Box::new(|panic| {
+        log::error(&format!("internal error, please report it: {panic}"));
+        confine::exit_now(outcome::BROKEN.into());
+    }));
     let timeline = Timeline::start();
     let environment = Environment::from_process();
     match cli::parse(std::env::args_os().skip(1)) {

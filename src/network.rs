@@ -33,8 +33,6 @@ pub struct Network {
     pub mac_address: [u8; 6],
     /// What the agent sets.
     pub interface: Interface,
-    /// Descriptors that mote was started with for this network, and that nobody is to inherit.
-    pub inherited: Vec<RawFd>,
 }
 
 /// The way to passt.
@@ -69,12 +67,7 @@ impl Network {
         for (index, server) in network.dns_servers.iter().enumerate() {
             check_server(*server, &format!("network.dns_servers[{index}]"), report);
         }
-        Some(Network {
-            passt: plan_passt(network, report),
-            mac_address: mac,
-            interface,
-            inherited: [network.socket_fd, network.proxy_fd].into_iter().flatten().collect(),
-        })
+        Some(Network { passt: plan_passt(network, report), mac_address: mac, interface })
     }
 }
 
@@ -425,7 +418,6 @@ mod tests {
         assert_eq!((errors.len(), warnings.len()), (0, 1), "{errors:?} {warnings:?}");
         let planned = planned.expect("a network");
         assert_eq!(planned.passt, PasstSocket::Path("/tmp/passt.sock".into()));
-        assert_eq!(planned.inherited, [ours, theirs]);
     }
 
     #[test]

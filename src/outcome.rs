@@ -11,17 +11,21 @@
 //! | 123 | the guest kernel panicked or crashed |
 //! | 122 | the guest ended without an exit status |
 //! | 121 | stopped hard: a second signal, or the grace was over |
+//! | 120 | mote itself is broken, or broken into: it made a system call that it never makes, or came upon a fault of its own |
 //! | 2 | wrong command line, or `mote check` found errors |
 //!
 //! A guest program can exit with any of these numbers itself; `--outcome FILE` tells them apart.
 
-use std::path::Path;
+use std::io::{self, Write};
 
-use anyhow::{Context, Result};
 use serde_json::json;
 
 /// Exit code for a wrong command line and for errors that `mote check` finds.
 pub const USAGE: u8 = 2;
+
+/// Exit code for a refused system call ([`crate::seccomp`]) and for a panic: the process ends where it
+/// is, without an [`Outcome`].
+pub const BROKEN: u8 = 120;
 
 /// How a box ended.
 #[derive(Debug)]
@@ -104,10 +108,9 @@ impl Outcome {
         object
     }
 
-    /// Writes [`Outcome::to_json`] to a file.
-    pub fn write_to(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, format!("{}\n", self.to_json()))
-            .with_context(|| format!("write the outcome to {}", path.display()))
+    /// Writes [`Outcome::to_json`] to a file, as a line.
+    pub fn write_to(&self, mut to: impl Write) -> io::Result<()> {
+        to.write_all(format!("{}\n", self.to_json()).as_bytes())
     }
 }
 

@@ -22,9 +22,11 @@ use crate::cgroup::{Cgroup, Limit};
 use crate::cpuset::CpuSet;
 use crate::guest_init::{GuestInit, Main};
 use crate::json::Report;
-use crate::network::{self, Network};
+use crate::network::{self, Network, PasstSocket};
 use crate::policy::Policy;
+use crate::sandbox::{Isolation, Sandbox};
 use crate::spec::{self, Spec};
+use crate::virtio::vsock::mux::MAX_CONNECTIONS;
 use crate::{image, layout};
 
 /// Longest Unix socket path (`sun_path` less its terminator, unix(7)).
@@ -54,6 +56,8 @@ pub struct Environment {
     pub initramfs: Option<PathBuf>,
     /// `MOTE_DEBUG`: all kernel messages.
     pub debug: bool,
+    /// `MOTE_NO_SANDBOX`: no confinement, for debugging mote.
+    pub no_sandbox: bool,
     /// `MOTE_TIMELINE`: where to write the timeline.
     pub timeline: Option<PathBuf>,
     /// `TMPDIR`: where a socket may exist for an instant.
@@ -72,6 +76,7 @@ impl Environment {
             kernel: path("MOTE_KERNEL"),
             initramfs: path("MOTE_INITRAMFS"),
             debug: path("MOTE_DEBUG").is_some(),
+            no_sandbox: path("MOTE_NO_SANDBOX").is_some(),
             timeline: path("MOTE_TIMELINE"),
             temp_dir: std::env::temp_dir(),
             term: std::env::var("TERM").ok().filter(|term| !term.is_empty()),
@@ -117,6 +122,8 @@ pub struct Plan {
     pub debug: bool,
     /// Directory for a socket that exists for an instant.
     pub temp_dir: PathBuf,
+    /// How mote is confined.
+    pub sandbox: Sandbox,
 }
 
 /// One virtio-fs share.
@@ -166,6 +173,14 @@ impl fmt::Debug for Image {
 }
 
 impl Plan {
+    /// The socket on which passt is found again when it has gone.
+    pub fn passt_socket(&self) -> Option<&Path> {
+        match &self.network.as_ref()?.passt {
+            PasstSocket::Path(path) => Some(path),
+            PasstSocket::Inherited(_) => None,
+        }
+    }
+
     /// Judges a spec against this host. `None` when `report` has errors.
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
         let errors_before = report.errors.len();
@@ -191,6 +206,12 @@ impl Plan {
         if report.errors.len() > errors_before {
             return None;
         }
+        let isolation = if environment.no_sandbox { Isolation::Off } else { Isolation::of_host() };
+        let sandbox = Sandbox {
+            isolation,
+            outgoing: spec.network.is_none(),
+            open_files: open_files(spec.vcpus, &shares, &sockets, &published_ports),
+        };
         Some(Plan {
             box_id: spec.box_id.clone(),
             vcpus: spec.vcpus,
@@ -209,6 +230,7 @@ impl Plan {
             virtiofsd: virtiofsd?,
             debug: environment.debug,
             temp_dir: environment.temp_dir.clone(),
+            sandbox,
         })
     }
 }
@@ -294,8 +316,27 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "kernel     {}", self.kernel.origin)?;
         writeln!(f, "initramfs  {}", self.initramfs.origin)?;
-        write!(f, "virtiofsd  {}", self.virtiofsd.display())
+        writeln!(f, "virtiofsd  {}", self.virtiofsd.display())?;
+        write!(f, "confined   {}", self.sandbox.isolation)
     }
+}
+
+/// The descriptors that a box may need at once: for every connection one, for what there is from the
+/// start a few each.
+fn open_files(vcpus: u8, shares: &[Share], sockets: &[HostSocket], ports: &[PublishedPort]) -> u64 {
+    /// Standard streams, KVM, memory, the main loop, the control channel, vsock, rng and net.
+    const FIXED: usize = 64;
+    const PER_VCPU: usize = 4;
+    /// Connection, process, its stderr, two queues and their copies, the interrupt.
+    const PER_SHARE: usize = 16;
+    /// IPv4 and IPv6.
+    const PER_PORT: usize = 2;
+    let started = FIXED
+        + usize::from(vcpus) * PER_VCPU
+        + shares.len() * PER_SHARE
+        + sockets.len()
+        + ports.len() * PER_PORT;
+    (started + MAX_CONNECTIONS) as u64
 }
 
 fn check_size(spec: &Spec, report: &mut Report) {

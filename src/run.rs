@@ -18,6 +18,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Mark};
 
 use crate::outcome::Outcome;
+use crate::sandbox::Sandbox;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
 use crate::vcpu::Exit;
@@ -52,10 +53,8 @@ pub fn block_signals() -> Result<File> {
     sys::signal_file(&signals).context("watch for signals")
 }
 
-/// Runs the VM to its end.
-pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome> {
-    vm.start()?;
-    timeline.mark("first_kvm_run");
+/// Runs the VM to its end, in this sandbox.
+pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) -> Result<Outcome> {
     let state = Rc::new(RefCell::new(MainLoop {
         vm,
         signals,
@@ -75,6 +74,9 @@ pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome
     let mut manager =
         EventManager::<Rc<RefCell<MainLoop>>>::new().context("create the main loop")?;
     let id = manager.add_subscriber(Rc::clone(&state));
+    // Last: from here on hardly anything is allowed.
+    state.borrow_mut().vm.start(sandbox)?;
+    timeline.mark("first_kvm_run");
     let outcome = loop {
         if let Some(outcome) = state.borrow_mut().outcome() {
             break outcome;

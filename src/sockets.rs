@@ -1,8 +1,8 @@
 //! The box's sockets on the host: bound before the guest runs, so that a client that comes early
 //! can connect and is served once the guest is ready.
 //!
-//! Unix sockets (contract §2.8) are private to the user and unlinked at the end; published ports
-//! (§1.6) are open to everybody who can reach the host.
+//! Unix sockets (contract §2.8) are private to the user and unlinked at the end, by the
+//! [`crate::janitor`]; published ports (§1.6) are open to everybody who can reach the host.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -14,13 +14,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::plan::{HostSocket, MAX_SOCKET_PATH, PublishedPort};
+use crate::plan::{HostSocket, MAX_SOCKET_PATH, Plan, PublishedPort};
 use crate::sys;
+use crate::virtio::vsock::mux::Listener;
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
 const BACKLOG: i32 = 4096;
 
-/// A socket file of ours; dropping it removes the file, if it still is ours.
+/// A socket file of ours.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -28,8 +29,9 @@ pub struct SocketFile {
     inode: u64,
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
+impl SocketFile {
+    /// Removes the file, if it still is ours.
+    pub fn remove(self) {
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|file| (file.dev(), file.ino()) == (self.device, self.inode));
         if ours {
@@ -37,6 +39,25 @@ impl Drop for SocketFile {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Binds everything that the plan names. Files come into `files` as they are made, whatever fails
+/// after that.
+pub fn bind(plan: &Plan, files: &mut Vec<SocketFile>) -> Result<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    for planned in &plan.sockets {
+        let (socket, file) = listen(planned)?;
+        let HostSocket { guest_port, fallback_port, .. } = *planned;
+        listeners.push(Listener::Unix { socket, guest_port, fallback_port });
+        files.push(file);
+    }
+    for (index, port) in plan.published_ports.iter().enumerate() {
+        let sockets = publish(port).with_context(|| format!("port_map[{index}]"))?;
+        let guest_port = port.guest;
+        listeners
+            .extend(sockets.into_iter().map(|socket| Listener::Published { socket, guest_port }));
+    }
+    Ok(listeners)
 }
 
 /// Binds a socket, mode 0600, replacing one that a dead process left behind.
@@ -138,7 +159,8 @@ mod tests {
         let mode = fs::metadata(&plan.path).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         UnixStream::connect(&plan.path).expect("connects");
-        drop((listener, file));
+        drop(listener);
+        file.remove();
         assert!(!plan.path.exists());
     }
 
@@ -150,10 +172,10 @@ mod tests {
         for name in ["s".repeat(room), "x".into()] {
             let path = dir.join(name);
             let plan = HostSocket { path: path.clone(), guest_port: 1, fallback_port: None };
-            let listening = listen(&plan).expect("binds");
+            let (_listener, file) = listen(&plan).expect("binds");
             UnixStream::connect(&path).expect("connects");
             assert_eq!(fs::read_dir(&dir).expect("directory").count(), 1);
-            drop(listening);
+            file.remove();
         }
         fs::remove_dir(&dir).expect("empty");
     }
@@ -165,6 +187,7 @@ mod tests {
         let error = listen(&plan).expect_err("taken");
         assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
         UnixStream::connect(&plan.path).expect("still there");
+        fs::remove_file(&plan.path).expect("cleaned");
     }
 
     #[test]
@@ -226,7 +249,7 @@ mod tests {
         let (_listener, file) = listen(&plan).expect("binds");
         fs::remove_file(&plan.path).expect("removed");
         fs::write(&plan.path, "new").expect("written");
-        drop(file);
+        file.remove();
         assert!(plan.path.exists());
         fs::remove_file(&plan.path).expect("cleaned");
     }

@@ -17,6 +17,8 @@ use std::process::Command;
 use std::ptr;
 use std::time::{Duration, Instant};
 
+pub mod confine;
+
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
 }
@@ -176,15 +178,22 @@ pub fn process_file(pid: u32) -> io::Result<OwnedFd> {
 }
 
 /// Makes a child die with the thread that starts it, and hands it one descriptor as number
-/// [`INHERITED_FD`]; everything else is closed on exec as usual.
-pub fn helper(command: &mut Command, inherited: BorrowedFd<'_>) {
+/// [`INHERITED_FD`]; everything else is closed on exec as usual. `prepare` is what it does before; only
+/// async-signal-safe calls, if this process has other threads.
+pub fn helper(
+    command: &mut Command,
+    inherited: BorrowedFd<'_>,
+    mut prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
     let source = inherited.as_raw_fd();
     let parent = std::process::id();
-    // SAFETY: the closure runs in the forked child and only makes async-signal-safe system calls on
-    // plain integers. `source` stays open until the command is spawned: callers spawn it while they
+    // SAFETY: the closure runs in the forked child and, beside `prepare`, only makes async-signal-safe
+    // system calls on plain integers. `source` stays open until the command is spawned: callers spawn it while they
     // still hold the descriptor.
     unsafe {
         command.pre_exec(move || {
+            // First: a new user namespace takes the next line back.
+            prepare()?;
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
             // A group of its own: a terminal's Ctrl-C is mote's to handle.
             check(libc::setpgid(0, 0))?;
@@ -204,6 +213,13 @@ pub fn helper(command: &mut Command, inherited: BorrowedFd<'_>) {
             Ok(())
         });
     }
+}
+
+/// Kills the process behind a [`process_file`]. One that has ended is no error.
+pub fn kill_process(process: &impl AsRawFd) {
+    let (fd, info) = (process.as_raw_fd(), ptr::null::<libc::siginfo_t>());
+    // SAFETY: plain system call; without an info the kernel fills in kill(2)'s.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, info, 0) };
 }
 
 /// Makes the orphans of this process's children its own children, so that [`reap_children`] sees
@@ -430,13 +446,6 @@ pub fn inherited_stream(fd: RawFd) -> io::Result<UnixStream> {
     Ok(UnixStream::from(owned(check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?)))
 }
 
-/// Keeps an inherited descriptor from the programs that this process starts.
-pub fn close_on_exec(fd: RawFd) -> io::Result<()> {
-    // SAFETY: plain system call.
-    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
-    Ok(())
-}
-
 /// Makes reads and writes on a descriptor return instead of waiting.
 pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system calls on an open descriptor.
@@ -448,7 +457,7 @@ pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
 }
 
 /// Raises the limit on open files as far as it goes: each connection is one (contract §1.3 step 4).
-/// A host that does not allow it has fewer connections.
+/// A host that does not allow it has fewer connections. [`confine::limit`] lowers it again.
 pub fn raise_open_file_limit() {
     // SAFETY: an all-zero rlimit is valid, and both calls take a pointer to one.
     unsafe {

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
-use std::thread;
+use std::sync::mpsc::{Receiver, Sender};
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::CpuId;
@@ -13,7 +12,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, Effect};
-use crate::cpu;
+use crate::memory::GuestRam;
+use crate::{cpu, kvm};
 
 /// Why a vCPU stopped, which ends the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd> {
 
 /// Sets the boot vCPU's registers for the kernel entry. The others wait for its start-up message,
 /// as KVM creates them.
-pub fn prepare_boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
+fn prepare_boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     let msrs = cpu::boot_msrs().context("list MSRs of the boot vCPU")?;
     let written = vcpu.set_msrs(&msrs).context("set MSRs of the boot vCPU")?;
     if written != msrs.as_slice().len() {
@@ -90,20 +90,46 @@ impl ExitReporter {
     }
 }
 
-/// Starts the thread. It runs until the VM ends, and is never joined: the process's exit stops
-/// it wherever it is, which no other way can promise.
-pub fn spawn(
+/// What a vCPU does before it runs the guest.
+#[derive(Debug)]
+pub enum Start {
+    /// Finds out whether KVM can run a guest, and enters the kernel.
+    Boot {
+        /// The vCPU's CPUID.
+        cpuid: CpuId,
+        /// Guest memory, loaded.
+        ram: GuestRam,
+        /// Where the kernel starts.
+        entry: u64,
+        /// Hears when the kernel is about to be entered, or why it is not.
+        result: Sender<Result<()>>,
+    },
+    /// Waits, in KVM, for the boot vCPU's start-up message.
+    Wait,
+}
+
+/// The work of a vCPU's thread, from when `gate` says so to the end of the VM.
+pub fn serve(
     index: u8,
     mut vcpu: VcpuFd,
+    start: Start,
+    gate: Receiver<()>,
     bus: Arc<Bus>,
     counts: Arc<ExitCounts>,
     reporter: ExitReporter,
-) -> Result<()> {
-    thread::Builder::new()
-        .name(format!("vcpu{index}"))
-        .spawn(move || reporter.report(run(index, &mut vcpu, &bus, &counts)))
-        .with_context(|| format!("start the thread of vCPU {index}"))?;
-    Ok(())
+) {
+    if gate.recv().is_err() {
+        return;
+    }
+    if let Start::Boot { cpuid, ram, entry, result } = start {
+        let prepared =
+            kvm::self_test(&mut vcpu, &cpuid, &ram).and_then(|()| prepare_boot(&vcpu, entry));
+        let goes_on = prepared.is_ok();
+        if result.send(prepared).is_err() || !goes_on {
+            return;
+        }
+    }
+    reporter.report(run(index, &mut vcpu, &bus, &counts));
 }
 
 fn run(index: u8, vcpu: &mut VcpuFd, bus: &Bus, counts: &ExitCounts) -> Exit {

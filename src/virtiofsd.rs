@@ -4,6 +4,7 @@
 //! it as an open descriptor. So mote is always its first and only client, there is no waiting for a
 //! socket file to appear, and none is left behind.
 
+use std::ffi::CString;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,10 +15,15 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use landlock::{
+    ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr,
+    path_beneath_rules,
+};
 use mote_agent::instance::ROOT_TAG;
 
 use crate::plan::Share;
-use crate::sys::{self, Interest};
+use crate::sandbox::Isolation;
+use crate::sys::{self, Interest, confine};
 
 /// How long one answer of virtiofsd may take before it counts as hung.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -46,6 +52,7 @@ impl Virtiofsd {
     pub fn spawn(
         program: &Path,
         share: &Share,
+        isolation: Isolation,
         temp_dir: &Path,
     ) -> Result<(Virtiofsd, UnixStream)> {
         let (listener, connection) = private_connection(temp_dir)
@@ -57,11 +64,13 @@ impl Virtiofsd {
             .arg(&share.host_path)
             .args(["--cache=auto", "--xattr", "--inode-file-handles=never", "--log-level=error"])
             .args(share.read_only.then_some("--readonly"))
+            .args((isolation == Isolation::Landlock).then_some("--sandbox=none"))
+            .arg(format!("--modcaps={}", needless_capabilities(share.read_only)))
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        sys::helper(&mut command, listener.as_fd());
+        sys::helper(&mut command, listener.as_fd(), restriction(program, share, isolation)?);
         let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         let ended = sys::process_file(child.id()).context("watch virtiofsd")?;
         let stderr = child.stderr.take();
@@ -108,7 +117,7 @@ impl Virtiofsd {
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status.to_string(),
             _ => {
-                let _ = self.child.kill();
+                sys::kill_process(&self.ended);
                 self.child.wait().map_or_else(|e| e.to_string(), |_| "it did not answer".into())
             }
         };
@@ -126,9 +135,59 @@ impl Virtiofsd {
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
         // Killing what has ended is no error; waiting leaves no zombie.
-        let _ = self.child.kill();
+        sys::kill_process(&self.ended);
         let _ = self.child.wait();
     }
+}
+
+/// What virtiofsd keeps as root and has no use for.
+fn needless_capabilities(read_only: bool) -> &'static str {
+    if read_only { "-chown:-fowner:-fsetid:-setgid:-setuid:-mknod:-setfcap" } else { "-mknod" }
+}
+
+/// What a virtiofsd does before it becomes one, so that one that has been broken into can do no more
+/// than its share allows: beside its own sandbox, which it enters later. A read-only share is a
+/// read-only mount, or a tree that Landlock lets it read.
+fn restriction(
+    program: &Path,
+    share: &Share,
+    isolation: Isolation,
+) -> Result<Box<dyn FnMut() -> io::Result<()> + Send + Sync>> {
+    if isolation == Isolation::Landlock {
+        let mut rules =
+            Some(landlock_rules(program, share).context("prepare Landlock for virtiofsd")?);
+        return Ok(Box::new(move || {
+            let enforced = rules.take().map(RulesetCreated::restrict_self);
+            enforced.transpose().map(drop).map_err(io::Error::other)
+        }));
+    }
+    let directory = CString::new(share.host_path.as_os_str().as_bytes())
+        .with_context(|| format!("share {}", share.host_path.display()))?;
+    let read_only = share.read_only;
+    Ok(Box::new(move || {
+        let Some(user) = isolation.user_namespace() else { return Ok(()) };
+        confine::unshare(user | libc::CLONE_NEWNS)?;
+        confine::detach_mounts()?;
+        // A kernel before 5.12 cannot; virtiofsd itself refuses writes in any case.
+        let _ = confine::restrict_mount(&directory, read_only);
+        Ok(())
+    }))
+}
+
+/// Its share, and what it takes to start and to open a file again (/proc/self/fd).
+fn landlock_rules(program: &Path, share: &Share) -> Result<RulesetCreated> {
+    let abi = ABI::V6;
+    let all = AccessFs::from_all(abi);
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let execute = read | AccessFs::Execute;
+    let libraries = ["/lib", "/lib64", "/usr/lib", "/etc/ld.so.cache"].map(Path::new);
+    let mut rules = Ruleset::default().handle_access(all)?.create()?;
+    for path in libraries.into_iter().chain([program]).filter(|path| path.exists()) {
+        rules = rules.add_rules(path_beneath_rules([path], execute))?;
+    }
+    rules = rules.add_rules(path_beneath_rules(["/proc"], read))?;
+    let access = if share.read_only { read } else { all & !AccessFs::Execute };
+    Ok(rules.add_rules(path_beneath_rules([&share.host_path], access))?)
 }
 
 fn describe(share: &Share) -> String {
@@ -175,7 +234,7 @@ mod tests {
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("mode");
         let (mut daemon, mut connection) =
-            Virtiofsd::spawn(&script, &share(), &dir).expect("starts");
+            Virtiofsd::spawn(&script, &share(), Isolation::Off, &dir).expect("starts");
         // Its end closes the listening socket, and with it the waiting connection.
         assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
         daemon.child.wait().expect("waits");

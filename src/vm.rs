@@ -1,5 +1,6 @@
 //! [`Vm::build`]: the whole VM, read top to bottom. A failure anywhere drops what was made so far,
-//! which removes sockets and ends back-ends.
+//! which ends back-ends. [`Vm::start`]: from there to the guest's first instruction, by way of the
+//! sandbox.
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
@@ -7,21 +8,24 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
 use anyhow::{Context, Result};
+use kvm_bindings::CpuId;
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
-use crate::console::{self, FirstOutput, KernelLog, PanicMessage, Sinks};
+use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
+use crate::janitor::Janitor;
 use crate::memory::{self, GuestRam, RegisterPages};
 use crate::network::{Network, PasstSocket};
-use crate::plan::{HostSocket, Plan};
-use crate::sockets::{self, SocketFile};
+use crate::plan::Plan;
+use crate::sandbox::Sandbox;
+use crate::seccomp::ThreadKind;
 use crate::timeline::Timeline;
-use crate::vcpu::{self, Exit, ExitCounts, ExitReporter};
+use crate::vcpu::{self, Exit, ExitCounts, ExitReporter, Start};
 use crate::virtio::fs::Fs;
 use crate::virtio::mmio::MmioDevice;
-use crate::virtio::net::Net;
+use crate::virtio::net::{Net, Reconnect};
 use crate::virtio::vsock::mux::{Listener, Mux};
 use crate::virtio::{DeviceEvent, VirtioDevice, net, rng, vsock};
 use crate::virtiofsd::Virtiofsd;
@@ -33,6 +37,8 @@ pub struct Vm {
     /// Closing it would disconnect every interrupt, whatever the vCPUs still hold.
     _fd: VmFd,
     vcpus: Vec<VcpuFd>,
+    boot: Option<Boot>,
+    outputs: Vec<OutputStream>,
     bus: Arc<Bus>,
     reporter: ExitReporter,
     /// The vsock device.
@@ -53,25 +59,36 @@ pub struct Vm {
     pub panic: PanicMessage,
     /// The virtio-fs back-ends.
     pub backends: Vec<Virtiofsd>,
-    /// The box's sockets.
-    pub socket_files: Vec<SocketFile>,
     /// Exits to user space so far.
     pub exit_counts: Arc<ExitCounts>,
 }
 
+/// What the boot vCPU's thread starts with.
+#[derive(Debug)]
+struct Boot {
+    cpuid: CpuId,
+    ram: GuestRam,
+    entry: u64,
+}
+
 impl Vm {
-    /// Builds the VM that the plan describes.
-    pub fn build(plan: &Plan, timeline: &mut Timeline) -> Result<Vm> {
+    /// Builds the VM that the plan describes, on the sockets that were bound for it. Starts no thread.
+    pub fn build(
+        plan: &Plan,
+        listeners: Vec<Listener>,
+        janitor: &Janitor,
+        timeline: &mut Timeline,
+    ) -> Result<Vm> {
         let kvm = kvm::open()?;
 
         // Host resources. The back-ends start while the kernel is being loaded.
         let sinks = Sinks::open(plan.console_output.as_deref())?;
-        let (listeners, socket_files) = bind_sockets(plan)?;
-        let net = plan.network.as_ref().map(connect_network).transpose()?;
+        let net = plan.network.as_ref().map(|network| connect_network(network, janitor));
+        let net = net.transpose()?;
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
 
-        // The machine: memory, interrupt controllers, the boot vCPU, and whether KVM can run it.
+        // The machine: memory, interrupt controllers, vCPUs.
         let vm = kvm::create_vm(&kvm)?;
         let ram = memory::create_ram(plan.memory_bytes)?;
         let register_slot = memory::add_ram(&vm, &ram)?;
@@ -79,9 +96,9 @@ impl Vm {
         let supported = kvm::supported_cpuid(&kvm)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let cpuid = |index| cpu::cpuid(&supported, index, plan.vcpus, tsc_deadline);
-        let boot_cpuid = cpuid(0);
-        let boot_vcpu = kvm::self_test(vcpu::create(&vm, 0, &boot_cpuid)?, &boot_cpuid, &ram)?;
-        timeline.mark("kvm_tested");
+        let vcpus = (0..plan.vcpus)
+            .map(|index| vcpu::create(&vm, index, &cpuid(index)))
+            .collect::<Result<Vec<_>>>()?;
 
         // The guest's first memory.
         let device_count = 2 + usize::from(net.is_some()) + plan.shares.len();
@@ -118,24 +135,18 @@ impl Vm {
             console::kernel_console(serial_irq, KernelLog::new(sinks.kernel, Arc::clone(&panic)));
         let bus = Arc::new(Bus::new(serial, devices));
 
-        // The remaining vCPUs.
-        vcpu::prepare_boot(&boot_vcpu, entry)?;
-        let mut vcpus = vec![boot_vcpu];
-        for index in 1..plan.vcpus {
-            vcpus.push(vcpu::create(&vm, index, &cpuid(index))?);
-        }
-
         // The agent's streams: each ends in a socket pair, one end for the mux.
         let output_done = eventfd()?;
         let first_output = FirstOutput::default();
         let mut offers = HashMap::new();
-        for (name, port, sink) in
+        let mut outputs = Vec::new();
+        for (name, port, to) in
             [("stdout", STDOUT_PORT, sinks.stdout), ("stderr", STDERR_PORT, sinks.stderr)]
         {
-            let (ours, theirs) = UnixStream::pair().context("create a socket pair")?;
+            let (from, theirs) = UnixStream::pair().context("create a socket pair")?;
             offers.insert(port, theirs);
-            let first_output = Arc::clone(&first_output);
-            console::spawn_writer(name, ours, sink, first_output, output_done.try_clone()?)?;
+            let (first_output, done) = (Arc::clone(&first_output), output_done.try_clone()?);
+            outputs.push(OutputStream { name, from, to, first_output, done });
         }
         let (control, theirs) = UnixStream::pair().context("create a socket pair")?;
         control.set_nonblocking(true).context("prepare the control channel")?;
@@ -146,6 +157,8 @@ impl Vm {
         Ok(Vm {
             _fd: vm,
             vcpus,
+            boot: Some(Boot { cpuid: cpuid(0), ram, entry }),
+            outputs,
             bus,
             reporter: ExitReporter { sender: exit_sender, event: exit_event.try_clone()? },
             mux: Mux::new(offers, listeners, plan.outgoing.clone()),
@@ -157,17 +170,45 @@ impl Vm {
             first_output,
             panic,
             backends,
-            socket_files,
             exit_counts: Arc::default(),
         })
     }
 
-    /// Starts the vCPUs.
-    pub fn start(&mut self) -> Result<()> {
+    /// Starts the threads and, once every one of them is confined, this one too, the guest. To be
+    /// called once, by a process that is in its sandbox.
+    pub fn start(&mut self, sandbox: &Sandbox) -> Result<()> {
+        let (ready, confined) = mpsc::channel();
+        for stream in self.outputs.drain(..) {
+            let name = stream.name.to_owned();
+            sandbox.spawn(name, ThreadKind::Output, ready.clone(), || stream.copy())?;
+        }
+        let (result, tested) = mpsc::channel();
+        let mut boot = self.boot.take();
+        let mut gates = Vec::new();
         for (index, vcpu) in self.vcpus.drain(..).enumerate() {
-            let counts = Arc::clone(&self.exit_counts);
+            let (gate, opened) = mpsc::channel();
+            gates.push(gate);
+            let start = match boot.take() {
+                Some(Boot { cpuid, ram, entry }) => {
+                    Start::Boot { cpuid, ram, entry, result: result.clone() }
+                }
+                None => Start::Wait,
+            };
+            let index = index as u8;
+            let (bus, counts) = (Arc::clone(&self.bus), Arc::clone(&self.exit_counts));
             let reporter = self.reporter.try_clone().context("duplicate an eventfd")?;
-            vcpu::spawn(index as u8, vcpu, Arc::clone(&self.bus), counts, reporter)?;
+            let work = move || vcpu::serve(index, vcpu, start, opened, bus, counts, reporter);
+            sandbox.spawn(format!("vcpu{index}"), ThreadKind::Vcpu, ready.clone(), work)?;
+        }
+        drop(ready);
+        // Until every thread has spoken.
+        confined.iter().collect::<Result<()>>()?;
+        sandbox.confine_main()?;
+        for (index, gate) in gates.iter().enumerate() {
+            gate.send(()).ok().with_context(|| format!("vCPU {index} has ended"))?;
+            if index == 0 {
+                kvm::wait_for_self_test(&tested)?;
+            }
         }
         Ok(())
     }
@@ -180,31 +221,14 @@ fn eventfd() -> Result<EventFd> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an eventfd")
 }
 
-fn bind_sockets(plan: &Plan) -> Result<(Vec<Listener>, Vec<SocketFile>)> {
-    let mut listeners = Vec::new();
-    let mut files = Vec::new();
-    for planned in &plan.sockets {
-        let (socket, file) = sockets::listen(planned)?;
-        let HostSocket { guest_port, fallback_port, .. } = *planned;
-        listeners.push(Listener::Unix { socket, guest_port, fallback_port });
-        files.push(file);
-    }
-    for (index, port) in plan.published_ports.iter().enumerate() {
-        let sockets = sockets::publish(port).with_context(|| format!("port_map[{index}]"))?;
-        let guest_port = port.guest;
-        listeners
-            .extend(sockets.into_iter().map(|socket| Listener::Published { socket, guest_port }));
-    }
-    Ok((listeners, files))
-}
-
 /// Connects the box to its passt, before there are programs that would inherit its descriptors.
-fn connect_network(network: &Network) -> Result<Net> {
-    for fd in &network.inherited {
-        sys::close_on_exec(*fd).with_context(|| format!("keep descriptor {fd} of the network"))?;
-    }
+fn connect_network(network: &Network, janitor: &Janitor) -> Result<Net> {
     match &network.passt {
-        PasstSocket::Path(path) => Net::new(passt::connect(path)?, Some(path.clone())),
+        PasstSocket::Path(path) => {
+            let mut line = janitor.passt_line()?;
+            let again = Reconnect { path: path.clone(), connect: Box::new(move || line.connect()) };
+            Net::new(passt::connect(path)?, Some(again))
+        }
         PasstSocket::Inherited(fd) => {
             let socket = sys::inherited_stream(*fd);
             Net::new(socket.context("take over the network's socket")?, None)
@@ -216,7 +240,9 @@ fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     let mut backends = Vec::new();
     let mut connections = Vec::new();
     for share in &plan.shares {
-        let (backend, connection) = Virtiofsd::spawn(&plan.virtiofsd, share, &plan.temp_dir)?;
+        let isolation = plan.sandbox.isolation;
+        let (backend, connection) =
+            Virtiofsd::spawn(&plan.virtiofsd, share, isolation, &plan.temp_dir)?;
         backends.push(backend);
         connections.push(connection);
     }

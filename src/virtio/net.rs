@@ -16,7 +16,8 @@
 //! no buffers, and none taken from the driver while the socket is full. Without passt the cable is
 //! unplugged: what the driver sends is lost, and passt is looked for again.
 
-use std::io::{Read, Write};
+use std::fmt;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -34,7 +35,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::log;
 use crate::memory::GuestRam;
-use crate::passt::{self, Connection, FRAME_LEN, Lost};
+use crate::passt::{Connection, FRAME_LEN, Lost};
 use crate::token::Token;
 use crate::virtio::mmio::ConfigSpace;
 use crate::virtio::queue::{self, Chain, ServedQueue};
@@ -128,13 +129,27 @@ impl From<Lost> for Fault {
     }
 }
 
+/// How to find passt again.
+pub struct Reconnect {
+    /// Its socket, for messages.
+    pub path: PathBuf,
+    /// Connects to it if it listens at this moment, without waiting.
+    pub connect: Box<dyn FnMut() -> io::Result<UnixStream>>,
+}
+
+impl fmt::Debug for Reconnect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Reconnect({})", self.path.display())
+    }
+}
+
 /// The device at work.
 #[derive(Debug)]
 pub struct Net {
     queues: Option<Queues>,
     cable: Option<Connection>,
-    /// Where passt is found again; `None` if its connection was inherited.
-    path: Option<PathBuf>,
+    /// How passt is found again; `None` if its connection was inherited.
+    reconnect: Option<Reconnect>,
     plugged_at: Instant,
     /// When passt is looked for again.
     retry_at: Option<Instant>,
@@ -149,12 +164,12 @@ pub struct Net {
 }
 
 impl Net {
-    /// A device on a connection to passt, which is made again at `path`.
-    pub fn new(socket: UnixStream, path: Option<PathBuf>) -> Result<Self> {
+    /// A device on a connection to passt, and how that is made again.
+    pub fn new(socket: UnixStream, reconnect: Option<Reconnect>) -> Result<Self> {
         Ok(Net {
             queues: None,
             cable: Some(Connection::new(socket).context("prepare the connection to passt")?),
-            path,
+            reconnect,
             plugged_at: Instant::now(),
             retry_at: None,
             pause: RETRY_PAUSE[0],
@@ -270,19 +285,19 @@ impl Net {
     fn unplug(&mut self, lost: &Lost, ops: &mut EventOps<'_>) -> Result<()> {
         let Some(cable) = self.cable.take() else { return Ok(()) };
         ops.remove(Events::empty(cable.socket()))?;
-        // An inherited socket has another descriptor, which stays open.
+        // Whoever mote has inherited the socket from may hold it too.
         let _ = cable.socket().shutdown(Shutdown::Both);
         let now = Instant::now();
         // One that never lasts is not asked, or complained of, ten times a second.
         if now - self.plugged_at >= RETRY_PAUSE[1] {
             self.pause = RETRY_PAUSE[0];
         }
-        let outlook = match &self.path {
-            Some(path) => format!("until somebody serves {} again", path.display()),
+        let outlook = match &self.reconnect {
+            Some(again) => format!("until somebody serves {} again", again.path.display()),
             None => "for good, since its socket was inherited".into(),
         };
         log::warn(&format!("net: passt {lost}; the link is down {outlook}"));
-        if self.path.is_some() {
+        if self.reconnect.is_some() {
             self.retry_in(now);
         }
         self.show_link()?;
@@ -303,14 +318,15 @@ impl Net {
 
     /// Looks for passt again, once it is time.
     pub fn retry(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
-        let Some(path) = self.path.as_ref().filter(|_| self.retry_at.is_some_and(|at| now >= at))
-        else {
+        if self.retry_at.is_none_or(|at| now < at) {
             return Ok(());
-        };
-        let connected = passt::connect_now(path).and_then(Connection::new).map_err(Into::into);
+        }
+        let Some(again) = &mut self.reconnect else { return Ok(()) };
+        let connected = (again.connect)().and_then(Connection::new).map_err(Into::into);
         match connected.and_then(|cable| watch(&cable, ops).map(|()| cable)) {
             Ok(cable) => {
-                log::info(&format!("net: passt serves {} again; the link is up", path.display()));
+                let path = again.path.display();
+                log::info(&format!("net: passt serves {path} again; the link is up"));
                 self.cable = Some(cable);
                 (self.retry_at, self.plugged_at) = (None, now);
                 self.show_link()

@@ -52,7 +52,11 @@ impl Bench {
     fn new(path: Option<PathBuf>) -> Self {
         let (ours, passt) = UnixStream::pair().expect("a pair");
         passt.set_nonblocking(true).expect("set");
-        let net = Net::new(ours, path).expect("a device");
+        let again = path.map(|path| {
+            let socket = path.clone();
+            Reconnect { path, connect: Box::new(move || crate::passt::connect_now(&socket)) }
+        });
+        let net = Net::new(ours, again).expect("a device");
         let device = Rc::new(RefCell::new(MainLoop { net }));
         let mut events = EventManager::new().expect("events");
         let id = events.add_subscriber(Rc::clone(&device));

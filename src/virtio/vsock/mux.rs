@@ -29,7 +29,7 @@ use crate::virtio::queue::{self, Chain, ServedQueue};
 
 /// Most connections at once; clients beyond are refused. The agent's own connections always find
 /// room, of which there are no more than offers: without them there is no agent.
-const MAX_CONNECTIONS: usize = 4096;
+pub const MAX_CONNECTIONS: usize = 4096;
 /// Most of them that are flows, outgoing and published: the rest is for the clients of the box's own
 /// sockets, who must get in whatever the box does on the network.
 const MAX_FLOWS: usize = 3072;

@@ -1,0 +1,307 @@
+//! The system calls by which mote gives up what it does not need any more. When and why is
+//! [`crate::sandbox`]'s; nothing here can be taken back.
+
+#![allow(unsafe_code, reason = "part of the module that talks to libc")]
+
+use std::fs;
+use std::io;
+use std::mem::zeroed;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr;
+
+use super::check;
+
+/// A set of namespaces to leave for new ones: `CLONE_NEW*` of unshare(2).
+pub type Namespaces = libc::c_int;
+
+/// Leaves these namespaces for new ones. With a user namespace among them the process must have one
+/// thread, and has every capability in the new one afterwards; its user and group stay what they are.
+pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
+    // SAFETY: plain system calls.
+    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    // SAFETY: plain system call.
+    check(unsafe { libc::unshare(namespaces) })?;
+    if namespaces & libc::CLONE_NEWUSER != 0 {
+        // user_namespaces(7): an unprivileged process may map itself, once it has given up changing
+        // its groups.
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
+        fs::write("/proc/self/gid_map", format!("{group} {group} 1"))?;
+    }
+    Ok(())
+}
+
+/// Keeps what this mount namespace does from others that got their mounts from the same place.
+pub fn detach_mounts() -> io::Result<()> {
+    let flags = libc::MS_REC | libc::MS_PRIVATE;
+    // SAFETY: the path is NUL-terminated; null is what this kind of mount(2) takes for the rest.
+    check(unsafe { libc::mount(ptr::null(), c"/".as_ptr(), ptr::null(), flags, ptr::null()) })?;
+    Ok(())
+}
+
+/// Makes an empty, read-only directory the root and working directory of this process, in a mount
+/// namespace of its own in which nothing else is left. Open descriptors stay as they are.
+pub fn enter_empty_root() -> io::Result<()> {
+    detach_mounts()?;
+    // Where /dev/kvm has just been opened there is a /dev.
+    let place = c"/dev";
+    let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RDONLY;
+    let options = c"size=4k,nr_inodes=1,mode=555";
+    // SAFETY: system calls on NUL-terminated strings that outlive them. pivot_root(2), "NOTES": with
+    // "." for both, the old root lies over the new one and is what umount2 takes away.
+    unsafe {
+        let tmpfs = c"tmpfs".as_ptr();
+        check(libc::mount(tmpfs, place.as_ptr(), tmpfs, flags, options.as_ptr().cast()))?;
+        check(libc::chdir(place.as_ptr()))?;
+        let dot = c".".as_ptr();
+        check(libc::syscall(libc::SYS_pivot_root, dot, dot) as libc::c_int)?;
+        check(libc::umount2(dot, libc::MNT_DETACH))?;
+        check(libc::chdir(c"/".as_ptr()))?;
+    }
+    Ok(())
+}
+
+/// Puts a copy of the mounts at a directory in its place, with less allowed: no device files, no
+/// set-user-ID, no programs and, if so wanted, no writing. Only async-signal-safe calls: for a child
+/// before it executes its program, in a mount namespace of its own.
+pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result<()> {
+    let mut attributes: libc::mount_attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    if read_only {
+        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    let tree_flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as u32;
+    let empty = c"".as_ptr();
+    // SAFETY: system calls on NUL-terminated strings and a structure of the size given, all of which
+    // outlive them, and on a descriptor that is closed by the exec that follows at the latest.
+    unsafe {
+        let path = directory.as_ptr();
+        let tree = libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path, tree_flags);
+        let tree = check(tree as libc::c_int)?;
+        let at = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+        let size = size_of::<libc::mount_attr>();
+        let set =
+            libc::syscall(libc::SYS_mount_setattr, tree, empty, at, &raw const attributes, size);
+        check(set as libc::c_int)?;
+        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+        let moved = libc::syscall(libc::SYS_move_mount, tree, empty, libc::AT_FDCWD, path, flags);
+        check(moved as libc::c_int)?;
+        libc::close(tree);
+    }
+    Ok(())
+}
+
+/// Sees to it that no program executed from here on has more privileges than this one.
+pub fn no_new_privileges() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    Ok(())
+}
+
+/// `CAP_SYS_ADMIN` and `CAP_SETPCAP` (include/uapi/linux/capability.h).
+const CAP_SETPCAP: u32 = 8;
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct` (capset(2)).
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: libc::c_int,
+}
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilityWord {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+fn effective_capabilities() -> u32 {
+    let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let mut words = [CapabilityWord::default(); 2];
+    // SAFETY: version 3 takes a header and two words, which the pointers are to.
+    let ret = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, words.as_mut_ptr()) };
+    if ret == 0 { words[0].effective } else { 0 }
+}
+
+/// Whether this process may mount file systems, and leave namespaces without a user namespace.
+pub fn is_administrator() -> bool {
+    effective_capabilities() & 1 << CAP_SYS_ADMIN != 0
+}
+
+/// Gives up every capability, now and in programs executed later.
+pub fn drop_capabilities() -> io::Result<()> {
+    if effective_capabilities() & 1 << CAP_SETPCAP != 0 {
+        for capability in 0.. {
+            // SAFETY: plain system call; a number beyond the last capability is refused.
+            if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+                break;
+            }
+        }
+    }
+    // SAFETY: plain system call.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) })?;
+    let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let words = [CapabilityWord::default(); 2];
+    // SAFETY: as for capget.
+    check(unsafe {
+        libc::syscall(libc::SYS_capset, &raw mut header, words.as_ptr()) as libc::c_int
+    })?;
+    Ok(())
+}
+
+/// Keeps other processes of this user from reading this one's memory, and the kernel from dumping it.
+pub fn hide_memory() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) })?;
+    Ok(())
+}
+
+/// A resource of setrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resource {
+    /// Bytes of a core dump.
+    CoreDump,
+    /// Bytes of memory that is locked.
+    LockedMemory,
+    /// Bytes in POSIX message queues.
+    MessageQueues,
+    /// One more than the highest descriptor.
+    OpenFiles,
+}
+
+/// Limits a resource of this process, and of programs it starts, for good. A limit that is lower
+/// already stays.
+pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
+    let resource = match resource {
+        Resource::CoreDump => libc::RLIMIT_CORE,
+        Resource::LockedMemory => libc::RLIMIT_MEMLOCK,
+        Resource::MessageQueues => libc::RLIMIT_MSGQUEUE,
+        Resource::OpenFiles => libc::RLIMIT_NOFILE,
+    };
+    // SAFETY: an all-zero rlimit is valid, and both calls take a pointer to one.
+    unsafe {
+        let mut limit: libc::rlimit = zeroed();
+        check(libc::getrlimit(resource, &mut limit))?;
+        limit.rlim_max = limit.rlim_max.min(most);
+        limit.rlim_cur = limit.rlim_max;
+        check(libc::setrlimit(resource, &limit))?;
+    }
+    Ok(())
+}
+
+/// The descriptors that this process was started with, beyond the standard streams; from now on
+/// programs that it starts do not get them. To be called before it has opened any of its own that
+/// shall live.
+pub fn inherited_descriptors() -> io::Result<Vec<RawFd>> {
+    let listing = fs::read_dir("/proc/self/fd")?;
+    let numbers = listing.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let candidates: Vec<RawFd> = numbers.filter(|fd| *fd > libc::STDERR_FILENO).collect();
+    let keep_from_programs = |fd: &RawFd| {
+        // SAFETY: plain system call; the listing's own descriptor, which is closed by now, is refused.
+        unsafe { libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0 }
+    };
+    Ok(candidates.into_iter().filter(keep_from_programs).collect())
+}
+
+/// Closes descriptors that this process was started with and nothing in it has taken over.
+pub fn close_inherited(fds: &[RawFd]) {
+    for fd in fds {
+        // SAFETY: by this function's contract nothing owns the number.
+        unsafe { libc::close(*fd) };
+    }
+}
+
+/// Gives this descriptor's file the number of standard input.
+pub fn replace_stdin(file: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: plain system call; nothing in this process keeps standard input's buffer after it has
+    // read the spec.
+    check(unsafe { libc::dup2(file.as_raw_fd(), libc::STDIN_FILENO) })?;
+    Ok(())
+}
+
+/// Whether a child process that does `work` ends well: for finding out what is permitted.
+pub fn succeeds_in_child(work: impl FnOnce() -> io::Result<()>) -> bool {
+    let mut status = 0;
+    // SAFETY: as for `start_detached`: the child is a copy of this thread, does `work` and ends
+    // without running anything else; the status pointer is to a local.
+    unsafe {
+        match libc::fork() {
+            0 => libc::_exit(if work().is_ok() { 0 } else { 1 }),
+            pid if pid > 0 => loop {
+                if libc::waitpid(pid, &mut status, 0) == pid {
+                    return status == 0;
+                }
+                if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                    return false;
+                }
+            },
+            _ => false,
+        }
+    }
+}
+
+/// What a refused system call is reported to: its number. Runs in a signal handler, in a thread to
+/// which nearly nothing is allowed.
+pub type RefusedHandler = fn(number: libc::c_int) -> !;
+
+static REFUSED_HANDLER: std::sync::OnceLock<RefusedHandler> = std::sync::OnceLock::new();
+
+/// Has seccomp's SIGSYS end in `handler`. To be called once, before the first filter.
+pub fn on_refused_system_call(handler: RefusedHandler) -> io::Result<()> {
+    REFUSED_HANDLER.get_or_init(|| handler);
+    // SAFETY: an all-zero sigaction is valid; `on_sigsys` has the signature that SA_SIGINFO calls
+    // for, takes no locks and does not return.
+    unsafe {
+        let mut action: libc::sigaction = zeroed();
+        action.sa_sigaction = on_sigsys as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        check(libc::sigaction(libc::SIGSYS, &action, ptr::null_mut()))?;
+    }
+    Ok(())
+}
+
+/// `si_code` of a SIGSYS that seccomp has sent (sigaction(2)).
+const SYS_SECCOMP: libc::c_int = 1;
+
+/// The start of a `siginfo_t` about a system call (include/uapi/asm-generic/siginfo.h).
+#[repr(C)]
+struct SystemCallInfo {
+    signal: libc::c_int,
+    errno: libc::c_int,
+    code: libc::c_int,
+    address: *const libc::c_void,
+    number: libc::c_int,
+    architecture: libc::c_uint,
+}
+
+extern "C" fn on_sigsys(
+    signal: libc::c_int,
+    info: *const libc::siginfo_t,
+    _context: *const libc::c_void,
+) {
+    // SAFETY: the kernel passes a siginfo_t, which is larger than this beginning of it and aligned.
+    let info = unsafe { &*info.cast::<SystemCallInfo>() };
+    match REFUSED_HANDLER.get() {
+        Some(handler) if info.code == SYS_SECCOMP => handler(info.number),
+        // Somebody has sent the signal: end by it, as without this handler.
+        _ => exit_now(128 + signal),
+    }
+}
+
+/// Writes to a descriptor as far as it takes it at once, and asks no more. For signal handlers.
+pub fn write_once(fd: RawFd, bytes: &[u8]) {
+    // SAFETY: pointer and length describe `bytes`; a number that is not open is refused.
+    unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+}
+
+/// Ends the process at once: no destructor runs, nothing is flushed.
+pub fn exit_now(code: libc::c_int) -> ! {
+    // SAFETY: plain system call.
+    unsafe { libc::_exit(code) }
+}
