@@ -249,9 +249,7 @@ impl TestBox {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let mut child = command.spawn().expect("mote starts");
-        let stdout = BufReader::new(child.stdout.take().expect("stdout"));
-        Started { child, stdout }
+        Started::of(command.spawn().expect("mote starts"))
     }
 
     /// Starts a box that does nothing, with both servers' sockets, and waits until it is up.
@@ -292,6 +290,12 @@ pub struct Started {
 }
 
 impl Started {
+    /// A mote that was started with pipes for its output.
+    pub fn of(mut child: Child) -> Self {
+        let stdout = BufReader::new(child.stdout.take().expect("stdout"));
+        Started { child, stdout }
+    }
+
     /// Waits until the guest has written this line to stdout (the spec needs `console_output` null).
     pub fn wait_for_line(&mut self, wanted: &str) {
         let mut line = String::new();

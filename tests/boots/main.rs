@@ -22,6 +22,7 @@ mod network;
 mod outcomes;
 mod passt;
 mod ports;
+mod sandbox;
 mod shares;
 mod sockets;
 mod terminal;

@@ -1,0 +1,358 @@
+//! What mote cannot do while it runs a guest: seen from outside, and tried out by making its own
+//! threads do it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::json;
+
+use crate::client;
+use crate::common::{Ran, Started, TestBox, executable, mote, processes_with, virtiofsd_of};
+
+/// Makes a thread of another process call the system, by ptrace(2).
+mod injected {
+    #![allow(unsafe_code, reason = "ptrace is not in std")]
+
+    use std::io;
+    use std::mem::zeroed;
+    use std::ptr::{null, null_mut};
+
+    fn request(request: libc::c_uint, tid: i32, data: *const libc::c_void) {
+        // SAFETY: the requests made here read or write one user_regs_struct at `data`, or nothing.
+        let ret = unsafe { libc::ptrace(request, tid, null_mut::<libc::c_void>(), data) };
+        assert!(ret >= 0, "ptrace {request}: {}", io::Error::last_os_error());
+    }
+
+    /// Has a thread that waits in a system call make this one instead.
+    pub fn call(tid: i32, number: i64, arguments: [u64; 3]) {
+        request(libc::PTRACE_SEIZE, tid, null());
+        request(libc::PTRACE_INTERRUPT, tid, null());
+        let mut status = 0;
+        // SAFETY: the pointer is to a local.
+        assert_eq!(unsafe { libc::waitpid(tid, &mut status, libc::__WALL) }, tid);
+        // SAFETY: an all-zero structure of integers is valid.
+        let mut registers: libc::user_regs_struct = unsafe { zeroed() };
+        request(libc::PTRACE_GETREGS, tid, (&raw mut registers).cast());
+        // Back onto the SYSCALL instruction, two bytes long, that it waits in.
+        registers.rip -= 2;
+        registers.rax = number as u64;
+        registers.orig_rax = u64::MAX;
+        [registers.rdi, registers.rsi, registers.rdx] = arguments;
+        request(libc::PTRACE_SETREGS, tid, (&raw const registers).cast());
+        request(libc::PTRACE_DETACH, tid, null());
+    }
+}
+
+/// A box of two vCPUs that has said `ready`.
+fn ready() -> (TestBox, Started) {
+    TestBox::busybox().with("vcpus", json!(2)).idle()
+}
+
+/// Number and name of every thread.
+fn threads(pid: u32) -> Vec<(i32, String)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
+    tasks
+        .map(|task| {
+            let name = fs::read_to_string(task.path().join("comm")).expect("a name");
+            (
+                task.file_name().to_str().expect("text").parse().expect("a number"),
+                name.trim().into(),
+            )
+        })
+        .collect()
+}
+
+fn namespace(pid: &str, kind: &str) -> PathBuf {
+    fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a namespace")
+}
+
+/// Checks all that a process of a confined box shows of its confinement, whatever else it may do.
+fn assert_confined(pid: u32) {
+    let threads = threads(pid);
+    let names: BTreeSet<&str> = threads.iter().map(|(_, name)| name.as_str()).collect();
+    assert!(names.is_superset(&["mote", "vcpu0", "vcpu1", "stdout", "stderr"].into()), "{names:?}");
+    for (tid, name) in &threads {
+        let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).expect("status");
+        for line in [
+            "Seccomp:\t2",
+            "NoNewPrivs:\t1",
+            "CapInh:\t0000000000000000",
+            "CapPrm:\t0000000000000000",
+            "CapEff:\t0000000000000000",
+            "CapBnd:\t0000000000000000",
+            "CapAmb:\t0000000000000000",
+        ] {
+            // The bounding set is root's to lower.
+            if line.starts_with("CapBnd")
+                && fs::metadata(format!("/proc/{pid}/task")).expect("it").uid() != 0
+            {
+                continue;
+            }
+            assert!(status.contains(&format!("\n{line}\n")), "{name}: no {line} in {status}");
+        }
+    }
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+    for name in ["Max core file size", "Max locked memory", "Max msgqueue size"] {
+        let line = limits.lines().find(|line| line.starts_with(name)).expect(name);
+        let values: Vec<&str> = line[name.len()..].split_whitespace().collect();
+        assert_eq!(values[..2], ["0", "0"], "{line}");
+    }
+}
+
+/// Checks that the process sees no file system and shares nothing with the host that it need not.
+fn assert_in_an_empty_root(pid: u32) {
+    for place in ["root", "cwd"] {
+        let listing = fs::read_dir(format!("/proc/{pid}/{place}")).expect(place);
+        assert_eq!(listing.count(), 0, "{place} is not empty");
+    }
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mounts");
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains(" / / ro,"), "{mounts}");
+    for kind in ["mnt", "ipc", "uts"] {
+        assert_ne!(namespace(&pid.to_string(), kind), namespace("self", kind), "{kind}");
+    }
+}
+
+#[test]
+fn a_running_box_is_confined() {
+    let (test, started) = ready();
+    let pid = started.child.id();
+    assert_confined(pid);
+    assert_in_an_empty_root(pid);
+    // Its connections are made in the host's network.
+    assert_eq!(namespace(&pid.to_string(), "net"), namespace("self", "net"));
+    assert_eq!(client::shell(&test, "echo served"), "served\n");
+    started.stop(&test);
+}
+
+#[test]
+fn virtiofsd_sees_its_share_and_nothing_else() {
+    let test = TestBox::busybox();
+    let data = test.path("data");
+    fs::create_dir(&data).expect("directory");
+    fs::write(data.join("file"), "precious").expect("file");
+    let mounts = json!([{ "tag": "data", "host_path": data, "read_only": true }]);
+    let (test, started) = test.with("fs_mounts", mounts).idle();
+    // The one that serves is a child of the one that was started.
+    let serving = |path: &Path| {
+        let pids = virtiofsd_of(path).into_iter();
+        pids.max_by_key(|pid| {
+            fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
+                != fs::read_link("/proc/self/ns/pid").ok()
+        })
+        .expect("virtiofsd runs")
+    };
+    for (path, read_only, capabilities) in
+        [(test.path("root"), false, "00000000800000db"), (data.clone(), true, "0000000000000002")]
+    {
+        let pid = serving(&path);
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+        for line in ["Seccomp:\t2", "NoNewPrivs:\t1", &format!("CapEff:\t{capabilities}")] {
+            assert!(status.contains(&format!("\n{line}\n")), "no {line} in {status}");
+        }
+        let inside = PathBuf::from(format!("/proc/{pid}/root"));
+        let (seen, shared) = (fs::metadata(&inside).expect("it"), fs::metadata(&path).expect("it"));
+        assert_eq!((seen.dev(), seen.ino()), (shared.dev(), shared.ino()));
+        // Whatever it may have become: written through its own mount, as this test's root can.
+        let written = fs::write(inside.join("new"), "x");
+        match read_only {
+            true => {
+                let error = written.expect_err("read-only").raw_os_error();
+                assert_eq!(error, Some(libc::EROFS));
+            }
+            false => written.expect("writable"),
+        }
+        let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mounts");
+        for option in ["nosuid", "nodev", "noexec"] {
+            assert!(mounts.lines().all(|line| line.contains(option)), "{mounts}");
+        }
+    }
+    started.stop(&test);
+}
+
+#[test]
+fn nothing_inherited_is_kept() {
+    let test = TestBox::busybox()
+        .shell("ls /proc/self/fd | wc -l; env; echo ready; exec sleep 10000")
+        .with("console_output", json!(null));
+    let secret = test.path("secret");
+    fs::write(&secret, "").expect("file");
+    let script = format!("exec 7<{0} 200<{0} <{0}; exec \"$@\"", secret.display());
+    let child = Command::new("bash")
+        .args(["-c", &script, "bash"])
+        .arg(mote())
+        .args(["--config", &test.spec.to_string()])
+        .env("TMPDIR", test.path("tmp"))
+        .env("SECRET", "host")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut started = Started::of(child.expect("mote starts"));
+    started.wait_for_line("ready");
+    for line in processes_of(&test, &started.child) {
+        let (pid, name) = line;
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").flatten();
+        let open: Vec<PathBuf> = fds.flat_map(|fd| fs::read_link(fd.path())).collect();
+        // What the janitor may not know of is what it was started with, too.
+        assert!(!open.contains(&secret), "{name} has {open:?}");
+    }
+    let environment = client::shell(&test, "env");
+    assert!(!environment.contains("SECRET"), "{environment}");
+    started.signal(libc::SIGTERM);
+    test.finished(started.finish());
+}
+
+/// A box's processes, by number and command: mote, its janitor and virtiofsd.
+fn processes_of(test: &TestBox, mote: &Child) -> Vec<(u32, String)> {
+    let named = |pid: u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        (pid, name.trim().to_owned())
+    };
+    let pids = fs::read_dir("/proc").expect("proc").flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let janitors = pids.filter(|pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains(&format!("\nPPid:\t{}\n", mote.id()))
+    });
+    let all: Vec<_> =
+        [mote.id()].into_iter().chain(janitors).chain(virtiofsd_of(&test.dir)).map(named).collect();
+    for name in ["mote", "mote-janitor", "virtiofsd"] {
+        assert!(all.iter().any(|(_, found)| found == name), "no {name} in {all:?}");
+    }
+    all
+}
+
+/// Runs a box, makes its thread of this name call the system, and says how it all ended.
+fn broken(thread: &str, number: i64, arguments: [u64; 3]) -> Ran {
+    let (test, started) = ready();
+    let threads = threads(started.child.id());
+    let (tid, _) = threads.iter().find(|(_, name)| name == thread).expect("the thread");
+    injected::call(*tid, number, arguments);
+    let output = started.finish();
+    crate::common::eventually("its processes end", || processes_with(&test.dir).is_empty());
+    test.finished(output)
+}
+
+#[test]
+fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
+    const EXECUTABLE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    const UNIX: u64 = libc::AF_UNIX as u64;
+    for (thread, name, call, number, arguments) in [
+        ("mote", "main", "openat", libc::SYS_openat, [0, 0, 0]),
+        ("mote", "main", "socket", libc::SYS_socket, [UNIX, libc::SOCK_STREAM as u64, 0]),
+        ("mote", "main", "mmap", libc::SYS_mmap, [0, 4096, EXECUTABLE]),
+        ("mote", "main", "prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0]),
+        ("vcpu1", "vcpu1", "socket", libc::SYS_socket, [libc::AF_INET as u64, 1, 0]),
+        ("vcpu0", "vcpu0", "ioctl", libc::SYS_ioctl, [0, 0xae01, 0]),
+        ("stdout", "stdout", "execve", libc::SYS_execve, [0, 0, 0]),
+    ] {
+        let ran = broken(thread, number, arguments);
+        let message = format!(
+            "thread {name} made the system call {call} ({number}), which mote never makes; ended the box at once: either mote has been broken into, or this is a bug to report"
+        );
+        assert_eq!((ran.code, ran.stderr), (120, format!("mote: {message}\n")));
+        let outcome = json!({ "kind": "refused", "exit_code": 120, "message": message });
+        assert_eq!(ran.outcome, outcome);
+    }
+}
+
+#[test]
+fn the_sandbox_can_be_left_out_aloud() {
+    let test = TestBox::busybox().shell("exit 3");
+    let output = test.command().env("MOTE_NO_SANDBOX", "1").output().expect("mote runs");
+    let ran = test.finished(output);
+    assert_eq!(ran.code, 3);
+    let expected =
+        "mote: warning: MOTE_NO_SANDBOX is set: this box's mote is not confined at all\n";
+    assert_eq!(ran.stderr, expected);
+}
+
+/// A user of the group that owns /dev/kvm.
+const USER: u32 = 4711;
+
+/// Gives the box's directory to [`USER`], and returns words that make a command theirs. A shell script
+/// that executes its arguments may come between.
+fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
+    fn give(path: &Path) {
+        chown(path, Some(USER), Some(USER))
+            .or_else(|_| std::os::unix::fs::lchown(path, Some(USER), Some(USER)))
+            .expect("given");
+        if fs::symlink_metadata(path).expect("it").is_dir() {
+            for entry in fs::read_dir(path).expect("directory").flatten() {
+                give(&entry.path());
+            }
+        }
+    }
+    give(&test.dir);
+    let kvm = fs::metadata("/dev/kvm").expect("the device");
+    if kvm.mode() & 0o60 != 0o60 {
+        // The lab's own device: a booted host has it so.
+        fs::set_permissions("/dev/kvm", fs::Permissions::from_mode(0o660)).expect("mode");
+    }
+    let mut words: Vec<String> = ["setpriv", "--clear-groups"].map(String::from).into();
+    words.pop();
+    words.push(format!("--reuid={USER}"));
+    words.push(format!("--regid={USER}"));
+    words.push(format!("--groups={}", kvm.gid()));
+    words.push("--no-new-privs".into());
+    if !namespaces {
+        // A user namespace below which there can be no other, and in it no capability.
+        let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --ambient-caps=-all --inh-caps=-all \"$@\"";
+        words.extend(
+            ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c", script, "sh"]
+                .map(String::from),
+        );
+    }
+    words
+}
+
+#[test]
+fn a_user_of_the_kvm_group_can_run_boxes() {
+    for namespaces in [true, false] {
+        let test = TestBox::busybox()
+            .shell("echo written >/file; cat /file; echo ready; exec sleep 10000")
+            .with("console_output", json!(null))
+            .with("vcpus", json!(2));
+        // Where the user may look for the binary.
+        let binary = test.path("mote");
+        executable(&binary, &fs::read(mote()).expect("the binary"));
+        let words = unprivileged(&test, namespaces);
+        let child = Command::new(&words[0])
+            .args(&words[1..])
+            .arg(&binary)
+            .args(["--config", &test.spec.to_string()])
+            .env("TMPDIR", test.path("tmp"))
+            .env("MOTE_VIRTIOFSD", copied_virtiofsd(&test))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut started = Started::of(child.expect("mote starts"));
+        started.wait_for_line("written");
+        started.wait_for_line("ready");
+        let pid = started.child.id();
+        assert_confined(pid);
+        if namespaces {
+            assert_in_an_empty_root(pid);
+        }
+        assert_eq!(client::shell(&test, "echo served"), "served\n");
+        started.signal(libc::SIGTERM);
+        let ran = test.finished(started.finish());
+        assert_eq!((ran.code, ran.stderr.as_str()), (143, ""), "namespaces: {namespaces}");
+        assert_eq!(fs::read_to_string(test.path("root/file")).expect("there"), "written\n");
+    }
+}
+
+/// virtiofsd where an unprivileged user can execute it.
+fn copied_virtiofsd(test: &TestBox) -> PathBuf {
+    let path = std::env::var_os("PATH").expect("a path");
+    let found = std::env::split_paths(&path)
+        .map(|dir| dir.join("virtiofsd"))
+        .find(|file| file.exists())
+        .expect("virtiofsd is installed");
+    let copy = test.path("virtiofsd");
+    executable(&copy, &fs::read(found).expect("virtiofsd"));
+    copy
+}
