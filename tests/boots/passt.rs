@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::common::{Started, TestBox, eventually};
+use crate::network::Network;
+use crate::{ports, tsi};
 
 const MAC: [u8; 6] = [2, 66, 10, 88, 0, 2];
 
@@ -24,6 +26,9 @@ fn network(socket: &Path) -> Value {
         "prefix_len": 24, "mac_address": MAC, "dns_servers": ["192.0.2.2"],
     })
 }
+
+/// What passt is told of the same.
+const PASSTS_OPTIONS: &str = "--address 10.88.0.2 --gateway 10.88.0.1 --netmask 255.255.255.0";
 
 /// A directory for passt's socket, where the user that passt becomes may create it.
 struct SocketDir(PathBuf);
@@ -141,9 +146,8 @@ impl Outside {
         let socket = self.dir.socket();
         let _ = fs::remove_file(&socket);
         let path = socket.to_str().expect("text");
-        let options =
-            "--foreground --address 10.88.0.2 --gateway 10.88.0.1 --netmask 255.255.255.0";
-        let command = ["passt", "--socket", path].into_iter().chain(options.split(' '));
+        let command = ["passt", "--foreground", "--socket", path].into_iter();
+        let command = command.chain(PASSTS_OPTIONS.split(' '));
         let passt = self.spawn(0, &command.collect::<Vec<_>>());
         self.children.push(passt);
     }
@@ -230,6 +234,37 @@ fn a_box_on_passt_has_the_network_of_its_spec() {
     let left = fs::read_to_string(test.path("root/etc/resolv.conf")).expect("there");
     assert_eq!(left, of_image, "the image's own file");
     assert_eq!(ran.stderr, "");
+}
+
+/// Runs a passt in a network, for boxes there.
+fn passt_in(network: &Network, socket: &Path) -> Child {
+    network.ip("route add default dev outside\n");
+    let mut words = network.enter();
+    words.extend(["passt", "--foreground", "--socket"].map(String::from));
+    words.push(socket.to_str().expect("text").into());
+    words.extend(PASSTS_OPTIONS.split(' ').map(String::from));
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().expect("passt starts")
+}
+
+#[test]
+fn usual_clients_fetch_while_a_server_stands_a_load() {
+    let (outside, _web) = tsi::web();
+    let _servers = outside.serve(tsi::SERVERS);
+    let dir = SocketDir::new();
+    let mut passt = passt_in(&outside, &dir.socket());
+    let test = TestBox::debian().inside(&outside).with("network", network(&dir.socket()));
+    fs::copy(outside.dir.join("cert.pem"), test.path("root/ca.pem")).expect("copied");
+    let (test, started) = ports::nginx(test);
+    std::thread::scope(|scope| {
+        scope.spawn(|| ports::assert_stands_a_load(&outside));
+        tsi::usual_clients_fetch(&test, &["198.51.100.1"]);
+        tsi::two_hundred_connections(&test, &["198.51.100.1"]);
+    });
+    started.stop(&test);
+    passt.kill().expect("kills");
+    passt.wait().expect("waits");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::common::{TestBox, eventually};
+use crate::common::{Started, TestBox, eventually};
 use crate::network::{Network, Server, python, run, shell};
 
 /// Serves on every kind of address. Says whom it sees to whoever connects, then sends back what comes,
@@ -185,28 +185,36 @@ conn.close()
 #[test]
 fn nginx_stands_a_load() {
     let network = Network::new();
-    let test = TestBox::debian()
-        .inside(&network)
-        .with("console_output", json!(null))
-        .with("port_map", json!(["18080:80"]))
-        .shell(
-            "echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait",
-        );
-    let mut started = test.start();
-    started.wait_for_line("ready");
-    until_answered(&network, 18080);
-    for how in [&["-n", "2000", "-c", "50"][..], &["-n", "2000", "-c", "50", "-k"]] {
-        let said = network.run(&[&["ab", "-q"], how, &["http://198.51.100.1:18080/"]].concat());
-        assert!(said.contains("Complete requests:      2000\n"), "{said}");
-        assert!(said.contains("Failed requests:        0\n"), "{said}");
-        assert!(!said.contains("Non-2xx"), "{said}");
-    }
+    let (test, started) = nginx(TestBox::debian().inside(&network));
+    assert_stands_a_load(&network);
     let log = shell(&test, "sort /var/log/nginx/access.log | cut -d' ' -f1 | uniq -c");
     let lines: Vec<_> = log.split_whitespace().collect();
     // 4000, the one before, and what ab had opened when it stopped.
     let all_from_here = lines.len() == 2 && lines[1] == "198.51.100.1";
     assert!(all_from_here && lines[0].parse::<u32>().expect("a count") > 4000, "{log}");
     started.stop(&test);
+}
+
+/// Starts a box whose nginx is published on port 18080.
+pub fn nginx(test: TestBox) -> (TestBox, Started) {
+    let test =
+        test.with("console_output", json!(null)).with("port_map", json!(["18080:80"])).shell(
+            "echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait",
+        );
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    (test, started)
+}
+
+/// Loads [`nginx`] from its box's network, with and without connections that are kept.
+pub fn assert_stands_a_load(network: &Network) {
+    until_answered(network, 18080);
+    for how in [&["-n", "2000", "-c", "50"][..], &["-n", "2000", "-c", "50", "-k"]] {
+        let said = network.run(&[&["ab", "-q"], how, &["http://198.51.100.1:18080/"]].concat());
+        assert!(said.contains("Complete requests:      2000\n"), "{said}");
+        assert!(said.contains("Failed requests:        0\n"), "{said}");
+        assert!(!said.contains("Non-2xx"), "{said}");
+    }
 }
 
 /// Waits until a published web server answers; before, connections end.

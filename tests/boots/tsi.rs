@@ -65,7 +65,7 @@ print("ready")
 "#;
 
 /// A network with the web server; its certificate authority is `cert.pem` in its directory.
-fn web() -> (Network, crate::network::Server) {
+pub fn web() -> (Network, crate::network::Server) {
     let network = Network::new();
     let made = Command::new("openssl")
         .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7".split(' '))
@@ -87,7 +87,7 @@ fn web() -> (Network, crate::network::Server) {
 ///   7005 resets at the end
 ///   7006 reads nothing until somebody connects to 7007, then as 7002
 ///   7008 sends without end until it cannot, and reports how far it came when 7007 is called
-const SERVERS: &str = r#"
+pub const SERVERS: &str = r#"
 import errno, socket, struct, sys, threading
 called = threading.Event()
 def say(*words):
@@ -158,18 +158,27 @@ fn usual_clients_fetch_over_http_and_https() {
     let test = TestBox::debian().inside(&network);
     fs::copy(network.dir.join("cert.pem"), test.path("root/ca.pem")).expect("copied");
     let (test, started) = test.idle();
+    usual_clients_fetch(&test, &["198.51.100.1", "2001:db8::1"]);
+    let mapped = "curl -sS --max-time 60 http://[::ffff:198.51.100.1]/curl";
+    assert_eq!(shell(&test, mapped), "hello /curl");
+    started.stop(&test);
+}
 
-    for host in ["198.51.100.1", "[2001:db8::1]", "[::ffff:198.51.100.1]"] {
-        let said = shell(&test, &format!("curl -sS --max-time 60 http://{host}/curl"));
+/// Has curl, python's clients and netcat fetch from these addresses of [`web`]. The certificate is the
+/// box's `/ca.pem`.
+pub fn usual_clients_fetch(test: &TestBox, addresses: &[&str]) {
+    let hosts = addresses.iter().map(|address| match address.contains(':') {
+        true => format!("[{address}]"),
+        false => (*address).to_owned(),
+    });
+    let hosts: Vec<String> = hosts.collect();
+    for host in &hosts {
+        let said = shell(test, &format!("curl -sS --max-time 60 http://{host}/curl"));
         assert_eq!(said, "hello /curl", "{host}");
-    }
-    for host in ["198.51.100.1", "[2001:db8::1]"] {
         let curl = format!("curl -sS --max-time 60 --cacert /ca.pem https://{host}/tls");
-        assert_eq!(shell(&test, &curl), "hello /tls", "{host}");
+        assert_eq!(shell(test, &curl), "hello /tls", "{host}");
     }
-    let said = python(
-        &test,
-        r#"
+    let script = r#"
 import asyncio, ssl, urllib.request, requests
 async def fetch(host, **tls):
     reader, writer = await asyncio.open_connection(host, 443 if tls else 80, **tls)
@@ -180,20 +189,20 @@ async def fetch(host, **tls):
 async def fetch_all():
     context = ssl.create_default_context(cafile="/ca.pem")
     return await asyncio.gather(*(
-        fetch(host, **tls) for host in ("198.51.100.1", "2001:db8::1") for tls in ({}, {"ssl": context})))
+        fetch(host, **tls) for host in ADDRESSES for tls in ({}, {"ssl": context})))
 print(*asyncio.run(fetch_all()))
-for host in ("198.51.100.1", "[2001:db8::1]"):
+for host in HOSTS:
     print(urllib.request.urlopen(f"http://{host}/urllib", timeout=60).read().decode())
     with requests.Session() as session:
         for _ in range(3):
             print(session.get(f"https://{host}/requests", verify="/ca.pem", timeout=60).text)
-"#,
-    );
-    let once = "hello /urllib\nhello /requests\nhello /requests\nhello /requests\n";
-    assert_eq!(said, format!("{}\n{once}{once}", ["hello /asyncio"; 4].join(" ")));
+"#;
+    let said = python(test, &format!("ADDRESSES = {addresses:?}\nHOSTS = {hosts:?}\n{script}"));
+    let together = vec!["hello /asyncio"; 2 * hosts.len()].join(" ");
+    let each = "hello /urllib\nhello /requests\nhello /requests\nhello /requests\n";
+    assert_eq!(said, format!("{together}\n{}", each.repeat(hosts.len())));
     let netcat = r"printf 'GET /nc HTTP/1.0\r\n\r\n' | nc -w 60 198.51.100.1 80 | tail -n 1";
-    assert_eq!(shell(&test, netcat), "hello /nc");
-    started.stop(&test);
+    assert_eq!(shell(test, netcat), "hello /nc");
 }
 
 #[test]
@@ -684,13 +693,18 @@ fn two_hundred_connections_live_side_by_side() {
     let descriptors =
         || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
     let before = descriptors();
-    let said = python(
-        &test,
-        r#"
+    two_hundred_connections(&test, &["198.51.100.1", "2001:db8::1"]);
+    eventually("their descriptors go", || descriptors() <= before);
+    started.stop(&test);
+}
+
+/// Has the box talk over 200 connections at once to these addresses of [`SERVERS`].
+pub fn two_hundred_connections(test: &TestBox, addresses: &[&str]) {
+    let script = r#"
 import asyncio
 async def main():
-    hosts = ("198.51.100.1", "2001:db8::1")
-    connections = await asyncio.gather(*(asyncio.open_connection(hosts[i % 2], 7001) for i in range(200)))
+    connections = await asyncio.gather(
+        *(asyncio.open_connection(HOSTS[i % len(HOSTS)], 7001) for i in range(200)))
     async def talk(number, reader, writer):
         data = f"number {number} ".encode() * 100
         for _ in range(3):
@@ -702,11 +716,9 @@ async def main():
     await asyncio.gather(*(talk(number, *pair) for number, pair in enumerate(connections)))
     print("all", len(connections))
 asyncio.run(main())
-"#,
-    );
+"#;
+    let said = python(test, &format!("HOSTS = {addresses:?}\n{script}"));
     assert_eq!(said, "all 200\n");
-    eventually("their descriptors go", || descriptors() <= before);
-    started.stop(&test);
 }
 
 #[test]
