@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -117,6 +118,10 @@ fn failures_are_explained_in_one_line() {
     let (code, _, said) = texts(&child.wait_with_output().expect("ends"));
     assert_eq!(code, 125);
     assert!(said.contains("the box ended"), "{said}");
+    // What a host that lost its power is left with.
+    let socket = test.path("sock/exec.sock");
+    eventually("the box's socket goes", || !socket.exists());
+    drop(UnixListener::bind(&socket).expect("bound"));
     let (code, _, said) = run(&mut exec(&test, &[], &["true"]));
     assert_eq!(code, 125);
     assert!(said.contains("the box is gone"), "{said}");
