@@ -138,25 +138,25 @@ fn run_box(
     timeline_file: Option<&Path>,
     mut timeline: Timeline,
 ) -> u8 {
+    // First: nothing that mote opens is among them.
+    let opened = confine::inherited_descriptors()
+        .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
+        .and_then(|inherited| {
+            let outcome = ReportFile::open(outcome_file, "outcome")?;
+            Ok((inherited, outcome, ReportFile::open(timeline_file, "timeline")?))
+        });
+    let (inherited, outcome_file, timeline_file) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            log::error(&format!("{error:#}"));
+            return Outcome::NotStarted(error).exit_code();
+        }
+    };
     let mut exits = Default::default();
-    // Before mote opens anything that shall live.
-    let inherited = confine::inherited_descriptors();
-    let opened = ReportFile::open(outcome_file, "outcome")
-        .and_then(|outcome| Ok((outcome, ReportFile::open(timeline_file, "timeline")?)));
-    let (outcome_file, timeline_file, refused) = match opened {
-        Ok((outcome, timeline)) => (outcome, timeline, None),
-        Err(error) => (None, None, Some(error)),
-    };
-    let outcome = match refused {
-        Some(error) => Err(error),
-        None => inherited
-            .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
-            .and_then(|inherited| {
-                seccomp::report_refused_calls(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
-                run_to_end(config, environment, &inherited, &mut timeline, &mut exits)
-            }),
-    };
-    let outcome = outcome.unwrap_or_else(Outcome::NotStarted);
+    let outcome_fd = outcome_file.as_ref().map(|to| to.file.as_raw_fd());
+    let outcome = seccomp::report_refused_calls(outcome_fd)
+        .and_then(|()| run_to_end(config, environment, &inherited, &mut timeline, &mut exits))
+        .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
     let reported =
         outcome_file.map_or(Ok(()), |to| to.write(|file| outcome.write_to(file))).and_then(|()| {

@@ -6,10 +6,12 @@ use std::process::{Command, Stdio};
 use crate::json::Report;
 use crate::kvm;
 use crate::plan::{self, Environment};
+use crate::sandbox::Isolation;
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {
-    let checks = [("kvm", kvm()), ("virtiofsd", virtiofsd(environment))];
+    let confined = Ok(format!("boxes are confined by {}", Isolation::of_host()));
+    let checks = [("kvm", kvm()), ("virtiofsd", virtiofsd(environment)), ("sandbox", confined)];
     let ready = checks.iter().all(|(_, result)| result.is_ok());
     let mut text = String::new();
     for (name, result) in checks {
