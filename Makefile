@@ -4,12 +4,14 @@
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
+# make deny    advisories, licences and sources of the dependencies
+# make reproducible   the guest's files, built twice, have the same bytes
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net lab tools check unit boots deny clean
+.PHONY: build test demo bench bench-net lab tools check unit boots deny reproducible clean
 
 build:
 	resources/tools.sh build
@@ -18,7 +20,7 @@ build:
 	cp -f target/$(TARGET)/release/mote target/release/mote.new
 	mv -f target/release/mote.new target/release/mote
 
-test: tools build check unit boots
+test: tools build check deny unit boots
 
 tools:
 	resources/tools.sh test
@@ -33,8 +35,8 @@ unit:
 # The boot tests drive the release binary with real specs, on this machine or in the lab. In groups
 # of about a minute, and with a limit far above that: a lab that hangs costs one group's time, not all.
 export LAB_LIMIT_S ?= 420
-BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: limits::,outcomes::,shares::,sockets:: \
-	tsi:: datagrams:: ports:: passt::
+BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: \
+	limits::,outcomes::,shares::,sockets:: sandbox:: tsi:: datagrams:: ports:: passt::
 
 boots:
 	export MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) && \
@@ -54,9 +56,11 @@ bench-net: tools build
 lab: tools
 	tests/lab/lab.sh $(ARGS)
 
-deny:
-	command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
-	cargo deny check bans licenses sources
+deny: tools
+	tests/deny.sh
+
+reproducible: tools
+	tests/reproducible.sh
 
 clean:
 	cargo clean

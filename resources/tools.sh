@@ -9,6 +9,7 @@ set -euo pipefail
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 virtiofsd_version=1.14.0
 virtme_version=1.42
+cargo_deny_version=0.20.2
 qemu_version=10
 
 say() { echo "tools: $*" >&2; }
@@ -96,6 +97,14 @@ install_virtiofsd() {
     (cd / && cargo install --quiet --locked --root "$root" --version "$virtiofsd_version" virtiofsd)
 }
 
+# Without optimisation: it runs for seconds, and would take minutes longer to build.
+install_cargo_deny() {
+    local root=$cache/cargo-deny-$cargo_deny_version
+    [ -x "$root/bin/cargo-deny" ] && return
+    say "building cargo-deny $cargo_deny_version from crates.io: looks at the dependencies"
+    (cd / && cargo install --quiet --locked --debug --root "$root" --version "$cargo_deny_version" cargo-deny)
+}
+
 install_virtme() {
     local root=$cache/virtme-ng-$virtme_version
     [ -x "$root/bin/vng" ] && return
@@ -115,6 +124,7 @@ case ${1:-} in
         install_packages "$build_packages$test_packages"
         install_qemu
         install_virtiofsd
+        install_cargo_deny
         install_virtme
         ;;
     *) die "usage: $0 build|test" ;;
