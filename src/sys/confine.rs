@@ -8,8 +8,12 @@ use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use super::check;
+
+/// How long a thread that has been joined may still count as one, which refuses a user namespace.
+const THREAD_END_LIMIT: Duration = Duration::from_millis(500);
 
 /// A set of namespaces to leave for new ones: `CLONE_NEW*` of unshare(2).
 pub type Namespaces = libc::c_int;
@@ -19,8 +23,19 @@ pub type Namespaces = libc::c_int;
 pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
     // SAFETY: plain system calls.
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
-    // SAFETY: plain system call.
-    check(unsafe { libc::unshare(namespaces) })?;
+    let deadline = Instant::now() + THREAD_END_LIMIT;
+    loop {
+        // SAFETY: plain system call.
+        match check(unsafe { libc::unshare(namespaces) }) {
+            Ok(_) => break,
+            Err(error)
+                if error.raw_os_error() == Some(libc::EINVAL) && Instant::now() < deadline =>
+            {
+                std::thread::yield_now();
+            }
+            Err(error) => return Err(error),
+        }
+    }
     if namespaces & libc::CLONE_NEWUSER != 0 {
         // user_namespaces(7): an unprivileged process may map itself, once it has given up changing
         // its groups.
@@ -47,15 +62,21 @@ pub fn enter_empty_root() -> io::Result<()> {
     let place = c"/dev";
     let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RDONLY;
     let options = c"size=4k,nr_inodes=1,mode=555";
-    // SAFETY: system calls on NUL-terminated strings that outlive them. pivot_root(2), "NOTES": with
-    // "." for both, the old root lies over the new one and is what umount2 takes away.
+    // SAFETY: system calls on NUL-terminated strings that outlive them.
     unsafe {
         let tmpfs = c"tmpfs".as_ptr();
         check(libc::mount(tmpfs, place.as_ptr(), tmpfs, flags, options.as_ptr().cast()))?;
         check(libc::chdir(place.as_ptr()))?;
         let dot = c".".as_ptr();
-        check(libc::syscall(libc::SYS_pivot_root, dot, dot) as libc::c_int)?;
-        check(libc::umount2(dot, libc::MNT_DETACH))?;
+        // pivot_root(2), "NOTES": with "." for both, the old root lies over the new one and is what
+        // umount2 takes away.
+        match check(libc::syscall(libc::SYS_pivot_root, dot, dot) as libc::c_int) {
+            Ok(_) => check(libc::umount2(dot, libc::MNT_DETACH))?,
+            // The root of a chroot, which is no mount, cannot be exchanged. Without capabilities and
+            // descriptors of directories there is no way out of another one.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => check(libc::chroot(dot))?,
+            Err(error) => return Err(error),
+        };
         check(libc::chdir(c"/".as_ptr()))?;
     }
     Ok(())
