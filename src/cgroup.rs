@@ -2,12 +2,12 @@
 //! together. cgroup v2 only; the files are those of Documentation/admin-guide/cgroup-v2.rst.
 //!
 //! ```text
-//! mote     create, start the janitor, set limits, join … the box's life … leave, end
-//! janitor                                                                           remove
+//! mote     create, start the janitor, set limits, join … the box's life … end
+//! janitor                                                                    remove
 //! ```
 //!
 //! Whatever happens to mote, one and the same process removes the cgroup: the [`crate::janitor`], which
-//! is not in it.
+//! is not in it. mote itself never leaves it, and holds nothing by which it could.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -137,10 +137,8 @@ impl Cgroup {
     }
 
     fn create_below(&self, root: &Path) -> Result<Created<'_>> {
-        let own = fs::read_to_string("/proc/self/cgroup").context("read /proc/self/cgroup")?;
         let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
         offer(root, &controllers)?;
-        let home = open_processes(&home(&own, root)?)?;
         let parent = root.join(PARENT);
         if let Err(error) = fs::create_dir(&parent)
             && error.kind() != ErrorKind::AlreadyExists
@@ -151,7 +149,7 @@ impl Cgroup {
         offer(&parent, &controllers)?;
         let dir = parent.join(&self.name);
         let _locked = create(&parent, &dir, LEFTOVER_LIMIT)?;
-        Ok(Created { limits: &self.limits, parent, dir, home, _locked })
+        Ok(Created { limits: &self.limits, parent, dir, _locked })
     }
 }
 
@@ -161,7 +159,6 @@ pub struct Created<'a> {
     limits: &'a [Limit],
     parent: PathBuf,
     dir: PathBuf,
-    home: File,
     _locked: File,
 }
 
@@ -178,7 +175,7 @@ impl Created<'_> {
     }
 
     /// Sets the limits and moves this process into the cgroup.
-    pub fn join(self) -> Result<Membership> {
+    pub fn join(self) -> Result<()> {
         for limit in self.limits {
             let remedy = format!(
                 "this kernel cannot do it, or swap accounting is off; leave resource_limits.{} null",
@@ -198,8 +195,7 @@ impl Created<'_> {
             MYSELF,
             ErrorKind::PermissionDenied,
             "run mote as root, or in a cgroup that is delegated together with this one",
-        )?;
-        Ok(Membership { home: self.home })
+        )
     }
 }
 
@@ -214,36 +210,6 @@ impl fmt::Display for Cgroup {
 const PROCESSES: &str = "cgroup.procs";
 /// The writing process, all its threads included.
 const MYSELF: &str = "0";
-
-/// This process is in a box's cgroup.
-#[derive(Debug)]
-pub struct Membership {
-    /// The process list of the cgroup that it came from, opened when it could be.
-    home: File,
-}
-
-impl Membership {
-    /// Takes this process back to where it came from, before the janitor removes the cgroup with all
-    /// that still runs there. The janitor is at home there too, so it still exists.
-    pub fn leave(mut self) -> io::Result<()> {
-        self.home.write_all(MYSELF.as_bytes())
-    }
-}
-
-/// The process list of a cgroup, for moving processes there.
-fn open_processes(dir: &Path) -> Result<File> {
-    let file = dir.join(PROCESSES);
-    OpenOptions::new().write(true).open(&file).map_err(|error| {
-        explained(error, format!("open {}", file.display()), ErrorKind::NotFound, NO_PERMISSION)
-    })
-}
-
-/// Where this process is, from the text of /proc/self/cgroup (cgroups(7)).
-fn home(own: &str, root: &Path) -> Result<PathBuf> {
-    let path = own.lines().find_map(|line| line.strip_prefix("0::/"));
-    path.map(|path| root.join(path))
-        .with_context(|| format!("find mote's own cgroup in /proc/self/cgroup ({own:?})"))
-}
 
 /// Makes controllers available in the children of a cgroup.
 fn offer(dir: &Path, controllers: &BTreeSet<&str>) -> Result<()> {
@@ -371,11 +337,11 @@ impl Remains {
     }
 
     /// Removes the cgroup and kills what is still in it.
-    pub fn remove(self) {
+    pub fn remove(&mut self) {
         self.remove_within(REMOVAL_LIMIT);
     }
 
-    fn remove_within(mut self, limit: Duration) {
+    fn remove_within(&mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
         loop {
             let _ = self.kill.as_mut().map(|file| file.write_all(b"1"));
@@ -460,15 +426,6 @@ mod tests {
     }
 
     #[test]
-    fn home_is_the_v2_line() {
-        let root = Path::new("/r");
-        let text = "9:name=systemd:/x\n0::/user.slice/a b\n";
-        assert_eq!(home(text, root).expect("home"), Path::new("/r/user.slice/a b"));
-        assert_eq!(home("0::/\n", root).expect("home"), root);
-        assert!(home("1:cpu:/\n", root).is_err());
-    }
-
-    #[test]
     fn a_host_without_the_controllers_is_explained() {
         let limits = [Limit::CpuWeight(1), Limit::MemoryLow(1)];
         let root = fake_root("controllers", "cpuset cpu\n");
@@ -487,16 +444,12 @@ mod tests {
     #[test]
     fn a_limit_that_cannot_be_set_is_explained() {
         let root = fake_root("limit", "cpu memory\n");
-        let own = fs::read_to_string("/proc/self/cgroup").expect("text");
-        let home = home(&own, &root).expect("a home");
-        fs::create_dir_all(&home).expect("directory");
-        fs::write(home.join(PROCESSES), "").expect("file");
         let dir = root.join(PARENT).join("b");
         fs::create_dir(&dir).expect("a leftover");
         // The files of a cgroup are the kernel's: a plain directory has none.
         let cgroup = cgroup(&[Limit::MemorySwapMax(None)]);
         let created = cgroup.create_below(&root).expect("created");
-        let remains = created.remains().expect("a directory");
+        let mut remains = created.remains().expect("a directory");
         let error = created.join().expect_err("no file");
         let expected = format!("write \"max\" to {}/memory.swap.max (this kernel", dir.display());
         assert!(error.to_string().starts_with(&expected), "{error:#}");
@@ -523,7 +476,7 @@ mod tests {
 
         let dir = root.join("b");
         fs::create_dir(&dir).expect("directory");
-        let remains = Remains::of(&dir, false).expect("directory");
+        let mut remains = Remains::of(&dir, false).expect("directory");
         // Before the first is gone, so that the second has another inode.
         fs::create_dir(root.join("c")).expect("directory");
         fs::rename(root.join("c"), &dir).expect("replaced");
@@ -546,17 +499,6 @@ mod tests {
         assert_eq!(reserved(&root).expect("a sum"), u64::MAX);
         fs::remove_dir_all(root.join("b")).expect("removed");
         fs::write(root.join("c").join(MEMORY_LOW), "4096\n").expect("file");
-        fs::remove_dir_all(root).expect("removed");
-    }
-
-    #[test]
-    fn membership_ends_with_a_way_home() {
-        let root = fake_root("home", "");
-        let file = root.join(PROCESSES);
-        fs::write(&file, "").expect("file");
-        let membership = Membership { home: open_processes(&root).expect("opened") };
-        membership.leave().expect("left");
-        assert_eq!(fs::read_to_string(file).expect("file"), MYSELF);
         fs::remove_dir_all(root).expect("removed");
     }
 }

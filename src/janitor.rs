@@ -3,13 +3,14 @@
 //! client has sent.
 //!
 //! ```text
-//! mote     bind sockets, create the cgroup, start the janitor ── confined, runs the guest ── end ── reap
-//! janitor                        connect to passt when asked ………………………………………… remove sockets, cgroup
+//! mote     cgroup, sockets, janitor ── confined, runs the guest ── line closed, reap ── end
+//! janitor             connect to passt when asked ………………………… remove sockets ……… remove cgroup
 //! ```
 //!
-//! Whatever happens to mote, the line between the two closes, SIGKILL included, and the janitor removes
-//! what the box has on the host. A mote that has been broken into can have it connect to the box's
-//! passt, and nothing else.
+//! Whatever happens to mote, SIGKILL included, the line between the two closes and the process ends, and
+//! the janitor removes what the box has on the host. A mote that has been broken into can have it connect
+//! to the box's passt and remove the box's sockets early, and nothing else: a cgroup is a limit, and
+//! stays until mote is gone.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
@@ -28,7 +29,11 @@ use crate::sys::{self, Interest};
 /// How long mote waits for an answer. The janitor never waits itself, but may have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 
-/// What a box has on the host beside its processes. Removed when dropped.
+/// How long unlinking a few files may take.
+const CLEANING_LIMIT: Duration = Duration::from_secs(1);
+
+/// What a box has on the host beside its processes. Removed when dropped, but for a cgroup that this
+/// process is in.
 #[derive(Debug, Default)]
 pub struct Leftovers {
     /// Files of the sockets that it listens on.
@@ -38,28 +43,33 @@ pub struct Leftovers {
 }
 
 impl Leftovers {
-    fn remove(&mut self) {
-        // First: a socket that is there says that the box runs (contract §2.8).
-        for file in self.sockets.drain(..) {
-            file.remove();
-        }
-        if let Some(cgroup) = self.cgroup.take() {
-            cgroup.remove();
-        }
+    /// Leaves the rest to the janitor.
+    fn hand_over(mut self) {
+        self.sockets.clear();
+        // Closes what it holds, removes nothing.
+        self.cgroup = None;
+    }
+
+    fn remove_sockets(&mut self) {
+        self.sockets.drain(..).for_each(SocketFile::remove);
     }
 }
 
 impl Drop for Leftovers {
     fn drop(&mut self) {
-        self.remove();
+        self.remove_sockets();
+        if let Some(cgroup) = &mut self.cgroup {
+            cgroup.remove();
+        }
     }
 }
 
-/// A box's janitor, a child of this process. It cleans up when this, and what was made from it, is
-/// dropped; then it ends.
+/// A box's janitor, a child of this process.
 #[derive(Debug)]
 pub struct Janitor {
     line: UnixStream,
+    /// The janitor, if it ends before this process does.
+    ends_first: Option<u32>,
 }
 
 impl Janitor {
@@ -67,21 +77,37 @@ impl Janitor {
     /// threads, whose locks it would inherit.
     pub fn start(mut leftovers: Leftovers, passt: Option<PathBuf>) -> Result<Janitor> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
-        let mut keep = vec![theirs.as_raw_fd()];
+        line.set_nonblocking(true).context("prepare the janitor's line")?;
+        let mote = sys::process_file(std::process::id()).context("watch mote for its janitor")?;
+        let mut keep = vec![theirs.as_raw_fd(), mote.as_raw_fd()];
         keep.extend(leftovers.cgroup.iter().flat_map(Remains::descriptors));
-        sys::start_detached(c"mote-janitor", &keep, || {
+        let pid = sys::start_detached(c"mote-janitor", &keep, || {
             serve(&theirs, passt.as_deref());
-            leftovers.remove();
+            // At once: a socket that is there says that the box runs (contract §2.8).
+            leftovers.remove_sockets();
+            if leftovers.cgroup.is_some() {
+                let _ = sys::poll([Interest::new(&mote, true, false)], None);
+            }
+            drop(std::mem::take(&mut leftovers));
         })
         .context("start the janitor")?;
-        // They are the janitor's now.
-        std::mem::forget(leftovers);
-        Ok(Janitor { line })
+        let ends_first = leftovers.cgroup.is_none().then_some(pid);
+        leftovers.hand_over();
+        Ok(Janitor { line, ends_first })
     }
 
     /// A way to ask for connections to passt.
     pub fn passt_line(&self) -> Result<PasstLine> {
         Ok(PasstLine(self.line.try_clone().context("duplicate the janitor's line")?))
+    }
+
+    /// Has the janitor clean up, and waits for it as far as it does not wait for mote. What was made
+    /// from this is to be dropped before.
+    pub fn dismiss(self) {
+        drop(self.line);
+        if let Some(pid) = self.ends_first {
+            sys::reap(pid, CLEANING_LIMIT);
+        }
     }
 }
 
@@ -117,9 +143,10 @@ impl PasstLine {
     /// A new connection to the box's passt, if that listens at this moment. Waits for the janitor, not
     /// for passt.
     pub fn connect(&mut self) -> io::Result<UnixStream> {
-        // The answer to an earlier request that came too late would be an old connection.
         let mut byte = [0];
-        self.0.write_all(&byte)?;
+        // The answer to an earlier request that came too late is an old connection.
+        while let Ok((1, _)) = self.0.recv_with_fd(&mut byte) {}
+        self.0.write_all(&[0])?;
         let [ready] = sys::poll([Interest::new(&self.0, true, false)], Some(ANSWER_LIMIT))?;
         if !ready {
             return Err(ErrorKind::TimedOut.into());

@@ -65,11 +65,10 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::cgroup::{Cgroup, Created, Membership};
+use crate::cgroup::{Cgroup, Created};
 use crate::cli::{Command, Config};
 use crate::janitor::{Janitor, Leftovers};
 use crate::json::Report;
@@ -154,7 +153,7 @@ fn run_box(
     };
     let mut exits = Default::default();
     let outcome_fd = outcome_file.as_ref().map(|to| to.file.as_raw_fd());
-    let outcome = seccomp::report_refused_calls(outcome_fd)
+    let outcome = seccomp::report_sudden_ends(outcome_fd)
         .and_then(|()| run_to_end(config, environment, &inherited, &mut timeline, &mut exits))
         .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
@@ -218,11 +217,9 @@ fn run_to_end(
     sys::raise_open_file_limit();
     // Its image in memory holds the guest's: nobody gets a copy.
     confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
+    confine::share_heap();
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
-    let outcome = run_on_host(&plan, inherited, signals, timeline, exits);
-    // The VM is dropped: its back-ends were killed, and nothing shall outlive this process.
-    sys::reap_children(REAP_LIMIT);
-    outcome
+    run_on_host(&plan, inherited, signals, timeline, exits)
 }
 
 /// Takes the box's place on the host, runs it, and leaves the place as it was.
@@ -237,31 +234,26 @@ fn run_on_host(
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
     }
-    let mut leftovers = Leftovers::default();
-    let listeners = sockets::bind(plan, &mut leftovers.sockets)?;
     let cgroup = plan.cgroup.as_ref().map(Cgroup::create).transpose()?;
+    let mut leftovers = Leftovers::default();
     leftovers.cgroup = cgroup.as_ref().map(Created::remains).transpose()?;
+    let listeners = sockets::bind(plan, &mut leftovers.sockets)?;
     let janitor = Janitor::start(leftovers, plan.passt_socket().map(Path::to_owned))?;
-    let membership = cgroup.map(Created::join).transpose()?;
-
-    let outcome = Vm::build(plan, listeners, &janitor, timeline).and_then(|vm| {
+    let run = |timeline: &mut Timeline| {
+        cgroup.map(Created::join).transpose()?;
+        let vm = Vm::build(plan, listeners, &janitor, timeline)?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
         let counts = Arc::clone(&vm.exit_counts);
         let outcome = run::run(vm, &plan.sandbox, signals, timeline);
         *exits = counts.read();
         outcome
-    });
-    if let Some(Err(error)) = membership.map(Membership::leave) {
-        log::warn(&format!("leave the box's cgroup: {error}; it is removed when mote has ended"));
-        // The janitor would kill mote before it has reported anything: let it wait for the end.
-        std::mem::forget(janitor);
-    }
+    };
+    let outcome = run(timeline);
+    // The VM is dropped, its back-ends have ended: nothing shall outlive this process.
+    janitor.dismiss();
     outcome
 }
-
-/// How long killed back-ends may take to vanish; one that is stuck in the kernel never will.
-const REAP_LIMIT: Duration = Duration::from_secs(1);
 
 fn read_config(config: &Config) -> Result<String> {
     match config {

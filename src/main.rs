@@ -4,15 +4,16 @@
 use std::process::ExitCode;
 
 use mote::plan::Environment;
-use mote::sys::confine;
 use mote::timeline::Timeline;
-use mote::{cli, log, outcome};
+use mote::{cli, log, outcome, seccomp};
 
 fn main() -> ExitCode {
     // A bug: one line that says where, rather than a signal that says nothing.
     std::panic::set_hook(Box::new(|panic| {
-        log::error(&format!("internal error, please report it: {panic}"));
-        confine::exit_now(outcome::BROKEN.into());
+        seccomp::end_suddenly(
+            "internal-error",
+            format_args!("internal error, please report it: {panic}"),
+        );
     }));
     let timeline = Timeline::start();
     let environment = Environment::from_process();

@@ -11,7 +11,7 @@
 //! | 123 | the guest kernel panicked or crashed |
 //! | 122 | the guest ended without an exit status |
 //! | 121 | stopped hard: a second signal, or the grace was over |
-//! | 120 | mote itself is broken, or broken into: it made a system call that it never makes, or came upon a fault of its own |
+//! | 120 | mote itself is broken, or broken into: it made a system call that it never makes, or came upon a fault of its own; or the host took guest memory away |
 //! | 2 | wrong command line, or `mote check` found errors |
 //!
 //! A guest program can exit with any of these numbers itself; `--outcome FILE` tells them apart.
@@ -23,8 +23,8 @@ use serde_json::json;
 /// Exit code for a wrong command line and for errors that `mote check` finds.
 pub const USAGE: u8 = 2;
 
-/// Exit code for a refused system call ([`crate::seccomp`]) and for a panic: the process ends where it
-/// is, without an [`Outcome`].
+/// Exit code for a refused system call, a fatal signal and a panic: the process ends where it is, without
+/// an [`Outcome`] ([`crate::seccomp::end_suddenly`]).
 pub const BROKEN: u8 = 120;
 
 /// How a box ended.

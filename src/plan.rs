@@ -206,10 +206,12 @@ impl Plan {
         if report.errors.len() > errors_before {
             return None;
         }
-        let isolation = if environment.no_sandbox { Isolation::Off } else { Isolation::of_host() };
+        let outgoing = spec.network.is_none();
+        let isolation =
+            if environment.no_sandbox { Isolation::Off } else { Isolation::of_host(outgoing) };
         let sandbox = Sandbox {
             isolation,
-            outgoing: spec.network.is_none(),
+            outgoing,
             open_files: open_files(spec.vcpus, &shares, &sockets, &published_ports),
         };
         Some(Plan {

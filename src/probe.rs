@@ -10,7 +10,7 @@ use crate::sandbox::Isolation;
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {
-    let confined = Ok(format!("boxes are confined by {}", Isolation::of_host()));
+    let confined = Ok(format!("boxes are confined by {}", Isolation::of_host(true)));
     let checks = [("kvm", kvm()), ("virtiofsd", virtiofsd(environment)), ("sandbox", confined)];
     let ready = checks.iter().all(|(_, result)| result.is_ok());
     let mut text = String::new();

@@ -17,8 +17,10 @@
 //! names a pid.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::{Context, Result};
@@ -37,36 +39,52 @@ pub enum Isolation {
     UserNamespaces,
     /// Landlock alone.
     Landlock,
+    /// Neither: nothing but system call filters.
+    FiltersOnly,
     /// Nothing at all, at the user's wish.
     Off,
 }
 
 impl Isolation {
-    /// Finds out by trying, in a child process.
-    pub fn of_host() -> Isolation {
-        let permitted = |namespaces| {
-            confine::succeeds_in_child(|| {
-                confine::unshare(namespaces)?;
-                // Some hosts grant the namespace and no right in it.
-                confine::detach_mounts()
-            })
+    /// Finds out by trying, in a child process, what a box enters.
+    pub fn of_host(outgoing: bool) -> Isolation {
+        let permitted = |isolation: Isolation| {
+            confine::succeeds_in_child(|| isolation.enter_namespaces(outgoing))
         };
-        if confine::is_administrator() && permitted(libc::CLONE_NEWNS) {
+        if confine::is_administrator() && permitted(Isolation::Namespaces) {
             Isolation::Namespaces
-        } else if permitted(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) {
+        } else if permitted(Isolation::UserNamespaces) {
             Isolation::UserNamespaces
-        } else {
+        } else if confine::succeeds_in_child(|| {
+            let status = restrict_by_landlock(outgoing).map_err(io::Error::other)?;
+            if status == RulesetStatus::NotEnforced {
+                Err(io::ErrorKind::Unsupported.into())
+            } else {
+                Ok(())
+            }
+        }) {
             Isolation::Landlock
+        } else {
+            Isolation::FiltersOnly
         }
     }
 
-    /// What has to be left together with the mount namespace.
+    /// What has to be left together with the mount namespace, where that can be.
     pub fn user_namespace(self) -> Option<Namespaces> {
         match self {
             Isolation::Namespaces => Some(0),
             Isolation::UserNamespaces => Some(libc::CLONE_NEWUSER),
-            Isolation::Landlock | Isolation::Off => None,
+            Isolation::Landlock | Isolation::FiltersOnly | Isolation::Off => None,
         }
+    }
+
+    fn enter_namespaces(self, outgoing: bool) -> io::Result<()> {
+        let Some(user) = self.user_namespace() else { return Ok(()) };
+        // What mote has opened stays in the host's network: published ports, passt.
+        let network = if outgoing { 0 } else { libc::CLONE_NEWNET };
+        let others = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        confine::unshare(user | network | others)?;
+        confine::enter_empty_root()
     }
 }
 
@@ -80,10 +98,16 @@ impl fmt::Display for Isolation {
             Isolation::Landlock => {
                 "Landlock, system call filters (this host permits no namespaces to this user)"
             }
+            Isolation::FiltersOnly => {
+                "system call filters (this host permits neither namespaces nor Landlock to this user)"
+            }
             Isolation::Off => "NOT AT ALL (MOTE_NO_SANDBOX is set)",
         })
     }
 }
+
+/// How long a thread that has been joined may still count as one, which refuses a user namespace.
+const THREAD_END_LIMIT: Duration = Duration::from_millis(500);
 
 /// How a box is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,23 +138,30 @@ impl Sandbox {
         ] {
             confine::limit(resource, most).with_context(|| format!("limit {resource:?}"))?;
         }
-        if let Some(user) = self.isolation.user_namespace() {
-            // What mote has opened stays in the host's network: published ports, passt.
-            let network = if self.outgoing { 0 } else { libc::CLONE_NEWNET };
-            let others = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-            confine::unshare(user | network | others).context("enter namespaces of its own")?;
-            confine::enter_empty_root().context("enter an empty root directory")?;
-        }
-        let landlocked =
-            restrict_by_landlock(self.outgoing).context("restrict mote by Landlock")?;
-        if self.isolation == Isolation::Landlock && landlocked == RulesetStatus::NotEnforced {
+        self.enter_namespaces().context("enter namespaces of its own, with an empty root")?;
+        restrict_by_landlock(self.outgoing).context("restrict mote by Landlock")?;
+        if self.isolation == Isolation::FiltersOnly {
             log::warn(
-                "this host permits neither namespaces nor Landlock: only system call filters keep this box's mote from the host's files; allow user namespaces or boot with lsm=landlock,… for more",
+                "this host permits neither namespaces nor Landlock: only system call filters keep this box's mote and virtiofsd from the host's files; allow user namespaces or boot with lsm=landlock,… for more",
             );
         }
         confine::no_new_privileges().context("forgo new privileges")?;
         confine::drop_capabilities().context("drop all capabilities")?;
         confine::hide_memory().context("keep mote's memory from others")
+    }
+
+    fn enter_namespaces(&self) -> io::Result<()> {
+        let deadline = Instant::now() + THREAD_END_LIMIT;
+        loop {
+            match self.isolation.enter_namespaces(self.outgoing) {
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EINVAL) && Instant::now() < deadline =>
+                {
+                    thread::yield_now();
+                }
+                done => return done,
+            }
+        }
     }
 
     /// Step 6 for the main thread.

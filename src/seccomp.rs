@@ -3,7 +3,8 @@
 //!
 //! Whatever a filter does not name ends the process: the kernel refuses the call and raises SIGSYS,
 //! whose handler writes one line and exits with [`outcome::BROKEN`]. Should a filter refuse the
-//! handler its own calls, or the signal be blocked, the kernel kills the process.
+//! handler its own calls, or the signal be blocked, the kernel kills the process. Other ends that leave
+//! no [`outcome::Outcome`] go the same way.
 
 use std::cell::Cell;
 use std::fmt::Write;
@@ -15,7 +16,7 @@ use seccompiler::{BpfProgram, sock_filter};
 use syscalls::Sysno;
 
 use crate::outcome;
-use crate::sys::confine;
+use crate::sys::confine::{self, Fatal};
 
 /// A kind of thread, by what it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,11 +71,12 @@ thread_local! {
 /// Where a refused call is reported besides stderr; -1 for nowhere.
 static OUTCOME_FILE: AtomicI32 = AtomicI32::new(-1);
 
-/// Prepares the process for filters: what they refuse is reported on stderr, and to this descriptor
-/// if there is one, which must stay open. To be called before there are threads.
-pub fn report_refused_calls(outcome_file: Option<RawFd>) -> Result<()> {
+/// Prepares the process for filters: what they refuse, and everything else that ends it where it is, is
+/// reported on stderr, and to this descriptor if there is one, which must stay open. To be called before
+/// there are threads.
+pub fn report_sudden_ends(outcome_file: Option<RawFd>) -> Result<()> {
     OUTCOME_FILE.store(outcome_file.unwrap_or(-1), Ordering::Relaxed);
-    confine::on_refused_system_call(refused).context("watch for refused system calls")
+    confine::on_fatal(end_fatally).context("watch for fatal signals")
 }
 
 /// Limits the calling thread, for good, to the system calls of its kind.
@@ -88,58 +90,87 @@ pub fn confine_thread(name: &str, kind: ThreadKind) -> Result<()> {
         .with_context(|| format!("limit the system calls of thread {name}"))
 }
 
-/// Text on the stack: nothing is allocated in a signal handler.
+/// Text on the stack: nothing is allocated in a signal handler. What does not fit is cut.
 struct Text {
-    bytes: [u8; 512],
+    bytes: [u8; 1024],
     len: usize,
 }
 
 impl Text {
     fn new() -> Self {
-        Text { bytes: [0; 512], len: 0 }
+        Text { bytes: [0; 1024], len: 0 }
     }
 
     fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }
+
+    fn push(&mut self, bytes: &[u8]) {
+        let room = &mut self.bytes[self.len..];
+        let len = bytes.len().min(room.len());
+        room[..len].copy_from_slice(&bytes[..len]);
+        self.len += len;
+    }
 }
 
 impl Write for Text {
+    /// Nothing that moves a cursor, or needs an escape in JSON.
     fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        let room = self.bytes.get_mut(self.len..self.len + text.len()).ok_or(std::fmt::Error)?;
-        room.copy_from_slice(text.as_bytes());
-        self.len += text.len();
+        for byte in text.bytes() {
+            let plain = (byte == b' ' || byte.is_ascii_graphic()) && !b"\"\\".contains(&byte);
+            self.push(&[if plain { byte } else { b' ' }]);
+        }
         Ok(())
     }
 }
 
-fn refused(number: libc::c_int) -> ! {
-    let name = NAME.get();
-    let name = std::str::from_utf8(&name).unwrap_or("?").trim_end();
-    let call =
-        usize::try_from(number).ok().and_then(Sysno::new).map_or("unknown", |call| call.name());
-    let mut message = Text::new();
-    // What does not fit, which cannot be, is cut.
-    let _ = write!(
-        message,
-        "thread {name} made the system call {call} ({number}), which mote never makes; ended the box at once: either mote has been broken into, or this is a bug to report"
-    );
-    let message = std::str::from_utf8(message.as_bytes()).unwrap_or(call);
+/// Ends the process where it is, with a message for stderr and for the outcome file.
+pub fn end_suddenly(kind: &str, message: std::fmt::Arguments<'_>) -> ! {
+    let mut text = Text::new();
+    let _ = text.write_fmt(message);
+    // Room for what comes around it.
+    let text = &text.as_bytes()[..text.len.min(900)];
     let mut line = Text::new();
-    let _ = writeln!(line, "mote: {message}");
+    [b"mote: ", text, b"\n"].iter().for_each(|part| line.push(part));
     confine::write_once(libc::STDERR_FILENO, line.as_bytes());
     let file = OUTCOME_FILE.load(Ordering::Relaxed);
     if file >= 0 {
         let mut object = Text::new();
-        // Names and message need no escapes.
-        let code = outcome::BROKEN;
-        let _ = writeln!(
-            object,
-            "{{\"kind\":\"refused\",\"exit_code\":{code},\"message\":\"{message}\"}}"
-        );
+        object.push(b"{\"kind\":\"");
+        object.push(kind.as_bytes());
+        object.push(b"\",\"exit_code\":120,\"message\":\"");
+        object.push(text);
+        object.push(b"\"}\n");
         confine::write_once(file, object.as_bytes());
     }
     confine::exit_now(outcome::BROKEN.into())
+}
+
+fn end_fatally(fatal: Fatal) -> ! {
+    let name = NAME.get();
+    let name = std::str::from_utf8(&name).unwrap_or("?").trim_end();
+    match fatal {
+        Fatal::Refused(number) => {
+            let call = usize::try_from(number).ok().and_then(Sysno::new);
+            let call = call.map_or("unknown", |call| call.name());
+            end_suddenly(
+                "refused",
+                format_args!(
+                    "thread {name} made the system call {call} ({number}), which mote never makes; ended the box at once: either mote has been broken into, or this is a bug to report"
+                ),
+            )
+        }
+        Fatal::MemoryGone => end_suddenly(
+            "memory-gone",
+            format_args!(
+                "thread {name} found no memory behind guest memory (SIGBUS): the host, its tmpfs or its huge pages have run out, or a back-end has cut it short; give the host more memory, or the box less"
+            ),
+        ),
+        Fatal::BadAddress => end_suddenly(
+            "internal-error",
+            format_args!("internal error in thread {name} (SIGSEGV), please report it"),
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -159,6 +190,14 @@ mod tests {
             let program = kind.program();
             assert_eq!(program.last().map(|last| last.code), Some(RETURN), "{kind:?}");
         }
+    }
+
+    #[test]
+    fn a_message_is_one_plain_line() {
+        let mut text = Text::new();
+        write!(text, "at \"a\\b\"\n{}", "x".repeat(5000)).expect("cut");
+        assert_eq!(text.len, 1024);
+        assert!(text.as_bytes().starts_with(b"at  a b  xx"));
     }
 
     #[test]

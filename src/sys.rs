@@ -222,28 +222,31 @@ pub fn kill_process(process: &impl AsRawFd) {
     unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, info, 0) };
 }
 
-/// Makes the orphans of this process's children its own children, so that [`reap_children`] sees
-/// them: virtiofsd forks.
+/// Makes the orphans of this process's children its own children, so that [`reap`] sees them:
+/// virtiofsd forks.
 pub fn adopt_orphans() -> io::Result<()> {
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) })?;
     Ok(())
 }
 
-/// Waits until no children are left, at most this long.
-pub fn reap_children(limit: Duration) {
+/// Waits for the end of a child that is about to end, and of the rest of the process group that it
+/// leads, as far as they are children too; at most this long.
+pub fn reap(pid: u32, limit: Duration) {
     let deadline = Instant::now() + limit;
-    loop {
-        // SAFETY: plain system call; a null status pointer is allowed.
-        match unsafe { libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) } {
-            0 if Instant::now() < deadline => std::thread::sleep(REAP_STEP),
-            pid if pid > 0 => {}
-            _ => return,
+    for who in [pid as libc::pid_t, -(pid as libc::pid_t)] {
+        loop {
+            // SAFETY: plain system call; a null status pointer is allowed.
+            match unsafe { libc::waitpid(who, ptr::null_mut(), libc::WNOHANG) } {
+                0 if Instant::now() < deadline => std::thread::sleep(REAP_STEP),
+                reaped if reaped > 0 => {}
+                _ => break,
+            }
         }
     }
 }
 
-/// How often [`reap_children`] looks; what it waits for has been killed already.
+/// How often [`reap`] looks; what it waits for has been killed already.
 const REAP_STEP: Duration = Duration::from_micros(200);
 
 /// The number under which a [`helper`] finds its descriptor.
@@ -469,19 +472,20 @@ pub fn raise_open_file_limit() {
     }
 }
 
-/// Starts a process under this name that does `work` and ends. It is a child of this one, but in a
-/// session and directory of its own and with no descriptors but those to `keep`; signals that are
+/// Starts a process under this name that does `work` and ends, and returns its number. It is a child of
+/// this one, but in a session of its own and with no descriptors but those to `keep`; signals that are
 /// blocked here are blocked there.
 ///
 /// `work` must not panic and must not take a lock that another thread may hold: threads are not
 /// copied.
-pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::Result<()> {
+pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::Result<u32> {
     let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| *fd as libc::c_uint).collect();
     keep.sort_unstable();
     // SAFETY: plain system call. The child is a copy of this thread with all its memory, and is
     // through `_exit` the only thing to run on that copy; glibc puts its own locks in order.
-    if check(unsafe { libc::fork() })? > 0 {
-        return Ok(());
+    let pid = check(unsafe { libc::fork() })?;
+    if pid > 0 {
+        return Ok(pid as u32);
     }
     // From here on in the child.
     let mut from = 0;
@@ -493,7 +497,6 @@ pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::R
         }
         from = fd.saturating_add(1);
     }
-    let _ = std::env::set_current_dir("/");
     // SAFETY: plain system calls; the name is NUL-terminated and lives on.
     unsafe {
         libc::setsid();

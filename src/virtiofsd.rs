@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use landlock::{
-    ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr,
-    path_beneath_rules,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, Scope, path_beneath_rules,
 };
 use mote_agent::instance::ROOT_TAG;
 
@@ -33,6 +33,9 @@ const LAST_WORDS: usize = 4096;
 
 /// How long virtiofsd may take from its first sign of ending to its end.
 const ENDING_LIMIT: Duration = Duration::from_millis(200);
+
+/// How long a killed virtiofsd may take to vanish; one that is stuck in the kernel never will.
+const REAP_LIMIT: Duration = Duration::from_secs(1);
 
 /// A running virtiofsd. It dies with the thread that started it, and with this.
 #[derive(Debug)]
@@ -64,7 +67,7 @@ impl Virtiofsd {
             .arg(&share.host_path)
             .args(["--cache=auto", "--xattr", "--inode-file-handles=never", "--log-level=error"])
             .args(share.read_only.then_some("--readonly"))
-            .args((isolation == Isolation::Landlock).then_some("--sandbox=none"))
+            .args(own_sandbox(isolation))
             .arg(format!("--modcaps={}", needless_capabilities(share.read_only)))
             .env_clear()
             .stdin(Stdio::null())
@@ -136,7 +139,8 @@ impl Drop for Virtiofsd {
     fn drop(&mut self) {
         // Killing what has ended is no error; waiting leaves no zombie.
         sys::kill_process(&self.ended);
-        let _ = self.child.wait();
+        // With the child that it has forked, and that ends with it.
+        sys::reap(self.child.id(), REAP_LIMIT);
     }
 }
 
@@ -154,8 +158,10 @@ fn restriction(
     isolation: Isolation,
 ) -> Result<Box<dyn FnMut() -> io::Result<()> + Send + Sync>> {
     if isolation == Isolation::Landlock {
-        let mut rules =
-            Some(landlock_rules(program, share).context("prepare Landlock for virtiofsd")?);
+        let rules = landlock_rules(program, share).with_context(|| {
+            "restrict virtiofsd by Landlock (it takes Linux 5.19; or allow this user namespaces)"
+        })?;
+        let mut rules = Some(rules);
         return Ok(Box::new(move || {
             let enforced = rules.take().map(RulesetCreated::restrict_self);
             enforced.transpose().map(drop).map_err(io::Error::other)
@@ -168,25 +174,54 @@ fn restriction(
         let Some(user) = isolation.user_namespace() else { return Ok(()) };
         confine::unshare(user | libc::CLONE_NEWNS)?;
         confine::detach_mounts()?;
-        // A kernel before 5.12 cannot; virtiofsd itself refuses writes in any case.
-        let _ = confine::restrict_mount(&directory, read_only);
-        Ok(())
+        match confine::restrict_mount(&directory, read_only) {
+            // Linux before 5.12 cannot; virtiofsd itself refuses writes in any case.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+            done => done,
+        }
     }))
 }
 
-/// Its share, and what it takes to start and to open a file again (/proc/self/fd).
+/// The sandbox that virtiofsd enters itself, if not its usual one of namespaces.
+fn own_sandbox(isolation: Isolation) -> Option<&'static str> {
+    match isolation {
+        Isolation::Namespaces | Isolation::UserNamespaces | Isolation::Off => None,
+        _ if confine::may_chroot() => Some("--sandbox=chroot"),
+        _ => Some("--sandbox=none"),
+    }
+}
+
+/// Its share, and what it takes to start and to open a file again (/proc/self/fd); no network, and
+/// nobody to signal.
 fn landlock_rules(program: &Path, share: &Share) -> Result<RulesetCreated> {
     let abi = ABI::V6;
     let all = AccessFs::from_all(abi);
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let execute = read | AccessFs::Execute;
-    let libraries = ["/lib", "/lib64", "/usr/lib", "/etc/ld.so.cache"].map(Path::new);
-    let mut rules = Ruleset::default().handle_access(all)?.create()?;
-    for path in libraries.into_iter().chain([program]).filter(|path| path.exists()) {
+    let libraries = [
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/local/lib",
+        "/etc/ld.so.cache",
+        "/nix/store",
+        "/gnu/store",
+    ];
+    let mut rules = Ruleset::default()
+        .handle_access(all)?
+        // Without it the guest could not rename from one directory to another.
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::Refer)?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessNet::from_all(abi))?
+        .scope(Scope::AbstractUnixSocket | Scope::Signal)?
+        .create()?;
+    for path in libraries.map(Path::new).into_iter().chain([program]).filter(|path| path.exists()) {
         rules = rules.add_rules(path_beneath_rules([path], execute))?;
     }
     rules = rules.add_rules(path_beneath_rules(["/proc"], read))?;
-    let access = if share.read_only { read } else { all & !AccessFs::Execute };
+    let devices = AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev;
+    let access = if share.read_only { read } else { all & !AccessFs::Execute & !devices };
     Ok(rules.add_rules(path_beneath_rules([&share.host_path], access))?)
 }
 

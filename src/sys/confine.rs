@@ -8,12 +8,9 @@ use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
 
 use super::check;
-
-/// How long a thread that has been joined may still count as one, which refuses a user namespace.
-const THREAD_END_LIMIT: Duration = Duration::from_millis(500);
 
 /// A set of namespaces to leave for new ones: `CLONE_NEW*` of unshare(2).
 pub type Namespaces = libc::c_int;
@@ -23,19 +20,8 @@ pub type Namespaces = libc::c_int;
 pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
     // SAFETY: plain system calls.
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
-    let deadline = Instant::now() + THREAD_END_LIMIT;
-    loop {
-        // SAFETY: plain system call.
-        match check(unsafe { libc::unshare(namespaces) }) {
-            Ok(_) => break,
-            Err(error)
-                if error.raw_os_error() == Some(libc::EINVAL) && Instant::now() < deadline =>
-            {
-                std::thread::yield_now();
-            }
-            Err(error) => return Err(error),
-        }
-    }
+    // SAFETY: plain system call.
+    check(unsafe { libc::unshare(namespaces) })?;
     if namespaces & libc::CLONE_NEWUSER != 0 {
         // user_namespaces(7): an unprivileged process may map itself, once it has given up changing
         // its groups.
@@ -55,7 +41,8 @@ pub fn detach_mounts() -> io::Result<()> {
 }
 
 /// Makes an empty, read-only directory the root and working directory of this process, in a mount
-/// namespace of its own in which nothing else is left. Open descriptors stay as they are.
+/// namespace of its own in which, where that can be, nothing else is left. Open descriptors stay as they
+/// are.
 pub fn enter_empty_root() -> io::Result<()> {
     detach_mounts()?;
     // Where /dev/kvm has just been opened there is a /dev.
@@ -72,8 +59,9 @@ pub fn enter_empty_root() -> io::Result<()> {
         // umount2 takes away.
         match check(libc::syscall(libc::SYS_pivot_root, dot, dot) as libc::c_int) {
             Ok(_) => check(libc::umount2(dot, libc::MNT_DETACH))?,
-            // The root of a chroot, which is no mount, cannot be exchanged. Without capabilities and
-            // descriptors of directories there is no way out of another one.
+            // The first root of all, the initramfs, and one below a mount that is shared cannot be
+            // exchanged. Without capabilities and descriptors of directories there is no way out of a
+            // chroot either.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => check(libc::chroot(dot))?,
             Err(error) => return Err(error),
         };
@@ -123,8 +111,9 @@ pub fn no_new_privileges() -> io::Result<()> {
     Ok(())
 }
 
-/// `CAP_SYS_ADMIN` and `CAP_SETPCAP` (include/uapi/linux/capability.h).
+// Capabilities (include/uapi/linux/capability.h).
 const CAP_SETPCAP: u32 = 8;
+const CAP_SYS_CHROOT: u32 = 18;
 const CAP_SYS_ADMIN: u32 = 21;
 
 /// `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct` (capset(2)).
@@ -155,6 +144,11 @@ pub fn is_administrator() -> bool {
     effective_capabilities() & 1 << CAP_SYS_ADMIN != 0
 }
 
+/// Whether this process may change its root directory.
+pub fn may_chroot() -> bool {
+    effective_capabilities() & 1 << CAP_SYS_CHROOT != 0
+}
+
 /// Gives up every capability, now and in programs executed later.
 pub fn drop_capabilities() -> io::Result<()> {
     if effective_capabilities() & 1 << CAP_SETPCAP != 0 {
@@ -181,6 +175,13 @@ pub fn hide_memory() -> io::Result<()> {
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) })?;
     Ok(())
+}
+
+/// Has all threads take memory from one heap. Those of their own cost more memory, and glibc reads a file
+/// to shrink one.
+pub fn share_heap() {
+    // SAFETY: plain call; a value that malloc does not take leaves the default.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// A resource of setrlimit(2).
@@ -267,22 +268,37 @@ pub fn succeeds_in_child(work: impl FnOnce() -> io::Result<()>) -> bool {
     }
 }
 
-/// What a refused system call is reported to: its number. Runs in a signal handler, in a thread to
-/// which nearly nothing is allowed.
-pub type RefusedHandler = fn(number: libc::c_int) -> !;
+/// Why the kernel stops a thread for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fatal {
+    /// A filter has refused the system call of this number.
+    Refused(libc::c_int),
+    /// There is no memory behind an address that is mapped (SIGBUS).
+    MemoryGone,
+    /// There is nothing at an address (SIGSEGV).
+    BadAddress,
+}
 
-static REFUSED_HANDLER: std::sync::OnceLock<RefusedHandler> = std::sync::OnceLock::new();
+/// What is told of that, before the process ends. Runs in a signal handler, in a thread to which nearly
+/// nothing is allowed.
+pub type FatalHandler = fn(Fatal) -> !;
 
-/// Has seccomp's SIGSYS end in `handler`. To be called once, before the first filter.
-pub fn on_refused_system_call(handler: RefusedHandler) -> io::Result<()> {
-    REFUSED_HANDLER.get_or_init(|| handler);
-    // SAFETY: an all-zero sigaction is valid; `on_sigsys` has the signature that SA_SIGINFO calls
-    // for, takes no locks and does not return.
-    unsafe {
-        let mut action: libc::sigaction = zeroed();
-        action.sa_sigaction = on_sigsys as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO;
-        check(libc::sigaction(libc::SIGSYS, &action, ptr::null_mut()))?;
+static FATAL_HANDLER: OnceLock<FatalHandler> = OnceLock::new();
+
+/// Has the signals for what is fatal end in `handler`. To be called once, before the first filter:
+/// std's own handlers make system calls that those refuse.
+pub fn on_fatal(handler: FatalHandler) -> io::Result<()> {
+    FATAL_HANDLER.get_or_init(|| handler);
+    for signal in [libc::SIGSYS, libc::SIGBUS, libc::SIGSEGV] {
+        // SAFETY: an all-zero sigaction is valid; `on_signal` has the signature that SA_SIGINFO calls
+        // for, takes no locks and does not return.
+        unsafe {
+            let mut action: libc::sigaction = zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            // On the stack that std has set up for this: a thread's own may be what is used up.
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            check(libc::sigaction(signal, &action, ptr::null_mut()))?;
+        }
     }
     Ok(())
 }
@@ -301,16 +317,23 @@ struct SystemCallInfo {
     architecture: libc::c_uint,
 }
 
-extern "C" fn on_sigsys(
+extern "C" fn on_signal(
     signal: libc::c_int,
     info: *const libc::siginfo_t,
     _context: *const libc::c_void,
 ) {
     // SAFETY: the kernel passes a siginfo_t, which is larger than this beginning of it and aligned.
     let info = unsafe { &*info.cast::<SystemCallInfo>() };
-    match REFUSED_HANDLER.get() {
-        Some(handler) if info.code == SYS_SECCOMP => handler(info.number),
-        // Somebody has sent the signal: end by it, as without this handler.
+    let fatal = match signal {
+        libc::SIGSYS if info.code == SYS_SECCOMP => Some(Fatal::Refused(info.number)),
+        // The kernel's own are positive; others were sent by somebody.
+        libc::SIGBUS if info.code > 0 => Some(Fatal::MemoryGone),
+        libc::SIGSEGV if info.code > 0 => Some(Fatal::BadAddress),
+        _ => None,
+    };
+    match (FATAL_HANDLER.get(), fatal) {
+        (Some(handler), Some(fatal)) => handler(fatal),
+        // As a shell reports an end by this signal, which can no longer be had itself.
         _ => exit_now(128 + signal),
     }
 }

@@ -82,7 +82,7 @@ fn a_cgroup_holds_the_box_while_it_runs() {
     started.signal(libc::SIGTERM);
     let ran = test.finished(started.finish());
     assert_eq!(ran.code, 5, "{}", ran.stderr);
-    assert!(!cgroup.exists());
+    eventually("the cgroup goes", || !cgroup.exists());
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn a_killed_mote_leaves_no_cgroup() {
     let test = test.shell("exit 4");
     let ran = test.run();
     assert_eq!((ran.code, ran.stderr.as_str()), (4, ""));
-    assert!(!cgroup.exists());
+    eventually("the cgroup goes", || !cgroup.exists());
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn a_box_that_does_not_start_leaves_no_cgroup() {
     let ran = test.finished(output);
     assert_eq!(ran.code, 125, "{}", ran.stderr);
     assert!(ran.stderr.contains("virtiofsd for the root file system ("), "{}", ran.stderr);
-    assert!(!cgroup_of(&test).exists());
+    eventually("the cgroup goes", || !cgroup_of(&test).exists());
 }
 
 #[test]

@@ -258,7 +258,7 @@ fn usual_clients_fetch_while_a_server_stands_a_load() {
     fs::copy(outside.dir.join("cert.pem"), test.path("root/ca.pem")).expect("copied");
     let (test, started) = ports::nginx(test);
     std::thread::scope(|scope| {
-        scope.spawn(|| ports::assert_stands_a_load(&outside));
+        scope.spawn(|| ports::assert_stands_a_load(&outside, 300));
         tsi::usual_clients_fetch(&test, &["198.51.100.1"]);
         tsi::two_hundred_connections(&test, &["198.51.100.1"]);
     });
