@@ -119,6 +119,18 @@ fn a_virtiofsd_killed_while_the_guest_boots_is_named() {
     }
 }
 
+#[test]
+fn a_virtiofsd_that_freezes_at_its_start_is_given_up() {
+    for script in ["#!/bin/sh\nkill -STOP $$\n", &dies_at(GET_FEATURES, "SIGSTOP")] {
+        let test = box_that("exit 0");
+        let ran = finished(&test, &mut on_back_end(&test, script));
+        assert_not_started(
+            &ran,
+            &["virtiofsd for the root file system (", "ended (it did not answer)"],
+        );
+    }
+}
+
 /// Kills all processes of the box's virtiofsd, or stops them.
 fn hit_virtiofsd(test: &TestBox, signal: i32) {
     let pids = virtiofsd_of(&test.dir);
