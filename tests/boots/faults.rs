@@ -170,6 +170,29 @@ fn a_virtiofsd_killed_while_the_box_stops_ends_it() {
     assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
 }
 
+/// Lines of output, together more than a pipe holds and less than all buffers on the way.
+const LINES: usize = 20_000;
+
+fn lines() -> String {
+    (1..=LINES).map(|n| format!("{n}\n")).collect()
+}
+
+#[test]
+fn output_from_before_virtiofsds_death_arrives() {
+    let test = box_that(&format!("seq {LINES}; touch /written; sleep 1000"));
+    let started = test.start();
+    eventually("all is written", || test.path("root/written").exists());
+    // The output is on its way, and goes no further than to mote: nobody reads it. Whoever is asked
+    // answers after it.
+    for _ in 0..3 {
+        assert_eq!(client::shell(&test, "echo there"), "there\n");
+    }
+    hit_virtiofsd(&test, libc::SIGKILL);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")), "{}", ran.stderr);
+    assert!(ran.stdout == lines(), "{} bytes of {}", ran.stdout.len(), lines().len());
+}
+
 #[test]
 fn a_box_on_a_frozen_virtiofsd_can_be_stopped() {
     // One that waits for the file system, and one that does not.
