@@ -52,7 +52,7 @@ impl Virtiofsd {
         temp_dir: &Path,
     ) -> Result<(Virtiofsd, UnixStream)> {
         let (listener, connection) = private_connection(temp_dir).with_context(|| {
-            format!("create the vhost-user socket in {}", temp_dir.display())
+            format!("create the vhost-user socket in TMPDIR ({})", temp_dir.display())
         })?;
         let mut command = Command::new(program);
         command

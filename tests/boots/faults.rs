@@ -402,6 +402,23 @@ fn an_outcome_file_that_cannot_be_written_costs_one_line() {
     assert!(ran.stderr.starts_with(&expected), "{}", ran.stderr);
 }
 
+#[test]
+fn a_directory_that_is_full_or_missing_is_named() {
+    let test = box_that("exit 0");
+    let _disk = SmallDisk::on(&test.path("full"), "size=4k,nr_inodes=1");
+    // As is the directory of a socket.
+    let socket = test.path("full/exec.sock");
+    let listening = test.with("exec_socket_path", json!(socket));
+    let said = format!("listen on {}: No space left on device", socket.display());
+    assert_not_started(&listening.run(), &[&said]);
+    let test = listening.with("exec_socket_path", json!(""));
+    for (dir, why) in [("full", "No space left on device"), ("no", "No such file or directory")] {
+        let dir = test.path(dir);
+        let ran = finished(&test, test.command().env("TMPDIR", &dir));
+        assert_not_started(&ran, &["TMPDIR", dir.to_str().expect("text"), why]);
+    }
+}
+
 // ---- limits of the host ------------------------------------------------------------------------
 
 /// Runs the box under a limit of prlimit(1).
