@@ -427,6 +427,23 @@ fn under_limit(test: &TestBox, limit: &str) -> Ran {
 }
 
 #[test]
+fn with_too_few_open_files_a_box_does_not_start_or_runs() {
+    let test = box_that("exit 9");
+    let mut refused = 0;
+    for files in (8..).step_by(3) {
+        let ran = under_limit(&test, &format!("--nofile={files}"));
+        if ran.code == 9 {
+            assert_eq!(ran.stderr, "", "{files} files");
+            break;
+        }
+        assert_not_started(&ran, &["Too many open files"]);
+        assert!(files < 128, "it never runs");
+        refused += 1;
+    }
+    assert!(refused > 0);
+}
+
+#[test]
 fn clients_beyond_the_open_file_limit_harm_nobody() {
     let test = box_that("echo ready; exec sleep 10000");
     let mut started = test.start_within(&["prlimit", "--nofile=64"]);
