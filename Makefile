@@ -3,13 +3,14 @@
 # make demo    install what is missing, build, and run one box from a spec file
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
+# make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net lab tools check unit boots deny clean
+.PHONY: build test demo bench bench-net soak lab tools check unit boots deny clean
 
 build:
 	resources/tools.sh build
@@ -50,6 +51,9 @@ bench: tools build
 
 bench-net: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench_net.py
+
+soak: tools build
+	tests/soak.py --boots $(or $(BOOTS),100) --seed $(or $(SEED),1) --parallel $(or $(PARALLEL),2) $(ARGS)
 
 lab: tools
 	tests/lab/lab.sh $(ARGS)
