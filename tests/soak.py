@@ -50,7 +50,8 @@ class Box:
         self.random = random.Random(f"{seed}:{number}")
         self.seed = seed
         self.number = number
-        self.dir = work / f"box-{number:06}"
+        self.name = f"soak-{number:06}"
+        self.dir = work / self.name
         self.environment = {"PATH": os.environ["PATH"], "TMPDIR": str(self.dir / "tmp")}
         self.events = []
         self.signalled_at = None
@@ -59,7 +60,7 @@ class Box:
         self.helpers = []
         limits = {"cpu_shares": 1024} if self.random.random() < 0.5 else {}
         self.spec = {
-            "box_id": f"soak-{number}", "vcpus": 1, "memory_mib": 96, "rootfs_path": str(self.dir / "root"),
+            "box_id": self.name, "vcpus": 1, "memory_mib": 96, "rootfs_path": str(self.dir / "root"),
             "exec_socket_path": str(self.dir / "sock/exec.sock"),
             "pty_socket_path": str(self.dir / "sock/pty.sock"),
             "fs_mounts": [], "workdir": "/",
@@ -159,8 +160,8 @@ class Box:
         found = [f"process {pid}: {name}" for pid, name in processes_of(self.dir)]
         for sub in ["tmp", "sock"]:
             found += [str(path) for path in (self.dir / sub).iterdir()]
-        if (CGROUPS / self.spec["box_id"]).exists():
-            found.append(f"cgroup {self.spec['box_id']}")
+        if (CGROUPS / self.name).exists():
+            found.append(f"cgroup {self.name}")
         return found
 
 
