@@ -106,6 +106,8 @@ class Box:
         mote = subprocess.Popen(
             [MOTE, "--config", json.dumps(self.spec), "--outcome", str(self.dir / "outcome.json")],
             stdin=subprocess.DEVNULL, env=self.environment, **self.streams)
+        if not isinstance(self.streams["stderr"], int):
+            self.streams["stderr"].close()
         for after_s, act in sorted(self.events, key=lambda event: event[0]):
             try:
                 mote.wait(max(0, started + after_s - time.monotonic()))
@@ -237,7 +239,8 @@ def virtiofsd_killed(box):
 
     def kill(mote):
         # Again and again: at the first moments there is none yet.
-        while mote.poll() is None:
+        deadline = time.monotonic() + BOOT_LIMIT_S
+        while mote.poll() is None and time.monotonic() < deadline:
             pids = [pid for pid, name in processes_of(box.dir) if name == "virtiofsd"]
             if pids:
                 try:
