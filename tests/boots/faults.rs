@@ -131,6 +131,24 @@ fn a_virtiofsd_that_freezes_at_its_start_is_given_up() {
     }
 }
 
+#[test]
+fn a_box_whose_virtiofsd_froze_while_it_booted_can_be_stopped() {
+    let test = box_that("exit 0");
+    let program = test.path("out/virtiofsd");
+    executable(&program, dies_at(SET_VRING_NUM, "SIGSTOP").as_bytes());
+    let program = format!("MOTE_VIRTIOFSD={}", program.display());
+    let started = test.start_within(&["env", &program]);
+    let is_frozen = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"))
+    };
+    eventually("it is frozen", || virtiofsd_of(&test.dir).iter().any(is_frozen));
+    started.signal(libc::SIGTERM);
+    started.signal(libc::SIGINT);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+}
+
 /// Kills all processes of the box's virtiofsd, or stops them.
 fn hit_virtiofsd(test: &TestBox, signal: i32) {
     let pids = virtiofsd_of(&test.dir);
