@@ -389,13 +389,16 @@ def run_in_lab(numbers, arguments, report):
         lab = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                text=True, errors="replace")
         done = set()
-        for line in lab.stdout:
-            # The last line of a lab that is ended may be half a line.
-            if line.startswith("{") and line.endswith("}\n"):
-                result = json.loads(line)
-                done.add(result.get("boot"))
-                report(result)
-        lab.wait()
+        try:
+            for line in lab.stdout:
+                # The last line of a lab that is ended may be half a line.
+                if line.startswith("{") and line.endswith("}\n"):
+                    result = json.loads(line)
+                    done.add(result.get("boot"))
+                    report(result)
+        finally:
+            lab.terminate()
+            lab.wait()
         missing = [number for number in missing if number not in done]
         fruitless = 0 if done else fruitless + 1
         if fruitless == 5:
@@ -447,6 +450,8 @@ def main():
     if arguments.summary:
         sys.exit(not summary(read_results(arguments.summary)))
 
+    # So that what is under way is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     lock = threading.Lock()
     results = read_results([arguments.results]) if arguments.results else []
 

@@ -155,7 +155,8 @@ fn hit_virtiofsd(test: &TestBox, signal: i32) {
     assert!(!pids.is_empty());
     for pid in pids {
         // It is two processes, and one may take the other along.
-        let _ = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
+        let mut kill = Command::new("kill");
+        let _ = kill.arg(format!("-{signal}")).arg(pid.to_string()).stderr(Stdio::null()).status();
     }
 }
 
