@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
@@ -875,8 +875,8 @@ pub fn find_virtiofsd(environment: &Environment, report: &mut Report) -> Option<
 }
 
 fn is_executable(path: &Path) -> bool {
-    File::open(path)
-        .and_then(|file| file.metadata())
+    // Not opened: where no more files may be, it would seem not to be there.
+    fs::metadata(path)
         .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 

@@ -410,11 +410,13 @@ impl MainLoop {
         }
     }
 
-    fn on_backend_end(&mut self, index: usize) {
-        if let Some(backend) = self.vm.backends.get_mut(index) {
-            let obituary = backend.obituary();
-            self.fail(Outcome::BackendDied(obituary));
-        }
+    fn on_backend_end(&mut self, index: usize, ops: &mut EventOps<'_>) {
+        let Some(backend) = self.vm.backends.get_mut(index) else { return };
+        // It stays readable: stop listening to it.
+        let _ = ops.remove(Events::empty(&backend.ended()));
+        let obituary = backend.obituary();
+        // An entrypoint whose end has been reported needs no file system any more.
+        self.end_vm(Outcome::BackendDied(obituary), ops);
     }
 }
 
@@ -466,7 +468,7 @@ impl MutEventSubscriber for MainLoop {
                 }
             }
             Token::OutputDone => self.streams_done += self.vm.output_done.read().unwrap_or(0),
-            Token::Backend(index) => self.on_backend_end(index as usize),
+            Token::Backend(index) => self.on_backend_end(index as usize, ops),
             Token::BackendStderr(index) => {
                 if let Some(backend) = self.vm.backends.get_mut(index as usize)
                     && !backend.listen()

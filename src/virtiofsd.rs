@@ -7,11 +7,14 @@
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -25,7 +28,7 @@ use crate::plan::Share;
 use crate::sandbox::Isolation;
 use crate::sys::{self, Interest, confine};
 
-/// How long one answer of virtiofsd may take before it counts as hung.
+/// How long all of a box's virtiofsd may take together until they have answered.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// How much of its latest words is kept.
@@ -58,8 +61,9 @@ impl Virtiofsd {
         isolation: Isolation,
         temp_dir: &Path,
     ) -> Result<(Virtiofsd, UnixStream)> {
-        let (listener, connection) = private_connection(temp_dir)
-            .with_context(|| format!("create the vhost-user socket in {}", temp_dir.display()))?;
+        let (listener, connection) = private_connection(temp_dir).with_context(|| {
+            format!("create the vhost-user socket in TMPDIR ({})", temp_dir.display())
+        })?;
         let mut command = Command::new(program);
         command
             .arg(format!("--fd={}", sys::INHERITED_FD))
@@ -244,11 +248,36 @@ fn private_connection(temp_dir: &Path) -> io::Result<(OwnedFd, UnixStream)> {
     sys::bind_and_listen(&listener, path.as_os_str().as_bytes(), 1)?;
     let connection = UnixStream::connect(&path);
     fs::remove_file(&path)?;
-    let connection = connection?;
-    connection.set_read_timeout(Some(ANSWER_LIMIT))?;
-    connection.set_write_timeout(Some(ANSWER_LIMIT))?;
     debug_assert!(listener.as_raw_fd() > 2);
-    Ok((listener, connection))
+    Ok((listener, connection?))
+}
+
+/// Talks on connections to back-ends that may hang: past the limit they are shut down, and with that
+/// every wait on them fails. A time-out of the sockets' own would not do: the vhost crate takes it for
+/// an interruption and goes on waiting.
+pub fn talk_in_time<T>(
+    connections: Vec<UnixStream>,
+    talk: impl FnOnce(Vec<UnixStream>) -> Result<T>,
+) -> Result<T> {
+    let clones = connections.iter().map(UnixStream::try_clone).collect::<io::Result<Vec<_>>>();
+    let watched = clones.context("duplicate the vhost-user connections")?;
+    let (talking, over) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("answer-limit".into())
+            .spawn_scoped(scope, move || {
+                if over.recv_timeout(ANSWER_LIMIT) == Err(RecvTimeoutError::Timeout) {
+                    for connection in &watched {
+                        // One that has been closed needs no more.
+                        let _ = connection.shutdown(Shutdown::Both);
+                    }
+                }
+            })
+            .context("start the thread that limits virtiofsd's time")?;
+        let said = talk(connections);
+        drop(talking);
+        said
+    })
 }
 
 #[cfg(test)]

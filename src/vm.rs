@@ -28,7 +28,7 @@ use crate::virtio::mmio::MmioDevice;
 use crate::virtio::net::{Net, Reconnect};
 use crate::virtio::vsock::mux::{Listener, Mux};
 use crate::virtio::{DeviceEvent, VirtioDevice, net, rng, vsock};
-use crate::virtiofsd::Virtiofsd;
+use crate::virtiofsd::{self, Virtiofsd};
 use crate::{boot, cpu, kvm, layout, passt, sys};
 
 /// A VM that is ready to run, and what the main loop serves it with.
@@ -257,10 +257,14 @@ fn connect_shares(
     ram: &GuestRam,
     devices: &mut Vec<Box<dyn VirtioDevice>>,
 ) -> Result<Vec<Virtiofsd>> {
-    for ((share, backend), connection) in plan.shares.iter().zip(&mut backends).zip(connections) {
-        let device =
-            Fs::connect(&share.tag, connection, ram).with_context(|| backend.obituary())?;
-        devices.push(Box::new(device));
-    }
+    let shares = plan.shares.iter().zip(&mut backends);
+    virtiofsd::talk_in_time(connections, |connections| {
+        for ((share, backend), connection) in shares.zip(connections) {
+            let device =
+                Fs::connect(&share.tag, connection, ram).with_context(|| backend.obituary())?;
+            devices.push(Box::new(device));
+        }
+        Ok(())
+    })?;
     Ok(backends)
 }

@@ -41,6 +41,9 @@ pub struct MmioDevice {
     ram: GuestRam,
     interrupt: EventFd,
     kicks: Vec<EventFd>,
+    /// Kept open so that activation, which happens when others may have taken the last descriptors,
+    /// finds as many as it needs: a driver whose device does not start waits for ever.
+    spare: Vec<EventFd>,
     state: State,
 }
 
@@ -136,10 +139,21 @@ impl MmioDevice {
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
         page.set_bytes(VIRTIO_MMIO_CONFIG.into(), device.config());
-        let mmio =
-            MmioDevice { device, page, ram: ram.clone(), interrupt: eventfd()?, kicks, state };
+        let interrupt = eventfd()?;
+        let spare = vec![];
+        let mut mmio =
+            MmioDevice { device, page, ram: ram.clone(), interrupt, kicks, spare, state };
+        mmio.keep_spare().context("keep files for the device's start (see ulimit -n)")?;
         mmio.show_state();
         Ok(mmio)
+    }
+
+    /// Opens what activation is to find closed again: for each queue its notification and its
+    /// interrupt, and two more interrupts.
+    fn keep_spare(&mut self) -> Result<()> {
+        let spare = (0..2 * self.kicks.len() + 2).map(|_| self.interrupt.try_clone());
+        self.spare = spare.collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     /// Brings every register that depends on the state up to date.
@@ -221,6 +235,7 @@ impl MmioDevice {
 
     fn activate(&mut self) -> Result<()> {
         ensure!(self.state.status & FEATURES_OK != 0, "the driver skipped feature negotiation");
+        self.spare.clear();
         let mut queues = Vec::with_capacity(self.kicks.len());
         for (index, kick) in self.kicks.iter().enumerate() {
             let template = &self.state.queues[index];
@@ -243,6 +258,8 @@ impl MmioDevice {
     fn reset(&mut self) {
         if self.state.status & DRIVER_OK != 0 {
             self.device.reset();
+            // Without them the next activation may fail, and says so.
+            let _ = self.keep_spare();
         }
         self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), VIRTIO_MMIO_INT_VRING);
         // The sizes were accepted when the device was attached.

@@ -235,9 +235,15 @@ impl TestBox {
 
     /// Starts the box in the background.
     pub fn start(&self) -> Started {
+        let words: Vec<&str> = self.within.iter().map(String::as_str).collect();
+        self.start_within(&words)
+    }
+
+    /// Starts the box in the background, with these words in front of mote's own.
+    pub fn start_within(&self, words: &[&str]) -> Started {
         // Not under `timeout`: signals and the pid are mote's own.
-        let mut command = Command::new(self.within.first().map_or_else(mote, PathBuf::from));
-        if let [_, words @ ..] = &self.within[..] {
+        let mut command = Command::new(words.first().map_or_else(mote, PathBuf::from));
+        if let [_, words @ ..] = words {
             command.args(words).arg(mote());
         }
         command
@@ -348,6 +354,19 @@ pub fn eventually(what: &str, so: impl Fn() -> bool) {
     let started = Instant::now();
     while !so() {
         assert!(started.elapsed() < Duration::from_secs(60), "{what}: not after a minute");
+        std::thread::yield_now();
+    }
+}
+
+/// Asks again until nothing is left of something, and otherwise says what is.
+pub fn eventually_nothing(of: &str, left: impl Fn() -> Vec<String>) {
+    let started = Instant::now();
+    loop {
+        let left = left();
+        if left.is_empty() {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(30), "left {of}: {left:?}");
         std::thread::yield_now();
     }
 }

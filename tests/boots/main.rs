@@ -15,6 +15,7 @@ mod commands;
 mod common;
 mod datagrams;
 mod exec;
+mod faults;
 mod guest;
 mod lifecycle;
 mod limits;

@@ -31,7 +31,7 @@ fn network(socket: &Path) -> Value {
 const PASSTS_OPTIONS: &str = "--address 10.88.0.2 --gateway 10.88.0.1 --netmask 255.255.255.0";
 
 /// A directory for passt's socket, where the user that passt becomes may create it.
-struct SocketDir(PathBuf);
+pub struct SocketDir(PathBuf);
 
 impl SocketDir {
     fn new() -> Self {
@@ -43,7 +43,7 @@ impl SocketDir {
         SocketDir(dir)
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.0.join("passt.sock")
     }
 }
@@ -302,13 +302,13 @@ print(conn.recv(5, socket.MSG_WAITALL).decode())'";
 // ---- others in its place -----------------------------------------------------------------------
 
 /// A place for passt's socket, and the box that is to connect to it.
-fn small_box() -> (SocketDir, TestBox) {
+pub fn small_box() -> (SocketDir, TestBox) {
     let dir = SocketDir::new();
     let test = TestBox::busybox().with("network", network(&dir.socket()));
     (dir, test)
 }
 
-fn accept(listener: &UnixListener) -> UnixStream {
+pub fn accept(listener: &UnixListener) -> UnixStream {
     listener.set_nonblocking(true).expect("set");
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
@@ -327,7 +327,7 @@ fn accept(listener: &UnixListener) -> UnixStream {
 }
 
 /// Asks the guest for its hardware address, as its gateway would, until it answers.
-fn assert_frames_pass(passt: &mut UnixStream) {
+pub fn assert_frames_pass(passt: &mut UnixStream) {
     const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
     const ARP: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
     let question = [

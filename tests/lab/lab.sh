@@ -48,6 +48,8 @@ mkdir "$shared"
     # What a booted host has and virtme-ng's init does not set up: loopback.
     echo 'ip link set lo up'
     echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp"
+    # A machine of its own: its clock may be set.
+    echo 'export MOTE_LAB=1'
     for name in "${!MOTE_@}"; do echo "export $name=$(printf %q "${!name}")"; done
     echo "cd $(printf %q "$PWD")"
     if [ $# -gt 0 ]; then printf '%q ' "$@"; else echo -n 'bash -i'; fi
