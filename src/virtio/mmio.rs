@@ -21,9 +21,10 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::layout;
+use crate::log::FirstError;
 use crate::memory::{GuestRam, RegisterPage};
 use crate::virtio::{Activation, F_VERSION_1, ReadyQueue, VirtioDevice};
-use crate::{layout, log};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -42,6 +43,8 @@ pub struct MmioDevice {
     interrupt: EventFd,
     kicks: Vec<EventFd>,
     state: State,
+    /// Of failed activations.
+    complaint: FirstError,
 }
 
 /// What the driver has negotiated so far; gone at reset.
@@ -136,8 +139,15 @@ impl MmioDevice {
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
         page.set_bytes(VIRTIO_MMIO_CONFIG.into(), device.config());
-        let mmio =
-            MmioDevice { device, page, ram: ram.clone(), interrupt: eventfd()?, kicks, state };
+        let mmio = MmioDevice {
+            device,
+            page,
+            ram: ram.clone(),
+            interrupt: eventfd()?,
+            kicks,
+            state,
+            complaint: FirstError::default(),
+        };
         mmio.show_state();
         Ok(mmio)
     }
@@ -211,7 +221,8 @@ impl MmioDevice {
         if added & DRIVER_OK != 0
             && let Err(error) = self.activate()
         {
-            log::error(&format!("virtio device {}: activate: {error:#}", self.device.id()));
+            let id = self.device.id();
+            self.complaint.error(&format!("virtio device {id}: activate: {error:#}"));
             self.state.status |= NEEDS_RESET;
             self.show_state();
             self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), CONFIG_CHANGED);
