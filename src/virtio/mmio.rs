@@ -78,7 +78,8 @@ impl ConfigSpace {
     }
 
     /// One that no guest sees, its interrupt, and its page.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::expect_used, reason = "a failed expectation is how a test fails")]
     pub fn unattached() -> (Self, RegisterPage, EventFd) {
         let page = RegisterPage::unattached();
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
@@ -126,7 +127,11 @@ impl MmioDevice {
         Ok(mmio)
     }
 
-    fn new(device: Box<dyn VirtioDevice>, page: RegisterPage, ram: &GuestRam) -> Result<Self> {
+    pub(crate) fn new(
+        device: Box<dyn VirtioDevice>,
+        page: RegisterPage,
+        ram: &GuestRam,
+    ) -> Result<Self> {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd");
         let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect::<Result<_>>()?;
         let state = State::new(device.queue_sizes())?;

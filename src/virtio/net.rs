@@ -434,6 +434,9 @@ fn put(chain: Chain<'_>, ram: &GuestRam, cable: &mut Connection) -> Result<()> {
     cable.put_frame(len, |bytes| Ok(reader.read_exact(bytes)?))
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "net_bench.rs"]
+pub(crate) mod bench;
 #[cfg(test)]
 #[path = "net_test.rs"]
 mod tests;
