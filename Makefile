@@ -4,12 +4,14 @@
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
+# make fuzz    fuzz what guests and clients drive, FUZZ_S seconds each (ARGS='target …' for some)
+# make sanitize   the unit tests under AddressSanitizer
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net lab tools check unit boots deny clean
+.PHONY: build test demo bench bench-net lab tools check unit boots fuzz sanitize deny clean
 
 build:
 	resources/tools.sh build
@@ -41,6 +43,17 @@ boots:
 	for group in $(or $(ARGS),$(BOOT_GROUPS)); do \
 		cargo test --locked --release --test boots -- $$(echo $$group | tr , ' ') || exit 1; \
 	done
+
+export FUZZ_S ?= 10
+
+fuzz: tools
+	tests/fuzz.sh $(ARGS)
+
+# RUSTFLAGS takes the place of .cargo/config.toml's: the sanitizer's runtime cannot be linked
+# statically. The option is an unstable one, which the release compiler is told to take.
+sanitize: tools
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address \
+		cargo test --locked --workspace --lib --bins --target-dir target/sanitize $(ARGS)
 
 demo: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
