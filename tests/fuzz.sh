@@ -48,7 +48,7 @@ for target in "${targets[@]}"; do
     if [ $result = found ]; then
         file=$(sed -n 's/.*Test unit written to //p' "$log" | tail -n 1)
         result=${file:-"ended, see $log"}
-        failed+=("$target ${file:-}")
+        failed+=("$target${file:+ $file}")
     fi
     printf '%-9s %12s %8s %9s   %s\n' "$target" "${inputs:--}" "${edges:--}" "${features:--}" "$result"
 done
