@@ -7,12 +7,14 @@
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
 # make deny    advisories, licences and sources of the dependencies
 # make reproducible   the guest's files, built twice, have the same bytes
+# make fuzz    fuzz what guests and clients drive, FUZZ_S seconds each (ARGS='target …' for some)
+# make sanitize   the unit tests under AddressSanitizer
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net soak lab tools check unit boots deny reproducible clean
+.PHONY: build test demo bench bench-net soak lab tools check unit boots fuzz sanitize deny reproducible clean
 
 build:
 	resources/tools.sh build
@@ -44,6 +46,17 @@ boots:
 	for group in $(or $(ARGS),$(BOOT_GROUPS)); do \
 		cargo test --locked --release --test boots -- $$(echo $$group | tr , ' ') || exit 1; \
 	done
+
+export FUZZ_S ?= 10
+
+fuzz: tools
+	tests/fuzz.sh $(ARGS)
+
+# RUSTFLAGS takes the place of .cargo/config.toml's: the sanitizer's runtime cannot be linked
+# statically. The option is an unstable one, which the release compiler is told to take.
+sanitize: tools
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address \
+		cargo test --locked --workspace --lib --bins --target-dir target/sanitize $(ARGS)
 
 demo: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh

@@ -4,12 +4,14 @@
 # does nothing when all is there.
 #   tools.sh build    what `make build` needs
 #   tools.sh test     that, and what the tests, the demo and the lab need
+#   tools.sh fuzz     what fuzzing needs besides; prints the path of cargo-fuzz
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 virtiofsd_version=1.14.0
 virtme_version=1.42
 cargo_deny_version=0.20.2
+cargo_fuzz_version=0.13.2
 qemu_version=10
 
 say() { echo "tools: $*" >&2; }
@@ -48,6 +50,10 @@ openssl             /usr/bin/openssl                     a certificate authority
 apache2-utils       /usr/bin/ab                          load on published ports
 passt               /usr/bin/passt                       the network that boxes with 'network' use
 iperf3              /usr/bin/iperf3                      the network benchmark
+"
+
+fuzz_packages="
+g++                 /usr/bin/g++                         compiles libFuzzer
 "
 
 install_packages() {
@@ -114,6 +120,15 @@ install_virtme() {
     "$root/bin/pip" install --quiet --disable-pip-version-check "virtme-ng==$virtme_version"
 }
 
+install_cargo_fuzz() {
+    local root=$cache/cargo-fuzz-$cargo_fuzz_version
+    if [ ! -x "$root/bin/cargo-fuzz" ]; then
+        say "building cargo-fuzz $cargo_fuzz_version from crates.io: builds the fuzzers"
+        (cd / && cargo install --quiet --locked --root "$root" --version "$cargo_fuzz_version" cargo-fuzz)
+    fi
+    echo "$root/bin/cargo-fuzz"
+}
+
 mkdir -p "$cache"
 exec 9>"$cache/tools.lock"
 flock 9
@@ -127,5 +142,9 @@ case ${1:-} in
         install_cargo_deny
         install_virtme
         ;;
-    *) die "usage: $0 build|test" ;;
+    fuzz)
+        install_packages "$fuzz_packages"
+        install_cargo_fuzz
+        ;;
+    *) die "usage: $0 build|test|fuzz" ;;
 esac

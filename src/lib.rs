@@ -19,6 +19,7 @@
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
 //! - working with a box that runs, from another process: [`client`]
+//! - what the fuzzers run, and the unit tests too: `fuzz`
 //! - the system: [`sys`]; with [`memory`] the only unsafe code
 //!
 //! The guest's half, and the messages between the two, are in the `mote-agent` crate (`guest/`).
@@ -32,6 +33,8 @@ pub mod console;
 pub mod cpio;
 pub mod cpu;
 pub mod cpuset;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod guest_init;
 pub mod image;
 pub mod janitor;

@@ -27,7 +27,28 @@ pub fn info(message: &str) {
     line("", message);
 }
 
+/// For complaints that a guest could provoke without end: only the first is made.
+#[derive(Debug, Default)]
+pub struct FirstError {
+    made: bool,
+}
+
+impl FirstError {
+    /// Makes a complaint, unless one was made before. Returns whether it did.
+    pub fn error(&mut self, message: &str) -> bool {
+        let first = !std::mem::replace(&mut self.made, true);
+        if first {
+            error(message);
+        }
+        first
+    }
+}
+
 fn line(kind: &str, message: &str) {
+    if cfg!(fuzzing) {
+        // Thousands of boxes a second would be complained of.
+        return;
+    }
     // One write, so that lines of several threads do not mix; no control characters, so that text
     // from a guest cannot move the cursor.
     let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
@@ -41,5 +62,17 @@ fn line(kind: &str, message: &str) {
     let ready = sys::poll([Interest::new(&stderr, false, true)], Some(PATIENCE));
     if ready.is_ok_and(|[ready]| ready) {
         let _ = stderr.write_all(text.as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_complained_of_once() {
+        let mut complaint = FirstError::default();
+        assert!(complaint.error("a test complains of a guest"));
+        assert!(!complaint.error("and once more"));
     }
 }

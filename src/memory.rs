@@ -166,7 +166,8 @@ pub struct RegisterPage {
 
 impl RegisterPage {
     /// A page that no guest sees.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::expect_used, reason = "a failed expectation is how a test fails")]
     pub fn unattached() -> Self {
         let region = GuestRegionMmap::from_range(GuestAddress(0), layout::MMIO_PAGE as usize, None);
         RegisterPage { region: Arc::new(region.expect("one page")), base: 0 }

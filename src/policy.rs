@@ -19,9 +19,20 @@ const DNS_PORT: u16 = 53;
 pub struct Policy {
     /// The host's name servers, in its order.
     resolvers: Vec<SocketAddr>,
-    /// Loopback is where tests have their servers.
-    #[cfg(test)]
-    loopback: bool,
+    #[cfg(any(test, fuzzing))]
+    servers: TestServers,
+}
+
+/// Where the servers of tests are.
+#[cfg(any(test, fuzzing))]
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum TestServers {
+    /// There are none.
+    None,
+    /// On loopback, as named.
+    Loopback,
+    /// Here, whatever is named: a fuzzer must not reach anybody else.
+    StandIns { tcp: SocketAddr, udp: SocketAddr },
 }
 
 impl Policy {
@@ -29,15 +40,31 @@ impl Policy {
     pub fn new(resolv_conf: &str) -> Self {
         Policy {
             resolvers: name_servers(resolv_conf),
-            #[cfg(test)]
-            loopback: false,
+            #[cfg(any(test, fuzzing))]
+            servers: TestServers::None,
         }
     }
 
     /// One that lets the guest reach the host's loopback.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn with_loopback() -> Self {
-        Policy { loopback: true, ..Policy::new("") }
+        Policy { servers: TestServers::Loopback, ..Policy::new("") }
+    }
+
+    /// One with which every destination is one of these two.
+    #[cfg(any(test, fuzzing))]
+    pub fn with_stand_ins(tcp: SocketAddr, udp: SocketAddr) -> Self {
+        Policy { servers: TestServers::StandIns { tcp, udp }, ..Policy::new("") }
+    }
+
+    #[cfg(any(test, fuzzing))]
+    fn test_server(&self, protocol: Protocol, destination: SocketAddr) -> Option<SocketAddr> {
+        match (&self.servers, protocol) {
+            (TestServers::None, _) => None,
+            (TestServers::Loopback, _) => destination.ip().is_loopback().then_some(destination),
+            (TestServers::StandIns { tcp, .. }, Protocol::Tcp) => Some(*tcp),
+            (TestServers::StandIns { udp, .. }, Protocol::Udp) => Some(*udp),
+        }
     }
 
     /// The address to connect to for a destination that the guest has named.
@@ -52,11 +79,11 @@ impl Policy {
                 Protocol::Udp => libc::EINVAL,
             });
         }
+        #[cfg(any(test, fuzzing))]
+        if let Some(server) = self.test_server(protocol, destination) {
+            return Ok(server);
+        }
         if ip.is_loopback() {
-            #[cfg(test)]
-            if self.loopback {
-                return Ok(destination);
-            }
             return match destination.port() {
                 DNS_PORT => self.resolver_for(ip).ok_or(libc::ECONNREFUSED),
                 _ => Err(libc::ECONNREFUSED),

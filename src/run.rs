@@ -17,8 +17,10 @@ use anyhow::{Context, Result};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Mark};
 
+use crate::log::{self, FirstError};
 use crate::outcome::Outcome;
 use crate::sandbox::Sandbox;
+use crate::sys;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
 use crate::vcpu::Exit;
@@ -26,7 +28,6 @@ use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::{Activation, DeviceEvent, MainLoopDeviceKind};
 use crate::vm::Vm;
-use crate::{log, sys};
 
 /// The signals that ask for an orderly end.
 const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
@@ -60,6 +61,7 @@ pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) ->
         signals,
         clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
         rng: None,
+        rng_complaint: FirstError::default(),
         decoder: Decoder::default(),
         guest_clock: None,
         marks: Vec::new(),
@@ -101,6 +103,7 @@ struct MainLoop {
     signals: File,
     clock: File,
     rng: Option<Rng>,
+    rng_complaint: FirstError,
     decoder: Decoder,
     guest_clock: Option<GuestClock>,
     marks: Vec<(&'static str, Instant)>,
@@ -317,7 +320,7 @@ impl MainLoop {
     fn on_rng(&mut self, ops: &mut EventOps<'_>) {
         let Some(Err(error)) = self.rng.as_mut().map(Rng::process) else { return };
         // The driver broke its own queue: this device stops, the guest lives on.
-        log::error(&format!("rng: {error:#}; the device stops"));
+        self.rng_complaint.error(&format!("rng: {error:#}; the device stops"));
         let _ = self.stop_rng(ops);
     }
 

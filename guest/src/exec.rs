@@ -282,8 +282,9 @@ pub fn parse_chunk(payload: &[u8]) -> Option<ExecChunk> {
         let [x, y, z] = [a, b, c].map(|digit| u32::from(digit.wrapping_sub(b'0')));
         let (number, length) = match [b, c, d] {
             [b',', ..] => (x, 2),
-            [_, b',', _] if y < 10 => (10 * x + y, 3),
-            [_, _, b','] if y < 10 && z < 10 => (100 * x + 10 * y + z, 4),
+            // JSON has no numbers that start with zero.
+            [_, b',', _] if x > 0 && y < 10 => (10 * x + y, 3),
+            [_, _, b','] if x > 0 && y < 10 && z < 10 => (100 * x + 10 * y + z, 4),
             _ => break,
         };
         if x > 9 {
@@ -294,6 +295,10 @@ pub fn parse_chunk(payload: &[u8]) -> Option<ExecChunk> {
     }
     let last = rest.strip_suffix(b"]}")?;
     if !(data.is_empty() && last.is_empty()) {
+        // Rust would also take "+1".
+        if !last.first()?.is_ascii_digit() || (last[0] == b'0' && last.len() > 1) {
+            return None;
+        }
         data.push(str::from_utf8(last).ok()?.parse().ok()?);
     }
     Some(ExecChunk { stream, data })
@@ -395,7 +400,8 @@ mod tests {
         for array in [
             "", "]", "],}", ",]}", "1,]}", "1", "1,", "1]", "1}", "1] }", "1]}}", "1,2", " 1]}",
             "1, 2]}", "-1]}", "256]}", "999]}", "1000]}", "1.5]}", "1e1]}", "\"1\"]}", "/]}",
-            ":]}", "1]2]}", "]1]}", "[1]]}",
+            ":]}", "1]2]}", "]1]}", "[1]]}", "01]}", "+1]}", "00]}", "01,2]}", "001,2]}", "1,+2]}",
+            "1,02]}",
         ] {
             let text = format!("{{\"stream\":\"Stdout\",\"data\":[{array}");
             assert_eq!(parse_chunk(text.as_bytes()), None, "{text}");

@@ -21,9 +21,10 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::layout;
+use crate::log::FirstError;
 use crate::memory::{GuestRam, RegisterPage};
 use crate::virtio::{Activation, F_VERSION_1, ReadyQueue, VirtioDevice};
-use crate::{layout, log};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -45,6 +46,8 @@ pub struct MmioDevice {
     /// finds as many as it needs: a driver whose device does not start waits for ever.
     spare: Vec<EventFd>,
     state: State,
+    /// Of failed activations.
+    complaint: FirstError,
 }
 
 /// What the driver has negotiated so far; gone at reset.
@@ -78,7 +81,8 @@ impl ConfigSpace {
     }
 
     /// One that no guest sees, its interrupt, and its page.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::expect_used, reason = "a failed expectation is how a test fails")]
     pub fn unattached() -> (Self, RegisterPage, EventFd) {
         let page = RegisterPage::unattached();
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
@@ -126,7 +130,11 @@ impl MmioDevice {
         Ok(mmio)
     }
 
-    fn new(device: Box<dyn VirtioDevice>, page: RegisterPage, ram: &GuestRam) -> Result<Self> {
+    pub(crate) fn new(
+        device: Box<dyn VirtioDevice>,
+        page: RegisterPage,
+        ram: &GuestRam,
+    ) -> Result<Self> {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd");
         let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect::<Result<_>>()?;
         let state = State::new(device.queue_sizes())?;
@@ -139,10 +147,16 @@ impl MmioDevice {
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
         page.set_bytes(VIRTIO_MMIO_CONFIG.into(), device.config());
-        let interrupt = eventfd()?;
-        let spare = vec![];
-        let mut mmio =
-            MmioDevice { device, page, ram: ram.clone(), interrupt, kicks, spare, state };
+        let mut mmio = MmioDevice {
+            device,
+            page,
+            ram: ram.clone(),
+            interrupt: eventfd()?,
+            kicks,
+            spare: Vec::new(),
+            state,
+            complaint: FirstError::default(),
+        };
         mmio.keep_spare().context("keep files for the device's start (see ulimit -n)")?;
         mmio.show_state();
         Ok(mmio)
@@ -225,7 +239,8 @@ impl MmioDevice {
         if added & DRIVER_OK != 0
             && let Err(error) = self.activate()
         {
-            log::error(&format!("virtio device {}: activate: {error:#}", self.device.id()));
+            let id = self.device.id();
+            self.complaint.error(&format!("virtio device {id}: activate: {error:#}"));
             self.state.status |= NEEDS_RESET;
             self.show_state();
             self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), CONFIG_CHANGED);

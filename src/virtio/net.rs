@@ -33,7 +33,7 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::log;
+use crate::log::{self, FirstError};
 use crate::memory::GuestRam;
 use crate::passt::{Connection, FRAME_LEN, Lost};
 use crate::token::Token;
@@ -159,8 +159,8 @@ pub struct Net {
     shown_up: bool,
     /// Receive buffers that the frame at hand has filled, and how far.
     filled: Vec<(u16, u32)>,
-    /// A driver's fault was reported.
-    complained: bool,
+    /// Of the driver's faults.
+    complaint: FirstError,
 }
 
 impl Net {
@@ -175,7 +175,7 @@ impl Net {
             pause: RETRY_PAUSE[0],
             shown_up: true,
             filled: Vec::new(),
-            complained: false,
+            complaint: FirstError::default(),
         })
     }
 
@@ -272,10 +272,7 @@ impl Net {
         match moved {
             Ok(()) => Ok(()),
             Err(Fault::Driver(error)) => {
-                // Once: a driver could go on and on.
-                if !std::mem::replace(&mut self.complained, true) {
-                    log::error(&format!("net: {error:#}; the device stops"));
-                }
+                self.complaint.error(&format!("net: {error:#}; the device stops"));
                 self.reset(ops)
             }
             Err(Fault::Passt(lost)) => self.unplug(&lost, ops),
@@ -453,6 +450,9 @@ fn put(chain: Chain<'_>, ram: &GuestRam, cable: &mut Connection) -> Result<()> {
     cable.put_frame(len, |bytes| Ok(reader.read_exact(bytes)?))
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "net_bench.rs"]
+pub(crate) mod bench;
 #[cfg(test)]
 #[path = "net_test.rs"]
 mod tests;

@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes, GuestAddress};
 
     fn ram() -> GuestRam {
         GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB")
@@ -179,6 +179,101 @@ mod tests {
         let mut queue = served(&mock);
         assert!(queue.serve(&ram, 100, |_| 0).is_err());
         assert!(queue.pop_or_wait(&ram).is_err());
+    }
+
+    const AVAIL: u64 = 0x2000;
+    const USED: u64 = 0x4000;
+
+    /// A queue at this position of its rings, with as many chains available, each of one descriptor.
+    fn served_at(ram: &GuestRam, size: u16, position: u16, chains: u16) -> ServedQueue {
+        let mut queue = Queue::new(256).expect("queue");
+        queue.set_size(size);
+        queue.set_desc_table_address(Some(0x1000), None);
+        queue.set_avail_ring_address(Some(AVAIL as u32), None);
+        queue.set_used_ring_address(Some(USED as u32), None);
+        queue.set_next_avail(position);
+        queue.set_next_used(position);
+        queue.set_ready(true);
+        assert!(queue.is_valid(ram));
+        let write = |value: u16, at: u64| ram.write_obj(value, GuestAddress(at)).expect("in RAM");
+        for slot in 0..size {
+            let descriptor = RawDescriptor::from(Descriptor::new(0x8000, 1, 2, 0));
+            ram.write_obj(descriptor, GuestAddress(0x1000 + 16 * u64::from(slot))).expect("in RAM");
+            write(slot, AVAIL + 4 + 2 * u64::from(slot));
+        }
+        write(position.wrapping_add(chains), AVAIL + 2);
+        write(position, USED + 2);
+        let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
+        let ready = ReadyQueue { queue, kick: eventfd() };
+        ServedQueue::new(ready, F_EVENT_IDX, &eventfd()).expect("served")
+    }
+
+    const POSITIONS: [u16; 7] = [0, 1, 255, 0x7fff, 0x8000, 0xfffe, 0xffff];
+
+    #[test]
+    fn positions_wrap_in_rings_of_any_size() {
+        for size in (0..=8).map(|log| 1 << log) {
+            for position in POSITIONS {
+                for chains in [0, 1, size / 2, size - 1, size] {
+                    for limit in [0, 1, size - 1, size, size + 1] {
+                        let ram = ram();
+                        let mut queue = served_at(&ram, size, position, chains);
+                        let mut heads = Vec::new();
+                        let at = format!("{chains} of {size} at {position}, {limit} at most");
+                        queue
+                            .serve(&ram, limit.into(), |chain| {
+                                heads.push(chain.head_index());
+                                0
+                            })
+                            .expect(&at);
+                        let count = chains.min(limit);
+                        let expected = (0..count).map(|i| position.wrapping_add(i) % size);
+                        assert_eq!(heads, expected.collect::<Vec<_>>(), "{at}");
+                        let used: u16 = ram.read_obj(GuestAddress(USED + 2)).expect("in RAM");
+                        assert_eq!(used, position.wrapping_add(count), "{at}");
+                        assert_eq!(queue.kick.read().is_ok(), count == limit, "{at}");
+                    }
+                }
+                let ram = ram();
+                let mut queue = served_at(&ram, size, position, size + 1);
+                assert!(queue.serve(&ram, 9, |_| 0).is_err(), "more than {size} at {position}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_put_back_comes_again_wherever_the_ring_wraps() {
+        for position in POSITIONS {
+            let ram = ram();
+            let mut queue = served_at(&ram, 16, position, 2);
+            for _ in 0..3 {
+                let chain = queue.pop_or_wait(&ram).expect("popped").expect("there");
+                assert_eq!(chain.head_index(), position % 16);
+                queue.unpop();
+            }
+            assert!(queue.pop_or_wait(&ram).expect("popped").is_some());
+            assert!(queue.pop_or_wait(&ram).expect("popped").is_some());
+            assert!(queue.pop_or_wait(&ram).expect("none").is_none());
+        }
+    }
+
+    /// virtio 1.2, 2.7.7.2: an interrupt when the used index passes the one that the driver names.
+    #[test]
+    fn the_driver_is_interrupted_where_it_wants_to_be() {
+        for position in POSITIONS {
+            for event in (0..32).map(|offset| position.wrapping_sub(8).wrapping_add(offset)) {
+                for chains in 1..=16u16 {
+                    let ram = ram();
+                    let mut queue = served_at(&ram, 16, position, chains);
+                    let used_event = GuestAddress(AVAIL + 4 + 2 * 16);
+                    ram.write_obj(event, used_event).expect("in RAM");
+                    queue.serve(&ram, 17, |_| 0).expect("served");
+                    let passed = (0..chains).any(|i| position.wrapping_add(i) == event);
+                    let interrupted = queue.interrupt.read().is_ok();
+                    assert_eq!(interrupted, passed, "{event}, {chains} chains from {position}");
+                }
+            }
+        }
     }
 
     #[test]

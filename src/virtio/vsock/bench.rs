@@ -1,9 +1,12 @@
-//! For tests: the vsock device between a guest made of two rings and real host sockets, in a real
+//! For tests and fuzzers: the vsock device between a guest made of two rings and real host sockets, in a real
 //! event loop, without a VM.
 //!
 //! Packets are written and read here byte by byte rather than with [`super::super::packet`], so
 //! that they can be wrong, and so that a mistake there is not repeated here. The guest kicks only
 //! when the device has asked for it, so a kick that is not asked for is a packet that hangs.
+
+#![allow(clippy::expect_used, clippy::panic, reason = "a failed expectation is how a test fails")]
+#![cfg_attr(fuzzing, allow(dead_code, reason = "tests use more of it than fuzzers"))]
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -19,7 +22,7 @@ use virtio_queue::desc::{RawDescriptor, split::Descriptor, split::VirtqUsedElem}
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::*;
+use super::*;
 use crate::virtio::mmio::ConfigSpace;
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1, ReadyQueue};
 
@@ -329,6 +332,11 @@ pub struct Bench {
 impl Bench {
     /// A device with both offers and both listeners, not activated.
     pub fn new() -> Self {
+        Bench::new_with(Some(Policy::with_loopback()))
+    }
+
+    /// The same, with flows to where `policy` says, if there are any.
+    pub fn new_with(policy: Option<Policy>) -> Self {
         let (mut ours, mut theirs) = (HashMap::new(), HashMap::new());
         for port in [OFFER, OTHER_OFFER] {
             let (near, far) = UnixStream::pair().expect("a pair");
@@ -344,7 +352,7 @@ impl Bench {
             listeners.push(Listener::Unix { socket, guest_port, fallback_port });
             addresses.push(address);
         }
-        Bench::with(theirs, listeners, ours, addresses)
+        Bench::with_policy(policy, theirs, listeners, ours, addresses)
     }
 
     /// A device with these sockets only.
@@ -354,7 +362,18 @@ impl Bench {
         ours: HashMap<u32, UnixStream>,
         addresses: Vec<SocketAddr>,
     ) -> Self {
-        let mux = Mux::new(offers, listeners, Some(Policy::with_loopback()));
+        Bench::with_policy(Some(Policy::with_loopback()), offers, listeners, ours, addresses)
+    }
+
+    /// The same, with flows to where `policy` says, if there are any.
+    pub fn with_policy(
+        policy: Option<Policy>,
+        offers: HashMap<u32, UnixStream>,
+        listeners: Vec<Listener>,
+        ours: HashMap<u32, UnixStream>,
+        addresses: Vec<SocketAddr>,
+    ) -> Self {
+        let mux = Mux::new(offers, listeners, policy);
         let device = Rc::new(RefCell::new(Device { mux, failure: None }));
         let mut events = EventManager::new().expect("an event loop");
         let id = events.add_subscriber(Rc::clone(&device));

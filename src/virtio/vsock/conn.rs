@@ -497,6 +497,170 @@ mod tests {
         assert!(conn.is_closed());
     }
 
+    /// Where 32-bit counters go wrong, if they do.
+    const EDGES: [u32; 12] = [
+        0,
+        1,
+        99,
+        UPDATE_STEP,
+        BUFFER_LEN as u32,
+        (1 << 31) - 1,
+        1 << 31,
+        (1 << 31) + 1,
+        u32::MAX - BUFFER_LEN as u32,
+        u32::MAX - 99,
+        u32::MAX - 1,
+        u32::MAX,
+    ];
+
+    #[test]
+    fn credit_is_what_the_guest_has_room_for_wherever_the_counters_are() {
+        for taken in EDGES {
+            for on_the_way in EDGES {
+                for alloc in EDGES {
+                    let mut conn = open();
+                    conn.sent = taken.wrapping_add(on_the_way);
+                    let update =
+                        Header { buf_alloc: alloc, fwd_cnt: taken, ..packet(Op::CreditUpdate, 0) };
+                    conn.on_packet(&update, &[]);
+                    // As numbers that do not wrap: the guest has room for what it has not been sent.
+                    let room = u64::from(alloc).saturating_sub(on_the_way.into()) as usize;
+                    assert_eq!(
+                        conn.credit(),
+                        room,
+                        "{taken} taken, {on_the_way} on the way, {alloc}"
+                    );
+                    let sent = next(&mut conn, HostRead::Data(usize::MAX)).expect("a packet");
+                    let len = if sent.op == Op::Data { sent.len as usize } else { 0 };
+                    assert_eq!(len, room.min(1 << 16));
+                    assert_eq!(conn.credit(), room - len);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn streams_go_on_when_their_counters_wrap() {
+        // With bytes for the guest, which carry the news of room here along, and without.
+        for read in [HostRead::Data(30_000), HostRead::Empty] {
+            for start in EDGES {
+                stream_from(start, read);
+            }
+        }
+    }
+
+    fn stream_from(start: u32, read: HostRead) {
+        let mut conn = open();
+        (conn.sent, conn.guest_taken) = (start, start);
+        (conn.taken, conn.told_taken) = (start, start);
+        let mut guest_taken = start;
+        // What the guest knows of the room here, and how much it has sent.
+        let (mut told, mut sent) = (start, start);
+        let (mut there, mut back) = (0, 0);
+        while there < 3 * BUFFER_LEN || (back < 3 * BUFFER_LEN && read != HostRead::Empty) {
+            let room = BUFFER_LEN - sent.wrapping_sub(told) as usize;
+            let data = vec![0; room.min(50_000)];
+            sent = sent.wrapping_add(data.len() as u32);
+            let credit = Header { buf_alloc: 70_000, fwd_cnt: guest_taken, ..packet(Op::Data, 0) };
+            conn.on_packet(&credit, &data);
+            let took = conn.for_host().len().min(40_000);
+            conn.host_took(took);
+            there += data.len();
+            let mut moved = data.len() + took;
+            while let Some(header) = next(&mut conn, read) {
+                assert_ne!(header.op, Op::Reset, "from {start}");
+                told = header.fwd_cnt;
+                guest_taken = guest_taken.wrapping_add(header.len);
+                back += header.len as usize;
+                moved += header.len as usize;
+            }
+            assert!(moved > 0, "from {start}, {there} there and {back} back");
+        }
+    }
+
+    /// Every sequence of a few events, whatever their order: what holds for all connections holds.
+    #[test]
+    fn no_order_of_events_breaks_the_rules() {
+        const DEPTH: u32 = 4;
+        const EVENTS: usize = 16;
+        for (kind, abortable) in [(0, false), (0, true), (1, false), (1, true)] {
+            for sequence in 0..EVENTS.pow(DEPTH) {
+                let mut conn = match kind {
+                    0 => Conn::accepted(&packet(Op::Request, 0)),
+                    _ => Conn::requested(PORTS),
+                };
+                conn.set_abortable(abortable);
+                let mut rules = Rules::default();
+                for position in 0..DEPTH {
+                    rules.apply(&mut conn, sequence / EVENTS.pow(position) % EVENTS);
+                }
+            }
+        }
+    }
+
+    /// What a guest has been told so far.
+    #[derive(Default)]
+    struct Rules {
+        opened: bool,
+        shut: u32,
+        reset: bool,
+        closed: bool,
+        sent: usize,
+    }
+
+    impl Rules {
+        fn apply(&mut self, conn: &mut Conn, event: usize) {
+            match event {
+                0 => conn.on_packet(&packet(Op::Request, 0), &[]),
+                1 => conn.on_packet(&packet(Op::Response, 0), &[]),
+                2 => conn.on_packet(&packet(Op::Reset, 0), &[]),
+                3 => conn.on_packet(&packet(Op::Shutdown, SHUTDOWN_SEND), &[]),
+                4 => conn.on_packet(&packet(Op::Shutdown, SHUTDOWN_RECEIVE), &[]),
+                5 => conn.on_packet(&packet(Op::Shutdown, BOTH), &[]),
+                6 => conn.on_packet(&packet(Op::Data, 0), b"data"),
+                7 => conn.on_packet(&packet(Op::CreditRequest, 0), &[]),
+                8 => conn.on_packet(
+                    &Header { fwd_cnt: self.sent as u32, ..packet(Op::CreditUpdate, 0) },
+                    &[],
+                ),
+                9 => conn.host_took(conn.for_host().len()),
+                10 => conn.host_stopped_receiving(),
+                11 => conn.on_driver_reset(),
+                12 => self.note(next(conn, HostRead::Data(60)), conn),
+                13 => self.note(next(conn, HostRead::Empty), conn),
+                14 => self.note(next(conn, HostRead::End), conn),
+                _ => self.note(next(conn, HostRead::Broken), conn),
+            }
+            assert!(!self.closed || conn.is_closed(), "what is closed stays closed");
+            self.closed = conn.is_closed();
+            assert!(conn.for_host().len() <= BUFFER_LEN);
+        }
+
+        fn note(&mut self, header: Option<Header>, conn: &Conn) {
+            let Some(header) = header else { return };
+            assert!(!self.reset && !self.closed, "nothing follows a reset");
+            match header.op {
+                // Again, when a new driver is asked.
+                Op::Request | Op::Response => self.opened = true,
+                Op::Reset => {
+                    self.reset = true;
+                    assert!(conn.is_closed());
+                }
+                _ => assert!(self.opened, "{:?} before the opening", header.op),
+            }
+            if header.op == Op::Data {
+                assert!(self.shut & SHUTDOWN_SEND == 0, "data after the end");
+                assert!(conn.guest_receives(), "data that is not wanted");
+                self.sent += header.len as usize;
+            }
+            if header.op == Op::Shutdown {
+                assert_ne!(header.flags & !self.shut, 0, "nothing new");
+                assert_eq!(self.shut & !header.flags, 0, "taken back");
+                self.shut = header.flags;
+            }
+        }
+    }
+
     #[test]
     fn freed_space_is_announced_in_time() {
         let mut conn = open();

@@ -6,7 +6,6 @@ use std::thread::sleep;
 use mote_agent::flow::{DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, PUBLISHED_LEN};
 
 use super::super::super::conn::BUFFER_LEN;
-use super::bench::*;
 use super::*;
 use crate::sys;
 

@@ -736,6 +736,9 @@ fn watch_kick(kick: &EventFd, token: Token, ops: &mut EventOps<'_>) -> Result<()
     Ok(ops.add(Events::with_data(kick, token.to_data(), EventSet::IN))?)
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "bench.rs"]
+pub(crate) mod bench;
 #[cfg(test)]
 #[path = "mux_test.rs"]
 mod tests;

@@ -1,7 +1,5 @@
 //! The vsock device against guests and clients that are hostile or merely odd.
 
-#[path = "bench.rs"]
-mod bench;
 #[path = "flow_test.rs"]
 mod flows;
 
