@@ -42,6 +42,8 @@ pub struct MmioDevice {
     interrupt: EventFd,
     kicks: Vec<EventFd>,
     state: State,
+    /// A failed activation was reported.
+    complained: bool,
 }
 
 /// What the driver has negotiated so far; gone at reset.
@@ -136,8 +138,15 @@ impl MmioDevice {
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
         page.set_bytes(VIRTIO_MMIO_CONFIG.into(), device.config());
-        let mmio =
-            MmioDevice { device, page, ram: ram.clone(), interrupt: eventfd()?, kicks, state };
+        let mmio = MmioDevice {
+            device,
+            page,
+            ram: ram.clone(),
+            interrupt: eventfd()?,
+            kicks,
+            state,
+            complained: false,
+        };
         mmio.show_state();
         Ok(mmio)
     }
@@ -211,7 +220,10 @@ impl MmioDevice {
         if added & DRIVER_OK != 0
             && let Err(error) = self.activate()
         {
-            log::error(&format!("virtio device {}: activate: {error:#}", self.device.id()));
+            // Once: a driver could go on and on.
+            if !std::mem::replace(&mut self.complained, true) {
+                log::error(&format!("virtio device {}: activate: {error:#}", self.device.id()));
+            }
             self.state.status |= NEEDS_RESET;
             self.show_state();
             self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), CONFIG_CHANGED);
