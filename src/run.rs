@@ -61,6 +61,7 @@ pub fn run(mut vm: Vm, signals: File, timeline: &mut Timeline) -> Result<Outcome
         signals,
         clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
         rng: None,
+        rng_complained: false,
         decoder: Decoder::default(),
         guest_clock: None,
         marks: Vec::new(),
@@ -99,6 +100,8 @@ struct MainLoop {
     signals: File,
     clock: File,
     rng: Option<Rng>,
+    /// A fault of the driver of that was reported.
+    rng_complained: bool,
     decoder: Decoder,
     guest_clock: Option<GuestClock>,
     marks: Vec<(&'static str, Instant)>,
@@ -314,8 +317,11 @@ impl MainLoop {
 
     fn on_rng(&mut self, ops: &mut EventOps<'_>) {
         let Some(Err(error)) = self.rng.as_mut().map(Rng::process) else { return };
-        // The driver broke its own queue: this device stops, the guest lives on.
-        log::error(&format!("rng: {error:#}; the device stops"));
+        // The driver broke its own queue: this device stops, the guest lives on. Said once: a driver
+        // could go on and on.
+        if !std::mem::replace(&mut self.rng_complained, true) {
+            log::error(&format!("rng: {error:#}; the device stops"));
+        }
         let _ = self.stop_rng(ops);
     }
 
