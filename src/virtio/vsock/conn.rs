@@ -259,7 +259,8 @@ impl Conn {
 
     fn drop_for_host(&mut self) {
         self.host_receives = false;
-        self.to_host.clear();
+        // The memory too: the connection may live on for as long as the guest likes.
+        self.to_host = VecDeque::new();
     }
 
     /// Notes that the host socket accepts nothing any more.
@@ -429,6 +430,14 @@ mod tests {
         next(&mut conn, HostRead::Empty);
         conn.on_packet(&packet(Op::Reset, 0), &[]);
         assert!(conn.is_closed());
+    }
+
+    #[test]
+    fn a_connection_that_takes_no_more_holds_no_memory() {
+        let mut conn = open();
+        conn.on_packet(&packet(Op::Data, 0), &[0; BUFFER_LEN / 4]);
+        conn.host_stopped_receiving();
+        assert_eq!(conn.to_host.capacity(), 0);
     }
 
     #[test]
