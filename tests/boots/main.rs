@@ -16,6 +16,7 @@ mod common;
 mod datagrams;
 mod exec;
 mod guest;
+mod hostile;
 mod lifecycle;
 mod limits;
 mod network;
