@@ -3,13 +3,15 @@
 # make demo    install what is missing, build, and run one box from a spec file
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
+# make soak-flood   ten minutes of vsock flood, and 1,000 commands: does mote's memory stay flat?
+#              (ARGS='SECONDS COMMANDS' instead)
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net lab tools check unit boots deny clean
+.PHONY: build test demo bench bench-net soak-flood lab tools check unit boots deny clean
 
 build:
 	resources/tools.sh build
@@ -50,6 +52,9 @@ bench: tools build
 
 bench-net: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench_net.py
+
+soak-flood: tools build
+	LAB_LIMIT_S=3000 $(WITH_KVM) tests/flood.py $(ARGS)
 
 lab: tools
 	tests/lab/lab.sh $(ARGS)
