@@ -4,6 +4,8 @@
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
 # make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
+# make soak-flood   ten minutes of vsock flood, and 1,000 commands: does mote's memory stay flat?
+#              (ARGS='SECONDS COMMANDS' instead)
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
 # make deny    advisories, licences and sources of the dependencies
 # make reproducible   the guest's files, built twice, have the same bytes
@@ -14,7 +16,8 @@
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net soak lab tools check unit boots fuzz sanitize deny reproducible clean
+.PHONY: build test demo bench bench-net soak soak-flood lab tools check unit boots fuzz sanitize deny \
+	reproducible clean
 
 build:
 	resources/tools.sh build
@@ -39,7 +42,7 @@ unit:
 # of about a minute, and with a limit far above that: a lab that hangs costs one group's time, not all.
 export LAB_LIMIT_S ?= 420
 BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: \
-	limits::,outcomes::,shares::,sockets:: sandbox:: faults:: tsi:: datagrams:: ports:: passt::
+	limits::,outcomes::,shares::,sockets:: sandbox:: faults:: hostile:: tsi:: datagrams:: ports:: passt::
 
 boots:
 	export MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) && \
@@ -69,6 +72,9 @@ bench-net: tools build
 
 soak: tools build
 	tests/soak.py --boots $(or $(BOOTS),100) --seed $(or $(SEED),1) --parallel $(or $(PARALLEL),2) $(ARGS)
+
+soak-flood: tools build
+	LAB_LIMIT_S=3000 $(WITH_KVM) tests/flood.py $(ARGS)
 
 lab: tools
 	tests/lab/lab.sh $(ARGS)

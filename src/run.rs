@@ -280,7 +280,9 @@ impl MainLoop {
             let Ok(event) = self.vm.device_events.0.try_recv() else { return };
             let handled = match event {
                 DeviceEvent::Activated(MainLoopDeviceKind::Vsock, activation) => {
-                    self.vm.mux.activate(activation, ops)
+                    let activated = self.vm.mux.activate(activation, ops);
+                    self.check_vsock(activated, ops);
+                    Ok(())
                 }
                 DeviceEvent::Reset(MainLoopDeviceKind::Vsock) => self.vm.mux.reset(ops),
                 DeviceEvent::Activated(MainLoopDeviceKind::Rng, activation) => {

@@ -142,11 +142,13 @@ impl VirtioDevice for MainLoopDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        self.send(DeviceEvent::Activated(self.kind, activation))
+        // Failing, here and below, means a main loop that has ended, and with it the box: that has its
+        // own last word.
+        let _ = self.send(DeviceEvent::Activated(self.kind, activation));
+        Ok(())
     }
 
     fn reset(&mut self) {
-        // The only failure is a main loop that has ended, and with it the device.
         let _ = self.send(DeviceEvent::Reset(self.kind));
     }
 }

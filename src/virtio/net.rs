@@ -58,7 +58,8 @@ const NUM_BUFFERS: usize = 10;
 const STATUS_OFFSET: u32 = 6;
 /// Most frames to the guest before the main loop turns to other work.
 const RECEIVE_BATCH: usize = 128;
-/// Most buffers full of frames to passt before the main loop turns to other work.
+/// Most buffers full of frames to passt, or queues full of frames, before the main loop turns to
+/// other work.
 const TRANSMIT_BATCH: usize = 8;
 /// How long to wait before passt is looked for again, at first and after many failures.
 const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
@@ -377,7 +378,12 @@ impl Queues {
             if !cable.flush()? {
                 return Ok(());
             }
-            while cable.has_room() {
+            // Frames that are dropped take no room: a driver that sends nothing else would never let
+            // go of this.
+            for _ in 0..QUEUE_SIZES[1] {
+                if !cable.has_room() {
+                    break;
+                }
                 let Some(chain) = transmit.pop_or_wait(ram)? else {
                     cable.flush()?;
                     return Ok(());

@@ -24,6 +24,43 @@ fn a_frame_fills_as_many_buffers_as_it_needs() {
 }
 
 #[test]
+fn a_driver_that_never_stops_sending_nothing_holds_nobody_up() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    let mut bench = Bench::new(None);
+    // One frame that is too short to be one, available over and over.
+    bench.activate(FEATURES, &[], &[buffer(0, 13, 0, 0)]);
+    let index = |ring: u64| QUEUES[1].unchecked_add(ring + 2);
+    let taken = |ram: &GuestRam| ram.read_obj::<u16>(index(USED)).expect("RAM");
+    let before = taken(&bench.ram);
+    let (ram, over) = (bench.ram.clone(), AtomicBool::new(false));
+    let most_taken = std::thread::scope(|scope| {
+        let driver = scope.spawn(|| {
+            let (mut all, mut last) = (0, before);
+            // Far more than one turn may take: whoever takes so much never ends.
+            while !over.load(Ordering::Relaxed) && all < 60_000 {
+                let now = taken(&ram);
+                all += u32::from(now.wrapping_sub(last));
+                last = now;
+                ram.write_obj(now.wrapping_add(256), index(AVAILABLE)).expect("RAM");
+            }
+            all
+        });
+        if let Some(queues) = &bench.device.borrow().net.queues {
+            queues.transmit.kick().write(1).expect("kicked");
+        }
+        // Each is one turn of the main loop.
+        for _ in 0..4 {
+            bench.events.run_with_timeout(0).expect("runs");
+        }
+        over.store(true, Ordering::Relaxed);
+        driver.join().expect("the driver ends")
+    });
+    assert!(most_taken < 60_000, "a turn took {most_taken} frames");
+    assert!(bench.sent().is_empty());
+}
+
+#[test]
 fn a_frame_waits_for_buffers_and_nothing_spins() {
     let mut bench = Bench::new(None);
     bench.activate(FEATURES, &receive(&[100]), &[]);

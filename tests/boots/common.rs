@@ -80,6 +80,8 @@ pub struct TestBox {
     pub spec: Value,
     /// Words in front of mote's own: where it runs, if not right here.
     within: Vec<String>,
+    /// Environment variables of mote's own.
+    env: Vec<(&'static str, PathBuf)>,
     mounted: bool,
 }
 
@@ -114,7 +116,7 @@ impl TestBox {
             "console_output": dir.join("out/console.log"),
             "workdir": "/",
         });
-        TestBox { dir, spec, within: Vec::new(), mounted: false }
+        TestBox { dir, spec, within: Vec::new(), env: Vec::new(), mounted: false }
     }
 
     /// A box on a small tree: busybox and little else, made in an instant.
@@ -174,6 +176,18 @@ impl TestBox {
         self
     }
 
+    /// Boots this kernel in place of Linux, with this initramfs.
+    pub fn booting(mut self, kernel: &[u8], initramfs: &[u8]) -> Self {
+        for (name, file, bytes) in
+            [("MOTE_KERNEL", "kernel", kernel), ("MOTE_INITRAMFS", "initramfs", initramfs)]
+        {
+            let path = self.path(file);
+            fs::write(&path, bytes).expect("file");
+            self.env.push((name, path));
+        }
+        self
+    }
+
     /// Runs mote in this network.
     pub fn inside(mut self, network: &Network) -> Self {
         self.within.extend(network.enter());
@@ -208,6 +222,7 @@ impl TestBox {
             .arg("--timeline")
             .arg(self.path("out/timeline.json"))
             .env("TMPDIR", self.path("tmp"))
+            .envs(self.env.iter().cloned())
             .stdin(Stdio::null());
         command
     }
@@ -221,7 +236,10 @@ impl TestBox {
     /// What a run left, given its output; fails if it left a process, socket or temporary file.
     pub fn finished(&self, output: Output) -> Ran {
         self.assert_nothing_left();
-        let text = |name: &str| fs::read_to_string(self.path(name)).unwrap_or_default();
+        let text = |name: &str| {
+            let bytes = fs::read(self.path(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
         let json = |name: &str| serde_json::from_str(&text(name)).unwrap_or(Value::Null);
         Ran {
             code: output.status.code().unwrap_or(-1),
@@ -252,6 +270,7 @@ impl TestBox {
             .arg("--outcome")
             .arg(self.path("out/outcome.json"))
             .env("TMPDIR", self.path("tmp"))
+            .envs(self.env.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -17,6 +17,7 @@ mod datagrams;
 mod exec;
 mod faults;
 mod guest;
+mod hostile;
 mod lifecycle;
 mod limits;
 mod network;

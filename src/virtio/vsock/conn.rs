@@ -23,8 +23,8 @@ use super::packet::{Header, Op, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 pub const BUFFER_LEN: usize = 256 * 1024;
 /// The memory that an idle connection may hold on to, of thousands.
 const KEPT_CAPACITY: usize = 16 * 1024;
-/// The guest hears of freed buffer space at the latest when this much has been freed.
-const UPDATE_STEP: u32 = BUFFER_LEN as u32 / 4;
+/// The guest hears of freed buffer space at the latest when this part of the buffer has been freed.
+const UPDATE_PART: u32 = 4;
 /// The end of both directions.
 const BOTH: u32 = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
 
@@ -78,8 +78,10 @@ pub struct Conn {
     /// Shutdown flags the guest has been told.
     told_shutdown: u32,
 
-    /// From the guest, not yet taken by the host socket; at most [`BUFFER_LEN`].
+    /// From the guest, not yet taken by the host socket; at most `buffer_len`.
     to_host: VecDeque<u8>,
+    /// See [`Conn::set_buffer_len`].
+    buffer_len: u32,
     /// Bytes the host socket has taken, wrapping, and the last such count the guest was told.
     taken: u32,
     told_taken: u32,
@@ -106,6 +108,7 @@ impl Conn {
             host_ended: false,
             told_shutdown: 0,
             to_host: VecDeque::new(),
+            buffer_len: BUFFER_LEN as u32,
             taken: 0,
             told_taken: 0,
             update_wanted: false,
@@ -130,6 +133,11 @@ impl Conn {
     /// reset before it has ended its own.
     pub fn set_abortable(&mut self, abortable: bool) {
         self.abortable = abortable;
+    }
+
+    /// Gives the guest less room than [`BUFFER_LEN`]. To be called before the guest is told.
+    pub fn set_buffer_len(&mut self, len: u32) {
+        self.buffer_len = len;
     }
 
     /// Asks again on other ports, for a request that the guest has refused. What has become of the
@@ -195,7 +203,7 @@ impl Conn {
             (Op::Reset, _) => self.forget(),
             (Op::Response, Phase::Requested) => self.phase = Phase::Open,
             (Op::Data, Phase::Open) if self.guest_sends => {
-                if self.to_host.len() + data.len() > BUFFER_LEN {
+                if self.to_host.len() + data.len() > self.buffer_len as usize {
                     // More than its credit allows: it would have been dropped or unbounded.
                     self.abort();
                 } else if self.host_receives {
@@ -251,7 +259,8 @@ impl Conn {
 
     fn drop_for_host(&mut self) {
         self.host_receives = false;
-        self.to_host.clear();
+        // The memory too: the connection may live on for as long as the guest likes.
+        self.to_host = VecDeque::new();
     }
 
     /// Notes that the host socket accepts nothing any more.
@@ -362,7 +371,8 @@ impl Conn {
             self.settle();
             return Some(header);
         }
-        if self.update_wanted || self.taken.wrapping_sub(self.told_taken) >= UPDATE_STEP {
+        let freed = self.taken.wrapping_sub(self.told_taken);
+        if self.update_wanted || freed >= self.buffer_len / UPDATE_PART {
             return Some(self.header(Op::CreditUpdate, 0, 0));
         }
         None
@@ -376,7 +386,7 @@ impl Conn {
             len,
             op,
             flags,
-            buf_alloc: BUFFER_LEN as u32,
+            buf_alloc: self.buffer_len,
             fwd_cnt: self.taken,
         }
     }
@@ -420,6 +430,27 @@ mod tests {
         next(&mut conn, HostRead::Empty);
         conn.on_packet(&packet(Op::Reset, 0), &[]);
         assert!(conn.is_closed());
+    }
+
+    #[test]
+    fn a_connection_that_takes_no_more_holds_no_memory() {
+        let mut conn = open();
+        conn.on_packet(&packet(Op::Data, 0), &[0; BUFFER_LEN / 4]);
+        conn.host_stopped_receiving();
+        assert_eq!(conn.to_host.capacity(), 0);
+    }
+
+    #[test]
+    fn a_smaller_buffer_is_what_the_guest_hears_of_and_gets() {
+        let mut conn = Conn::accepted(&packet(Op::Request, 0));
+        conn.set_buffer_len(100);
+        assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.buf_alloc), Some(100));
+        conn.on_packet(&packet(Op::Data, 0), &[0; 100]);
+        conn.host_took(25);
+        let update = next(&mut conn, HostRead::Empty).expect("an update");
+        assert_eq!((update.op, update.fwd_cnt), (Op::CreditUpdate, 25));
+        conn.on_packet(&packet(Op::Data, 0), &[0; 26]);
+        assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Reset));
     }
 
     #[test]
@@ -665,11 +696,12 @@ mod tests {
     fn freed_space_is_announced_in_time() {
         let mut conn = open();
         conn.on_packet(&packet(Op::Data, 0), &[0; BUFFER_LEN]);
-        conn.host_took(UPDATE_STEP as usize - 1);
+        let step = BUFFER_LEN / UPDATE_PART as usize;
+        conn.host_took(step - 1);
         assert_eq!(next(&mut conn, HostRead::Empty), None);
         conn.host_took(1);
         let update = next(&mut conn, HostRead::Empty).expect("an update");
-        assert_eq!((update.op, update.fwd_cnt), (Op::CreditUpdate, UPDATE_STEP));
+        assert_eq!((update.op, update.fwd_cnt), (Op::CreditUpdate, step as u32));
         conn.on_packet(&packet(Op::CreditRequest, 0), &[]);
         assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::CreditUpdate));
     }

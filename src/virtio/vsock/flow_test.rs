@@ -271,6 +271,19 @@ fn a_peer_that_ends_and_then_resets_had_ended() {
 }
 
 #[test]
+fn thousands_of_connections_have_small_buffers() {
+    let mut bench = Bench::started();
+    let mut rooms = Vec::new();
+    for guest in 0..LARGE_BUFFERS as u32 + 50 {
+        bench.tell(Packet::new(Op::Request, Ports { host: FLOW_PORT, guest }), &[]);
+        bench.post(1, 64);
+        rooms.extend(bench.received().into_iter().map(|(packet, _)| packet.buf_alloc as usize));
+    }
+    let expected = [vec![BUFFER_LEN; LARGE_BUFFERS], vec![SMALL_BUFFER_LEN; 50]].concat();
+    assert_eq!(rooms, expected);
+}
+
+#[test]
 fn a_peer_that_does_not_read_holds_up_its_own_flow_only() {
     let mut bench = Bench::started();
     let (slow, mut reader) = connected(&mut bench);

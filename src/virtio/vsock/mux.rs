@@ -36,6 +36,12 @@ const MAX_FLOWS: usize = 3072;
 /// Most flows while clients of published ports are accepted: they cannot take the box's own
 /// connections from it.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
+/// How many connections may have [`conn::BUFFER_LEN`](super::conn::BUFFER_LEN) bytes each on the way to their host sockets. Those
+/// beyond have [`SMALL_BUFFER_LEN`]: a guest that fills every buffer, which takes thousands of peers
+/// that do not read or do not answer, costs mote some 125 MiB rather than a GiB.
+const LARGE_BUFFERS: usize = 256;
+/// See [`LARGE_BUFFERS`]. Four packets of Linux's.
+const SMALL_BUFFER_LEN: usize = 16 * 1024;
 /// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
 /// loses them.
 const MAX_RESETS: usize = 1024;
@@ -658,11 +664,14 @@ impl Mux {
 
     fn insert(
         &mut self,
-        conn: Conn,
+        mut conn: Conn,
         end: HostEnd,
         fallback_port: Option<u32>,
         ops: &mut EventOps<'_>,
     ) -> Result<()> {
+        if self.by_ports.len() >= LARGE_BUFFERS {
+            conn.set_buffer_len(SMALL_BUFFER_LEN as u32);
+        }
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() - 1

@@ -1,0 +1,383 @@
+//! Guests that are out to harm: a kernel of our own in place of Linux (`hostile.c`), whose every
+//! access to mote's devices is malicious. Whatever it does, mote ends with one of its own exit codes
+//! and says why, or goes on: small, at rest when the guest is, and at its caller's command.
+//!
+//! A failure names the guest's order; the same order makes the same guest do the same again.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::common::{Ran, Started, TestBox, eventually, mote, own_memory_kib};
+
+/// mote's own memory whatever its guest does, in KiB: it starts with some 3 MiB, and what a guest
+/// can make it hold without a peer outside is a few hundred bytes for each of 4,096 connections.
+const MEMORY_LIMIT_KIB: u64 = 16 * 1024;
+/// Lines of mote's own that a guest can provoke besides the last: of each of four devices that it
+/// cannot be started, and that it was broken.
+const MOST_COMPLAINTS: usize = 8;
+
+/// What the guest shall do; `hostile.c` says what that means.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    mode: &'static str,
+    seed: u32,
+    /// 0: for ever.
+    rounds: u32,
+    /// `reset` or `halt`.
+    end: &'static str,
+    vcpus: u8,
+}
+
+impl std::fmt::Display for Order {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Order { mode, seed, rounds, end, vcpus } = self;
+        write!(f, "{mode} {seed} {rounds} {end} {vcpus}")
+    }
+}
+
+/// The kernel, compiled once.
+fn kernel() -> &'static [u8] {
+    static KERNEL: OnceLock<Vec<u8>> = OnceLock::new();
+    KERNEL.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/hostile.c");
+        let output = std::env::temp_dir().join(format!("mote-hostile-{}", std::process::id()));
+        // At 16 MiB, where mote's page tables reach. No loop becomes a call of the function that it
+        // is the body of, and there is no SSE.
+        let options = "-O1 -static -nostdlib -ffreestanding -fno-stack-protector -mno-red-zone \
+            -mgeneral-regs-only -fno-pie -no-pie -fno-tree-loop-distribute-patterns \
+            -fcf-protection=none -Wl,-Ttext=0x1000000 -Wl,--build-id=none -Wall -Werror";
+        let status = Command::new("gcc")
+            .args(options.split_whitespace())
+            .arg("-o")
+            .args([&output, &source])
+            .status()
+            .expect("gcc runs");
+        assert!(status.success());
+        let bytes = fs::read(&output).expect("compiled");
+        let _ = fs::remove_file(&output);
+        bytes
+    })
+}
+
+/// A box whose guest has this order.
+fn hostile(order: Order) -> TestBox {
+    TestBox::busybox()
+        .with("memory_mib", json!(128))
+        .with("vcpus", json!(order.vcpus))
+        .booting(kernel(), format!("{order}\n").as_bytes())
+}
+
+/// Stands in for passt: reads what comes, and answers now and then with a frame, to the end.
+struct Peer(JoinHandle<()>);
+
+impl Peer {
+    /// The box gets a network, of which this is the other end.
+    fn of(test: TestBox) -> (TestBox, Peer) {
+        let socket = test.path("passt.sock");
+        let listener = UnixListener::bind(&socket).expect("binds");
+        let network = json!({
+            "passt_socket_path": socket, "ip_address": "10.88.0.2", "gateway": "10.88.0.1",
+            "prefix_len": 24, "mac_address": [2, 66, 10, 88, 0, 2], "dns_servers": ["192.0.2.2"],
+        });
+        let peer = thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("mote connects");
+            serve(stream);
+        });
+        (test.with("network", network), Peer(peer))
+    }
+
+    /// Waits until mote has gone.
+    fn end(self) {
+        self.0.join().expect("the peer ends with mote");
+    }
+}
+
+fn serve(mut stream: UnixStream) {
+    stream.set_write_timeout(Some(Duration::from_millis(100))).expect("set");
+    let frame = [&100u32.to_be_bytes()[..], &[0xa5; 100]].concat();
+    let mut bytes = vec![0; 1 << 16];
+    // Half a frame would be this end's fault.
+    let mut whole = true;
+    while stream.read(&mut bytes).is_ok_and(|read| read > 0) {
+        whole = whole && stream.write(&frame).is_ok_and(|written| written == frame.len());
+    }
+}
+
+/// What the guest and mote are to be judged by.
+fn report(order: Order, ran: &Ran) -> String {
+    format!("{order}: code {}, outcome {}, stderr: {}", ran.code, ran.outcome, ran.stderr)
+}
+
+/// That mote has ended with one of these codes, and said why in one line.
+fn assert_ended(order: Order, ran: &Ran, codes: &[i32]) {
+    let report = report(order, ran);
+    assert!(codes.contains(&ran.code), "{report}");
+    assert_eq!(ran.outcome["exit_code"], ran.code, "{report}");
+    let message = ran.outcome["message"].as_str().expect("a reason");
+    let lines: Vec<&str> = ran.stderr.lines().collect();
+    // Not always the last line: vCPUs may complain until the process is gone.
+    let said = lines.iter().filter(|line| **line == format!("mote: {message}")).count();
+    assert_eq!(said, 1, "{report}");
+    assert!(lines.iter().all(|line| line.starts_with("mote: ")), "{report}");
+    assert!(lines.len() <= MOST_COMPLAINTS + 1, "{report}");
+    assert!(ran.console.starts_with(&format!("hostile: {order}\n")), "{report}");
+    // What it does to itself is no test of mote.
+    assert!(
+        order.mode == "broken" || !ran.console.contains("hostile: fault"),
+        "{report} {}",
+        ran.console
+    );
+}
+
+/// Runs guests with these orders to their ends, each with and without a network of its own.
+fn assert_ends(orders: &[Order], codes: &[i32]) {
+    for order in orders {
+        let ran = hostile(*order).run();
+        assert_ended(*order, &ran, codes);
+        let (test, peer) = Peer::of(hostile(*order));
+        assert_ended(*order, &test.run(), codes);
+        peer.end();
+    }
+}
+
+// ---- guests that end ---------------------------------------------------------------------------
+
+const RESET: Order = Order { mode: "", seed: 0, rounds: 0, end: "reset", vcpus: 1 };
+
+#[test]
+fn random_accesses_to_registers_ports_and_nothing_harm_nobody() {
+    let order = Order { mode: "registers", rounds: 1_500, ..RESET };
+    let orders = [(1, 1), (2, 2)].map(|(seed, vcpus)| Order { seed, vcpus, ..order });
+    assert_ends(&orders, &[122]);
+}
+
+#[test]
+fn malicious_chains_and_rings_harm_nobody() {
+    let order = Order { mode: "queues", rounds: 300, ..RESET };
+    let orders = [(1, 1), (2, 1), (3, 2)].map(|(seed, vcpus)| Order { seed, vcpus, ..order });
+    assert_ends(&orders, &[122]);
+}
+
+#[test]
+fn virtiofsd_may_end_of_what_its_guest_does_and_that_is_told() {
+    let order = Order { mode: "files", rounds: 100, ..RESET };
+    for seed in [1, 2, 3, 4] {
+        let order = Order { seed, ..order };
+        let ran = hostile(order).run();
+        assert_ended(order, &ran, &[122, 124]);
+        if ran.code == 124 {
+            let said = ran.stderr.contains("mote: virtiofsd for the root file system (");
+            assert!(said, "{}", report(order, &ran));
+        }
+    }
+}
+
+#[test]
+fn a_vsock_driver_that_lies_harms_nobody() {
+    let order = Order { mode: "vsock", rounds: 300, ..RESET };
+    let orders = [(1, 1), (2, 1), (3, 2)].map(|(seed, vcpus)| Order { seed, vcpus, ..order });
+    assert_ends(&orders, &[122]);
+}
+
+#[test]
+fn a_triple_fault_is_a_crash() {
+    let order = Order { mode: "crash", ..RESET };
+    let ran = hostile(order).run();
+    assert_ended(order, &ran, &[123]);
+    assert_eq!(ran.stderr, "mote: the guest kernel crashed (triple fault)\n");
+}
+
+// ---- guests that do not ------------------------------------------------------------------------
+
+/// A hostile guest at work.
+struct Running {
+    order: Order,
+    test: TestBox,
+    started: Started,
+}
+
+impl Running {
+    fn start(order: Order, test: TestBox) -> Self {
+        let started = test.start();
+        let mut running = Running { order, test, started };
+        running.wait_for(&format!("hostile: {order}"));
+        running
+    }
+
+    /// Waits until the guest has said this.
+    fn wait_for(&mut self, line: &str) {
+        let console = self.test.path("out/console.log");
+        eventually(&format!("{}: says {line:?}", self.order), || {
+            fs::read(&console)
+                .is_ok_and(|bytes| String::from_utf8_lossy(&bytes).lines().any(|l| l == line))
+        });
+    }
+
+    fn pid(&self) -> u32 {
+        self.started.child.id()
+    }
+
+    fn is_over(&mut self) -> bool {
+        self.started.child.try_wait().expect("waits").is_some()
+    }
+
+    fn assert_small(&self) {
+        let kib = own_memory_kib(self.pid());
+        assert!(kib < MEMORY_LIMIT_KIB, "{}: mote's own memory is {kib} KiB", self.order);
+    }
+
+    /// Waits for the end that these signals bring.
+    fn stop(self, signals: &[i32], words: &str) {
+        let Running { order, test, started } = self;
+        for signal in signals {
+            started.signal(*signal);
+        }
+        let ran = test.finished(started.finish());
+        assert_ended(order, &ran, &[121]);
+        assert!(ran.stderr.contains(words), "{}", report(order, &ran));
+    }
+}
+
+/// Processor time that a process has used, in clock ticks, all its threads together.
+fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("runs");
+    let (_, fields) = stat.rsplit_once(')').expect("a name");
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    // utime and stime, fields 14 and 15 (proc_pid_stat(5)); the first here is field 3.
+    [fields[11], fields[12]].map(|ticks| ticks.parse::<u64>().expect("a number")).iter().sum()
+}
+
+/// Waits until mote uses no processor time for a second.
+fn assert_rests(order: Order, pid: u32) {
+    let (mut last, mut since) = (ticks(pid), Instant::now());
+    let started = since;
+    while since.elapsed() < Duration::from_secs(1) {
+        assert!(started.elapsed() < Duration::from_secs(60), "{order}: mote never rests");
+        thread::sleep(Duration::from_millis(50));
+        let now = ticks(pid);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+    }
+}
+
+/// Processor time after which a guest that has not ended hangs, in clock ticks: 20 s.
+const HANGS_TICKS: u64 = 2000;
+
+#[test]
+fn a_broken_ring_ends_its_own_box_only() {
+    for seed in 1..=6 {
+        let order = Order { mode: "broken", seed, rounds: 300, ..RESET };
+        let (test, peer) = Peer::of(hostile(order));
+        let mut running = Running::start(order, test);
+        // It may destroy itself, which is its own affair: mote can be told to end it.
+        while !running.is_over() && ticks(running.pid()) < HANGS_TICKS {
+            thread::sleep(Duration::from_millis(20));
+        }
+        if !running.is_over() {
+            running.stop(&[libc::SIGTERM, libc::SIGTERM], "stopped hard by a second signal");
+        } else {
+            let Running { test, started, .. } = running;
+            let ran = test.finished(started.finish());
+            assert_ended(order, &ran, &[122, 123]);
+        }
+        peer.end();
+    }
+}
+
+#[test]
+fn when_a_hostile_guest_halts_mote_rests() {
+    for (mode, rounds) in [("halt", 0), ("registers", 1000), ("queues", 100), ("vsock", 200)] {
+        let order = Order { mode, seed: 5, rounds, end: "halt", vcpus: 2 };
+        let mut running = Running::start(order, hostile(order));
+        running.wait_for("hostile: done");
+        assert_rests(order, running.pid());
+        running.assert_small();
+        running.stop(&[libc::SIGTERM, libc::SIGINT], "stopped hard by a second signal (SIGINT)");
+    }
+}
+
+#[test]
+fn a_guest_that_hangs_with_interrupts_off_is_stopped_hard() {
+    let order = Order { mode: "spin", end: "halt", ..RESET };
+    let mut running = Running::start(order, hostile(order));
+    running.wait_for("hostile: done");
+    running.stop(&[libc::SIGTERM], "the guest did not stop within 8 s of SIGTERM");
+}
+
+/// Guests that never end, and the network that each has or has not.
+const ENDLESS: [(&str, bool); 4] =
+    [("registers", true), ("queues", false), ("vsock", false), ("vsock", true)];
+
+#[test]
+fn mote_stays_small_and_heeds_signals_whatever_its_guest_does() {
+    for (index, (mode, network)) in ENDLESS.into_iter().enumerate() {
+        let order = Order { mode, seed: 7, rounds: 0, end: "halt", vcpus: 2 };
+        let (test, peer) = match network {
+            true => Some(Peer::of(hostile(order))).unzip(),
+            false => (Some(hostile(order)), None),
+        };
+        let test = test.expect("a box");
+        let running = Running::start(order, test);
+        let mut seen = ticks(running.pid());
+        // A second's work at a time, whenever it gets it.
+        for _ in 0..5 {
+            eventually(&format!("{order}: works"), || ticks(running.pid()) > seen + 100);
+            seen = ticks(running.pid());
+            running.assert_small();
+            // Clients come and go meanwhile.
+            for _ in 0..20 {
+                drop(UnixStream::connect(running.test.path("sock/exec.sock")).expect("connects"));
+            }
+        }
+        // Alternately, since the first takes its 8 seconds.
+        match index % 2 {
+            0 => running.stop(&[libc::SIGTERM, libc::SIGTERM], "stopped hard by a second signal"),
+            _ => running.stop(&[libc::SIGTERM], "the guest did not stop within 8 s of SIGTERM"),
+        }
+        if let Some(peer) = peer {
+            peer.end();
+        }
+    }
+}
+
+// ---- an ordinary program in an ordinary guest ----------------------------------------------------
+
+#[test]
+fn commands_are_served_while_a_program_floods_the_host() {
+    let test = TestBox::busybox()
+        .with("vcpus", json!(2))
+        .with("console_output", json!(null))
+        .with_entrypoint("executable", json!("/bin/flood"));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/flood.c");
+    let status = Command::new("musl-gcc")
+        .args(["-O1", "-static", "-Wall", "-Werror", "-o"])
+        .arg(test.path("root/bin/flood"))
+        .arg(source)
+        .status()
+        .expect("musl-tools is installed");
+    assert!(status.success());
+    let mut started = test.start();
+    started.wait_for_line("flooding");
+    for turn in 0..5 {
+        let output = Command::new(mote())
+            .arg("exec")
+            .arg(test.path("sock/exec.sock"))
+            .args(["--", "echo", "served"])
+            .output()
+            .expect("mote runs");
+        assert_eq!(output.stdout, b"served\n", "command {turn}: {output:?}");
+        assert_eq!(output.status.code(), Some(0));
+        let kib = own_memory_kib(started.child.id());
+        assert!(kib < MEMORY_LIMIT_KIB, "mote's own memory is {kib} KiB");
+    }
+    started.stop(&test);
+}
