@@ -43,7 +43,7 @@ impl MutEventSubscriber for MainLoop {
 
 /// The device between a guest's memory and the other end of its socket.
 pub struct Bench {
-    events: EventManager<Rc<RefCell<MainLoop>>>,
+    pub events: EventManager<Rc<RefCell<MainLoop>>>,
     id: SubscriberId,
     pub device: Rc<RefCell<MainLoop>>,
     pub ram: GuestRam,

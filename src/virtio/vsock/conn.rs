@@ -533,7 +533,7 @@ mod tests {
         0,
         1,
         99,
-        UPDATE_STEP,
+        (BUFFER_LEN / 4) as u32,
         BUFFER_LEN as u32,
         (1 << 31) - 1,
         1 << 31,
