@@ -408,17 +408,32 @@ fn a_full_root_share_is_the_guests_to_handle() {
     );
 }
 
+/// Runs the box with its outcome in this file.
+fn reporting_to(test: &TestBox, file: &Path) -> Ran {
+    let mut command = Command::new(mote());
+    command.args(["--config", &test.spec.to_string(), "--outcome"]).arg(file);
+    finished(test, command.env("TMPDIR", test.path("tmp")))
+}
+
 #[test]
 fn an_outcome_file_that_cannot_be_written_costs_one_line() {
     let test = box_that("exit 6");
-    let _disk = SmallDisk::on(&test.path("small"), "size=4k,nr_inodes=1");
+    let _disk = SmallDisk::on(&test.path("small"), "size=4k,nr_inodes=3");
+    fs::write(test.path("small/all"), [0; 4096]).expect("room for this");
     let file = test.path("small/outcome.json");
-    let mut command = Command::new(mote());
-    command.args(["--config", &test.spec.to_string(), "--outcome"]).arg(&file);
-    let ran = finished(&test, command.env("TMPDIR", test.path("tmp")));
+    let ran = reporting_to(&test, &file);
     assert_eq!(ran.code, 6);
     let expected = format!("mote: write the outcome to {}: No space left", file.display());
     assert!(ran.stderr.starts_with(&expected), "{}", ran.stderr);
+}
+
+#[test]
+fn an_outcome_file_that_cannot_be_created_is_said_before_anything_runs() {
+    let test = box_that("exit 6");
+    let file = test.path("no/outcome.json");
+    let ran = reporting_to(&test, &file);
+    let expected = format!("mote: create the outcome file {}: No such file", file.display());
+    assert!(ran.code == 125 && ran.stderr.starts_with(&expected), "{} {}", ran.code, ran.stderr);
 }
 
 #[test]
@@ -537,10 +552,11 @@ fn a_box_beyond_memory_max_ends_and_leaves_nothing() {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let started = test.start_within(&words);
         let output = started.finish();
-        // The host's kernel kills the largest process, which is mote: no code, no outcome.
+        // The host's kernel kills the largest process, which is mote: no code, and an outcome file as it
+        // was at the start.
         assert_eq!(output.status.signal(), Some(libc::SIGKILL), "{:?}", output);
         assert!(cgroup.was_exceeded());
-        assert!(!test.path("out/outcome.json").exists());
+        assert_eq!(fs::read(test.path("out/outcome.json")).expect("the file"), b"");
         eventually("its processes end", || processes_with(&test.dir).is_empty());
         // The cgroup is empty as well.
         eventually("nothing runs in the cgroup", || fs::remove_dir(&cgroup.0).is_ok());
