@@ -284,15 +284,17 @@ impl MainLoop {
                     self.check_vsock(activated, ops);
                     Ok(())
                 }
-                DeviceEvent::Reset(MainLoopDeviceKind::Vsock) => self.vm.mux.reset(ops),
+                DeviceEvent::Reset(MainLoopDeviceKind::Vsock, _) => self.vm.mux.reset(ops),
                 DeviceEvent::Activated(MainLoopDeviceKind::Rng, activation) => {
                     self.activate_rng(activation, ops)
                 }
-                DeviceEvent::Reset(MainLoopDeviceKind::Rng) => self.stop_rng(ops),
+                DeviceEvent::Reset(MainLoopDeviceKind::Rng, _) => self.stop_rng(ops),
                 DeviceEvent::Activated(MainLoopDeviceKind::Net, activation) => {
                     self.with_net(|net| net.activate(activation, ops))
                 }
-                DeviceEvent::Reset(MainLoopDeviceKind::Net) => self.with_net(|net| net.reset(ops)),
+                DeviceEvent::Reset(MainLoopDeviceKind::Net, _) => {
+                    self.with_net(|net| net.reset(ops))
+                }
             };
             if let Err(error) = handled {
                 self.fail(Outcome::GuestCrashed(format!(

@@ -16,7 +16,8 @@ pub mod queue;
 pub mod rng;
 pub mod vsock;
 
-use std::sync::mpsc::SyncSender;
+use std::convert::Infallible;
+use std::sync::mpsc::{self, SyncSender};
 
 use anyhow::{Context, Result};
 use virtio_queue::Queue;
@@ -92,13 +93,13 @@ pub enum MainLoopDeviceKind {
 pub enum DeviceEvent {
     /// This device's driver is ready.
     Activated(MainLoopDeviceKind, Activation),
-    /// This device was reset: its queues are the driver's again.
-    Reset(MainLoopDeviceKind),
+    /// This device is being reset: once the event is dropped, its queues are the driver's again.
+    Reset(MainLoopDeviceKind, SyncSender<Infallible>),
 }
 
 /// The vCPU side of a device whose queues are served in the main loop: passes activation and reset
-/// on. A reset is not waited for: what the main loop may still do to the queues is to write into
-/// guest memory that the guest had given it, which harms nobody else.
+/// on. A reset is waited for (virtio 1.2, 2.4.1): the main loop, which never waits for a vCPU, must not
+/// read the driver's next queues as the last ones, nor write into memory that these had.
 #[derive(Debug)]
 pub struct MainLoopDevice {
     /// Which one.
@@ -149,6 +150,50 @@ impl VirtioDevice for MainLoopDevice {
     }
 
     fn reset(&mut self) {
-        let _ = self.send(DeviceEvent::Reset(self.kind));
+        let (done, over) = mpsc::sync_channel(0);
+        if self.send(DeviceEvent::Reset(self.kind, done)).is_ok() {
+            // Nothing is ever sent.
+            let _ = over.recv();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn device(sender: SyncSender<DeviceEvent>) -> MainLoopDevice {
+        let event = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
+        rng::device(sender, event)
+    }
+
+    #[test]
+    fn a_reset_returns_when_the_queues_are_out_of_use() {
+        let (sender, events) = mpsc::sync_channel(1);
+        let mut device = device(sender);
+        let out_of_use = &AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let event = events.recv().expect("an event");
+                assert!(matches!(event, DeviceEvent::Reset(MainLoopDeviceKind::Rng, _)));
+                // As long as it takes.
+                for _ in 0..1000 {
+                    std::thread::yield_now();
+                }
+                out_of_use.store(true, Ordering::Release);
+                drop(event);
+            });
+            device.reset();
+            assert!(out_of_use.load(Ordering::Acquire));
+        });
+    }
+
+    #[test]
+    fn a_reset_after_the_end_returns() {
+        let (sender, events) = mpsc::sync_channel(1);
+        let mut device = device(sender);
+        drop(events);
+        device.reset();
     }
 }
