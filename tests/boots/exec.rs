@@ -139,7 +139,8 @@ fn input_streams_in_and_output_streams_out() {
 fn a_timeout_kills_everything_the_command_started() {
     let (test, started) = idle();
     let script = "setsid sleep 4242 & sleep 4242 & echo begun; sleep 4242";
-    let killed = run_with(&test, &["sh", "-c", script], json!({"timeout_ns": 1_000_000_000}));
+    // Enough for the shell to begin, on a host with much else to do.
+    let killed = run_with(&test, &["sh", "-c", script], json!({"timeout_ns": 5_000_000_000u64}));
     assert_eq!(killed, done("begun\n", "\nProcess killed: timeout exceeded", 137));
     assert!(!shell(&test, "ps").contains("sleep 4242"));
     // What a command leaves behind on purpose stays, and holds up nobody.

@@ -260,7 +260,8 @@ fn usual_clients_fetch_while_a_server_stands_a_load() {
     std::thread::scope(|scope| {
         scope.spawn(|| ports::assert_stands_a_load(&outside, 300));
         tsi::usual_clients_fetch(&test, &["198.51.100.1"]);
-        tsi::two_hundred_connections(&test, &["198.51.100.1"]);
+        // Without half-closes: a passt of 2023 closes its socket with the answer to one unread.
+        tsi::two_hundred_connections(&test, &["198.51.100.1"], "pass");
     });
     started.stop(&test);
     passt.kill().expect("kills");
