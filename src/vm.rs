@@ -72,7 +72,8 @@ struct Boot {
 }
 
 impl Vm {
-    /// Builds the VM that the plan describes, on the sockets that were bound for it. Starts no thread.
+    /// Builds the VM that the plan describes, on the sockets that were bound for it. No thread that it
+    /// starts outlives it.
     pub fn build(
         plan: &Plan,
         listeners: Vec<Listener>,
