@@ -421,10 +421,11 @@ pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
         .collect()
 }
 
-/// Memory of a process's own, in KiB: a box's memory is shared and does not count.
+/// Memory of a process's own, in KiB: a box's memory is shared and does not count. One that has ended, and
+/// has not been waited for, has none.
 pub fn own_memory_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-    let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("a line");
+    let Some(line) = status.lines().find(|line| line.starts_with("RssAnon:")) else { return 0 };
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
 }
 
