@@ -38,17 +38,8 @@ check:
 unit:
 	cargo test --locked --release --workspace --lib --bins
 
-# The boot tests drive the release binary with real specs, on this machine or in the lab. In groups
-# of about a minute, and with a limit far above that: a lab that hangs costs one group's time, not all.
-export LAB_LIMIT_S ?= 420
-BOOT_GROUPS := bad_input::,guest:: lifecycle:: commands:: exec::,terminal:: \
-	limits::,outcomes::,shares::,sockets:: sandbox:: faults:: hostile:: tsi:: datagrams:: ports:: passt::
-
 boots:
-	export MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(WITH_KVM) && \
-	for group in $(or $(ARGS),$(BOOT_GROUPS)); do \
-		cargo test --locked --release --test boots -- $$(echo $$group | tr , ' ') || exit 1; \
-	done
+	tests/boots.sh $(ARGS)
 
 export FUZZ_S ?= 10
 
@@ -63,6 +54,9 @@ sanitize: tools
 
 demo: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
+
+# With two processors, since a box and what serves it run at once.
+bench bench-net: export LAB_CPUS = 2
 
 bench: tools build
 	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench.py $(ARGS)

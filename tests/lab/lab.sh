@@ -3,14 +3,15 @@
 # software emulation, on this machine's own root file system. Needs no hardware virtualisation.
 #   lab.sh COMMAND [ARGUMENT…]   its output, and its exit code
 #   lab.sh                       a shell
+# It has one processor, or LAB_CPUS.
 # The file system is read-only there, but for /run, /tmp and /dev/shm, which are the lab's own.
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 vng=$cache/virtme-ng-1.42/bin/vng
 virtiofsd=$cache/virtiofsd-1.14.0/bin
-# About one lab in ten hangs under emulation, at its start or later: one whose heart has not beaten
-# for this long is ended, and all is tried again.
+# A lab may hang under emulation: one whose heart has not beaten for this long is ended, and all is
+# tried again.
 silence_limit_s=${LAB_SILENCE_S:-45}
 attempts=${LAB_ATTEMPTS:-4}
 run_limit_s=${LAB_LIMIT_S:-2400}
@@ -20,9 +21,17 @@ die() { echo "lab: $*" >&2; exit 1; }
 kernel=$(find /boot -name 'vmlinuz-*-cloud-amd64' | sort -V | tail -n 1)
 [ -n "$kernel" ] || die "no cloud kernel in /boot; run 'make tools'"
 
-# Half of this machine's memory, enough for a 6 GiB guest where there is that much.
+# A third of this machine's memory, since two labs may run at a time; enough for a 6 GiB guest where
+# there is that much.
 total_mib=$(awk '/^MemTotal:/ { print int($2 / 1024) }' /proc/meminfo)
-memory_mib=$((total_mib / 2 < 12288 ? total_mib / 2 : 12288))
+memory_mib=$((total_mib / 3 < 12288 ? total_mib / 3 : 12288))
+
+# One processor: with two, each on a thread of QEMU's, nested virtualisation is not right. The lab's own
+# kernel takes page faults with a guest's GS base until its stack is full, and kernels that patch
+# themselves run an old instruction: guests crash (triple fault, "Oops: int3"), and the lab hangs, panics
+# (corrupted stack end) or resets. Two on one thread are right, but wait up to 100 ms for each interrupt
+# from one another.
+cpus=${LAB_CPUS:-1}
 
 # The guests' XSAVE would confuse nested emulation (it does not intercept XSETBV), and the lab's
 # kernel cannot use AVX without it.
@@ -60,7 +69,7 @@ mkdir "$shared"
 start_lab() {
     export PATH=$virtiofsd:$(dirname "$vng"):$PATH
     exec "$@" "$vng" --run "$kernel" \
-        --disable-kvm --disable-microvm --cpus 2 --memory "${memory_mib}M" \
+        --disable-kvm --disable-microvm --cpus $cpus --memory "${memory_mib}M" \
         --rwdir="$shared" --qemu-opts="-cpu $cpu" --exec "bash $work/command"
 }
 

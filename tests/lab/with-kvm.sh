@@ -11,12 +11,7 @@ mote=${MOTE:-$here/../../target/release/mote}
 if "$mote" probe >/dev/null 2>&1; then
     exec "$@"
 fi
-# Nested virtualisation under emulation is not always right: now and then a guest with several vCPUs
-# crashes for no reason of its own, most often with "Oops: int3" where its kernel has just patched
-# itself (static keys), of which one emulated CPU keeps running the old instruction. What fails there
-# is tried twice more, aloud.
-for _ in 1 2; do
-    "$here/lab.sh" "$@" && exit
-    echo "lab: failed with $?; emulation is not always right, trying once more" >&2
-done
+# Nested virtualisation under emulation is not always right. What fails there is tried once more, aloud.
+"$here/lab.sh" "$@" && exit
+echo "lab: failed with $?; emulation is not always right, trying once more" >&2
 exec "$here/lab.sh" "$@"

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The boot tests: the release binary driven with real specs, on this machine or in the lab.
+#   boots.sh             all of them
+#   boots.sh GROUP…      the tests whose names contain this; a comma joins several names to one group
+# In groups of a minute or two, so that a lab that hangs costs one group's time, not all. A lab has one
+# processor, so two groups run at a time there; the output of each is printed when it has ended.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The longest first.
+[ $# -gt 0 ] || set -- tsi:: lifecycle:: faults:: passt:: exec::,terminal:: hostile:: datagrams:: ports:: \
+    outcomes::,shares::,sockets:: limits:: bad_input::,guest:: sandbox:: commands::
+
+MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
+export MOTE_TEST_DEBIAN
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/lab/with-kvm.sh
+export MOTE=$PWD/target/x86_64-unknown-linux-gnu/release/mote
+# Far above what a group takes.
+export LAB_LIMIT_S=${LAB_LIMIT_S:-600}
+cargo test --locked --release --test boots --no-run
+
+group() {
+    cargo test --locked --release --test boots -- ${1//,/ }
+}
+if "$MOTE" probe >/dev/null 2>&1; then
+    for names; do group "$names"; done
+    exit
+fi
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/mote-boots.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+in_its_turn() {
+    local log=$work/${1//[:,]/_} code=0
+    # Where a box may be bound to one of two processors.
+    case $1 in limits::*) export LAB_CPUS=2 ;; esac
+    group "$1" >"$log" 2>&1 || code=$?
+    flock "$work" cat "$log"
+    return $code
+}
+export work
+export -f group in_its_turn
+printf '%s\n' "$@" | xargs -P 2 -I{} bash -c 'in_its_turn "$1"' _ {}
