@@ -2,9 +2,9 @@
 """Start-up side by side: one busybox box under mote and the same kernel, memory and program under
 Debian's QEMU microvm, alternating in one run. `make bench` runs this where boxes can run.
 
-Each run is timed from its spawn to its end, with the program having said hello in between. QEMU runs
-twice: with the program in its initramfs (no file system daemon at all), and with a virtiofsd of its
-own, as mote has. Times in the lab are not hardware's; compare the rows of one run."""
+Each run is timed from its spawn to its end, with the program having said hello in between. mote runs
+twice: as ever, and without its sandbox, for what that costs. QEMU runs twice: with the program in its
+initramfs (no file system daemon at all), and with a virtiofsd of its own, as mote has. Times in the lab are not hardware's; compare the rows of one run."""
 
 import json
 import os
@@ -42,22 +42,27 @@ def make_tree():
     return root
 
 
-def timed(command, expected_code):
+def timed(command, expected_code, **variables):
+    environment = {**os.environ, **variables}
     start = time.monotonic()
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, env=environment)
     elapsed = time.monotonic() - start
     if b"hello" not in done.stdout or done.returncode != expected_code:
         sys.exit(f"bench: {command[0]} failed ({done.returncode}):\n{done.stdout.decode()}{done.stderr.decode()}")
     return elapsed
 
 
-def mote(root):
+def mote(root, **variables):
     spec = {
         "box_id": "bench", "vcpus": 1, "memory_mib": MEMORY_MIB, "rootfs_path": str(root),
         "exec_socket_path": "", "fs_mounts": [], "workdir": "/",
         "entrypoint": {"executable": "/bin/busybox", "args": ["echo", "hello"], "env": []},
     }
-    return timed([MOTE, "--config", json.dumps(spec), "--timeline", str(WORK / "timeline")], 0)
+    return timed([MOTE, "--config", json.dumps(spec), "--timeline", str(WORK / "timeline")], 0, **variables)
+
+
+def mote_unconfined(root):
+    return mote(root, MOTE_NO_SANDBOX="1")
 
 
 def qemu(machine, append):
@@ -92,7 +97,8 @@ def qemu_virtiofs(root):
 
 def main():
     root = make_tree()
-    rows = {"mote (virtiofs)": mote, "QEMU microvm (initramfs)": qemu_initramfs, "QEMU microvm (virtiofs)": qemu_virtiofs}
+    rows = {"mote (virtiofs)": mote, "mote (no sandbox)": mote_unconfined, "QEMU microvm (initramfs)": qemu_initramfs,
+            "QEMU microvm (virtiofs)": qemu_virtiofs}
     times = {name: [] for name in rows}
     for _ in range(ROUNDS):
         for name, run in rows.items():
