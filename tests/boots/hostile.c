@@ -681,6 +681,7 @@ static u32 received, sent;
 /* Connections that may be there. */
 static struct { u32 host, guest; } known[KNOWN];
 static int asked;  /* for the control channel */
+static int greeted; /* on it */
 static u32 output; /* bytes to the box's output, of which there is an end */
 
 static u8 *buffer_of(u32 queue, u32 slot) { return (u8 *)PACKETS + (queue * SLOTS + slot) * BUFFER; }
@@ -814,8 +815,10 @@ static u32 control_message(u64 *state, u8 *bytes)
         at[4] = hello ? 12 : 9;
         at += 5;
         if (hello) {
+            /* The first must be right, or the box ends; what comes later is ignored. */
             at[0] = at[1] = at[2] = 0;
-            at[3] = 2;
+            at[3] = greeted && one_in(state, 4) ? any(state) : 2;
+            greeted = 1;
             at += 4;
         } else {
             *at++ = below(state, 4);
