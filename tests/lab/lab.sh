@@ -10,8 +10,7 @@ set -euo pipefail
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 vng=$cache/virtme-ng-1.42/bin/vng
 virtiofsd=$cache/virtiofsd-1.14.0/bin
-# A lab may hang under emulation: one whose heart has not beaten for this long is ended, and all is
-# tried again.
+# A lab whose heart has not beaten for this long hangs: it is ended, and all is tried again.
 silence_limit_s=${LAB_SILENCE_S:-45}
 attempts=${LAB_ATTEMPTS:-4}
 run_limit_s=${LAB_LIMIT_S:-2400}
@@ -41,10 +40,20 @@ cpu=EPYC,+svm,+npt,-cx16,-xsave,-avx,-avx2,-f16c,-fma,-aes,-pclmulqdq,-sha-ni,en
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/mote-lab.XXXXXX")
 lab_pid=
+pulse_pid=
 end_lab() { [ -z "$lab_pid" ] || kill -KILL -- "-$lab_pid" 2>/dev/null || true; }
-trap 'end_lab; rm -rf "$work"' EXIT
+trap 'end_lab; [ -z "$pulse_pid" ] || kill "$pulse_pid"; rm -rf "$work"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+
+# QEMU's flag that the interrupt controller has something for the CPU may get lost when a guest's exit
+# comes at the same moment, and the interrupt then waits for another one: a halted lab waits for ever.
+# A byte a moment on its second serial port is another one.
+pulse=$work/pulse
+mkfifo "$pulse.in" "$pulse.out"
+exec 7<>"$pulse.in"
+while sleep 0.1; do echo >&7; done &
+pulse_pid=$!
 
 # The command goes into a file: it then needs no quoting on a kernel command line. Its exit code
 # and the lab's heartbeat come back through the one directory that is shared.
@@ -54,6 +63,7 @@ mkdir "$shared"
     echo '#!/bin/bash'
     echo "while echo >$shared/beat; do sleep 2; done &"
     echo 'modprobe kvm_amd || exit 125'
+    echo 'stty -F /dev/ttyS1 -echo; cat /dev/ttyS1 >/dev/null &'
     # What a booted host has and virtme-ng's init does not set up: loopback.
     echo 'ip link set lo up'
     echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp"
@@ -67,10 +77,11 @@ mkdir "$shared"
 } >"$work/command"
 
 start_lab() {
+    local serial="-chardev pipe,id=pulse,path=$pulse -device isa-serial,index=1,chardev=pulse"
     export PATH=$virtiofsd:$(dirname "$vng"):$PATH
     exec "$@" "$vng" --run "$kernel" \
         --disable-kvm --disable-microvm --cpus $cpus --memory "${memory_mib}M" \
-        --rwdir="$shared" --qemu-opts="-cpu $cpu" --exec "bash $work/command"
+        --rwdir="$shared" --qemu-opts="-cpu $cpu $serial" --exec "bash $work/command"
 }
 
 if [ $# -eq 0 ]; then
