@@ -42,7 +42,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/mote-lab.XXXXXX")
 lab_pid=
 pulse_pid=
 end_lab() { [ -z "$lab_pid" ] || kill -KILL -- "-$lab_pid" 2>/dev/null || true; }
-trap 'end_lab; [ -z "$pulse_pid" ] || kill "$pulse_pid"; rm -rf "$work"' EXIT
+trap 'end_lab; [ -z "$pulse_pid" ] || kill "$pulse_pid" 2>/dev/null || true; rm -rf "$work"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
