@@ -4,7 +4,8 @@ Debian's QEMU microvm, alternating in one run. `make bench` runs this where boxe
 
 Each run is timed from its spawn to its end, with the program having said hello in between. mote runs
 twice: as ever, and without its sandbox, for what that costs. QEMU runs twice: with the program in its
-initramfs (no file system daemon at all), and with a virtiofsd of its own, as mote has. Times in the lab are not hardware's; compare the rows of one run."""
+initramfs (no file system daemon at all), and with a virtiofsd of its own, as mote has. Times in the lab
+are not hardware's; compare the rows of one run."""
 
 import json
 import os

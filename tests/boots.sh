@@ -31,8 +31,8 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/mote-boots.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 in_its_turn() {
     local log=$work/${1//[:,]/_} code=0
-    # Where a box may be bound to one of two processors.
-    case $1 in limits::*) export LAB_CPUS=2 ;; esac
+    # Where a box is bound to one of two processors.
+    case $1 in *limits::* | *cpuset*) export LAB_CPUS=2 ;; esac
     group "$1" >"$log" 2>&1 || code=$?
     flock "$work" cat "$log"
     return $code
