@@ -2,18 +2,18 @@
 //! together. cgroup v2 only; the files are those of Documentation/admin-guide/cgroup-v2.rst.
 //!
 //! ```text
-//! mote     create, start the janitor, set limits, join … the box's life … end
-//! janitor                                                                    remove
+//! janitor    create                                                    remove
+//! mote               set limits, join … the box's life … end
 //! ```
 //!
-//! Whatever happens to mote, one and the same process removes the cgroup: the [`crate::janitor`], which
-//! is not in it. mote itself never leaves it, and holds nothing by which it could.
+//! Whatever happens to mote, the process that has made the cgroup removes it: the [`crate::janitor`],
+//! which is not in it. mote itself never leaves it, and holds nothing by which it could.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -106,9 +106,10 @@ impl fmt::Display for Limit {
     }
 }
 
-/// A cgroup to create.
+/// A box's cgroup.
 #[derive(Debug)]
 pub struct Cgroup {
+    parent: PathBuf,
     name: String,
     limits: Vec<Limit>,
 }
@@ -125,63 +126,51 @@ impl Cgroup {
                 "is \"{box_id}\", but with limits on the host it is the name of a cgroup: must be 1 to {MAX_NAME} of a-z, A-Z, 0-9, \".\", \"_\" and \"-\", and not \".\" or \"..\""
             ));
         }
-        Ok(Cgroup { name: box_id.into(), limits })
+        Ok(Cgroup { parent: Path::new(ROOT).join(PARENT), name: box_id.into(), limits })
     }
 
-    /// Creates the cgroup, empty as yet.
+    /// Creates the cgroup, empty as yet. Returns what is to be removed at the end, and the [`Lock`] that
+    /// keeps others from taking it for a leftover.
     ///
     /// Fails when the host has no cgroup v2 or not the controllers, when this user may not use them,
     /// or when the box is running already.
-    pub fn create(&self) -> Result<Created<'_>> {
-        self.create_below(Path::new(ROOT))
-    }
-
-    fn create_below(&self, root: &Path) -> Result<Created<'_>> {
+    pub fn create(&self) -> Result<(Remains, Lock)> {
         let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
-        offer(root, &controllers)?;
-        let parent = root.join(PARENT);
-        if let Err(error) = fs::create_dir(&parent)
+        if let Some(root) = self.parent.parent() {
+            offer(root, &controllers)?;
+        }
+        if let Err(error) = fs::create_dir(&self.parent)
             && error.kind() != ErrorKind::AlreadyExists
         {
-            let step = format!("create the cgroup {}", parent.display());
+            let step = format!("create the cgroup {}", self.parent.display());
             return Err(explained(error, step, ErrorKind::PermissionDenied, NO_PERMISSION));
         }
-        offer(&parent, &controllers)?;
-        let dir = parent.join(&self.name);
-        let _locked = create(&parent, &dir, LEFTOVER_LIMIT)?;
-        Ok(Created { limits: &self.limits, parent, dir, _locked })
+        offer(&self.parent, &controllers)?;
+        let dir = self.dir();
+        let locked = create(&self.parent, &dir, LEFTOVER_LIMIT)?;
+        let remains = Remains::of(&dir, self.reserves())
+            .inspect_err(|_| drop(fs::remove_dir(&dir)))
+            .with_context(|| format!("look at the cgroup {}", dir.display()))?;
+        Ok((remains, locked))
     }
-}
 
-/// A cgroup that exists and that nobody is in yet. Others cannot take it for a leftover meanwhile.
-#[derive(Debug)]
-pub struct Created<'a> {
-    limits: &'a [Limit],
-    parent: PathBuf,
-    dir: PathBuf,
-    _locked: File,
-}
-
-impl Created<'_> {
-    /// What is to be removed at the end.
-    pub fn remains(&self) -> Result<Remains> {
-        Remains::of(&self.dir, self.reserves())
-            .inspect_err(|_| drop(fs::remove_dir(&self.dir)))
-            .with_context(|| format!("look at the cgroup {}", self.dir.display()))
+    fn dir(&self) -> PathBuf {
+        self.parent.join(&self.name)
     }
 
     fn reserves(&self) -> bool {
         self.limits.iter().any(|limit| matches!(limit, Limit::MemoryLow(_)))
     }
 
-    /// Sets the limits and moves this process into the cgroup.
-    pub fn join(self) -> Result<()> {
-        for limit in self.limits {
+    /// Sets the limits of the cgroup, which exists and is locked, and moves this process into it.
+    pub fn join(&self, _locked: Lock) -> Result<()> {
+        let dir = self.dir();
+        for limit in &self.limits {
             let remedy = format!(
                 "this kernel cannot do it, or swap accounting is off; leave resource_limits.{} null",
                 limit.fields()
             );
-            write(&self.dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
+            write(&dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
         }
         if self.reserves() {
             // A greater value may be the administrator's.
@@ -191,7 +180,7 @@ impl Created<'_> {
             }
         }
         write(
-            &self.dir.join(PROCESSES),
+            &dir.join(PROCESSES),
             MYSELF,
             ErrorKind::PermissionDenied,
             "run mote as root, or in a cgroup that is delegated together with this one",
@@ -201,7 +190,7 @@ impl Created<'_> {
 
 impl fmt::Display for Cgroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{ROOT}/{PARENT}/{}", self.name)?;
+        write!(f, "{}", self.dir().display())?;
         self.limits.iter().try_for_each(|limit| write!(f, ", {limit}"))
     }
 }
@@ -238,12 +227,12 @@ fn offer(dir: &Path, controllers: &BTreeSet<&str>) -> Result<()> {
 }
 
 /// Creates a cgroup. An empty one of that name is a leftover of a mote that was killed, and is
-/// replaced, because it has that run's limits. Returns the parent's [`lock`], which is not held while
+/// replaced, because it has that run's limits. Returns the parent's [`Lock`], which is not held while
 /// waiting: others end meanwhile.
-fn create(parent: &Path, dir: &Path, limit: Duration) -> Result<File> {
+fn create(parent: &Path, dir: &Path, limit: Duration) -> Result<Lock> {
     let deadline = Instant::now() + limit;
     loop {
-        let locked = lock(parent)?;
+        let locked = Lock::of(parent)?;
         let created = match fs::remove_dir(dir) {
             Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
                 drop(locked);
@@ -285,10 +274,30 @@ fn protect(parent: &Path, sum: u64) -> Result<()> {
     )
 }
 
-/// Keeps other boxes from coming and going as long as the file returned is open.
-fn lock(parent: &Path) -> Result<File> {
-    let locked = File::open(parent).and_then(|dir| dir.lock().map(|()| dir));
-    locked.with_context(|| format!("lock the cgroup {}", parent.display()))
+/// Keeps other boxes from coming and going as long as it exists, in whichever process (flock(2)).
+#[derive(Debug)]
+pub struct Lock(OwnedFd);
+
+impl Lock {
+    fn of(parent: &Path) -> Result<Lock> {
+        let locked = File::open(parent).and_then(|dir| dir.lock().map(|()| dir));
+        let locked = locked.with_context(|| format!("lock the cgroup {}", parent.display()))?;
+        Ok(Lock(locked.into()))
+    }
+}
+
+impl From<OwnedFd> for Lock {
+    /// One that another process has passed on.
+    fn from(fd: OwnedFd) -> Lock {
+        Lock(fd)
+    }
+}
+
+impl From<Lock> for OwnedFd {
+    /// To be passed on to another process.
+    fn from(lock: Lock) -> OwnedFd {
+        lock.0
+    }
 }
 
 /// Writes to a file of a cgroup; see [`explained`].
@@ -331,11 +340,6 @@ impl Remains {
         Ok(Remains { dir: dir.into(), inode: fs::metadata(dir)?.ino(), kill, reserves })
     }
 
-    /// What has to stay open for [`Remains::remove`].
-    pub fn descriptors(&self) -> Option<RawFd> {
-        self.kill.as_ref().map(File::as_raw_fd)
-    }
-
     /// Removes the cgroup and kills what is still in it.
     pub fn remove(&mut self) {
         self.remove_within(REMOVAL_LIMIT);
@@ -355,7 +359,7 @@ impl Remains {
     /// Tries to remove the cgroup; `true` when it is gone.
     fn is_removed(&self) -> bool {
         let Some(parent) = self.dir.parent() else { return true };
-        let Ok(_locked) = lock(parent) else { return true };
+        let Ok(_locked) = Lock::of(parent) else { return true };
         if !fs::metadata(&self.dir).is_ok_and(|found| found.ino() == self.inode) {
             return true;
         }
@@ -389,8 +393,9 @@ mod tests {
         root
     }
 
-    fn cgroup(limits: &[Limit]) -> Cgroup {
-        Cgroup::new("b", limits.to_vec()).expect("a name")
+    fn cgroup(root: &Path, limits: &[Limit]) -> Cgroup {
+        let cgroup = Cgroup::new("b", limits.to_vec()).expect("a name");
+        Cgroup { parent: root.join(PARENT), ..cgroup }
     }
 
     #[test]
@@ -429,14 +434,14 @@ mod tests {
     fn a_host_without_the_controllers_is_explained() {
         let limits = [Limit::CpuWeight(1), Limit::MemoryLow(1)];
         let root = fake_root("controllers", "cpuset cpu\n");
-        let error = cgroup(&limits).create_below(&root).expect_err("no memory controller");
+        let error = cgroup(&root, &limits).create().expect_err("no memory controller");
         assert!(error.to_string().contains("has no \"memory\": free it from"), "{error:#}");
         // What it does have was asked for by then.
         let control = fs::read_to_string(root.join("cgroup.subtree_control")).expect("file");
         assert_eq!(control, "+cpu");
 
         fs::remove_file(root.join("cgroup.controllers")).expect("removed");
-        let error = cgroup(&limits).create_below(&root).expect_err("not cgroup v2");
+        let error = cgroup(&root, &limits).create().expect_err("not cgroup v2");
         assert!(error.to_string().contains("need cgroup v2 there, not v1"), "{error:#}");
         fs::remove_dir_all(root).expect("removed");
     }
@@ -447,10 +452,9 @@ mod tests {
         let dir = root.join(PARENT).join("b");
         fs::create_dir(&dir).expect("a leftover");
         // The files of a cgroup are the kernel's: a plain directory has none.
-        let cgroup = cgroup(&[Limit::MemorySwapMax(None)]);
-        let created = cgroup.create_below(&root).expect("created");
-        let mut remains = created.remains().expect("a directory");
-        let error = created.join().expect_err("no file");
+        let cgroup = cgroup(&root, &[Limit::MemorySwapMax(None)]);
+        let (mut remains, locked) = cgroup.create().expect("created");
+        let error = cgroup.join(locked).expect_err("no file");
         let expected = format!("write \"max\" to {}/memory.swap.max (this kernel", dir.display());
         assert!(error.to_string().starts_with(&expected), "{error:#}");
         remains.remove();

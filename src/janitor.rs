@@ -1,55 +1,78 @@
-//! The janitor: the one process of a box that stays outside of its confinement. It does what needs the
-//! host's file system while the box runs and when it is over, and runs nothing that a guest or a
-//! client has sent.
+//! The janitor: the one process of a box that stays outside of its confinement. It makes the box's place
+//! on the host and clears it, does what needs the host's file system while the box runs, and runs nothing
+//! that a guest or a client has sent.
 //!
 //! ```text
-//! mote     cgroup, sockets, janitor ── confined, runs the guest ── line closed, reap ── end
-//! janitor             connect to passt when asked ………………………… remove sockets ……… remove cgroup
+//! mote      start ┐             ┌ confined, runs the guest ── line closed, reap ── end
+//! janitor         └ make place ─┘ connect to passt when asked …… remove sockets ……… remove cgroup
 //! ```
 //!
-//! Whatever happens to mote, SIGKILL included, the line between the two closes and the process ends, and
-//! the janitor removes what the box has on the host. A mote that has been broken into can have it connect
-//! to the box's passt and remove the box's sockets early, and nothing else: a cgroup is a limit, and
-//! stays until mote is gone.
+//! Whatever happens to mote, SIGKILL at any moment included, the line between the two closes and the
+//! process ends, and the janitor removes what it has made. A mote that has been broken into can have it
+//! connect to the box's passt and remove the box's sockets early, and nothing else: a cgroup is a limit,
+//! and stays until mote is gone.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::cgroup::Remains;
+use crate::cgroup::{self, Cgroup, Remains};
 use crate::passt;
-use crate::sockets::SocketFile;
+use crate::plan::{HostSocket, Plan};
+use crate::sockets::{self, SocketFile};
 use crate::sys::{self, Interest};
 
-/// How long mote waits for an answer. The janitor never waits itself, but may have to wait for a CPU.
+/// How long mote waits for an answer while the box runs. The janitor does not wait itself then, but may
+/// have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 
 /// How long unlinking a few files may take.
 const CLEANING_LIMIT: Duration = Duration::from_secs(1);
 
-/// What a box has on the host beside its processes. Removed when dropped, but for a cgroup that this
-/// process is in.
+/// The byte that comes with a descriptor.
+const GIVEN: u8 = 0;
+/// The byte before the text that says why there is no place for the box.
+const NO_PLACE: u8 = 1;
+
+/// What the janitor is to do for a box.
 #[derive(Debug, Default)]
-pub struct Leftovers {
-    /// Files of the sockets that it listens on.
-    pub sockets: Vec<SocketFile>,
-    /// Its cgroup.
-    pub cgroup: Option<Remains>,
+pub struct Duties<'a> {
+    /// The cgroup to create.
+    pub cgroup: Option<&'a Cgroup>,
+    /// The sockets to listen on.
+    pub sockets: &'a [HostSocket],
+    /// The passt to connect to when asked.
+    pub passt: Option<&'a Path>,
+}
+
+impl<'a> From<&'a Plan> for Duties<'a> {
+    fn from(plan: &'a Plan) -> Duties<'a> {
+        Duties { cgroup: plan.cgroup.as_ref(), sockets: &plan.sockets, passt: plan.passt_socket() }
+    }
+}
+
+/// A box's place on the host, as mote gets it.
+#[derive(Debug)]
+pub struct Place {
+    /// For joining the cgroup.
+    pub cgroup: Option<cgroup::Lock>,
+    /// The sockets, in the order in which they were asked for.
+    pub sockets: Vec<UnixListener>,
+}
+
+/// What there is of a box on the host beside its processes. Removed when dropped.
+#[derive(Debug, Default)]
+struct Leftovers {
+    sockets: Vec<SocketFile>,
+    cgroup: Option<Remains>,
 }
 
 impl Leftovers {
-    /// Leaves the rest to the janitor.
-    fn hand_over(mut self) {
-        self.sockets.clear();
-        // Closes what it holds, removes nothing.
-        self.cgroup = None;
-    }
-
     fn remove_sockets(&mut self) {
         self.sockets.drain(..).for_each(SocketFile::remove);
     }
@@ -73,27 +96,28 @@ pub struct Janitor {
 }
 
 impl Janitor {
-    /// Starts the janitor, who connects to this passt when asked. To be called before there are
+    /// Starts the janitor, and waits until it has made the box's place. To be called before there are
     /// threads, whose locks it would inherit.
-    pub fn start(mut leftovers: Leftovers, passt: Option<PathBuf>) -> Result<Janitor> {
+    ///
+    /// Fails with what has kept the janitor from making the place; nothing is left of it then.
+    pub fn start(duties: Duties<'_>) -> Result<(Janitor, Place)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
-        line.set_nonblocking(true).context("prepare the janitor's line")?;
         let mote = sys::process_file(std::process::id()).context("watch mote for its janitor")?;
-        let mut keep = vec![theirs.as_raw_fd(), mote.as_raw_fd()];
-        keep.extend(leftovers.cgroup.iter().flat_map(Remains::descriptors));
-        let pid = sys::start_detached(c"mote-janitor", &keep, || {
-            serve(&theirs, passt.as_deref());
-            // At once: a socket that is there says that the box runs (contract §2.8).
-            leftovers.remove_sockets();
-            if leftovers.cgroup.is_some() {
-                let _ = sys::poll([Interest::new(&mote, true, false)], None);
+        let keep = [theirs.as_raw_fd(), mote.as_raw_fd()];
+        let work = || work(&duties, &theirs, &mote);
+        let pid = sys::start_detached(c"mote-janitor", &keep, work).context("start the janitor")?;
+        drop(theirs);
+        let janitor = Janitor { line, ends_first: duties.cgroup.is_none().then_some(pid) };
+        match Place::take(&duties, &janitor.line) {
+            Ok(place) => {
+                janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
+                Ok((janitor, place))
             }
-            drop(std::mem::take(&mut leftovers));
-        })
-        .context("start the janitor")?;
-        let ends_first = leftovers.cgroup.is_none().then_some(pid);
-        leftovers.hand_over();
-        Ok(Janitor { line, ends_first })
+            Err(error) => {
+                janitor.dismiss();
+                Err(error)
+            }
+        }
     }
 
     /// A way to ask for connections to passt.
@@ -111,9 +135,87 @@ impl Janitor {
     }
 }
 
-/// Connects to passt as often as a byte comes, until the line closes. Answers with a byte: 0 and the
-/// connection, or an errno.
-fn serve(line: &UnixStream, passt: Option<&std::path::Path>) {
+/// The janitor's life.
+fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
+    let mut leftovers = Leftovers::default();
+    match Place::make(duties, &mut leftovers) {
+        Ok(place) => {
+            if place.give(line).is_ok() {
+                serve(line, duties.passt);
+            }
+            // At once: a socket that is there says that the box runs (contract §2.8).
+            leftovers.remove_sockets();
+            if leftovers.cgroup.is_some() {
+                let _ = sys::poll([Interest::new(mote, true, false)], None);
+            }
+        }
+        Err(error) => {
+            drop(leftovers);
+            let mut line = line;
+            let _ = line.write_all(&[NO_PLACE]);
+            let _ = line.write_all(format!("{error:#}").as_bytes());
+        }
+    }
+}
+
+impl Place {
+    /// Makes it. What is to be removed comes into `leftovers` as it is made, whatever fails after that.
+    fn make(duties: &Duties<'_>, leftovers: &mut Leftovers) -> Result<Place> {
+        let cgroup = duties.cgroup.map(Cgroup::create).transpose()?.map(|(remains, lock)| {
+            leftovers.cgroup = Some(remains);
+            lock
+        });
+        let mut sockets = Vec::new();
+        for socket in duties.sockets {
+            let (listener, file) = sockets::listen(socket)?;
+            leftovers.sockets.push(file);
+            sockets.push(listener);
+        }
+        Ok(Place { cgroup, sockets })
+    }
+
+    /// Passes it on, and keeps nothing of it open.
+    fn give(self, line: &UnixStream) -> io::Result<()> {
+        let cgroup = self.cgroup.map(OwnedFd::from);
+        for fd in cgroup.into_iter().chain(self.sockets.into_iter().map(OwnedFd::from)) {
+            line.send_with_fd(&[GIVEN][..], fd.as_raw_fd())?;
+        }
+        Ok(())
+    }
+
+    /// Takes what the janitor has made of these duties.
+    fn take(duties: &Duties<'_>, line: &UnixStream) -> Result<Place> {
+        let cgroup = duties.cgroup.map(|_| take(line)).transpose()?.map(cgroup::Lock::from);
+        let sockets = duties.sockets.iter().map(|_| Ok(take(line)?.into()));
+        Ok(Place { cgroup, sockets: sockets.collect::<Result<_>>()? })
+    }
+}
+
+/// Takes a descriptor from the janitor.
+fn take(mut line: &UnixStream) -> Result<OwnedFd> {
+    let mut byte = [0];
+    match line.recv_with_fd(&mut byte) {
+        Ok((1, Some(fd))) => {
+            sys::close_on_exec(&fd).context("keep a socket to this process")?;
+            Ok(fd.into())
+        }
+        Ok((1, None)) => {
+            let mut reason = String::new();
+            line.read_to_string(&mut reason).context("read from the janitor")?;
+            Err(anyhow!(reason))
+        }
+        Ok(_) => Err(anyhow!("the janitor (process mote-janitor) ended before the box's start")),
+        Err(error) => {
+            // The kernel leaves out what it has no number for.
+            let code = if error.errno() == libc::ENOBUFS { libc::EMFILE } else { error.errno() };
+            Err(io::Error::from_raw_os_error(code)).context("take a socket from the janitor")
+        }
+    }
+}
+
+/// Connects to passt as often as a byte comes, until the line closes. Answers with the connection, or with
+/// an errno for a byte.
+fn serve(line: &UnixStream, passt: Option<&Path>) {
     let mut line = line;
     loop {
         match line.read(&mut [0]) {
@@ -123,7 +225,7 @@ fn serve(line: &UnixStream, passt: Option<&std::path::Path>) {
         }
         let connected = passt.map_or(Err(ErrorKind::Unsupported.into()), passt::connect_now);
         let answered = match connected {
-            Ok(socket) => line.send_with_fd(&[0u8][..], socket.as_raw_fd()).is_ok(),
+            Ok(socket) => line.send_with_fd(&[GIVEN][..], socket.as_raw_fd()).is_ok(),
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EIO);
                 line.write_all(&[errno as u8]).is_ok()
@@ -163,7 +265,7 @@ impl PasstLine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener;
+    use std::path::PathBuf;
 
     fn scratch(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("mote-janitor-{name}-{}", std::process::id()))
@@ -173,7 +275,8 @@ mod tests {
     fn passt_is_connected_to_again_and_again() {
         let path = scratch("passt");
         let listener = UnixListener::bind(&path).expect("bound");
-        let janitor = Janitor::start(Leftovers::default(), Some(path.clone())).expect("a janitor");
+        let duties = Duties { passt: Some(&path), ..Duties::default() };
+        let (janitor, _) = Janitor::start(duties).expect("a janitor");
         let mut line = janitor.passt_line().expect("a line");
         for text in ["first", "second"] {
             let mut socket = line.connect().expect("connected");
@@ -192,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_box_without_passt_has_nothing_to_connect_to() {
-        let janitor = Janitor::start(Leftovers::default(), None).expect("a janitor");
+        let (janitor, _) = Janitor::start(Duties::default()).expect("a janitor");
         assert!(janitor.passt_line().expect("a line").connect().is_err());
     }
 }

@@ -71,9 +71,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::cgroup::{Cgroup, Created};
 use crate::cli::{Command, Config};
-use crate::janitor::{Janitor, Leftovers};
+use crate::janitor::Janitor;
 use crate::json::Report;
 use crate::outcome::{Outcome, USAGE};
 use crate::plan::{Environment, Plan};
@@ -237,13 +236,12 @@ fn run_on_host(
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
     }
-    let cgroup = plan.cgroup.as_ref().map(Cgroup::create).transpose()?;
-    let mut leftovers = Leftovers::default();
-    leftovers.cgroup = cgroup.as_ref().map(Created::remains).transpose()?;
-    let listeners = sockets::bind(plan, &mut leftovers.sockets)?;
-    let janitor = Janitor::start(leftovers, plan.passt_socket().map(Path::to_owned))?;
+    let (janitor, place) = Janitor::start(plan.into())?;
     let run = |timeline: &mut Timeline| {
-        cgroup.map(Created::join).transpose()?;
+        if let (Some(cgroup), Some(lock)) = (&plan.cgroup, place.cgroup) {
+            cgroup.join(lock)?;
+        }
+        let listeners = sockets::listeners(plan, place.sockets)?;
         let vm = Vm::build(plan, listeners, &janitor, timeline)?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");

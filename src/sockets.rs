@@ -1,15 +1,15 @@
 //! The box's sockets on the host: bound before the guest runs, so that a client that comes early
 //! can connect and is served once the guest is ready.
 //!
-//! Unix sockets (contract §2.8) are private to the user and unlinked at the end, by the
-//! [`crate::janitor`]; published ports (§1.6) are open to everybody who can reach the host.
+//! Unix sockets (contract §2.8) are private to the user; the [`crate::janitor`] makes their files, and
+//! unlinks them at the end. Published ports (§1.6) are open to everybody who can reach the host.
 
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,6 +20,8 @@ use crate::virtio::vsock::mux::Listener;
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
 const BACKLOG: i32 = 4096;
+/// What a socket with a listener means.
+const TAKEN: &str = "another process listens on it; is this box running already?";
 
 /// A socket file of ours.
 #[derive(Debug)]
@@ -41,16 +43,19 @@ impl SocketFile {
     }
 }
 
-/// Binds everything that the plan names. Files come into `files` as they are made, whatever fails
-/// after that.
-pub fn bind(plan: &Plan, files: &mut Vec<SocketFile>) -> Result<Vec<Listener>> {
-    let mut listeners = Vec::new();
-    for planned in &plan.sockets {
-        let (socket, file) = listen(planned)?;
-        let HostSocket { guest_port, fallback_port, .. } = *planned;
-        listeners.push(Listener::Unix { socket, guest_port, fallback_port });
-        files.push(file);
-    }
+/// Everything that the plan wants clients to be accepted on: its sockets, which are `bound` in the
+/// plan's order, and its ports, which become open with this.
+pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>> {
+    let mut listeners: Vec<Listener> = plan
+        .sockets
+        .iter()
+        .zip(bound)
+        .map(|(&HostSocket { guest_port, fallback_port, .. }, socket)| Listener::Unix {
+            socket,
+            guest_port,
+            fallback_port,
+        })
+        .collect();
     for (index, port) in plan.published_ports.iter().enumerate() {
         let sockets = publish(port).with_context(|| format!("port_map[{index}]"))?;
         let guest_port = port.guest;
@@ -64,8 +69,10 @@ pub fn bind(plan: &Plan, files: &mut Vec<SocketFile>) -> Result<Vec<Listener>> {
 pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     let path = &plan.path;
     let bind = || -> Result<(UnixListener, SocketFile)> {
-        match UnixStream::connect(path) {
-            Ok(_) => bail!("another process listens on it; is this box running already?"),
+        match sys::connect_unix(path.as_os_str().as_bytes()) {
+            Ok(_) => bail!(TAKEN),
+            // Its queue of clients is full.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => bail!(TAKEN),
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                 // The same answer comes from a file that is no socket.
                 ensure!(
@@ -144,6 +151,7 @@ mod tests {
     use super::*;
     use std::net::TcpStream;
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     fn scratch(name: &str) -> HostSocket {
         let path = std::env::temp_dir().join(format!("mote-{name}-{}", std::process::id()));
@@ -187,6 +195,17 @@ mod tests {
         let error = listen(&plan).expect_err("taken");
         assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
         UnixStream::connect(&plan.path).expect("still there");
+        fs::remove_file(&plan.path).expect("cleaned");
+    }
+
+    #[test]
+    fn a_socket_whose_listener_is_stuck_is_a_live_one() {
+        let plan = scratch("stuck");
+        let stuck = sys::unix_stream_socket().expect("a socket");
+        sys::bind_and_listen(&stuck, plan.path.as_os_str().as_bytes(), 0).expect("bound");
+        let _queued = UnixStream::connect(&plan.path).expect("the only place");
+        let error = listen(&plan).expect_err("taken");
+        assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
         fs::remove_file(&plan.path).expect("cleaned");
     }
 

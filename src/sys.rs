@@ -449,6 +449,13 @@ pub fn inherited_stream(fd: RawFd) -> io::Result<UnixStream> {
     Ok(UnixStream::from(owned(check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?)))
 }
 
+/// Keeps a descriptor from programs that are started.
+pub fn close_on_exec(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    Ok(())
+}
+
 /// Makes reads and writes on a descriptor return instead of waiting.
 pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system calls on an open descriptor.
