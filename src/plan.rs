@@ -60,8 +60,6 @@ pub struct Environment {
     pub no_sandbox: bool,
     /// `MOTE_TIMELINE`: where to write the timeline.
     pub timeline: Option<PathBuf>,
-    /// `TMPDIR`: where a socket may exist for an instant.
-    pub temp_dir: PathBuf,
     /// `TERM`: the type of the terminal that a box's terminal is shown on.
     pub term: Option<String>,
 }
@@ -78,7 +76,6 @@ impl Environment {
             debug: path("MOTE_DEBUG").is_some(),
             no_sandbox: path("MOTE_NO_SANDBOX").is_some(),
             timeline: path("MOTE_TIMELINE"),
-            temp_dir: std::env::temp_dir(),
             term: std::env::var("TERM").ok().filter(|term| !term.is_empty()),
         }
     }
@@ -120,8 +117,6 @@ pub struct Plan {
     pub virtiofsd: PathBuf,
     /// Whether the kernel shall say everything.
     pub debug: bool,
-    /// Directory for a socket that exists for an instant.
-    pub temp_dir: PathBuf,
     /// How mote is confined.
     pub sandbox: Sandbox,
 }
@@ -231,7 +226,6 @@ impl Plan {
             initramfs: initramfs?,
             virtiofsd: virtiofsd?,
             debug: environment.debug,
-            temp_dir: environment.temp_dir.clone(),
             sandbox,
         })
     }

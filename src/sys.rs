@@ -414,6 +414,44 @@ pub fn interface_index(name: &str) -> Option<u32> {
     Some(unsafe { libc::if_nametoindex(name.as_ptr()) }).filter(|index| *index != 0)
 }
 
+/// A listening Unix socket with one connection waiting in its queue, which is the only one that it has room
+/// for, and that connection. There is no file: the name is one of the kernel's choice, and only lives as
+/// long as the listener (unix(7), autobind).
+pub fn connected_listener() -> io::Result<(OwnedFd, UnixStream)> {
+    for _ in 0..CONNECT_TRIES {
+        let listener = unix_stream_socket()?;
+        // SAFETY: an all-zero sockaddr_un is valid.
+        let mut address: libc::sockaddr_un = unsafe { zeroed() };
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        let mut len = size_of::<libc::sa_family_t>() as libc::socklen_t;
+        let connection = unix_stream_socket()?;
+        set_nonblocking(&connection)?;
+        // SAFETY: pointers and lengths describe `address`, or the part of it that is meant; the kernel
+        // writes no more than the length that it is given.
+        let connected = unsafe {
+            check(libc::bind(listener.as_raw_fd(), (&raw const address).cast(), len))?;
+            len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+            check(libc::getsockname(listener.as_raw_fd(), (&raw mut address).cast(), &mut len))?;
+            check(libc::listen(listener.as_raw_fd(), 0))?;
+            check(libc::connect(connection.as_raw_fd(), (&raw const address).cast(), len))
+        };
+        match connected {
+            // A file's mode would have kept others out. This one's name is known to all.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+            Ok(_) => {
+                let connection = UnixStream::from(connection);
+                connection.set_nonblocking(false)?;
+                return Ok((listener, connection));
+            }
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::AddrInUse, "other processes connect to it first"))
+}
+
+/// How often [`connected_listener`] lets another process be faster.
+const CONNECT_TRIES: usize = 16;
+
 /// A non-blocking connection to the Unix stream socket at a path of at most 107 bytes. A listener
 /// with a full backlog is an error (`WouldBlock`), not a wait.
 pub fn connect_unix(path: &[u8]) -> io::Result<UnixStream> {

@@ -1,14 +1,13 @@
 //! The virtio-fs back-end: one virtiofsd process per share, started and owned by mote.
 //!
-//! The listening socket is made, connected to and unlinked before virtiofsd exists, and handed to
-//! it as an open descriptor. So mote is always its first and only client, there is no waiting for a
-//! socket file to appear, and none is left behind.
+//! The listening socket is made and connected to before virtiofsd exists, and handed to it as an open
+//! descriptor. So mote is always its first and only client, and there is no socket file to wait for or to
+//! leave behind.
 
 use std::ffi::CString;
-use std::fs;
 use std::io::{self, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -59,11 +58,9 @@ impl Virtiofsd {
         program: &Path,
         share: &Share,
         isolation: Isolation,
-        temp_dir: &Path,
     ) -> Result<(Virtiofsd, UnixStream)> {
-        let (listener, connection) = private_connection(temp_dir).with_context(|| {
-            format!("create the vhost-user socket in TMPDIR ({})", temp_dir.display())
-        })?;
+        let (listener, connection) =
+            sys::connected_listener().context("create the vhost-user socket")?;
         let mut command = Command::new(program);
         command
             .arg(format!("--fd={}", sys::INHERITED_FD))
@@ -237,21 +234,6 @@ fn describe(share: &Share) -> String {
     }
 }
 
-/// A listening Unix socket with one connection already waiting in its queue, and that connection.
-fn private_connection(temp_dir: &Path) -> io::Result<(OwnedFd, UnixStream)> {
-    let mut random = [0; 8];
-    sys::fill_random(&mut random)?;
-    let path = temp_dir.join(format!("mote-{:016x}", u64::from_ne_bytes(random)));
-    let listener = sys::unix_stream_socket()?;
-    // Only this user, for the microseconds in which the name exists.
-    sys::set_socket_mode(&listener, 0o600)?;
-    sys::bind_and_listen(&listener, path.as_os_str().as_bytes(), 1)?;
-    let connection = UnixStream::connect(&path);
-    fs::remove_file(&path)?;
-    debug_assert!(listener.as_raw_fd() > 2);
-    Ok((listener, connection?))
-}
-
 /// Talks on connections to back-ends that may hang: past the limit they are shut down, and with that
 /// every wait on them fails. A time-out of the sockets' own would not do: the vhost crate takes it for
 /// an interruption and goes on waiting.
@@ -283,6 +265,7 @@ pub fn talk_in_time<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn share() -> Share {
         Share { tag: "t".into(), host_path: "/".into(), read_only: true }
@@ -298,7 +281,7 @@ mod tests {
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("mode");
         let (mut daemon, mut connection) =
-            Virtiofsd::spawn(&script, &share(), Isolation::Off, &dir).expect("starts");
+            Virtiofsd::spawn(&script, &share(), Isolation::Off).expect("starts");
         // Its end closes the listening socket, and with it the waiting connection.
         assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
         daemon.child.wait().expect("waits");

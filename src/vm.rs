@@ -242,8 +242,7 @@ fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     let mut connections = Vec::new();
     for share in &plan.shares {
         let isolation = plan.sandbox.isolation;
-        let (backend, connection) =
-            Virtiofsd::spawn(&plan.virtiofsd, share, isolation, &plan.temp_dir)?;
+        let (backend, connection) = Virtiofsd::spawn(&plan.virtiofsd, share, isolation)?;
         backends.push(backend);
         connections.push(connection);
     }
