@@ -257,8 +257,17 @@ impl TestBox {
         self.start_within(&words)
     }
 
+    /// mote itself, for the box, with its output on pipes.
+    pub fn mote(&self) -> Command {
+        self.mote_within(&[])
+    }
+
     /// Starts the box in the background, with these words in front of mote's own.
     pub fn start_within(&self, words: &[&str]) -> Started {
+        Started::of(self.mote_within(words).spawn().expect("mote starts"))
+    }
+
+    fn mote_within(&self, words: &[&str]) -> Command {
         // Not under `timeout`: signals and the pid are mote's own.
         let mut command = Command::new(words.first().map_or_else(mote, PathBuf::from));
         if let [_, words @ ..] = words {
@@ -274,7 +283,7 @@ impl TestBox {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        Started::of(command.spawn().expect("mote starts"))
+        command
     }
 
     /// Starts a box that does nothing, with both servers' sockets, and waits until it is up.

@@ -28,4 +28,5 @@ mod sandbox;
 mod shares;
 mod sockets;
 mod terminal;
+mod traced;
 mod tsi;

@@ -11,40 +11,7 @@ use serde_json::json;
 
 use crate::client;
 use crate::common::{Ran, Started, TestBox, executable, mote, processes_with, virtiofsd_of};
-
-/// Makes a thread of another process call the system, by ptrace(2).
-mod injected {
-    #![allow(unsafe_code, reason = "ptrace is not in std")]
-
-    use std::io;
-    use std::mem::zeroed;
-    use std::ptr::{null, null_mut};
-
-    fn request(request: libc::c_uint, tid: i32, data: *const libc::c_void) {
-        // SAFETY: the requests made here read or write one user_regs_struct at `data`, or nothing.
-        let ret = unsafe { libc::ptrace(request, tid, null_mut::<libc::c_void>(), data) };
-        assert!(ret >= 0, "ptrace {request}: {}", io::Error::last_os_error());
-    }
-
-    /// Has a thread that waits in a system call make this one instead.
-    pub fn call(tid: i32, number: i64, arguments: [u64; 3]) {
-        request(libc::PTRACE_SEIZE, tid, null());
-        request(libc::PTRACE_INTERRUPT, tid, null());
-        let mut status = 0;
-        // SAFETY: the pointer is to a local.
-        assert_eq!(unsafe { libc::waitpid(tid, &mut status, libc::__WALL) }, tid);
-        // SAFETY: an all-zero structure of integers is valid.
-        let mut registers: libc::user_regs_struct = unsafe { zeroed() };
-        request(libc::PTRACE_GETREGS, tid, (&raw mut registers).cast());
-        // Back onto the SYSCALL instruction, two bytes long, that it waits in.
-        registers.rip -= 2;
-        registers.rax = number as u64;
-        registers.orig_rax = u64::MAX;
-        [registers.rdi, registers.rsi, registers.rdx] = arguments;
-        request(libc::PTRACE_SETREGS, tid, (&raw const registers).cast());
-        request(libc::PTRACE_DETACH, tid, null());
-    }
-}
+use crate::traced;
 
 /// A box of two vCPUs that has said `ready`.
 fn ready() -> (TestBox, Started) {
@@ -230,7 +197,7 @@ fn broken(thread: &str, number: i64, arguments: [u64; 3]) -> Ran {
     let (test, started) = ready();
     let threads = threads(started.child.id());
     let (tid, _) = threads.iter().find(|(_, name)| name == thread).expect("the thread");
-    injected::call(*tid, number, arguments);
+    traced::call(*tid, number, arguments);
     let output = started.finish();
     crate::common::eventually("its processes end", || processes_with(&test.dir).is_empty());
     test.finished(output)
