@@ -109,7 +109,7 @@ impl fmt::Display for Limit {
 /// A box's cgroup.
 #[derive(Debug)]
 pub struct Cgroup {
-    parent: PathBuf,
+    root: PathBuf,
     name: String,
     limits: Vec<Limit>,
 }
@@ -126,7 +126,7 @@ impl Cgroup {
                 "is \"{box_id}\", but with limits on the host it is the name of a cgroup: must be 1 to {MAX_NAME} of a-z, A-Z, 0-9, \".\", \"_\" and \"-\", and not \".\" or \"..\""
             ));
         }
-        Ok(Cgroup { parent: Path::new(ROOT).join(PARENT), name: box_id.into(), limits })
+        Ok(Cgroup { root: ROOT.into(), name: box_id.into(), limits })
     }
 
     /// Creates the cgroup, empty as yet. Returns what is to be removed at the end, and the [`Lock`] that
@@ -136,26 +136,29 @@ impl Cgroup {
     /// or when the box is running already.
     pub fn create(&self) -> Result<(Remains, Lock)> {
         let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
-        if let Some(root) = self.parent.parent() {
-            offer(root, &controllers)?;
-        }
-        if let Err(error) = fs::create_dir(&self.parent)
+        offer(&self.root, &controllers)?;
+        let parent = self.parent();
+        if let Err(error) = fs::create_dir(&parent)
             && error.kind() != ErrorKind::AlreadyExists
         {
-            let step = format!("create the cgroup {}", self.parent.display());
+            let step = format!("create the cgroup {}", parent.display());
             return Err(explained(error, step, ErrorKind::PermissionDenied, NO_PERMISSION));
         }
-        offer(&self.parent, &controllers)?;
+        offer(&parent, &controllers)?;
         let dir = self.dir();
-        let locked = create(&self.parent, &dir, LEFTOVER_LIMIT)?;
+        let locked = create(&parent, &dir, LEFTOVER_LIMIT)?;
         let remains = Remains::of(&dir, self.reserves())
             .inspect_err(|_| drop(fs::remove_dir(&dir)))
             .with_context(|| format!("look at the cgroup {}", dir.display()))?;
         Ok((remains, locked))
     }
 
+    fn parent(&self) -> PathBuf {
+        self.root.join(PARENT)
+    }
+
     fn dir(&self) -> PathBuf {
-        self.parent.join(&self.name)
+        self.parent().join(&self.name)
     }
 
     fn reserves(&self) -> bool {
@@ -174,9 +177,10 @@ impl Cgroup {
         }
         if self.reserves() {
             // A greater value may be the administrator's.
-            let sum = reserved(&self.parent)?;
-            if memory_low(&self.parent) < sum {
-                protect(&self.parent, sum)?;
+            let parent = self.parent();
+            let sum = reserved(&parent)?;
+            if memory_low(&parent) < sum {
+                protect(&parent, sum)?;
             }
         }
         write(
@@ -395,7 +399,7 @@ mod tests {
 
     fn cgroup(root: &Path, limits: &[Limit]) -> Cgroup {
         let cgroup = Cgroup::new("b", limits.to_vec()).expect("a name");
-        Cgroup { parent: root.join(PARENT), ..cgroup }
+        Cgroup { root: root.into(), ..cgroup }
     }
 
     #[test]

@@ -13,12 +13,13 @@
 //! and stays until mote is gone.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::cgroup::{self, Cgroup, Remains};
@@ -99,7 +100,8 @@ impl Janitor {
     /// Starts the janitor, and waits until it has made the box's place. To be called before there are
     /// threads, whose locks it would inherit.
     ///
-    /// Fails with what has kept the janitor from making the place; nothing is left of it then.
+    /// Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
+    /// once this process has ended.
     pub fn start(duties: Duties<'_>) -> Result<(Janitor, Place)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
         let mote = sys::process_file(std::process::id()).context("watch mote for its janitor")?;
@@ -138,11 +140,14 @@ impl Janitor {
 /// The janitor's life.
 fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     let mut leftovers = Leftovers::default();
-    match Place::make(duties, &mut leftovers) {
+    match Place::make(duties, line, &mut leftovers) {
         Ok(place) => {
-            if place.give(line).is_ok() {
-                serve(line, duties.passt);
+            match place.give(line).context("hand a descriptor to mote") {
+                Ok(()) => serve(line, duties.passt),
+                Err(error) => refuse(line, &error),
             }
+            // Before anything that waits for mote, which may wait for an answer.
+            let _ = line.shutdown(Shutdown::Both);
             // At once: a socket that is there says that the box runs (contract §2.8).
             leftovers.remove_sockets();
             if leftovers.cgroup.is_some() {
@@ -151,22 +156,30 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
         }
         Err(error) => {
             drop(leftovers);
-            let mut line = line;
-            let _ = line.write_all(&[NO_PLACE]);
-            let _ = line.write_all(format!("{error:#}").as_bytes());
+            refuse(line, &error);
         }
     }
 }
 
+/// Tells mote why there is no place for the box. The end of the line is the end of the reason.
+fn refuse(mut line: &UnixStream, error: &anyhow::Error) {
+    let _ = line.write_all(&[NO_PLACE]);
+    let _ = line.write_all(format!("{error:#}").as_bytes());
+}
+
 impl Place {
     /// Makes it. What is to be removed comes into `leftovers` as it is made, whatever fails after that.
-    fn make(duties: &Duties<'_>, leftovers: &mut Leftovers) -> Result<Place> {
+    fn make(duties: &Duties<'_>, line: &UnixStream, leftovers: &mut Leftovers) -> Result<Place> {
         let cgroup = duties.cgroup.map(Cgroup::create).transpose()?.map(|(remains, lock)| {
             leftovers.cgroup = Some(remains);
             lock
         });
         let mut sockets = Vec::new();
         for socket in duties.sockets {
+            // Waiting for the cgroup may have taken long. A mote that has ended must not keep the next
+            // start of its box from these paths.
+            let [has_ended] = sys::poll([Interest::new(line, true, false)], Some(Duration::ZERO))?;
+            ensure!(!has_ended, "mote has ended");
             let (listener, file) = sockets::listen(socket)?;
             leftovers.sockets.push(file);
             sockets.push(listener);
@@ -196,7 +209,7 @@ fn take(mut line: &UnixStream) -> Result<OwnedFd> {
     let mut byte = [0];
     match line.recv_with_fd(&mut byte) {
         Ok((1, Some(fd))) => {
-            sys::close_on_exec(&fd).context("keep a socket to this process")?;
+            sys::close_on_exec(&fd).context("prepare a descriptor")?;
             Ok(fd.into())
         }
         Ok((1, None)) => {
@@ -208,7 +221,7 @@ fn take(mut line: &UnixStream) -> Result<OwnedFd> {
         Err(error) => {
             // The kernel leaves out what it has no number for.
             let code = if error.errno() == libc::ENOBUFS { libc::EMFILE } else { error.errno() };
-            Err(io::Error::from_raw_os_error(code)).context("take a socket from the janitor")
+            Err(io::Error::from_raw_os_error(code)).context("take a descriptor from the janitor")
         }
     }
 }
@@ -254,7 +267,7 @@ impl PasstLine {
             return Err(ErrorKind::TimedOut.into());
         }
         match self.0.recv_with_fd(&mut byte) {
-            Ok((1, Some(socket))) => Ok(UnixStream::from(std::os::fd::OwnedFd::from(socket))),
+            Ok((1, Some(socket))) => Ok(UnixStream::from(OwnedFd::from(socket))),
             Ok((1, None)) => Err(io::Error::from_raw_os_error(byte[0].into())),
             Ok(_) => Err(ErrorKind::BrokenPipe.into()),
             Err(error) => Err(io::Error::from_raw_os_error(error.errno())),
