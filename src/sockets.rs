@@ -46,6 +46,10 @@ impl SocketFile {
 /// Everything that the plan wants clients to be accepted on: its sockets, which are `bound` in the
 /// plan's order, and its ports, which become open with this.
 pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>> {
+    for socket in &bound {
+        // So that clients see the box's process at the other end, and not its janitor.
+        sys::listen(socket, BACKLOG).context("listen on the box's sockets")?;
+    }
     let mut listeners: Vec<Listener> = plan
         .sockets
         .iter()

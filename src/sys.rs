@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::mem::{MaybeUninit, size_of, zeroed};
+use std::mem::{MaybeUninit, offset_of, size_of, zeroed};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -286,6 +286,12 @@ pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int)
     let (address, len) = unix_address(path)?;
     // SAFETY: pointer and length describe `address`.
     check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    listen(socket, backlog)
+}
+
+/// Listens on a socket that is bound, or listens already. Clients of a Unix socket see this process as
+/// their peer (`SO_PEERCRED`).
+pub fn listen(socket: &impl AsRawFd, backlog: libc::c_int) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
     Ok(())
@@ -414,42 +420,49 @@ pub fn interface_index(name: &str) -> Option<u32> {
     Some(unsafe { libc::if_nametoindex(name.as_ptr()) }).filter(|index| *index != 0)
 }
 
-/// A listening Unix socket with one connection waiting in its queue, which is the only one that it has room
-/// for, and that connection. There is no file: the name is one of the kernel's choice, and only lives as
-/// long as the listener (unix(7), autobind).
+/// A listening Unix socket with one connection waiting in its queue, and that connection. Nobody else can
+/// connect to it, neither before nor after. There is no file: the name is an abstract one, and lives as
+/// long as the socket (unix(7)).
 pub fn connected_listener() -> io::Result<(OwnedFd, UnixStream)> {
-    for _ in 0..CONNECT_TRIES {
-        let listener = unix_stream_socket()?;
-        // SAFETY: an all-zero sockaddr_un is valid.
+    let mut tries = 0;
+    loop {
+        let mut name = [0; 16];
+        fill_random(&mut name)?;
+        // SAFETY: an all-zero sockaddr_un is valid. The byte before the name stays zero.
         let mut address: libc::sockaddr_un = unsafe { zeroed() };
         address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-        let mut len = size_of::<libc::sa_family_t>() as libc::socklen_t;
-        let connection = unix_stream_socket()?;
-        set_nonblocking(&connection)?;
-        // SAFETY: pointers and lengths describe `address`, or the part of it that is meant; the kernel
-        // writes no more than the length that it is given.
+        for (to, from) in address.sun_path[1..].iter_mut().zip(name) {
+            *to = from as libc::c_char;
+        }
+        let len = offset_of!(libc::sockaddr_un, sun_path) + 1 + name.len();
+        let (address, len) = ((&raw const address).cast(), len as libc::socklen_t);
+        let listener = unix_stream_socket()?;
+        let connection = UnixStream::from(unix_stream_socket()?);
+        connection.set_nonblocking(true)?;
+        // SAFETY: pointer and length describe the part of `address` that is the name; the rest are plain
+        // system calls on open descriptors.
         let connected = unsafe {
-            check(libc::bind(listener.as_raw_fd(), (&raw const address).cast(), len))?;
-            len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-            check(libc::getsockname(listener.as_raw_fd(), (&raw mut address).cast(), &mut len))?;
+            check(libc::bind(listener.as_raw_fd(), address, len))?;
+            // Room for one: ours, or a stranger's who has found the name by now.
             check(libc::listen(listener.as_raw_fd(), 0))?;
-            check(libc::connect(connection.as_raw_fd(), (&raw const address).cast(), len))
+            let connected = check(libc::connect(connection.as_raw_fd(), address, len));
+            // What waits in the queue stays there; whoever comes from now on is refused.
+            check(libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD))?;
+            connected
         };
+        tries += 1;
         match connected {
-            // A file's mode would have kept others out. This one's name is known to all.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-            Ok(_) => {
-                let connection = UnixStream::from(connection);
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries < CONNECT_TRIES => {}
+            connected => {
+                connected?;
                 connection.set_nonblocking(false)?;
                 return Ok((listener, connection));
             }
         }
     }
-    Err(io::Error::new(io::ErrorKind::AddrInUse, "other processes connect to it first"))
 }
 
-/// How often [`connected_listener`] lets another process be faster.
+/// How often [`connected_listener`] lets a stranger be faster.
 const CONNECT_TRIES: usize = 16;
 
 /// A non-blocking connection to the Unix stream socket at a path of at most 107 bytes. A listener
@@ -542,8 +555,10 @@ pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::R
         }
         from = fd.saturating_add(1);
     }
-    // SAFETY: plain system calls; the name is NUL-terminated and lives on.
+    // SAFETY: plain system calls; the strings are NUL-terminated and live on.
     unsafe {
+        // What this process opens shall not be its standard error.
+        while (0..=2).contains(&libc::open(c"/dev/null".as_ptr(), libc::O_RDWR)) {}
         libc::setsid();
         libc::prctl(libc::PR_SET_NAME, name.as_ptr());
     }
