@@ -191,6 +191,8 @@ def run(name, command, helpers):
             said.append(line)
             if not line.startswith("{"):
                 continue
+            # The figures come at the end; until then this says how far it is.
+            print(f"bench-net: {name}: {line}", end="", file=sys.stderr, flush=True)
             values |= json.loads(line)
             if "before" in line or "after" in line:
                 now = sum(own_memory_kib(p.pid) for p in (process, *helpers))
@@ -212,7 +214,7 @@ def mote(work, root, network, helpers):
         "entrypoint": {"executable": "python3", "env": [], "args": [
             "/client.py", HOST, str(SECONDS), str(CONNECTIONS), str(DOWNLOAD_MIB)]},
     }
-    return run("mote", [binary, "--config", json.dumps(spec)], helpers)
+    return run("mote + passt" if network else "mote (TSI)", [binary, "--config", json.dumps(spec)], helpers)
 
 
 def mote_tsi(work, root):
@@ -237,7 +239,7 @@ def qemu_passt(work, root):
                            "--cache=auto", "--log-level=error"])
     try:
         wait_for(directory / "fs.sock", fs, "virtiofsd")
-        return run("QEMU", [
+        return run("QEMU microvm + passt", [
             "qemu-system-x86_64", "-M", "microvm,accel=kvm,acpi=off,rtc=off,pit=off,pic=off,isa-serial=on",
             "-cpu", "host,tsc-deadline=on", "-smp", "1", "-m", f"{MEMORY_MIB}M", "-nodefaults",
             "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",

@@ -208,7 +208,8 @@ impl TestBox {
         self.dir.join(relative)
     }
 
-    /// The command that runs the box: with a private TMPDIR, and with its reports in `out`.
+    /// The command that runs the box: with its reports in `out`, and with a TMPDIR
+    /// that shows whether it makes temporary files.
     pub fn command(&self) -> Command {
         let mut command = Command::new("timeout");
         command
@@ -415,12 +416,28 @@ pub fn processes_with(path: &Path) -> Vec<String> {
         .collect()
 }
 
+/// The numbers of all processes.
+fn pids() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").expect("proc").flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// The numbers of a process's children.
+pub fn children_of(pid: u32) -> Vec<u32> {
+    let line = format!("\nPPid:\t{pid}\n");
+    let status = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    pids().filter(|pid| status(pid).contains(&line)).collect()
+}
+
+/// What a process is called; nothing when it has ended.
+pub fn name_of(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
+}
+
 /// Pids of the virtiofsd processes that serve a directory.
 pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
     let path = path.to_str().expect("text").to_owned();
-    let pids = fs::read_dir("/proc").expect("proc").flatten();
-    let named = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    named
+    pids()
         .filter(|pid: &u32| {
             fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|bytes| {
                 let line = String::from_utf8_lossy(&bytes).replace('\0', " ");

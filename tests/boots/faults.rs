@@ -16,8 +16,8 @@ use serde_json::json;
 
 use crate::client::{self, HEARTBEAT};
 use crate::common::{
-    Ran, Started, TestBox, eventually, eventually_nothing, executable, kill, mote, own_memory_kib,
-    processes_with, virtiofsd_of,
+    Ran, Started, TestBox, children_of, eventually, eventually_nothing, executable, kill, mote,
+    name_of, own_memory_kib, processes_with, virtiofsd_of,
 };
 use crate::passt::{accept, assert_frames_pass, small_box};
 use crate::traced::confined_before;
@@ -636,27 +636,49 @@ fn left_of(test: &TestBox) -> Vec<String> {
     left
 }
 
-#[test]
-fn a_mote_killed_between_any_two_system_calls_leaves_nothing() {
+/// A box with everything that is on the host beside its processes: two sockets and a cgroup.
+fn box_with_a_place() -> TestBox {
     let test = box_that("exit 0").with("resource_limits", json!({"cpu_shares": 1024}));
     let pty = test.path("sock/pty.sock");
-    let test = test.with("pty_socket_path", json!(pty));
-    let mut calls = 0;
-    loop {
-        let mut mote = test.mote();
-        let confined = confined_before(mote.stderr(Stdio::null()), calls);
-        eventually_nothing(&format!("of a mote killed after {calls} calls"), || left_of(&test));
-        if confined {
-            break;
-        }
-        calls += CALLS_STEP;
-    }
-    assert!(calls > 300, "confined after {calls} calls already");
+    test.with("pty_socket_path", json!(pty))
 }
 
-/// How many system calls one mote that is killed gets further than the one before it: all that leaves
-/// something behind for a moment takes more.
+#[test]
+fn a_mote_killed_anywhere_in_its_start_leaves_nothing() {
+    let test = box_with_a_place();
+    let mut calls = 0;
+    while !confined_before(&mut test.mote(), calls) {
+        eventually_nothing(&format!("of a mote killed after {calls} calls"), || left_of(&test));
+        calls += CALLS_STEP;
+    }
+    eventually_nothing("of a mote killed at its filter", || left_of(&test));
+    assert!(calls > 100, "confined after {calls} calls already");
+}
+
+/// How many system calls one mote that is killed gets further than the one before it: whatever it might
+/// leave behind is there for longer.
 const CALLS_STEP: usize = 3;
+
+#[test]
+fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() {
+    let test = box_with_a_place();
+    // As another box that is being started.
+    let parent = Path::new("/sys/fs/cgroup/a3s-box");
+    let _ = fs::create_dir(parent);
+    let busy = fs::File::open(parent).expect("the parent");
+    busy.lock().expect("locked");
+    let started = test.start();
+    eventually("its janitor is there", || {
+        children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
+    });
+    started.signal(libc::SIGKILL);
+    assert_eq!(started.finish().status.signal(), Some(libc::SIGKILL));
+    assert!(!test.path("sock/exec.sock").exists() && !cgroup_of(&test).exists());
+    drop(busy);
+    let again = test.run();
+    assert_eq!((again.code, again.stderr.as_str()), (0, ""));
+    eventually_nothing("of both", || left_of(&test));
+}
 
 fn cgroup_of(test: &TestBox) -> PathBuf {
     Path::new("/sys/fs/cgroup/a3s-box").join(test.spec["box_id"].as_str().expect("text"))

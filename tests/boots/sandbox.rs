@@ -10,7 +10,9 @@ use std::process::{Child, Command, Stdio};
 use serde_json::json;
 
 use crate::client;
-use crate::common::{Ran, Started, TestBox, executable, mote, processes_with, virtiofsd_of};
+use crate::common::{
+    Ran, Started, TestBox, children_of, executable, mote, name_of, processes_with, virtiofsd_of,
+};
 use crate::traced;
 
 /// A box of two vCPUs that has said `ready`.
@@ -174,18 +176,8 @@ fn nothing_inherited_is_kept() {
 
 /// A box's processes, by number and command: mote, its janitor and virtiofsd.
 fn processes_of(test: &TestBox, mote: &Child) -> Vec<(u32, String)> {
-    let named = |pid: u32| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        (pid, name.trim().to_owned())
-    };
-    let pids = fs::read_dir("/proc").expect("proc").flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let janitors = pids.filter(|pid| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        status.contains(&format!("\nPPid:\t{}\n", mote.id()))
-    });
-    let all: Vec<_> =
-        [mote.id()].into_iter().chain(janitors).chain(virtiofsd_of(&test.dir)).map(named).collect();
+    let pids = [mote.id()].into_iter().chain(children_of(mote.id())).chain(virtiofsd_of(&test.dir));
+    let all: Vec<_> = pids.map(|pid| (pid, name_of(pid))).collect();
     for name in ["mote", "mote-janitor", "virtiofsd"] {
         assert!(all.iter().any(|(_, found)| found == name), "no {name} in {all:?}");
     }

@@ -36,7 +36,11 @@ pub fn confined_before(program: &mut Command, index: usize) -> bool {
     let tid = child.id() as i32;
     let (mut signal, mut returned) = (wait(tid), 0);
     assert_eq!(signal, libc::SIGTRAP, "not at its execve");
-    request(libc::PTRACE_SETOPTIONS, tid, libc::PTRACE_O_TRACESYSGOOD as *const _);
+    request(
+        libc::PTRACE_SETOPTIONS,
+        tid,
+        (libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL) as *const _,
+    );
     let mut inside = false;
     let confined = loop {
         // The trap of execve is not the program's to see, and those of system calls are none.
