@@ -12,7 +12,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Input;
 use crate::memory::GuestRam;
-use crate::virtio::queue::{self, Chain, ServedQueue};
+use crate::virtio::buffers::{Reader, Writer};
+use crate::virtio::queue::{Chain, ServedQueue};
 use crate::virtio::{F_EVENT_IDX, ReadyQueue};
 
 const RAM: usize = 64 * 1024;
@@ -188,7 +189,7 @@ impl Bench {
 }
 
 fn drain(chain: Chain<'_>, ram: &GuestRam) -> u32 {
-    if let Ok(mut reader) = queue::reader(chain, ram) {
+    if let Ok(mut reader) = Reader::new(chain, ram) {
         let len = reader.available_bytes().min(MOVED);
         reader.read_exact(&mut vec![0; len]).expect("there are that many");
     }
@@ -199,7 +200,7 @@ fn fill(chain: Chain<'_>, ram: &GuestRam, writable: &mut Vec<std::ops::Range<u64
     let buffers = chain.clone().filter(|descriptor| descriptor.is_write_only());
     let ranges: Vec<_> =
         buffers.map(|d| d.addr().0..d.addr().0.saturating_add(d.len().into())).collect();
-    let Ok(mut writer) = queue::writer(chain, ram) else { return 0 };
+    let Ok(mut writer) = Writer::new(chain, ram) else { return 0 };
     let len = writer.available_bytes().min(MOVED);
     writer.write_all(&vec![0xa5; len]).expect("there is that much room");
     writable.extend(ranges);

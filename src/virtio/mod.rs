@@ -9,6 +9,7 @@
 //!        registers                                 ▲ kick: ioeventfd    │ interrupt: irqfd
 //! ```
 
+pub mod buffers;
 pub mod fs;
 pub mod mmio;
 pub mod net;

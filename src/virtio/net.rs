@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use event_manager::{EventOps, EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -37,8 +37,9 @@ use crate::log::{self, FirstError};
 use crate::memory::GuestRam;
 use crate::passt::{Connection, FRAME_LEN, Lost};
 use crate::token::Token;
+use crate::virtio::buffers::{Reader, Writer};
 use crate::virtio::mmio::ConfigSpace;
-use crate::virtio::queue::{self, Chain, ServedQueue};
+use crate::virtio::queue::{Chain, ServedQueue};
 use crate::virtio::{
     Activation, DeviceEvent, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MainLoopDevice,
     MainLoopDeviceKind,
@@ -417,12 +418,11 @@ impl Queues {
                 "a frame fills more buffers than there are"
             );
             let head = chain.head_index();
-            let mut writer = queue::writer(chain, ram)?;
+            let mut writer = Writer::new(chain, ram)?;
             let mut len = 0;
             if header.is_none() {
-                let body = writer.split_at(HEADER_LEN);
-                let body = body.map_err(|e| anyhow!("a receive buffer without a header: {e}"))?;
-                header = Some(std::mem::replace(&mut writer, body));
+                let front = writer.split_off_front(HEADER_LEN);
+                header = Some(front.context("a receive buffer without a header")?);
                 len = HEADER_LEN;
             }
             if !self.merge && writer.available_bytes() < rest.len() {
@@ -449,7 +449,7 @@ impl Queues {
 /// Adds the driver's frame to what is sent to passt. Its header says nothing that passt wants to
 /// know.
 fn put(chain: Chain<'_>, ram: &GuestRam, cable: &mut Connection) -> Result<()> {
-    let mut reader = queue::reader(chain, ram)?;
+    let mut reader = Reader::new(chain, ram)?;
     reader.read_exact(&mut [0; HEADER_LEN])?;
     let len = reader.available_bytes();
     ensure!(FRAME_LEN.contains(&len), "a frame of {len} bytes");

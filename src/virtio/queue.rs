@@ -1,40 +1,19 @@
 //! A queue that mote serves itself: popping descriptor chains, returning them used, and notifying
 //! the driver no more than it asks for.
 //!
-//! virtio-queue does the ring arithmetic and bounds every chain; what is wrong with a chain fails
-//! that chain, what is wrong with the ring stops the device, and neither the process.
+//! virtio-queue does the ring arithmetic, [`super::buffers`] bounds every chain; what is wrong with a
+//! chain fails that chain, what is wrong with the ring stops the device, and neither the process.
 
-use anyhow::{Result, anyhow, ensure};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
+use anyhow::{Result, anyhow};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
 use crate::virtio::{F_EVENT_IDX, ReadyQueue};
 
-/// A chain of guest buffers.
+/// A chain of guest buffers, to be read once: by a [`super::buffers::Reader`] or
+/// [`Writer`](super::buffers::Writer).
 pub type Chain<'a> = DescriptorChain<&'a GuestRam>;
-
-/// Most buffers in one chain: a driver must not make it longer than its queue (virtio 1.2,
-/// 2.7.5.3.1), and ours have no more entries than this. virtio-queue follows an indirect table of
-/// 65,535, and a queue full of those would keep the main loop from its other work for half a second.
-const MAX_CHAIN: usize = 256;
-
-/// What the driver wrote for the device.
-pub fn reader<'a>(chain: Chain<'_>, ram: &'a GuestRam) -> Result<Reader<'a>> {
-    check_length(&chain)?;
-    chain.reader(ram).map_err(|e| anyhow!("read a buffer: {e}"))
-}
-
-/// Room for what the device writes for the driver.
-pub fn writer<'a>(chain: Chain<'_>, ram: &'a GuestRam) -> Result<Writer<'a>> {
-    check_length(&chain)?;
-    chain.writer(ram).map_err(|e| anyhow!("write a buffer: {e}"))
-}
-
-fn check_length(chain: &Chain<'_>) -> Result<()> {
-    ensure!(chain.clone().nth(MAX_CHAIN).is_none(), "a chain of more buffers than its queue has");
-    Ok(())
-}
 
 /// A queue in service.
 #[derive(Debug)]

@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
 use crate::sys;
-use crate::virtio::queue::{self, Chain, ServedQueue};
+use crate::virtio::buffers::Writer;
+use crate::virtio::queue::{Chain, ServedQueue};
 use crate::virtio::{
     Activation, DeviceEvent, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MainLoopDevice,
     MainLoopDeviceKind,
@@ -64,7 +65,7 @@ impl Rng {
 }
 
 fn fill(chain: Chain<'_>, ram: &GuestRam) -> Result<u32> {
-    let mut writer = queue::writer(chain, ram)?;
+    let mut writer = Writer::new(chain, ram)?;
     let mut random = [0; MAX_BYTES];
     let len = writer.available_bytes().min(MAX_BYTES);
     sys::fill_random(&mut random[..len])?;

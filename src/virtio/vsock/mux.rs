@@ -25,7 +25,8 @@ use crate::memory::GuestRam;
 use crate::policy::Policy;
 use crate::token::Token;
 use crate::virtio::Activation;
-use crate::virtio::queue::{self, Chain, ServedQueue};
+use crate::virtio::buffers::{Reader, Writer};
+use crate::virtio::queue::{Chain, ServedQueue};
 
 /// Most connections at once; clients beyond are refused. The agent's own connections always find
 /// room, of which there are no more than offers: without them there is no agent.
@@ -366,7 +367,7 @@ impl Mux {
         ram: &GuestRam,
         ops: &mut EventOps<'_>,
     ) -> Option<usize> {
-        let mut reader = queue::reader(chain, ram).ok()?;
+        let mut reader = Reader::new(chain, ram).ok()?;
         let mut bytes = [0; HEADER_LEN];
         reader.read_exact(&mut bytes).ok()?;
         let header = match Header::from_guest(&bytes) {
@@ -539,7 +540,7 @@ impl Mux {
             let Some(chain) = receive.pop_or_wait(ram)? else { break };
             used += 1;
             let head = chain.head_index();
-            let Ok(mut writer) = queue::writer(chain, ram) else {
+            let Ok(mut writer) = Writer::new(chain, ram) else {
                 receive.push(ram, head, 0)?;
                 continue;
             };
