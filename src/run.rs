@@ -86,7 +86,10 @@ pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) ->
         let timeout = state.borrow().timeout_ms();
         manager.run_with_timeout(timeout).context("wait for events")?;
         let mut ops = manager.event_ops(id).context("access the main loop")?;
-        state.borrow_mut().check_deadlines(Instant::now(), &mut ops);
+        let mut state = state.borrow_mut();
+        // However many events of the guest's making come before this one's turn.
+        state.on_signal();
+        state.end_round(Instant::now(), &mut ops);
     };
     let state = state.borrow();
     for (name, at) in &state.marks {
@@ -156,7 +159,8 @@ impl MainLoop {
         i32::try_from(left).unwrap_or(i32::MAX)
     }
 
-    fn check_deadlines(&mut self, now: Instant, ops: &mut EventOps<'_>) {
+    /// What follows from a round of events, and from the time.
+    fn end_round(&mut self, now: Instant, ops: &mut EventOps<'_>) {
         if let Some((signal, limit)) = self.stop
             && now >= limit
         {
@@ -175,8 +179,8 @@ impl MainLoop {
                 ops,
             );
         }
-        let expired = self.vm.mux.expire(now, ops);
-        self.check_vsock(expired, ops);
+        let ended = self.vm.mux.end_round(now, ops);
+        self.check_vsock(ended, ops);
         let retried = self.with_net(|net| net.retry(now, ops));
         self.check_net(retried);
         let over = self.end.is_some() || self.ending.is_some();

@@ -281,8 +281,15 @@ impl MutEventSubscriber for Device {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let token = Token::from_data(events.data()).expect("a token");
-        if let Err(error) = self.mux.handle(token, events.event_set(), ops) {
-            // As in the main loop.
+        let handled = self.mux.handle(token, events.event_set(), ops);
+        self.check(handled, ops);
+    }
+}
+
+impl Device {
+    /// As in the main loop.
+    fn check(&mut self, handled: Result<()>, ops: &mut EventOps<'_>) {
+        if let Err(error) = handled {
             self.mux.reset(ops).expect("reset");
             self.failure.get_or_insert(error);
         }
@@ -419,12 +426,12 @@ impl Bench {
 
     /// Moves time to when all flows opened so far have waited too long to say where to.
     pub fn let_flows_expire(&mut self) {
-        self.call(|mux, ops| mux.expire(Instant::now() + FLOW_LIMIT, ops));
+        self.call(|mux, ops| mux.end_round(Instant::now() + FLOW_LIMIT, ops));
     }
 
     /// Moves time to when all requests made so far have waited too long.
     pub fn let_requests_expire(&mut self) {
-        self.call(|mux, ops| mux.expire(Instant::now() + ANSWER_LIMIT, ops));
+        self.call(|mux, ops| mux.end_round(Instant::now() + ANSWER_LIMIT, ops));
     }
 
     /// Kicks as asked, and runs the loop until nothing happens any more.
@@ -441,7 +448,12 @@ impl Bench {
 
     /// One turn of the loop; returns how many events there were.
     pub fn turn(&mut self) -> usize {
-        self.events.run_with_timeout(0).expect("an event loop")
+        let events = self.events.run_with_timeout(0).expect("an event loop");
+        let mut ops = self.events.event_ops(self.id).expect("ops");
+        let mut device = self.device.borrow_mut();
+        let ended = device.mux.end_round(Instant::now(), &mut ops);
+        device.check(ended, &mut ops);
+        events
     }
 
     /// What ended the device.

@@ -821,7 +821,7 @@ fn clients_beyond_the_limit_wait_for_room() {
         mux.flows -= MAX_FLOWS;
         Ok(())
     });
-    bench.call(|mux, ops| mux.expire(Instant::now() + ACCEPT_PAUSE, ops));
+    bench.call(|mux, ops| mux.end_round(Instant::now() + ACCEPT_PAUSE, ops));
     requested(&mut bench);
 }
 

@@ -279,10 +279,17 @@ impl Mux {
             Token::VsockConnection(index) => self.note_socket(index as usize, set, ops)?,
             _ => {}
         }
+        Ok(())
+    }
+
+    /// Ends a round of events: does what is due by `now`, and gives the guest what there is for it.
+    /// Once for all of them, because a guest can have each of very many events cost a full batch.
+    pub fn end_round(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
+        self.expire(now, ops)?;
         self.deliver(ops)
     }
 
-    /// When [`Mux::expire`] has something to do next.
+    /// When [`Mux::end_round`] has something to do next, whatever events come.
     pub fn next_deadline(&self) -> Option<Instant> {
         let owed = self.deadlines.first().map(|(due, _)| *due);
         let rested = self.resting.front().map(|(until, _)| *until);
@@ -291,7 +298,7 @@ impl Mux {
 
     /// Closes connections for which the guest has not done its part in time, and listens again
     /// where that had to rest.
-    pub fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
+    fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
         while let Some((until, index)) = self.resting.front().copied()
             && now >= until
         {
@@ -317,7 +324,7 @@ impl Mux {
                 self.remove_if_closed(index, ops)?;
             }
         }
-        self.deliver(ops)
+        Ok(())
     }
 
     /// Gives up on offers that the guest has not taken, and on everything else: each host socket is

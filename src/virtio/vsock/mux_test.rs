@@ -563,7 +563,7 @@ fn clients_that_the_guest_does_not_answer_are_closed() {
     clients[1].write_all(b"never read").expect("written");
     bench.run();
     assert_eq!(bench.ops(), [REQUEST; 3]);
-    bench.call(|mux, ops| mux.expire(Instant::now(), ops));
+    bench.call(|mux, ops| mux.end_round(Instant::now(), ops));
     for client in &mut clients {
         assert_eq!(read_all(client), (vec![], Tail::More), "not before their time");
     }
@@ -597,11 +597,11 @@ fn the_time_of_a_refused_request_is_not_that_of_the_next_one_in_its_slot() {
     let mut client = bench.connect(1);
     bench.run();
     assert_eq!(bench.look().slots, 1, "the same slot");
-    bench.call(|mux, ops| mux.expire(first, ops));
+    bench.call(|mux, ops| mux.end_round(first, ops));
     assert_eq!(read_all(&mut client), (vec![], Tail::More));
     let second = bench.deadline().expect("a time for the answer");
     assert!(second > first);
-    bench.call(|mux, ops| mux.expire(second, ops));
+    bench.call(|mux, ops| mux.end_round(second, ops));
     assert_eq!(read_all(&mut client), (vec![], Tail::End));
 }
 
@@ -620,7 +620,7 @@ fn a_listener_that_cannot_accept_rests_for_a_while() {
     bench.run();
     let deadline = bench.deadline().expect("tries again");
     assert!(deadline <= Instant::now() + ACCEPT_PAUSE);
-    bench.call_only(|mux, ops| mux.expire(deadline, ops));
+    bench.call_only(|mux, ops| mux.end_round(deadline, ops));
     assert_eq!(bench.turn(), 1, "it tries again");
     assert_eq!(bench.turn(), 0, "and rests again");
 }
