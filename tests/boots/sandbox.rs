@@ -206,6 +206,8 @@ fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
         ("mote", "main", "prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0]),
         ("vcpu1", "vcpu1", "socket", libc::SYS_socket, [libc::AF_INET as u64, 1, 0]),
         ("vcpu0", "vcpu0", "ioctl", libc::SYS_ioctl, [0, 0xae01, 0]),
+        // A published port's listener that has been shut down could connect by this.
+        ("vcpu1", "vcpu1", "sendmsg", libc::SYS_sendmsg, [0, 0, libc::MSG_FASTOPEN as u64]),
         ("stdout", "stdout", "execve", libc::SYS_execve, [0, 0, 0]),
     ] {
         let ran = broken(thread, number, arguments);
