@@ -385,14 +385,20 @@ pub fn tcp_listen(port: u16) -> io::Result<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
+/// How long a server of the box's may be silent before its kernel is asked whether it is still there.
+const KEEPALIVE_IDLE_S: libc::c_int = 90;
+
 /// Starts a TCP connection from one of the machine's addresses, or one that is only routed to it. It
-/// becomes writable when there is an answer.
+/// becomes writable when there is an answer. A server that has closed its end, and is forgotten a minute
+/// later, answers nothing any more; being asked, its kernel says so by a reset.
 pub fn tcp_connect(from: IpAddr, to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = ip_socket(family, libc::SOCK_STREAM, 0)?;
     // Valid for both families (ip(7)), as are addresses that are not on an interface.
     set_option(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, &1)?;
     set_option(&socket, libc::SOL_IP, libc::IP_FREEBIND, &1)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1)?;
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &KEEPALIVE_IDLE_S)?;
     bind(&socket, SocketAddr::new(from, 0))?;
     let (raw, len) = raw_address(to);
     // SAFETY: pointer and length describe `raw`.
