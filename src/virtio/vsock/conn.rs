@@ -269,6 +269,11 @@ impl Conn {
         self.settle();
     }
 
+    /// How many bytes are left for the host socket.
+    pub fn len_for_host(&self) -> usize {
+        self.to_host.len()
+    }
+
     /// Bytes for the host socket, oldest first.
     pub fn for_host(&self) -> &[u8] {
         let (head, tail) = self.to_host.as_slices();

@@ -315,6 +315,46 @@ fn a_peer_that_does_not_read_holds_up_its_own_flow_only() {
 }
 
 #[test]
+fn a_peer_that_takes_nothing_does_not_keep_what_the_guest_has_closed() {
+    let mut bench = Bench::started();
+    let (ports, mut peer) = connected(&mut bench);
+    let mut sent = 0;
+    while bench.look().most_bytes < BUFFER_LEN / 2 {
+        bench.tell(data(ports), &[7; 65_536]);
+        sent += 65_536;
+    }
+    // As Linux closes a socket whose peer does not: both directions, and at last a reset.
+    bench.tell(Packet { flags: SEND, ..Packet::new(Op::Shutdown, ports) }, &[]);
+    bench.tell(Packet::new(Op::Reset, ports), &[]);
+    bench.collect();
+    assert_eq!(bench.look().connections, 1, "bytes are left to deliver");
+    let due = bench.deadline().expect("not for good");
+    bench.call(|mux, ops| mux.end_round(due - Duration::from_secs(1), ops));
+    assert_eq!(bench.look().connections, 1, "not before its time");
+    bench.call(|mux, ops| mux.end_round(due, ops));
+    assert_eq!((bench.look().connections, bench.deadline()), (0, None));
+    assert_eq!(bench.ops(), [0; 0], "the guest knows of none");
+    let (received, tail) = read_until(&mut bench, &mut peer, sent);
+    assert!(tail == Tail::Reset && received.len() < sent);
+}
+
+#[test]
+fn clients_of_the_boxs_sockets_leave_room_for_its_flows() {
+    sys::raise_open_file_limit();
+    let mut bench = Bench::started();
+    let clients: Vec<_> = (0..MAX_CLIENTS + 5).map(|_| bench.connect(0)).collect();
+    bench.run();
+    let mut refused = clients
+        .into_iter()
+        .filter_map(|mut client| (read_all(&mut client).1 == Tail::End).then_some(()));
+    assert_eq!(refused.by_ref().count(), 5);
+    while !bench.collect().is_empty() {}
+    let (ports, mut peer) = connected(&mut bench);
+    bench.tell(data(ports), b"through");
+    assert_eq!(read_until(&mut bench, &mut peer, 7).0, b"through");
+}
+
+#[test]
 fn chunks_arrive_whole_however_little_room_there_is() {
     for buffer in [45, 46, 48, 49, 50, 100] {
         let mut bench = Bench::started();

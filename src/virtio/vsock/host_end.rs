@@ -48,6 +48,8 @@ pub struct HostEnd {
     write_shut: bool,
     /// Less than [`MAX_PACKET`] bytes.
     rest: Rest,
+    /// Most bytes that are read at once for a guest that has room for fewer.
+    read_ahead: usize,
     /// TCP: the guest has been sent the chunk that ends the stream.
     end_sent: bool,
     /// TCP: writing failed, and took with it the error that reading would have found.
@@ -123,6 +125,7 @@ impl HostEnd {
             read_shut: false,
             write_shut: false,
             rest,
+            read_ahead: MAX_PACKET,
             end_sent: false,
             broken: false,
             error: None,
@@ -145,6 +148,11 @@ impl HostEnd {
     /// An outgoing flow of which it is not known yet where to.
     pub fn awaiting() -> Self {
         HostEnd::new(Socket::Awaiting, Rest::default())
+    }
+
+    /// Sets how much is read from a stream at once that the guest may have no room for as yet.
+    pub fn set_read_ahead(&mut self, len: usize) {
+        self.read_ahead = len;
     }
 
     /// Whether this is a flow's.
@@ -305,20 +313,21 @@ impl HostEnd {
     }
 
     /// Reads what is next for the guest into the start of `buffer`, at most `room` bytes. The buffer
-    /// has [`MAX_PACKET`] bytes and is filled from the socket as far as possible; what is beyond
-    /// `room` comes first next time. Linux's guests have buffers of 4 KiB, and a read for each was
+    /// has [`MAX_PACKET`] bytes and is filled from the socket as far as possible, or as this may read
+    /// ahead; what is beyond `room` comes first next time. Linux's guests have buffers of 4 KiB, and a read for each was
     /// measured to halve the throughput.
     pub fn read(&mut self, buffer: &mut [u8], room: usize) -> HostRead {
         match self.rest.take(&mut buffer[..room]) {
             0 => {}
             len => return HostRead::Data(len),
         }
+        let most = buffer.len().min(room.max(self.read_ahead));
         match self.socket {
-            Socket::Unix(_) => match self.read_stream(buffer) {
+            Socket::Unix(_) => match self.read_stream(&mut buffer[..most]) {
                 HostRead::Data(len) => HostRead::Data(self.rest.keep(&buffer[..len], room)),
                 other => other,
             },
-            Socket::Tcp(_) => self.read_chunk(buffer, room),
+            Socket::Tcp(_) => self.read_chunk(&mut buffer[..most], room),
             Socket::Udp(_) => self.receive_datagram(buffer, room),
             Socket::Awaiting | Socket::Connecting(_) => HostRead::Empty,
             Socket::Refused => HostRead::End,

@@ -34,12 +34,15 @@ pub const MAX_CONNECTIONS: usize = 4096;
 /// Most of them that are flows, outgoing and published: the rest is for the clients of the box's own
 /// sockets, who must get in whatever the box does on the network.
 const MAX_FLOWS: usize = 3072;
+/// Most of them that are the clients': they cannot take its flows from the box.
+const MAX_CLIENTS: usize = MAX_CONNECTIONS - MAX_FLOWS;
 /// Most flows while clients of published ports are accepted: they cannot take the box's own
 /// connections from it.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
 /// How many connections may have [`conn::BUFFER_LEN`](super::conn::BUFFER_LEN) bytes each on the way to their host sockets. Those
 /// beyond have [`SMALL_BUFFER_LEN`]: a guest that fills every buffer, which takes thousands of peers
-/// that do not read or do not answer, costs mote some 125 MiB rather than a GiB.
+/// that do not read or do not answer, costs mote some 125 MiB rather than a GiB. The same way back, to a guest
+/// that has no room for what came: some 75 MiB, or 200 of the largest datagrams.
 const LARGE_BUFFERS: usize = 256;
 /// See [`LARGE_BUFFERS`]. Four packets of Linux's.
 const SMALL_BUFFER_LEN: usize = 16 * 1024;
@@ -58,6 +61,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// go. It does so at once, too; but on a host with too much to do, a client that is only slow to
 /// be served must not be reset.
 const FLOW_LIMIT: Duration = Duration::from_secs(30);
+/// How long a peer on the network may take nothing of what a flow has left that the guest has closed and
+/// forgotten: there are only so many. Long, because what is seen here is room in a socket's buffer of
+/// some MiB, and a slow peer takes its time to make any.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(600);
 /// How long a listener rests when the host has no descriptor or memory for its next client: the
 /// client goes on waiting, and asking again at once would be all that the main loop does.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -82,16 +89,24 @@ struct Entry {
     end: HostEnd,
     /// Stands in `Mux::ready`.
     queued: bool,
-    /// Until when the guest may owe an answer, or a flow's request.
+    /// Was an orphan when it was looked at last.
+    orphaned: bool,
+    /// Until when the guest may owe an answer, or a flow's request; or a peer may take nothing.
     due: Option<Instant>,
     /// The guest port to ask when the guest refuses the first one.
     fallback_port: Option<u32>,
 }
 
 impl Entry {
-    /// Whether the guest still owes what `due` is for.
+    /// Whether what `due` is for is still to come.
     fn is_owed(&self) -> bool {
-        self.conn.is_requested() || self.end.is_awaiting()
+        self.conn.is_requested() || self.end.is_awaiting() || self.is_orphan()
+    }
+
+    /// Whether this is a flow that only waits for its peer. A client of the box's own sockets may take
+    /// as long as it likes.
+    fn is_orphan(&self) -> bool {
+        self.end.is_flow() && self.conn.is_forgotten()
     }
 }
 
@@ -146,7 +161,7 @@ pub struct Mux {
     listeners: Vec<Listener>,
     /// Which listeners are not watched, and until when; the one that is first comes first.
     resting: VecDeque<(Instant, usize)>,
-    /// By when the guest owes which slots something; some have it already.
+    /// By when which slots are owed something; some have it already.
     deadlines: BTreeSet<(Instant, usize)>,
     /// Whether the guest's servers listen; until then clients' connections wait.
     guest_ready: bool,
@@ -296,8 +311,8 @@ impl Mux {
         owed.into_iter().chain(rested).min()
     }
 
-    /// Closes connections for which the guest has not done its part in time, and listens again
-    /// where that had to rest.
+    /// Closes connections for which the guest, or an orphan's peer, has not done its part in time, and
+    /// listens again where that had to rest.
     fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
         while let Some((until, index)) = self.resting.front().copied()
             && now >= until
@@ -318,7 +333,7 @@ impl Mux {
                 // At once, whether or not the guest ever takes the reset.
                 entry.conn.vanish();
                 let ports = entry.conn.ports();
-                if entry.conn.is_announced() {
+                if entry.conn.is_announced() && !entry.conn.is_forgotten() {
                     self.refuse(ports);
                 }
                 self.remove_if_closed(index, ops)?;
@@ -512,7 +527,12 @@ impl Mux {
         let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
             return Ok(());
         };
-        if entry.end.flush(&mut entry.conn) {
+        let left = entry.conn.len_for_host();
+        let unfinished = entry.end.flush(&mut entry.conn);
+        let made_progress = entry.conn.len_for_host() < left;
+        let waits_anew = entry.is_orphan() && (made_progress || !entry.orphaned);
+        entry.orphaned = entry.is_orphan();
+        if unfinished {
             match &self.queues {
                 Some(queues) => {
                     self.unfinished.insert(index);
@@ -522,8 +542,19 @@ impl Mux {
                 None => entry.conn.vanish(),
             }
         }
+        if waits_anew {
+            self.set_due(index, Instant::now() + ORPHAN_LIMIT);
+        }
         self.queue(index);
         self.remove_if_closed(index, ops)
+    }
+
+    fn set_due(&mut self, index: usize, due: Instant) {
+        let Some(entry) = &mut self.entries[index] else { return };
+        if let Some(before) = entry.due.replace(due) {
+            self.deadlines.remove(&(before, index));
+        }
+        self.deadlines.insert((due, index));
     }
 
     // ---- to the guest ------------------------------------------------------------------------
@@ -646,9 +677,11 @@ impl Mux {
         };
         // Dropped, so the client sees the end: there are too many, or it has gone already, or the
         // host cannot watch it.
-        if self.by_ports.len() < MAX_CONNECTIONS
-            && let Ok(end) = end
-        {
+        let has_room = match end {
+            Ok(ref end) if end.is_flow() => self.by_ports.len() < MAX_CONNECTIONS,
+            _ => self.by_ports.len() - self.flows < MAX_CLIENTS,
+        };
+        if has_room && let Ok(end) = end {
             let mut conn = Conn::requested(Ports { host: self.free_host_port(guest), guest });
             conn.set_abortable(end.is_flow());
             let _ = self.insert(conn, end, fallback_port, ops);
@@ -673,12 +706,13 @@ impl Mux {
     fn insert(
         &mut self,
         mut conn: Conn,
-        end: HostEnd,
+        mut end: HostEnd,
         fallback_port: Option<u32>,
         ops: &mut EventOps<'_>,
     ) -> Result<()> {
         if self.by_ports.len() >= LARGE_BUFFERS {
             conn.set_buffer_len(SMALL_BUFFER_LEN as u32);
+            end.set_read_ahead(SMALL_BUFFER_LEN);
         }
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
@@ -693,15 +727,14 @@ impl Mux {
             false if self.guest_ready => ANSWER_LIMIT,
             false => BOOT_LIMIT,
         };
-        let mut entry = Entry { conn, end, queued: false, due: None, fallback_port };
-        if entry.is_owed() {
-            let due = Instant::now() + limit;
-            entry.due = Some(due);
-            self.deadlines.insert((due, index));
-        }
+        let entry = Entry { conn, end, queued: false, orphaned: false, due: None, fallback_port };
+        let is_owed = entry.is_owed();
         self.flows += usize::from(entry.end.is_flow());
         self.by_ports.insert(entry.conn.ports(), index);
         self.entries[index] = Some(entry);
+        if is_owed {
+            self.set_due(index, Instant::now() + limit);
+        }
         self.queue(index);
         Ok(())
     }

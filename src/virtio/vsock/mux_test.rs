@@ -538,13 +538,13 @@ fn clients_beyond_the_limit_are_closed_and_the_guest_keeps_its_own() {
         client
     };
     // Their connections stay: that they have gone does not answer them.
-    for _ in 0..MAX_CONNECTIONS {
+    for _ in 0..MAX_CLIENTS {
         drop(connect(&mut bench));
     }
     for _ in 0..BEYOND {
         assert_eq!(read_all(&mut connect(&mut bench)), (vec![], Tail::End));
     }
-    assert_eq!(bench.look().connections, MAX_CONNECTIONS);
+    assert_eq!(bench.look().connections, MAX_CLIENTS);
     // The agent's own streams must not depend on how many clients there are.
     bench.activate();
     let (ports, mut stream) = bench.open_offer(OFFER);
@@ -899,11 +899,11 @@ fn the_fallback_works_with_as_many_clients_as_there_may_be() {
     let mut client = bench.connect(0);
     bench.run();
     let [(REQUEST, first, _)] = bench.collect()[..] else { panic!("a request") };
-    for _ in 1..MAX_CONNECTIONS {
+    for _ in 1..MAX_CLIENTS {
         bench.connect(1);
         bench.run();
     }
-    assert_eq!(bench.look().connections, MAX_CONNECTIONS);
+    assert_eq!(bench.look().connections, MAX_CLIENTS);
     bench.tell(Packet::new(Op::Reset, first), &[]);
     assert_eq!(read_all(&mut client), (vec![], Tail::More));
     let requests = bench.collect();
