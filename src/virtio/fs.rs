@@ -108,6 +108,8 @@ impl VirtioDevice for Fs {
             let address = ram.get_host_address(GuestAddress(guest));
             address.map(|a| a as u64).context("a queue is outside guest memory")
         };
+        // Whatever fails from here on: a queue that is enabled is to be stopped.
+        self.queues_in_use = true;
         for (index, ready) in queues.iter().enumerate() {
             let queue = &ready.queue;
             let config = VringConfigData {
@@ -126,7 +128,6 @@ impl VirtioDevice for Fs {
             frontend.set_vring_kick(index, &ready.kick).map_err(protocol)?;
             frontend.set_vring_enable(index, true).map_err(protocol)?;
         }
-        self.queues_in_use = true;
         Ok(())
     }
 
