@@ -11,7 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -27,6 +27,10 @@ const ROOT: &str = "/sys/fs/cgroup";
 const PARENT: &str = "a3s-box";
 /// Longest name of a directory (`NAME_MAX`).
 const MAX_NAME: usize = 255;
+/// How long others may take to come and go, when a box starts.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
+/// The same when it has ended, and nobody waits for its janitor.
+const LEAVE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a leftover may stay busy with processes that are being killed.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
 /// How long removing is tried; what it cannot kill in that time is stuck in the kernel.
@@ -199,6 +203,8 @@ impl fmt::Display for Cgroup {
     }
 }
 
+/// The file that kills a cgroup's processes, since Linux 5.14. Only its owner can open it.
+const KILL: &str = "cgroup.kill";
 /// The file that lists a cgroup's processes, and moves those in whose number is written to it.
 const PROCESSES: &str = "cgroup.procs";
 /// The writing process, all its threads included.
@@ -236,7 +242,7 @@ fn offer(dir: &Path, controllers: &BTreeSet<&str>) -> Result<()> {
 fn create(parent: &Path, dir: &Path, limit: Duration) -> Result<Lock> {
     let deadline = Instant::now() + limit;
     loop {
-        let locked = Lock::of(parent)?;
+        let locked = Lock::of(parent, LOCK_LIMIT)?;
         let created = match fs::remove_dir(dir) {
             Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
                 drop(locked);
@@ -283,10 +289,31 @@ fn protect(parent: &Path, sum: u64) -> Result<()> {
 pub struct Lock(OwnedFd);
 
 impl Lock {
-    fn of(parent: &Path) -> Result<Lock> {
-        let locked = File::open(parent).and_then(|dir| dir.lock().map(|()| dir));
-        let locked = locked.with_context(|| format!("lock the cgroup {}", parent.display()))?;
-        Ok(Lock(locked.into()))
+    /// Waits until others have come and gone, for as long as `limit` says.
+    fn of(parent: &Path, limit: Duration) -> Result<Lock> {
+        let deadline = Instant::now() + limit;
+        // A file that only those can open who may use the cgroup: anybody could lock the directory, and
+        // keep it locked. Linux before 5.14 does not have it.
+        let only_ours = OpenOptions::new().write(true).open(parent.join(KILL));
+        let file = only_ours.or_else(|_| File::open(parent));
+        let file = file.with_context(|| format!("open the cgroup {}", parent.display()))?;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Lock(file.into())),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    thread::sleep(RETRY_STEP);
+                }
+                Err(TryLockError::WouldBlock) => bail!(
+                    "another box's mote holds the lock of the cgroup {} for {} s already: is one stopped in the middle of its start?",
+                    parent.display(),
+                    limit.as_secs()
+                ),
+                Err(TryLockError::Error(error)) => {
+                    return Err(error)
+                        .with_context(|| format!("lock the cgroup {}", parent.display()));
+                }
+            }
+        }
     }
 }
 
@@ -340,7 +367,7 @@ pub struct Remains {
 
 impl Remains {
     fn of(dir: &Path, reserves: bool) -> io::Result<Remains> {
-        let kill = OpenOptions::new().write(true).open(dir.join("cgroup.kill")).ok();
+        let kill = OpenOptions::new().write(true).open(dir.join(KILL)).ok();
         Ok(Remains { dir: dir.into(), inode: fs::metadata(dir)?.ino(), kill, reserves })
     }
 
@@ -363,7 +390,7 @@ impl Remains {
     /// Tries to remove the cgroup; `true` when it is gone.
     fn is_removed(&self) -> bool {
         let Some(parent) = self.dir.parent() else { return true };
-        let Ok(_locked) = Lock::of(parent) else { return true };
+        let Ok(_locked) = Lock::of(parent, LEAVE_LIMIT) else { return true };
         if !fs::metadata(&self.dir).is_ok_and(|found| found.ino() == self.inode) {
             return true;
         }
