@@ -17,6 +17,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -31,6 +32,10 @@ use crate::sys::{self, Interest};
 /// How long mote waits for an answer while the box runs. The janitor does not wait itself then, but may
 /// have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
+
+/// How long the janitor does nothing after a connection to passt: it is outside of the box's limits on CPU
+/// time. mote asks less often.
+const CONNECT_PAUSE: Duration = Duration::from_millis(10);
 
 /// How long unlinking a few files may take.
 const CLEANING_LIMIT: Duration = Duration::from_secs(1);
@@ -143,7 +148,7 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     match Place::make(duties, line, &mut leftovers) {
         Ok(place) => {
             match place.give(line).context("hand a descriptor to mote") {
-                Ok(()) => serve(line, duties.passt),
+                Ok(()) => serve(line, mote, duties.passt),
                 Err(error) => refuse(line, &error),
             }
             // Before anything that waits for mote, which may wait for an answer.
@@ -226,11 +231,15 @@ fn take(mut line: &UnixStream) -> Result<OwnedFd> {
     }
 }
 
-/// Connects to passt as often as a byte comes, until the line closes. Answers with the connection, or with
-/// an errno for a byte.
-fn serve(line: &UnixStream, passt: Option<&Path>) {
-    let mut line = line;
+/// Connects to passt as often as a byte comes, until the line closes or mote ends: a mote that has been
+/// broken into may have given its end of the line to others. Answers with the connection, or with an errno
+/// for a byte.
+fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>) {
     loop {
+        let both = [Interest::new(line, true, false), Interest::new(mote, true, false)];
+        if !matches!(sys::poll(both, None), Ok([_, false])) {
+            return;
+        }
         match line.read(&mut [0]) {
             Ok(1) => {}
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -247,6 +256,7 @@ fn serve(line: &UnixStream, passt: Option<&Path>) {
         if !answered {
             return;
         }
+        thread::sleep(CONNECT_PAUSE);
     }
 }
 
