@@ -135,34 +135,29 @@ fn check(config: &Config, environment: &Environment) -> u8 {
 fn run_box(
     config: &Config,
     environment: &Environment,
-    outcome_file: Option<&Path>,
-    timeline_file: Option<&Path>,
+    outcome_path: Option<&Path>,
+    timeline_path: Option<&Path>,
     mut timeline: Timeline,
 ) -> u8 {
+    let mut outcome_file = None;
+    let mut timeline_file = None;
+    let mut exits = Default::default();
     // First: nothing that mote opens is among them.
-    let opened = confine::inherited_descriptors()
+    let outcome = confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
-            let outcome = ReportFile::open(outcome_file, "outcome")?;
-            Ok((inherited, outcome, ReportFile::open(timeline_file, "timeline")?))
-        });
-    let (inherited, outcome_file, timeline_file) = match opened {
-        Ok(opened) => opened,
-        Err(error) => {
-            log::error(&format!("{error:#}"));
-            return Outcome::NotStarted(error).exit_code();
-        }
-    };
-    let mut exits = Default::default();
-    let outcome_fd = outcome_file.as_ref().map(|to| to.file.as_raw_fd());
-    let outcome = seccomp::report_sudden_ends(outcome_fd)
-        .and_then(|()| run_to_end(config, environment, &inherited, &mut timeline, &mut exits))
+            outcome_file = ReportFile::open(outcome_path, "outcome")?;
+            timeline_file = ReportFile::open(timeline_path, "timeline")?;
+            seccomp::report_sudden_ends(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
+            run_to_end(config, environment, &inherited, &mut timeline, &mut exits)
+        })
         .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
     let reported =
         outcome_file.map_or(Ok(()), |to| to.write(|file| outcome.write_to(file))).and_then(|()| {
             timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f, &exits)))
         });
+    seccomp::outcome_is_written(outcome.exit_code());
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
         log::error(&message);

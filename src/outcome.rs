@@ -23,9 +23,12 @@ use serde_json::json;
 /// Exit code for a wrong command line and for errors that `mote check` finds.
 pub const USAGE: u8 = 2;
 
-/// Exit code for a refused system call, a fatal signal and a panic: the process ends where it is, without
-/// an [`Outcome`] ([`crate::seccomp::end_suddenly`]).
+/// Exit code for what breaks mote. After a refused system call, a fatal signal or a panic the process ends
+/// where it is, without an [`Outcome`] ([`crate::seccomp::end_suddenly`]).
 pub const BROKEN: u8 = 120;
+
+/// Why memory of the guest's may be gone, and what to change.
+pub const MEMORY_GONE: &str = "the host, its tmpfs or its huge pages have run out, or a back-end has cut it short; give the host more memory, or the box less";
 
 /// How a box ended.
 #[derive(Debug)]
@@ -51,6 +54,10 @@ pub enum Outcome {
     NoStatus(String),
     /// Stopped hard.
     Stopped(String),
+    /// The host took guest memory away.
+    MemoryGone(String),
+    /// mote came upon a fault of its own, or of the host's, while the guest ran.
+    InternalError(String),
 }
 
 impl Outcome {
@@ -65,6 +72,7 @@ impl Outcome {
             Outcome::GuestCrashed(_) => 123,
             Outcome::NoStatus(_) => 122,
             Outcome::Stopped(_) => 121,
+            Outcome::MemoryGone(_) | Outcome::InternalError(_) => BROKEN,
         }
     }
 
@@ -78,6 +86,8 @@ impl Outcome {
             Outcome::GuestCrashed(_) => "guest-crashed",
             Outcome::NoStatus(_) => "no-status",
             Outcome::Stopped(_) => "stopped",
+            Outcome::MemoryGone(_) => "memory-gone",
+            Outcome::InternalError(_) => "internal-error",
         }
     }
 
@@ -90,7 +100,9 @@ impl Outcome {
             Outcome::BackendDied(reason)
             | Outcome::GuestCrashed(reason)
             | Outcome::NoStatus(reason)
-            | Outcome::Stopped(reason) => Some(reason.clone()),
+            | Outcome::Stopped(reason)
+            | Outcome::MemoryGone(reason)
+            | Outcome::InternalError(reason) => Some(reason.clone()),
         }
     }
 

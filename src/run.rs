@@ -84,12 +84,18 @@ pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) ->
             break outcome;
         }
         let timeout = state.borrow().timeout_ms();
-        manager.run_with_timeout(timeout).context("wait for events")?;
-        let mut ops = manager.event_ops(id).context("access the main loop")?;
-        let mut state = state.borrow_mut();
-        // However many events of the guest's making come before this one's turn.
-        state.on_signal();
-        state.end_round(Instant::now(), &mut ops);
+        let mut round = || -> Result<()> {
+            manager.run_with_timeout(timeout).context("wait for events")?;
+            let mut ops = manager.event_ops(id).context("access the main loop")?;
+            let mut state = state.borrow_mut();
+            // However many events of the guest's making come before this one's turn.
+            state.on_signal();
+            state.end_round(Instant::now(), &mut ops);
+            Ok(())
+        };
+        if let Err(error) = round() {
+            break Outcome::InternalError(format!("the main loop failed: {error:#}"));
+        }
     };
     let state = state.borrow();
     for (name, at) in &state.marks {
@@ -273,6 +279,7 @@ impl MainLoop {
             (Exit::TripleFault, None) => {
                 Outcome::GuestCrashed("the guest kernel crashed (triple fault)".into())
             }
+            (Exit::MemoryGone(reason), None) => Outcome::MemoryGone(reason),
             (Exit::Failed(reason), None) => Outcome::GuestCrashed(reason),
         };
         self.end_vm(outcome, ops);

@@ -68,8 +68,11 @@ thread_local! {
     static NAME: Cell<[u8; MAX_NAME]> = const { Cell::new([b'?'; MAX_NAME]) };
 }
 
-/// Where a refused call is reported besides stderr; -1 for nowhere.
+/// Where a sudden end is reported besides stderr; -1 for nowhere.
 static OUTCOME_FILE: AtomicI32 = AtomicI32::new(-1);
+
+/// The exit code of a sudden end.
+static EXIT_CODE: AtomicI32 = AtomicI32::new(outcome::BROKEN as i32);
 
 /// Prepares the process for filters: what they refuse, and everything else that ends it where it is, is
 /// reported on stderr, and to this descriptor if there is one, which must stay open. To be called before
@@ -77,6 +80,13 @@ static OUTCOME_FILE: AtomicI32 = AtomicI32::new(-1);
 pub fn report_sudden_ends(outcome_file: Option<RawFd>) -> Result<()> {
     OUTCOME_FILE.store(outcome_file.unwrap_or(-1), Ordering::Relaxed);
     confine::on_fatal(end_fatally).context("watch for fatal signals")
+}
+
+/// Notes that the box's outcome has been decided and written, with this exit code. What becomes of the
+/// threads that still run changes neither.
+pub fn outcome_is_written(code: u8) {
+    OUTCOME_FILE.store(-1, Ordering::Relaxed);
+    EXIT_CODE.store(code.into(), Ordering::Relaxed);
 }
 
 /// Limits the calling thread, for good, to the system calls of its kind.
@@ -132,8 +142,8 @@ pub fn end_suddenly(kind: &str, message: std::fmt::Arguments<'_>) -> ! {
     let text = &text.as_bytes()[..text.len.min(900)];
     let mut line = Text::new();
     [b"mote: ", text, b"\n"].iter().for_each(|part| line.push(part));
-    confine::write_once(libc::STDERR_FILENO, line.as_bytes());
-    let file = OUTCOME_FILE.load(Ordering::Relaxed);
+    // Once, whichever thread is first.
+    let file = OUTCOME_FILE.swap(-1, Ordering::Relaxed);
     if file >= 0 {
         let mut object = Text::new();
         object.push(b"{\"kind\":\"");
@@ -143,7 +153,8 @@ pub fn end_suddenly(kind: &str, message: std::fmt::Arguments<'_>) -> ! {
         object.push(b"\"}\n");
         confine::write_once(file, object.as_bytes());
     }
-    confine::exit_now(outcome::BROKEN.into())
+    confine::write_once(libc::STDERR_FILENO, line.as_bytes());
+    confine::exit_now(EXIT_CODE.load(Ordering::Relaxed))
 }
 
 fn end_fatally(fatal: Fatal) -> ! {
@@ -163,7 +174,8 @@ fn end_fatally(fatal: Fatal) -> ! {
         Fatal::MemoryGone => end_suddenly(
             "memory-gone",
             format_args!(
-                "thread {name} found no memory behind guest memory (SIGBUS): the host, its tmpfs or its huge pages have run out, or a back-end has cut it short; give the host more memory, or the box less"
+                "thread {name} found no memory behind guest memory (SIGBUS): {}",
+                outcome::MEMORY_GONE
             ),
         ),
         Fatal::BadAddress => end_suddenly(

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, Effect};
 use crate::memory::GuestRam;
-use crate::{cpu, kvm};
+use crate::{cpu, kvm, outcome};
 
 /// Why a vCPU stopped, which ends the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub enum Exit {
     Reset,
     /// A triple fault: the guest kernel crashed beyond its own help.
     TripleFault,
+    /// There is no memory where the guest's should be.
+    MemoryGone(String),
     /// KVM could not go on.
     Failed(String),
 }
@@ -162,6 +164,12 @@ fn run(index: u8, vcpu: &mut VcpuFd, bus: &Bus, counts: &ExitCounts) -> Exit {
             // SIGSTOP and SIGCONT interrupt KVM_RUN; so does a debugger.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 count(&counts.other);
+            }
+            Err(error) if error.errno() == libc::EFAULT => {
+                return Exit::MemoryGone(format!(
+                    "vCPU {index} found no memory behind guest memory: {}",
+                    outcome::MEMORY_GONE
+                ));
             }
             Err(error) => return Exit::Failed(format!("vCPU {index}: run: {error}")),
         }

@@ -338,10 +338,16 @@ extern "C" fn on_signal(
     }
 }
 
-/// Writes to a descriptor as far as it takes it at once, and asks no more. For signal handlers.
+/// Writes to a descriptor as far as it takes it at once, and asks no more: nothing, if it is a pipe that
+/// is full. For signal handlers.
 pub fn write_once(fd: RawFd, bytes: &[u8]) {
-    // SAFETY: pointer and length describe `bytes`; a number that is not open is refused.
-    unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+    let mut ready = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: pointers and lengths describe `ready` and `bytes`; a number that is not open is refused.
+    unsafe {
+        if libc::poll(&mut ready, 1, 0) == 1 {
+            libc::write(fd, bytes.as_ptr().cast(), bytes.len());
+        }
+    }
 }
 
 /// Ends the process at once: no destructor runs, nothing is flushed.
