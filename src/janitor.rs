@@ -4,14 +4,16 @@
 //!
 //! ```text
 //! mote      start ┐             ┌ confined, runs the guest ── line closed, reap ── end
-//! janitor         └ make place ─┘ connect to passt when asked …… remove sockets ……… remove cgroup
+//! janitor         └ make place ─┘ connect to passt when asked …… sockets, virtiofsd …… cgroup
 //! ```
 //!
 //! Whatever happens to mote, SIGKILL at any moment included, the line between the two closes and the
-//! process ends, and the janitor removes what it has made. A mote that has been broken into can have it
-//! connect to the box's passt and remove the box's sockets early, and nothing else: a cgroup is a limit,
-//! and stays until mote is gone.
+//! process ends, and the janitor removes what it has made, and kills the box's virtiofsd: one that has
+//! been broken into may not end with mote. A mote that has been broken into can have it connect to the
+//! box's passt and do some of that early, and nothing else: a cgroup is a limit, and stays until mote is
+//! gone.
 
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,14 +26,17 @@ use anyhow::{Context, Result, anyhow, ensure};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::cgroup::{self, Cgroup, Remains};
-use crate::passt;
 use crate::plan::{HostSocket, Plan};
 use crate::sockets::{self, SocketFile};
 use crate::sys::{self, Interest};
+use crate::{layout, passt};
 
 /// How long mote waits for an answer while the box runs. The janitor does not wait itself then, but may
 /// have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
+
+/// Most processes that it is told of: two for each share, the root file system among them.
+const MAX_PROCESSES: usize = 2 * (layout::MAX_SHARES + 1);
 
 /// How long the janitor does nothing after a connection to passt: it is outside of the box's limits on CPU
 /// time. mote asks less often.
@@ -71,22 +76,26 @@ pub struct Place {
     pub sockets: Vec<UnixListener>,
 }
 
-/// What there is of a box on the host beside its processes. Removed when dropped.
+/// What there is of a box on the host beside mote. Removed when dropped.
 #[derive(Debug, Default)]
 struct Leftovers {
     sockets: Vec<SocketFile>,
+    /// The processes of its virtiofsd.
+    processes: Vec<File>,
     cgroup: Option<Remains>,
 }
 
 impl Leftovers {
-    fn remove_sockets(&mut self) {
+    /// All but the cgroup.
+    fn remove_most(&mut self) {
         self.sockets.drain(..).for_each(SocketFile::remove);
+        self.processes.drain(..).for_each(|process| sys::kill_process(&process));
     }
 }
 
 impl Drop for Leftovers {
     fn drop(&mut self) {
-        self.remove_sockets();
+        self.remove_most();
         if let Some(cgroup) = &mut self.cgroup {
             cgroup.remove();
         }
@@ -105,9 +114,9 @@ impl Janitor {
     /// Starts the janitor, and waits until it has made the box's place. To be called before there are
     /// threads, whose locks it would inherit.
     ///
-    /// Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
+    /// Waits no longer once `stop` is readable. Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
     /// once this process has ended.
-    pub fn start(duties: Duties<'_>) -> Result<(Janitor, Place)> {
+    pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, Place)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
         let mote = sys::process_file(std::process::id()).context("watch mote for its janitor")?;
         let keep = [theirs.as_raw_fd(), mote.as_raw_fd()];
@@ -115,7 +124,7 @@ impl Janitor {
         let pid = sys::start_detached(c"mote-janitor", &keep, work).context("start the janitor")?;
         drop(theirs);
         let janitor = Janitor { line, ends_first: duties.cgroup.is_none().then_some(pid) };
-        match Place::take(&duties, &janitor.line) {
+        match Place::take(&duties, &janitor.line, stop) {
             Ok(place) => {
                 janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
                 Ok((janitor, place))
@@ -125,6 +134,20 @@ impl Janitor {
                 Err(error)
             }
         }
+    }
+
+    /// Has the janitor kill these processes once the line closes.
+    pub fn see_to_the_end_of<'a>(
+        &self,
+        processes: impl IntoIterator<Item = &'a OwnedFd>,
+    ) -> Result<()> {
+        for process in processes {
+            self.line
+                .send_with_fd(&[GIVEN][..], process.as_raw_fd())
+                .map_err(io::Error::from)
+                .context("tell the janitor of a process")?;
+        }
+        Ok(())
     }
 
     /// A way to ask for connections to passt.
@@ -148,13 +171,13 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     match Place::make(duties, line, &mut leftovers) {
         Ok(place) => {
             match place.give(line).context("hand a descriptor to mote") {
-                Ok(()) => serve(line, mote, duties.passt),
+                Ok(()) => serve(line, mote, duties.passt, &mut leftovers.processes),
                 Err(error) => refuse(line, &error),
             }
             // Before anything that waits for mote, which may wait for an answer.
             let _ = line.shutdown(Shutdown::Both);
             // At once: a socket that is there says that the box runs (contract §2.8).
-            leftovers.remove_sockets();
+            leftovers.remove_most();
             if leftovers.cgroup.is_some() {
                 let _ = sys::poll([Interest::new(mote, true, false)], None);
             }
@@ -202,15 +225,21 @@ impl Place {
     }
 
     /// Takes what the janitor has made of these duties.
-    fn take(duties: &Duties<'_>, line: &UnixStream) -> Result<Place> {
-        let cgroup = duties.cgroup.map(|_| take(line)).transpose()?.map(cgroup::Lock::from);
-        let sockets = duties.sockets.iter().map(|_| Ok(take(line)?.into()));
+    fn take(duties: &Duties<'_>, line: &UnixStream, stop: &File) -> Result<Place> {
+        let take = || {
+            let both = [Interest::new(line, true, false), Interest::new(stop, true, false)];
+            let [_, is_stopped] = sys::poll(both, None).context("wait for the janitor")?;
+            ensure!(!is_stopped, "stopped while waiting for the box's place on the host");
+            take_descriptor(line)
+        };
+        let cgroup = duties.cgroup.map(|_| take()).transpose()?.map(cgroup::Lock::from);
+        let sockets = duties.sockets.iter().map(|_| Ok(take()?.into()));
         Ok(Place { cgroup, sockets: sockets.collect::<Result<_>>()? })
     }
 }
 
 /// Takes a descriptor from the janitor.
-fn take(mut line: &UnixStream) -> Result<OwnedFd> {
+fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
     let mut byte = [0];
     match line.recv_with_fd(&mut byte) {
         Ok((1, Some(fd))) => {
@@ -231,18 +260,23 @@ fn take(mut line: &UnixStream) -> Result<OwnedFd> {
     }
 }
 
-/// Connects to passt as often as a byte comes, until the line closes or mote ends: a mote that has been
-/// broken into may have given its end of the line to others. Answers with the connection, or with an errno
-/// for a byte.
-fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>) {
+/// Takes processes that are to end with mote, and connects to passt as often as a byte comes without one,
+/// until the line closes or mote ends: a mote that has been broken into may have given its end of the line
+/// to others. Answers with the connection, or with an errno for a byte.
+fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes: &mut Vec<File>) {
     loop {
         let both = [Interest::new(line, true, false), Interest::new(mote, true, false)];
         if !matches!(sys::poll(both, None), Ok([_, false])) {
             return;
         }
-        match line.read(&mut [0]) {
-            Ok(1) => {}
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+        match line.recv_with_fd(&mut [0]) {
+            Ok((1, Some(process))) if processes.len() < MAX_PROCESSES => {
+                processes.push(process);
+                continue;
+            }
+            Ok((1, None)) => {}
+            // A process, and no number left for it.
+            Err(error) if error.errno() == libc::ENOBUFS => continue,
             _ => return,
         }
         let connected = passt.map_or(Err(ErrorKind::Unsupported.into()), passt::connect_now);
@@ -290,6 +324,11 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
+    /// Never readable.
+    fn never() -> File {
+        sys::signal_file(&[]).expect("a file")
+    }
+
     fn scratch(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("mote-janitor-{name}-{}", std::process::id()))
     }
@@ -299,7 +338,7 @@ mod tests {
         let path = scratch("passt");
         let listener = UnixListener::bind(&path).expect("bound");
         let duties = Duties { passt: Some(&path), ..Duties::default() };
-        let (janitor, _) = Janitor::start(duties).expect("a janitor");
+        let (janitor, _) = Janitor::start(duties, &never()).expect("a janitor");
         let mut line = janitor.passt_line().expect("a line");
         for text in ["first", "second"] {
             let mut socket = line.connect().expect("connected");
@@ -318,7 +357,7 @@ mod tests {
 
     #[test]
     fn a_box_without_passt_has_nothing_to_connect_to() {
-        let (janitor, _) = Janitor::start(Duties::default()).expect("a janitor");
+        let (janitor, _) = Janitor::start(Duties::default(), &never()).expect("a janitor");
         assert!(janitor.passt_line().expect("a line").connect().is_err());
     }
 }

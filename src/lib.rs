@@ -67,6 +67,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
@@ -76,6 +77,7 @@ use crate::janitor::Janitor;
 use crate::json::Report;
 use crate::outcome::{Outcome, USAGE};
 use crate::plan::{Environment, Plan};
+use crate::run::Signals;
 use crate::spec::Spec;
 use crate::sys::confine::{self, Resource};
 use crate::timeline::Timeline;
@@ -210,20 +212,24 @@ fn run_to_end(
         return Err(anyhow!("spec: {}", faults.join("; ")));
     };
     timeline.mark("plan_ready");
-    let signals = run::block_signals()?;
+    let signals = Rc::new(Signals::block()?);
     sys::raise_open_file_limit();
     // Its image in memory holds the guest's: nobody gets a copy.
     confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     confine::share_heap();
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
-    run_on_host(&plan, inherited, signals, timeline, exits)
+    run_on_host(&plan, inherited, &signals, timeline, exits).or_else(|error| {
+        // What waited was told to stop, and so is over. The guest would have ended by it as well.
+        sys::next_signal(&signals.stop)
+            .map_or(Err(error), |signal| Ok(Outcome::Signaled(signal as u8)))
+    })
 }
 
 /// Takes the box's place on the host, runs it, and leaves the place as it was.
 fn run_on_host(
     plan: &Plan,
     inherited: &[RawFd],
-    signals: File,
+    signals: &Rc<Signals>,
     timeline: &mut Timeline,
     exits: &mut BTreeMap<&'static str, u64>,
 ) -> Result<Outcome> {
@@ -231,17 +237,17 @@ fn run_on_host(
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
     }
-    let (janitor, place) = Janitor::start(plan.into())?;
+    let (janitor, place) = Janitor::start(plan.into(), &signals.stop)?;
     let run = |timeline: &mut Timeline| {
         if let (Some(cgroup), Some(lock)) = (&plan.cgroup, place.cgroup) {
             cgroup.join(lock)?;
         }
         let listeners = sockets::listeners(plan, place.sockets)?;
-        let vm = Vm::build(plan, listeners, &janitor, timeline)?;
+        let vm = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
         let counts = Arc::clone(&vm.exit_counts);
-        let outcome = run::run(vm, &plan.sandbox, signals, timeline);
+        let outcome = run::run(vm, &plan.sandbox, Rc::clone(signals), timeline);
         *exits = counts.read();
         outcome
     };

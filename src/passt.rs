@@ -9,6 +9,7 @@
 //! left alone until epoll speaks of it again. Half a frame is waited for like nothing at all.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
@@ -16,10 +17,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use event_manager::EventSet;
 
-use crate::sys;
+use crate::sys::{self, Interest};
 
 /// Length of a frame in bytes: an Ethernet header at least, and what passt takes at most
 /// (`ETH_MAX_MTU`).
@@ -34,8 +35,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How often its socket is looked for meanwhile.
 const CONNECT_STEP: Duration = Duration::from_millis(10);
 
-/// Connects to passt's socket, which may yet have to appear.
-pub fn connect(path: &Path) -> Result<UnixStream> {
+/// Connects to passt's socket, which may yet have to appear. Waits no longer once `stop` is readable.
+pub fn connect(path: &Path, stop: &File) -> Result<UnixStream> {
     let deadline = Instant::now() + CONNECT_LIMIT;
     loop {
         let error = match connect_now(path) {
@@ -52,7 +53,8 @@ pub fn connect(path: &Path) -> Result<UnixStream> {
                 format!("connect to passt (network.passt_socket_path): nobody serves {path}; run 'passt --socket {path}' before the box")
             });
         }
-        std::thread::sleep(CONNECT_STEP);
+        let [is_stopped] = sys::poll([Interest::new(stop, true, false)], Some(CONNECT_STEP))?;
+        ensure!(!is_stopped, "stopped while waiting for passt");
     }
 }
 
@@ -382,11 +384,13 @@ mod tests {
             std::thread::sleep(CONNECT_STEP * 3);
             std::os::unix::net::UnixListener::bind(late).expect("binds")
         });
-        connect(&path).expect("connects");
+        let never = sys::signal_file(&[]).expect("a file");
+        connect(&path, &never).expect("connects");
         drop(listener.join().expect("listens"));
         std::fs::remove_file(&path).expect("removed");
         // Nothing that could change by waiting.
-        let error = format!("{:#}", connect(Path::new("/etc/passwd/s")).expect_err("no directory"));
+        let error =
+            format!("{:#}", connect(Path::new("/etc/passwd/s"), &never).expect_err("no directory"));
         assert!(error.contains("run 'passt --socket /etc/passwd/s' before"), "{error}");
     }
 }

@@ -46,16 +46,30 @@ const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 /// Output streams: stdout and stderr.
 const STREAMS: u64 = 2;
 
-/// Blocks the signals that the main loop takes from a descriptor. To be called before any thread
-/// is started, so that all inherit it.
-pub fn block_signals() -> Result<File> {
-    // SIGCONT continues the process whether blocked or not.
-    let signals: Vec<i32> = STOP_SIGNALS.into_iter().chain([libc::SIGCONT]).collect();
-    sys::signal_file(&signals).context("watch for signals")
+/// The signals that mote takes from descriptors.
+#[derive(Debug)]
+pub struct Signals {
+    /// Readable once mote has been asked to stop: what waits while a box is started looks at it.
+    pub stop: File,
+    /// SIGCONT, which continues the process whether blocked or not.
+    continued: File,
+}
+
+impl Signals {
+    /// Blocks them. To be called before any thread is started, so that all inherit it.
+    pub fn block() -> Result<Signals> {
+        let file = |signals: &[i32]| sys::signal_file(signals).context("watch for signals");
+        Ok(Signals { stop: file(&STOP_SIGNALS)?, continued: file(&[libc::SIGCONT])? })
+    }
 }
 
 /// Runs the VM to its end, in this sandbox.
-pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) -> Result<Outcome> {
+pub fn run(
+    vm: Vm,
+    sandbox: &Sandbox,
+    signals: Rc<Signals>,
+    timeline: &mut Timeline,
+) -> Result<Outcome> {
     let state = Rc::new(RefCell::new(MainLoop {
         vm,
         signals,
@@ -89,7 +103,7 @@ pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) ->
             let mut ops = manager.event_ops(id).context("access the main loop")?;
             let mut state = state.borrow_mut();
             // However many events of the guest's making come before this one's turn.
-            state.on_signal();
+            state.on_stop_signals();
             state.end_round(Instant::now(), &mut ops);
             Ok(())
         };
@@ -109,7 +123,7 @@ pub fn run(vm: Vm, sandbox: &Sandbox, signals: File, timeline: &mut Timeline) ->
 
 struct MainLoop {
     vm: Vm,
-    signals: File,
+    signals: Rc<Signals>,
     clock: File,
     rng: Option<Rng>,
     rng_complaint: FirstError,
@@ -220,12 +234,13 @@ impl MainLoop {
         }
     }
 
-    fn on_signal(&mut self) {
-        while let Some(signal) = sys::next_signal(&self.signals) {
-            if signal == libc::SIGCONT {
-                self.send_clock();
-                continue;
-            }
+    fn on_continued(&mut self) {
+        while sys::next_signal(&self.signals.continued).is_some() {}
+        self.send_clock();
+    }
+
+    fn on_stop_signals(&mut self) {
+        while let Some(signal) = sys::next_signal(&self.signals.stop) {
             if self.stop.is_some() {
                 let name = signal_name(signal);
                 self.fail(Outcome::Stopped(format!("stopped hard by a second signal ({name})")));
@@ -449,7 +464,8 @@ impl MutEventSubscriber for MainLoop {
             registered = registered.and_then(|()| net.register(ops));
         }
         for (fd, token) in [
-            (self.signals.as_raw_fd(), Token::Signal),
+            (self.signals.stop.as_raw_fd(), Token::Stop),
+            (self.signals.continued.as_raw_fd(), Token::Continued),
             (self.clock.as_raw_fd(), Token::Clock),
             (self.vm.exits.1.as_raw_fd(), Token::VcpuExit),
             (self.vm.device_events.1.as_raw_fd(), Token::Device),
@@ -475,7 +491,9 @@ impl MutEventSubscriber for MainLoop {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let Some(token) = Token::from_data(events.data()) else { return };
         match token {
-            Token::Signal => self.on_signal(),
+            // Looked for in every round.
+            Token::Stop => {}
+            Token::Continued => self.on_continued(),
             Token::Clock => self.on_clock(),
             Token::VcpuExit => self.on_vcpu_exit(ops),
             Token::Device => self.on_device_event(ops),

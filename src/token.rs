@@ -3,8 +3,10 @@
 /// The source of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token {
-    /// A signal for mote itself.
-    Signal,
+    /// A signal that asks to stop.
+    Stop,
+    /// SIGCONT.
+    Continued,
     /// It is time to tell the guest the time.
     Clock,
     /// A vCPU has stopped for good.
@@ -44,7 +46,8 @@ impl Token {
     /// As epoll user data.
     pub fn to_data(self) -> u32 {
         let (kind, index) = match self {
-            Token::Signal => (0, 0),
+            Token::Stop => (0, 0),
+            Token::Continued => (16, 0),
             Token::VcpuExit => (1, 0),
             Token::Device => (2, 0),
             Token::Control => (3, 0),
@@ -68,7 +71,8 @@ impl Token {
     pub fn from_data(data: u32) -> Option<Token> {
         let index = data & INDEX_MASK;
         Some(match data >> INDEX_BITS {
-            0 => Token::Signal,
+            0 => Token::Stop,
+            16 => Token::Continued,
             1 => Token::VcpuExit,
             2 => Token::Device,
             3 => Token::Control,
@@ -96,7 +100,8 @@ mod tests {
     #[test]
     fn tokens_survive_epoll() {
         for token in [
-            Token::Signal,
+            Token::Stop,
+            Token::Continued,
             Token::VcpuExit,
             Token::Device,
             Token::Control,

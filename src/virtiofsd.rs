@@ -5,6 +5,7 @@
 //! leave behind.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,11 +13,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr,
     RulesetCreated, RulesetCreatedAttr, Scope, path_beneath_rules,
@@ -44,6 +44,9 @@ const REAP_LIMIT: Duration = Duration::from_secs(1);
 pub struct Virtiofsd {
     child: Child,
     ended: OwnedFd,
+    /// Its child, which serves the guest from a pid namespace whose first process it is. Without such a
+    /// namespace virtiofsd has none.
+    server: Option<OwnedFd>,
     share: String,
     /// Its standard error, non-blocking, until that has ended.
     stderr: Option<ChildStderr>,
@@ -82,7 +85,27 @@ impl Virtiofsd {
             sys::set_nonblocking(pipe).context("prepare virtiofsd's standard error")?;
         }
         let share = describe(share);
-        Ok((Virtiofsd { child, ended, share, stderr, said: Vec::new() }, connection))
+        Ok((Virtiofsd { child, ended, server: None, share, stderr, said: Vec::new() }, connection))
+    }
+
+    /// Looks for the process that serves the guest. To be called once it has answered: it is there then,
+    /// and has not seen anything of the guest's.
+    pub fn find_server(&mut self) {
+        let pid = self.child.id();
+        // Where the kernel has no such list, what follows virtiofsd's end is left to virtiofsd.
+        let children = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let first = |list: io::Result<String>| list.ok()?.split_whitespace().next()?.parse().ok();
+        let Some(child) = first(children()) else { return };
+        let Ok(server) = sys::process_file(child) else { return };
+        // The number is nobody else's by now.
+        if first(children()) == Some(child) {
+            self.server = Some(server);
+        }
+    }
+
+    /// All its processes, for who is to see to their end should this process not.
+    pub fn processes(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.server.iter().chain([&self.ended])
     }
 
     /// Readable when it has ended.
@@ -138,8 +161,9 @@ impl Virtiofsd {
 
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
-        // Killing what has ended is no error; waiting leaves no zombie.
-        sys::kill_process(&self.ended);
+        // Killing what has ended is no error; waiting leaves no zombie. One that the guest has taken over
+        // may not end with its parent.
+        self.processes().for_each(sys::kill_process);
         // With the child that it has forked, and that ends with it.
         sys::reap(self.child.id(), REAP_LIMIT);
     }
@@ -234,31 +258,38 @@ fn describe(share: &Share) -> String {
     }
 }
 
-/// Talks on connections to back-ends that may hang: past the limit they are shut down, and with that
-/// every wait on them fails. A time-out of the sockets' own would not do: the vhost crate takes it for
-/// an interruption and goes on waiting.
+/// Talks on connections to back-ends that may hang: past the limit, or once `stop` is readable, they are
+/// shut down, and with that every wait on them fails. A time-out of the sockets' own would not do: the
+/// vhost crate takes it for an interruption and goes on waiting.
 pub fn talk_in_time<T>(
     connections: Vec<UnixStream>,
+    stop: &File,
     talk: impl FnOnce(Vec<UnixStream>) -> Result<T>,
 ) -> Result<T> {
     let clones = connections.iter().map(UnixStream::try_clone).collect::<io::Result<Vec<_>>>();
     let watched = clones.context("duplicate the vhost-user connections")?;
-    let (talking, over) = mpsc::channel::<()>();
+    // Closed when all has been said.
+    let (talking, over) = UnixStream::pair().context("create a socket pair")?;
     thread::scope(|scope| {
-        thread::Builder::new()
+        let limit = thread::Builder::new()
             .name("answer-limit".into())
             .spawn_scoped(scope, move || {
-                if over.recv_timeout(ANSWER_LIMIT) == Err(RecvTimeoutError::Timeout) {
+                let ends = [Interest::new(&over, true, false), Interest::new(stop, true, false)];
+                let in_time = matches!(sys::poll(ends, Some(ANSWER_LIMIT)), Ok([true, _]));
+                if !in_time {
                     for connection in &watched {
                         // One that has been closed needs no more.
                         let _ = connection.shutdown(Shutdown::Both);
                     }
                 }
+                in_time
             })
             .context("start the thread that limits virtiofsd's time")?;
-        let said = talk(connections);
+        let said = talk(connections)?;
         drop(talking);
-        said
+        // All may have been said, and the connections be of no use nevertheless.
+        ensure!(limit.join().unwrap_or(false), "virtiofsd took too long, or mote was told to stop");
+        Ok(said)
     })
 }
 

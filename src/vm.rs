@@ -3,6 +3,7 @@
 //! sandbox.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
@@ -73,18 +74,19 @@ struct Boot {
 
 impl Vm {
     /// Builds the VM that the plan describes, on the sockets that were bound for it. No thread that it
-    /// starts outlives it.
+    /// starts outlives it. What it waits for is given up once `stop` is readable.
     pub fn build(
         plan: &Plan,
         listeners: Vec<Listener>,
         janitor: &Janitor,
+        stop: &File,
         timeline: &mut Timeline,
     ) -> Result<Vm> {
         let kvm = kvm::open()?;
 
         // Host resources. The back-ends start while the kernel is being loaded.
         let sinks = Sinks::open(plan.console_output.as_deref())?;
-        let net = plan.network.as_ref().map(|network| connect_network(network, janitor));
+        let net = plan.network.as_ref().map(|network| connect_network(network, janitor, stop));
         let net = net.transpose()?;
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
@@ -117,7 +119,11 @@ impl Vm {
             let event = device_event.try_clone()?;
             devices.push(Box::new(net::device(network.mac_address, device_sender, event)));
         }
-        let backends = connect_shares(plan, backends, connections, &ram, &mut devices)?;
+        let mut backends = connect_shares(plan, backends, connections, stop, &ram, &mut devices)?;
+        for backend in &mut backends {
+            backend.find_server();
+            janitor.see_to_the_end_of(backend.processes())?;
+        }
         timeline.mark("backends_connected");
         let pages = RegisterPages::new(&vm, register_slot, device_count)?;
         let devices = devices
@@ -223,12 +229,12 @@ fn eventfd() -> Result<EventFd> {
 }
 
 /// Connects the box to its passt, before there are programs that would inherit its descriptors.
-fn connect_network(network: &Network, janitor: &Janitor) -> Result<Net> {
+fn connect_network(network: &Network, janitor: &Janitor, stop: &File) -> Result<Net> {
     match &network.passt {
         PasstSocket::Path(path) => {
             let mut line = janitor.passt_line()?;
             let again = Reconnect { path: path.clone(), connect: Box::new(move || line.connect()) };
-            Net::new(passt::connect(path)?, Some(again))
+            Net::new(passt::connect(path, stop)?, Some(again))
         }
         PasstSocket::Inherited(fd) => {
             let socket = sys::inherited_stream(*fd);
@@ -254,11 +260,12 @@ fn connect_shares(
     plan: &Plan,
     mut backends: Vec<Virtiofsd>,
     connections: Vec<UnixStream>,
+    stop: &File,
     ram: &GuestRam,
     devices: &mut Vec<Box<dyn VirtioDevice>>,
 ) -> Result<Vec<Virtiofsd>> {
     let shares = plan.shares.iter().zip(&mut backends);
-    virtiofsd::talk_in_time(connections, |connections| {
+    virtiofsd::talk_in_time(connections, stop, |connections| {
         for ((share, backend), connection) in shares.zip(connections) {
             let device =
                 Fs::connect(&share.tag, connection, ram).with_context(|| backend.obituary())?;

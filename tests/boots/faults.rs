@@ -135,19 +135,46 @@ fn a_virtiofsd_that_freezes_at_its_start_is_given_up() {
 #[test]
 fn a_box_whose_virtiofsd_froze_while_it_booted_can_be_stopped() {
     let test = box_that("exit 0");
-    let program = test.path("out/virtiofsd");
-    executable(&program, dies_at(SET_VRING_NUM, "SIGSTOP").as_bytes());
-    let program = format!("MOTE_VIRTIOFSD={}", program.display());
-    let started = test.start_within(&["env", &program]);
-    let is_frozen = |pid: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"))
-    };
-    eventually("it is frozen", || virtiofsd_of(&test.dir).iter().any(is_frozen));
+    let started = started_on_back_end(&test, &dies_at(SET_VRING_NUM, "SIGSTOP"));
+    eventually("it is frozen", || virtiofsd_of(&test.dir).into_iter().any(is_frozen));
     started.signal(libc::SIGTERM);
     started.signal(libc::SIGINT);
     let ran = test.finished(started.finish());
     assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+}
+
+/// A box whose virtiofsd is this script, in the background.
+fn started_on_back_end(test: &TestBox, script: &str) -> Started {
+    let program = test.path("out/virtiofsd");
+    executable(&program, script.as_bytes());
+    test.start_within(&["env", &format!("MOTE_VIRTIOFSD={}", program.display())])
+}
+
+/// Whether a process is stopped.
+fn is_frozen(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"))
+}
+
+#[test]
+fn a_virtiofsd_that_has_been_taken_over_ends_with_its_box() {
+    // It serves in a child, as the real one does, which heeds no signal and no end of its connection.
+    let serving = BACK_END.replace("if kind == KIND:", "if False:").replace("SIGNAL", "SIGKILL");
+    let (imports, serve) = serving.split_once("conn, _").expect("a script");
+    let script = format!(
+        "{imports}if os.fork():\n    os.wait()\n    os._exit(0)\nfor number in (1, 2, 3, 15):\n    signal.signal(number, signal.SIG_IGN)\ntry:\n    conn, _{}\nfinally:\n    signal.pause()\n",
+        serve.trim_end().replace('\n', "\n    ")
+    );
+    for signals in [[libc::SIGKILL].as_slice(), &[libc::SIGTERM, libc::SIGINT]] {
+        let test = box_that("exit 0");
+        let started = started_on_back_end(&test, &script);
+        eventually("the guest boots", || has_vcpu(started.child.id()));
+        assert_eq!(virtiofsd_of(&test.dir).len(), 2);
+        signals.iter().for_each(|signal| started.signal(*signal));
+        let status = started.finish().status;
+        assert!(status.signal() == Some(libc::SIGKILL) || status.code() == Some(121), "{status}");
+        eventually_nothing("of its virtiofsd", || processes_with(&test.dir));
+    }
 }
 
 /// Kills all processes of the box's virtiofsd, or stops them.
@@ -498,6 +525,31 @@ fn no_room_for_the_guests_memory_is_said() {
     assert_not_started(&ran, &["map 256 MiB of guest memory: Cannot allocate memory"]);
 }
 
+#[test]
+fn memory_that_the_host_takes_away_ends_the_box_with_the_reason() {
+    // A host that says `never` has mote use a file that is not sealed, which can be cut short.
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let before = fs::read_to_string(SETTING).expect("a kernel with huge pages");
+    let before = before.split(['[', ']']).nth(1).expect("a setting").to_owned();
+    fs::write(SETTING, "never").expect("set");
+    let test = box_that("echo ready; while :; do :; done");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    let files = fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("descriptors");
+    let len = 256 << 20;
+    let memory = files
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == len));
+    let memory = fs::OpenOptions::new().write(true).open(memory.expect("guest memory"));
+    memory.and_then(|file| file.set_len(0)).expect("cut short");
+    let ran = test.finished(started.finish());
+    fs::write(SETTING, before).expect("set back");
+    assert_eq!((ran.code, &ran.outcome["kind"]), (120, &json!("memory-gone")), "{}", ran.stderr);
+    assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+    assert!(ran.stderr.contains("found no memory behind guest memory"), "{}", ran.stderr);
+}
+
 /// A cgroup of the test's own, with a limit on memory.
 struct MemoryCgroup(PathBuf);
 
@@ -665,8 +717,7 @@ fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() 
     // As another box that is being started.
     let parent = Path::new("/sys/fs/cgroup/a3s-box");
     let _ = fs::create_dir(parent);
-    let busy = fs::File::open(parent).expect("the parent");
-    busy.lock().expect("locked");
+    let busy = others_lock(parent);
     let started = test.start();
     eventually("its janitor is there", || {
         children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
@@ -678,6 +729,55 @@ fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() 
     let again = test.run();
     assert_eq!((again.code, again.stderr.as_str()), (0, ""));
     eventually_nothing("of both", || left_of(&test));
+}
+
+// ---- a signal to stop, before there is a guest ----------------------------------------------------
+
+#[test]
+fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
+    let has_socket = |test: &TestBox, _: &Started| test.path("sock/exec.sock").exists();
+    let has_janitor = |_: &TestBox, started: &Started| {
+        children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
+    };
+    let virtiofsd_is_frozen =
+        |test: &TestBox, _: &Started| virtiofsd_of(&test.dir).into_iter().any(is_frozen);
+    type Waits = fn(&TestBox, &Started) -> bool;
+    let stopped = |test: TestBox, started: Started, waits: Waits| {
+        eventually("it waits", || waits(&test, &started));
+        started.signal(libc::SIGTERM);
+        let ran = test.finished(started.finish());
+        assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
+        assert_eq!(ran.outcome, json!({"kind": "signaled", "exit_code": 143, "signal": 15}));
+    };
+
+    // For other boxes' cgroups.
+    let test = box_with_a_place();
+    let parent = Path::new("/sys/fs/cgroup/a3s-box");
+    let _ = fs::create_dir(parent);
+    let others = others_lock(parent);
+    let started = test.start();
+    eventually("it waits", || has_janitor(&test, &started));
+    started.signal(libc::SIGTERM);
+    let output = started.finish();
+    assert_eq!(output.status.code(), Some(143));
+    drop(others);
+    test.finished(output);
+
+    let (_passt, test) = small_box();
+    let started = test.start();
+    stopped(test, started, has_socket);
+
+    let test = box_that("exit 0");
+    let started = started_on_back_end(&test, &dies_at(GET_FEATURES, "SIGSTOP"));
+    stopped(test, started, virtiofsd_is_frozen);
+}
+
+/// The lock that a box holds while its cgroup comes or goes.
+fn others_lock(parent: &Path) -> fs::File {
+    let file = fs::OpenOptions::new().write(true).open(parent.join("cgroup.kill"));
+    let file = file.expect("Linux 5.14");
+    file.lock().expect("locked");
+    file
 }
 
 fn cgroup_of(test: &TestBox) -> PathBuf {
