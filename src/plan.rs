@@ -187,6 +187,7 @@ impl Plan {
         let published_ports = plan_ports(&spec.port_map, report);
         check_console(spec.console_output.as_deref(), report);
         let network = Network::new(spec, report);
+        warn_of_paths_that_guests_can_move(spec, &shares, report);
         let instance = plan_instance(spec, network.as_ref(), report);
         refuse_unsupported(spec, report);
         let kernel =
@@ -460,6 +461,42 @@ fn plan_shares(spec: &Spec, report: &mut Report) -> Vec<Share> {
         }
     }
     shares
+}
+
+/// Warns of what mote opens by name inside a share that the guest can write to: it can have put a symbolic
+/// link there, which the next start follows with this user's rights.
+fn warn_of_paths_that_guests_can_move(spec: &Spec, shares: &[Share], report: &mut Report) {
+    let mounts = spec.fs_mounts.iter().enumerate();
+    let mut paths: Vec<(String, &Path)> = mounts
+        .map(|(index, mount)| (format!("fs_mounts[{index}].host_path"), mount.host_path.as_path()))
+        .collect();
+    let network = spec.network.as_ref();
+    for (field, path) in [
+        ("console_output", spec.console_output.as_deref()),
+        ("exec_socket_path", Some(spec.exec_socket_path.as_path())),
+        ("pty_socket_path", Some(spec.pty_socket_path.as_path())),
+        ("attest_socket_path", Some(spec.attest_socket_path.as_path())),
+        ("network.passt_socket_path", network.map(|network| network.passt_socket_path.as_path())),
+    ] {
+        paths.extend(path.map(|path| (field.into(), path)));
+    }
+    let writable = |share: &&Share| !share.read_only && share.host_path != Path::new("/");
+    for share in shares.iter().filter(writable) {
+        for (field, path) in &paths {
+            let inside =
+                |path: &Path| path != share.host_path && path.starts_with(&share.host_path);
+            if std::path::absolute(path).is_ok_and(|path| inside(&path)) {
+                report.warn(
+                    field,
+                    format!(
+                        "{} is inside {}, where the guest can put a link to another file of yours in its place; choose a path outside",
+                        path.display(),
+                        share.host_path.display()
+                    ),
+                );
+            }
+        }
+    }
 }
 
 /// An existing directory that can be read, as an absolute path.
@@ -906,6 +943,20 @@ mod tests {
 
     fn share(tag: &str, host_path: &str) -> spec::FsMount {
         spec::FsMount { tag: tag.into(), host_path: host_path.into(), read_only: true }
+    }
+
+    #[test]
+    fn paths_that_the_guest_can_move_are_warned_of() {
+        let root = fs::canonicalize(std::env::temp_dir()).expect("a directory");
+        let mut spec = spec();
+        spec.rootfs_path.clone_from(&root);
+        spec.console_output = Some(root.join("console.log"));
+        spec.exec_socket_path = PathBuf::from("/run/mote-outside.sock");
+        let mut report = Report::default();
+        Plan::new(&spec, &environment(), &mut report).expect("a plan");
+        let [warning] = &report.warnings[..] else { panic!("{:?}", report.warnings) };
+        let expected = format!("console_output: {}/console.log is inside", root.display());
+        assert!(warning.to_string().starts_with(&expected), "{warning}");
     }
 
     #[test]

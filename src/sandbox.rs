@@ -109,6 +109,11 @@ impl fmt::Display for Isolation {
 /// How long a thread that has been joined may still count as one, which refuses a user namespace.
 const THREAD_END_LIMIT: Duration = Duration::from_millis(500);
 
+/// Address space that mote may come to need once it runs a guest: for threads' stacks, and for what is on
+/// the way on its connections (`virtio::vsock::mux` says how much that can be). What a guest that has broken
+/// into it can take from the host beside the box's memory.
+const ADDRESS_SPACE_ROOM: u64 = 1 << 30;
+
 /// How a box is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sandbox {
@@ -131,7 +136,9 @@ impl Sandbox {
         confine::close_inherited(inherited);
         let nothing = File::open("/dev/null").context("open /dev/null")?;
         confine::replace_stdin(&nothing).context("empty standard input")?;
+        let address_space = confine::address_space().context("read /proc/self/statm")?;
         for (resource, most) in [
+            (Resource::AddressSpace, address_space + ADDRESS_SPACE_ROOM),
             (Resource::OpenFiles, self.open_files),
             (Resource::LockedMemory, 0),
             (Resource::MessageQueues, 0),

@@ -8,6 +8,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -29,6 +30,13 @@ use crate::sys::{self, Interest, confine};
 
 /// How long all of a box's virtiofsd may take together until they have answered.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a file that Linux knows of costs it at least (an inode of fuse's and a directory entry). virtiofsd
+/// keeps each open: the guest's own memory limits how many an honest one can have, and a dishonest one, which
+/// says that it knows of more, is to cost the host no more than that.
+const INODE_LEN: u64 = 1024;
+/// Its limit on open files, within which the guest's memory says how many; at most virtiofsd's own default.
+const OPEN_FILES: RangeInclusive<u64> = 65_536..=1_000_000;
 
 /// How much of its latest words is kept.
 const LAST_WORDS: usize = 4096;
@@ -55,12 +63,13 @@ pub struct Virtiofsd {
 }
 
 impl Virtiofsd {
-    /// Starts the daemon for a share. Returns it with the vhost-user connection, on which it may
-    /// not have begun to listen yet.
+    /// Starts the daemon for a share, for a guest with this much memory. Returns it with the vhost-user
+    /// connection, on which it may not have begun to listen yet.
     pub fn spawn(
         program: &Path,
         share: &Share,
         isolation: Isolation,
+        memory_bytes: u64,
     ) -> Result<(Virtiofsd, UnixStream)> {
         let (listener, connection) =
             sys::connected_listener().context("create the vhost-user socket")?;
@@ -73,11 +82,17 @@ impl Virtiofsd {
             .args(share.read_only.then_some("--readonly"))
             .args(own_sandbox(isolation))
             .arg(format!("--modcaps={}", needless_capabilities(share.read_only)))
+            // As it is set below.
+            .arg("--rlimit-nofile=0")
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        sys::helper(&mut command, listener.as_fd(), restriction(program, share, isolation)?);
+        let mut restrict = restriction(program, share, isolation)?;
+        let open_files = memory_bytes / INODE_LEN;
+        let open_files = open_files.clamp(*OPEN_FILES.start(), *OPEN_FILES.end());
+        let prepare = move || confine::limit_open_files_anew(open_files).and_then(|()| restrict());
+        sys::helper(&mut command, listener.as_fd(), prepare);
         let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         let ended = sys::process_file(child.id()).context("watch virtiofsd")?;
         let stderr = child.stderr.take();
@@ -312,7 +327,7 @@ mod tests {
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("mode");
         let (mut daemon, mut connection) =
-            Virtiofsd::spawn(&script, &share(), Isolation::Off).expect("starts");
+            Virtiofsd::spawn(&script, &share(), Isolation::Off, 1 << 30).expect("starts");
         // Its end closes the listening socket, and with it the waiting connection.
         assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
         daemon.child.wait().expect("waits");

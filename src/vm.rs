@@ -248,7 +248,8 @@ fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     let mut connections = Vec::new();
     for share in &plan.shares {
         let isolation = plan.sandbox.isolation;
-        let (backend, connection) = Virtiofsd::spawn(&plan.virtiofsd, share, isolation)?;
+        let (backend, connection) =
+            Virtiofsd::spawn(&plan.virtiofsd, share, isolation, plan.memory_bytes)?;
         backends.push(backend);
         connections.push(connection);
     }

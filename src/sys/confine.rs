@@ -189,6 +189,8 @@ pub fn share_heap() {
 pub enum Resource {
     /// Bytes of a core dump.
     CoreDump,
+    /// Bytes of address space.
+    AddressSpace,
     /// Bytes of memory that is locked.
     LockedMemory,
     /// Bytes in POSIX message queues.
@@ -202,6 +204,7 @@ pub enum Resource {
 pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
     let resource = match resource {
         Resource::CoreDump => libc::RLIMIT_CORE,
+        Resource::AddressSpace => libc::RLIMIT_AS,
         Resource::LockedMemory => libc::RLIMIT_MEMLOCK,
         Resource::MessageQueues => libc::RLIMIT_MSGQUEUE,
         Resource::OpenFiles => libc::RLIMIT_NOFILE,
@@ -215,6 +218,27 @@ pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
         check(libc::setrlimit(resource, &limit))?;
     }
     Ok(())
+}
+
+/// Limits the open files of this process and programs that it starts to a number that may be beyond what
+/// it is allowed now, as far as it may raise that. Only async-signal-safe calls.
+pub fn limit_open_files_anew(most: u64) -> io::Result<()> {
+    let wanted = libc::rlimit { rlim_cur: most, rlim_max: most };
+    // SAFETY: plain system call with a pointer to a valid rlimit.
+    match check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &wanted) }) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => limit(Resource::OpenFiles, most),
+        done => done.map(drop),
+    }
+}
+
+/// Bytes of address space that this process has.
+pub fn address_space() -> io::Result<u64> {
+    // proc_pid_statm(5): the first number, in pages.
+    let statm = fs::read_to_string("/proc/self/statm")?;
+    let pages: Option<u64> = statm.split(' ').next().and_then(|pages| pages.parse().ok());
+    // SAFETY: plain call.
+    let page_len = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+    pages.map(|pages| pages * page_len).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// The descriptors that this process was started with, beyond the standard streams; from now on

@@ -69,6 +69,8 @@ fn assert_confined(pid: u32) {
         let values: Vec<&str> = line[name.len()..].split_whitespace().collect();
         assert_eq!(values[..2], ["0", "0"], "{line}");
     }
+    let address_space = limits.lines().find(|line| line.starts_with("Max address space"));
+    assert!(address_space.is_some_and(|line| !line.contains("unlimited")), "{limits}");
 }
 
 /// Checks that the process sees no file system and shares nothing with the host that it need not.
