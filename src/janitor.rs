@@ -111,10 +111,10 @@ pub struct Janitor {
 }
 
 impl Janitor {
-    /// Starts the janitor, and waits until it has made the box's place. To be called before there are
-    /// threads, whose locks it would inherit.
+    /// Starts the janitor, and waits until it has made the box's place, but no longer once `stop` is
+    /// readable. To be called before there are threads, whose locks it would inherit.
     ///
-    /// Waits no longer once `stop` is readable. Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
+    /// Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
     /// once this process has ended.
     pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, Place)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
