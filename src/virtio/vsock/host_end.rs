@@ -155,6 +155,12 @@ impl HostEnd {
         self.read_ahead = len;
     }
 
+    /// Has the next [`HostEnd::flush`] try to write, whatever the socket has said: it tells of room only
+    /// when it has much.
+    pub fn try_to_write(&mut self) {
+        self.writable = true;
+    }
+
     /// Whether this is a flow's.
     pub fn is_flow(&self) -> bool {
         !matches!(self.socket, Socket::Unix(_))

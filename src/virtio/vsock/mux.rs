@@ -63,8 +63,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// be served must not be reset.
 const FLOW_LIMIT: Duration = Duration::from_secs(30);
 /// How long a peer on the network may take nothing of what a flow has left that the guest has closed and
-/// forgotten: there are only so many. Long, because what is seen here is room in a socket's buffer of
-/// some MiB, and a slow peer takes its time to make any.
+/// forgotten: there are only so many.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(600);
 /// How long a listener rests when the host has no descriptor or memory for its next client: the
 /// client goes on waiting, and asking again at once would be all that the main loop does.
@@ -329,7 +328,15 @@ impl Mux {
         {
             self.deadlines.pop_first();
             if let Some(entry) = &mut self.entries[index]
+                && entry.is_orphan()
+            {
+                entry.end.try_to_write();
+                self.flush_to_host(index, ops)?;
+            }
+            if let Some(entry) = &mut self.entries[index]
                 && entry.is_owed()
+                // Otherwise the peer has taken something.
+                && entry.due == Some(due)
             {
                 // At once, whether or not the guest ever takes the reset.
                 entry.conn.vanish();
