@@ -28,13 +28,15 @@ const PARENT: &str = "a3s-box";
 /// Longest name of a directory (`NAME_MAX`).
 const MAX_NAME: usize = 255;
 /// How long others may take to come and go, when a box starts.
-const LOCK_LIMIT: Duration = Duration::from_secs(10);
+const LOCK_LIMIT: Duration = Duration::from_secs(60);
 /// The same when it has ended, and nobody waits for its janitor.
 const LEAVE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a leftover may stay busy with processes that are being killed.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
 /// How long removing is tried; what it cannot kill in that time is stuck in the kernel.
 const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
+/// How often the lock is tried for at least.
+const MAX_LOCK_STEP: Duration = Duration::from_millis(50);
 /// How often a busy cgroup is tried again.
 const RETRY_STEP: Duration = Duration::from_millis(1);
 
@@ -289,19 +291,32 @@ fn protect(parent: &Path, sum: u64) -> Result<()> {
 pub struct Lock(OwnedFd);
 
 impl Lock {
+    /// A file that only those can open who may use the cgroup: anybody could lock the directory, and keep
+    /// it locked. The directory, where there is no such file (before Linux 5.14), or where that was not
+    /// delegated with it: for all who use it alike.
+    fn file(parent: &Path) -> io::Result<File> {
+        let kill = parent.join(KILL);
+        let owner = fs::metadata(parent)?.uid();
+        if fs::metadata(&kill).is_ok_and(|file| file.uid() == owner) {
+            OpenOptions::new().write(true).open(kill)
+        } else {
+            File::open(parent)
+        }
+    }
+
     /// Waits until others have come and gone, for as long as `limit` says.
     fn of(parent: &Path, limit: Duration) -> Result<Lock> {
         let deadline = Instant::now() + limit;
-        // A file that only those can open who may use the cgroup: anybody could lock the directory, and
-        // keep it locked. Linux before 5.14 does not have it.
-        let only_ours = OpenOptions::new().write(true).open(parent.join(KILL));
-        let file = only_ours.or_else(|_| File::open(parent));
+        let file = Lock::file(parent);
         let file = file.with_context(|| format!("open the cgroup {}", parent.display()))?;
+        // Boxes come and go in milliseconds; many at once must not keep each other from it by asking.
+        let mut step = RETRY_STEP;
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(Lock(file.into())),
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    thread::sleep(RETRY_STEP);
+                    thread::sleep(step);
+                    step = MAX_LOCK_STEP.min(step * 2);
                 }
                 Err(TryLockError::WouldBlock) => bail!(
                     "another box's mote holds the lock of the cgroup {} for {} s already: is one stopped in the middle of its start?",
