@@ -13,7 +13,7 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit, Security};
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
@@ -472,6 +472,7 @@ fn warn_of_paths_that_guests_can_move(spec: &Spec, shares: &[Share], report: &mu
         .collect();
     let network = spec.network.as_ref();
     for (field, path) in [
+        ("rootfs_path", Some(spec.rootfs_path.as_path())),
         ("console_output", spec.console_output.as_deref()),
         ("exec_socket_path", Some(spec.exec_socket_path.as_path())),
         ("pty_socket_path", Some(spec.pty_socket_path.as_path())),
@@ -485,7 +486,7 @@ fn warn_of_paths_that_guests_can_move(spec: &Spec, shares: &[Share], report: &mu
         for (field, path) in &paths {
             let inside =
                 |path: &Path| path != share.host_path && path.starts_with(&share.host_path);
-            if std::path::absolute(path).is_ok_and(|path| inside(&path)) {
+            if [as_written(path), as_it_is(path)].iter().flatten().any(|path| inside(path)) {
                 report.warn(
                     field,
                     format!(
@@ -497,6 +498,18 @@ fn warn_of_paths_that_guests_can_move(spec: &Spec, shares: &[Share], report: &mu
             }
         }
     }
+}
+
+/// A path as the spec has it, from the root; none when it goes back up.
+fn as_written(path: &Path) -> Option<PathBuf> {
+    let goes_up = path.components().any(|part| part == Component::ParentDir);
+    std::path::absolute(path).ok().filter(|_| !goes_up)
+}
+
+/// A path without the symbolic links on the way to its last part.
+fn as_it_is(path: &Path) -> Option<PathBuf> {
+    let directory = std::path::absolute(path).ok()?.parent()?.canonicalize().ok()?;
+    Some(directory.join(path.file_name()?))
 }
 
 /// An existing directory that can be read, as an absolute path.
@@ -952,6 +965,7 @@ mod tests {
         spec.rootfs_path.clone_from(&root);
         spec.console_output = Some(root.join("console.log"));
         spec.exec_socket_path = PathBuf::from("/run/mote-outside.sock");
+        spec.pty_socket_path = root.join("../mote-outside.sock");
         let mut report = Report::default();
         Plan::new(&spec, &environment(), &mut report).expect("a plan");
         let [warning] = &report.warnings[..] else { panic!("{:?}", report.warnings) };
