@@ -266,9 +266,16 @@ fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
 fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes: &mut Vec<File>) {
     loop {
         let both = [Interest::new(line, true, false), Interest::new(mote, true, false)];
-        if !matches!(sys::poll(both, None), Ok([_, false])) {
+        let Ok([_, false]) = sys::poll(both, None) else {
+            // What it has still told.
+            let _ = line.set_nonblocking(true);
+            while processes.len() < MAX_PROCESSES
+                && let Ok((1, Some(process))) = line.recv_with_fd(&mut [0])
+            {
+                processes.push(process);
+            }
             return;
-        }
+        };
         match line.recv_with_fd(&mut [0]) {
             Ok((1, Some(process))) if processes.len() < MAX_PROCESSES => {
                 processes.push(process);

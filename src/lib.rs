@@ -69,8 +69,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::cli::{Command, Config};
 use crate::janitor::Janitor;
@@ -79,6 +80,7 @@ use crate::outcome::{Outcome, USAGE};
 use crate::plan::{Environment, Plan};
 use crate::run::Signals;
 use crate::spec::Spec;
+use crate::sys::Interest;
 use crate::sys::confine::{self, Resource};
 use crate::timeline::Timeline;
 use crate::vm::Vm;
@@ -155,11 +157,11 @@ fn run_box(
         })
         .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
+    seccomp::decide(outcome.exit_code());
     let reported =
         outcome_file.map_or(Ok(()), |to| to.write(|file| outcome.write_to(file))).and_then(|()| {
             timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f, &exits)))
         });
-    seccomp::outcome_is_written(outcome.exit_code());
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
         log::error(&message);
@@ -246,6 +248,9 @@ fn run_on_host(
         let vm = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
+        let [is_stopped] =
+            sys::poll([Interest::new(&signals.stop, true, false)], Some(Duration::ZERO))?;
+        ensure!(!is_stopped, "stopped before the guest ran");
         let counts = Arc::clone(&vm.exit_counts);
         let outcome = run::run(vm, &plan.sandbox, Rc::clone(signals), timeline);
         *exits = counts.read();

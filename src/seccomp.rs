@@ -10,6 +10,7 @@ use std::cell::Cell;
 use std::fmt::Write;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use seccompiler::{BpfProgram, sock_filter};
@@ -68,8 +69,12 @@ thread_local! {
     static NAME: Cell<[u8; MAX_NAME]> = const { Cell::new([b'?'; MAX_NAME]) };
 }
 
-/// Where a sudden end is reported besides stderr; -1 for nowhere.
-static OUTCOME_FILE: AtomicI32 = AtomicI32::new(-1);
+/// Where a sudden end is reported besides stderr.
+static OUTCOME_FILE: AtomicI32 = AtomicI32::new(NO_FILE);
+/// There is no such file.
+const NO_FILE: RawFd = -1;
+/// The outcome is some thread's to write, and that is under way or done.
+const CLAIMED: RawFd = -2;
 
 /// The exit code of a sudden end.
 static EXIT_CODE: AtomicI32 = AtomicI32::new(outcome::BROKEN as i32);
@@ -78,16 +83,21 @@ static EXIT_CODE: AtomicI32 = AtomicI32::new(outcome::BROKEN as i32);
 /// reported on stderr, and to this descriptor if there is one, which must stay open. To be called before
 /// there are threads.
 pub fn report_sudden_ends(outcome_file: Option<RawFd>) -> Result<()> {
-    OUTCOME_FILE.store(outcome_file.unwrap_or(-1), Ordering::Relaxed);
+    OUTCOME_FILE.store(outcome_file.unwrap_or(NO_FILE), Ordering::Relaxed);
     confine::on_fatal(end_fatally).context("watch for fatal signals")
 }
 
-/// Notes that the box's outcome has been decided and written, with this exit code. What becomes of the
-/// threads that still run changes neither.
-pub fn outcome_is_written(code: u8) {
-    OUTCOME_FILE.store(-1, Ordering::Relaxed);
+/// Decides the box's outcome, which the caller writes, with this exit code: what becomes of threads that
+/// still run changes neither. Waits for the process's end if one of them was first.
+pub fn decide(code: u8) {
+    if OUTCOME_FILE.swap(CLAIMED, Ordering::Relaxed) == CLAIMED {
+        confine::wait(END_LIMIT);
+    }
     EXIT_CODE.store(code.into(), Ordering::Relaxed);
 }
+
+/// How long a thread leaves the process's end to another that was first.
+const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// Limits the calling thread, for good, to the system calls of its kind.
 pub fn confine_thread(name: &str, kind: ThreadKind) -> Result<()> {
@@ -142,8 +152,10 @@ pub fn end_suddenly(kind: &str, message: std::fmt::Arguments<'_>) -> ! {
     let text = &text.as_bytes()[..text.len.min(900)];
     let mut line = Text::new();
     [b"mote: ", text, b"\n"].iter().for_each(|part| line.push(part));
-    // Once, whichever thread is first.
-    let file = OUTCOME_FILE.swap(-1, Ordering::Relaxed);
+    let file = OUTCOME_FILE.swap(CLAIMED, Ordering::Relaxed);
+    if file == CLAIMED {
+        confine::wait(END_LIMIT);
+    }
     if file >= 0 {
         let mut object = Text::new();
         object.push(b"{\"kind\":\"");

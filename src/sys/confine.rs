@@ -9,6 +9,7 @@ use std::mem::zeroed;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::check;
 
@@ -372,6 +373,13 @@ pub fn write_once(fd: RawFd, bytes: &[u8]) {
             libc::write(fd, bytes.as_ptr().cast(), bytes.len());
         }
     }
+}
+
+/// Waits. For signal handlers, in threads to which poll is all of that kind that is allowed.
+pub fn wait(time: Duration) {
+    let time_ms = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: no descriptors are looked at.
+    unsafe { libc::poll(ptr::null_mut(), 0, time_ms) };
 }
 
 /// Ends the process at once: no destructor runs, nothing is flushed.

@@ -525,13 +525,30 @@ fn no_room_for_the_guests_memory_is_said() {
     assert_not_started(&ran, &["map 256 MiB of guest memory: Cannot allocate memory"]);
 }
 
+/// The host's setting for huge pages of shared memory; set back at the end.
+struct HugePagesSetting(String);
+
+impl HugePagesSetting {
+    const FILE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+    fn never() -> Self {
+        let before = fs::read_to_string(Self::FILE).expect("a kernel with huge pages");
+        let before = before.split(['[', ']']).nth(1).expect("a setting").to_owned();
+        fs::write(Self::FILE, "never").expect("set");
+        HugePagesSetting(before)
+    }
+}
+
+impl Drop for HugePagesSetting {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::FILE, &self.0);
+    }
+}
+
 #[test]
 fn memory_that_the_host_takes_away_ends_the_box_with_the_reason() {
     // A host that says `never` has mote use a file that is not sealed, which can be cut short.
-    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let before = fs::read_to_string(SETTING).expect("a kernel with huge pages");
-    let before = before.split(['[', ']']).nth(1).expect("a setting").to_owned();
-    fs::write(SETTING, "never").expect("set");
+    let _never = HugePagesSetting::never();
     let test = box_that("echo ready; while :; do :; done");
     let mut started = test.start();
     started.wait_for_line("ready");
@@ -544,7 +561,6 @@ fn memory_that_the_host_takes_away_ends_the_box_with_the_reason() {
     let memory = fs::OpenOptions::new().write(true).open(memory.expect("guest memory"));
     memory.and_then(|file| file.set_len(0)).expect("cut short");
     let ran = test.finished(started.finish());
-    fs::write(SETTING, before).expect("set back");
     assert_eq!((ran.code, &ran.outcome["kind"]), (120, &json!("memory-gone")), "{}", ran.stderr);
     assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
     assert!(ran.stderr.contains("found no memory behind guest memory"), "{}", ran.stderr);
