@@ -222,8 +222,15 @@ fn run_to_end(
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
     run_on_host(&plan, inherited, &signals, timeline, exits).or_else(|error| {
         // What waited was told to stop, and so is over. The guest would have ended by it as well.
-        sys::next_signal(&signals.stop)
-            .map_or(Err(error), |signal| Ok(Outcome::Signaled(signal as u8)))
+        let signal = || sys::next_signal(&signals.stop);
+        match (signal(), signal()) {
+            (None, _) => Err(error),
+            (Some(only), None) => Ok(Outcome::Signaled(only as u8)),
+            // As in the main loop. Which of the two came first is not known.
+            (Some(_), Some(_)) => {
+                Ok(Outcome::Stopped("stopped hard by a second signal before the guest ran".into()))
+            }
+        }
     })
 }
 

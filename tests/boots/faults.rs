@@ -783,6 +783,16 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     let started = test.start();
     stopped(test, started, has_socket);
 
+    // By a second signal hard, as ever.
+    let (_passt, test) = small_box();
+    let started = test.start();
+    eventually("it waits", || has_socket(&test, &started));
+    for signal in [libc::SIGSTOP, libc::SIGINT, libc::SIGHUP, libc::SIGCONT] {
+        started.signal(signal);
+    }
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+
     let test = box_that("exit 0");
     let started = started_on_back_end(&test, &dies_at(GET_FEATURES, "SIGSTOP"));
     stopped(test, started, virtiofsd_is_frozen);
