@@ -320,8 +320,8 @@ impl HostEnd {
 
     /// Reads what is next for the guest into the start of `buffer`, at most `room` bytes. The buffer
     /// has [`MAX_PACKET`] bytes and is filled from the socket as far as possible, or as this may read
-    /// ahead; what is beyond `room` comes first next time. Linux's guests have buffers of 4 KiB, and a read for each was
-    /// measured to halve the throughput.
+    /// ahead; what is beyond `room` comes first next time. Linux's guests have buffers of 4 KiB, and a
+    /// read for each was measured to halve the throughput.
     pub fn read(&mut self, buffer: &mut [u8], room: usize) -> HostRead {
         match self.rest.take(&mut buffer[..room]) {
             0 => {}

@@ -39,10 +39,10 @@ const MAX_CLIENTS: usize = MAX_CONNECTIONS - MAX_FLOWS;
 /// Most flows while clients of published ports are accepted: they cannot take the box's own
 /// connections from it.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
-/// How many connections may have [`conn::BUFFER_LEN`](super::conn::BUFFER_LEN) bytes each on the way to their host sockets. Those
-/// beyond have [`SMALL_BUFFER_LEN`]: a guest that fills every buffer, which takes thousands of peers
-/// that do not read or do not answer, costs mote some 125 MiB rather than a GiB. The same way back, to a guest
-/// that has no room for what came: some 75 MiB, or 200 MiB of the
+/// How many connections may have [`conn::BUFFER_LEN`](super::conn::BUFFER_LEN) bytes each on the way to
+/// their host sockets. Those beyond have [`SMALL_BUFFER_LEN`]: a guest that fills every buffer, which
+/// takes thousands of peers that do not read or do not answer, costs mote some 125 MiB rather than a
+/// GiB. The other way, to a guest that has no room for what came, it is some 75 MiB, or 200 MiB of the
 /// largest datagrams.
 const LARGE_BUFFERS: usize = 256;
 /// See [`LARGE_BUFFERS`]. Four packets of Linux's.
