@@ -1,5 +1,5 @@
-//! Build script: makes the guest's two files, which [`image`](../src/image.rs) embeds, and the
-//! filters of [`seccomp`](../src/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
+//! Build script: makes the guest's two files, which [`image`](../src/plan/image.rs) embeds, and the
+//! filters of [`seccomp`](../src/confine/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
 //! and is stripped of its zero pages; the initramfs holds the agent, built here as its own static
 //! program; the filters are compiled from `seccomp/*.json`.
 

@@ -16,9 +16,10 @@ use linux_loader::loader::elf::Elf;
 use mote_agent::instance;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::kvm::cpu;
 use crate::memory::GuestRam;
 use crate::plan::Plan;
-use crate::{cpio, cpu, layout, sys};
+use crate::{cpio, layout, sys};
 
 // include/uapi/asm/bootparam.h, include/uapi/asm/setup_data.h
 const BOOT_FLAG: u16 = 0xaa55;

@@ -6,7 +6,7 @@
 //! mote               set limits, join … the box's life … end
 //! ```
 //!
-//! Whatever happens to mote, the process that has made the cgroup removes it: the [`crate::janitor`],
+//! Whatever happens to mote, the process that has made the cgroup removes it: the [`crate::host::janitor`],
 //! which is not in it. mote itself never leaves it, and holds nothing by which it could.
 
 use std::collections::BTreeSet;

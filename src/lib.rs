@@ -7,15 +7,15 @@
 //! ```
 //!
 //! Modules in reading order:
-//! - the request: [`cli`], [`json`], [`spec`], [`guest_init`], [`network`], [`plan`]
+//! - the request: [`cli`], [`spec`], [`plan`]
 //! - the answer: [`outcome`], [`timeline`], [`log`]
-//! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`cpu`], [`boot`] (with
-//!   [`image`] and [`cpio`]), [`vcpu`], [`bus`], [`console`]
-//! - its devices: [`virtio`], and what serves them on the host: [`virtiofsd`], [`sockets`],
-//!   [`passt`]
+//! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`boot`] (with [`cpio`]),
+//!   [`bus`], [`console`]
+//! - its devices: [`virtio`]
+//! - what stands beside it on the host: [`host`]
 //! - what the guest may reach through them: [`policy`]
 //! - the host's limits on all that: [`cpuset`], [`cgroup`]
-//! - its confinement: [`sandbox`] and [`seccomp`]; who stays outside: [`janitor`]
+//! - its confinement: [`confine`]
 //! - its life: [`run`], with the events named in [`token`]
 //! - the host's fitness: [`probe`]
 //! - working with a box that runs, from another process: [`client`]
@@ -29,37 +29,27 @@ pub mod bus;
 pub mod cgroup;
 pub mod cli;
 pub mod client;
+pub mod confine;
 pub mod console;
 pub mod cpio;
-pub mod cpu;
 pub mod cpuset;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod guest_init;
-pub mod image;
-pub mod janitor;
-pub mod json;
+pub mod host;
 pub mod kvm;
 pub mod layout;
 pub mod log;
 pub mod memory;
-pub mod network;
 pub mod outcome;
-pub mod passt;
 pub mod plan;
 pub mod policy;
 pub mod probe;
 pub mod run;
-pub mod sandbox;
-pub mod seccomp;
-pub mod sockets;
 pub mod spec;
 pub mod sys;
 pub mod timeline;
 pub mod token;
-pub mod vcpu;
 pub mod virtio;
-pub mod virtiofsd;
 pub mod vm;
 
 use std::collections::BTreeMap;
@@ -74,14 +64,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::cli::{Command, Config};
-use crate::janitor::Janitor;
-use crate::json::Report;
+use crate::confine::seccomp;
+use crate::host::janitor::Janitor;
+use crate::host::sockets;
 use crate::outcome::{Outcome, USAGE};
 use crate::plan::{Environment, Plan};
 use crate::run::Signals;
 use crate::spec::Spec;
+use crate::spec::json::Report;
 use crate::sys::Interest;
-use crate::sys::confine::{self, Resource};
+use crate::sys::confine::Resource;
 use crate::timeline::Timeline;
 use crate::vm::Vm;
 
@@ -147,7 +139,7 @@ fn run_box(
     let mut timeline_file = None;
     let mut exits = Default::default();
     // First: nothing that mote opens is among them.
-    let outcome = confine::inherited_descriptors()
+    let outcome = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
             outcome_file = ReportFile::open(outcome_path, "outcome")?;
@@ -217,8 +209,8 @@ fn run_to_end(
     let signals = Rc::new(Signals::block()?);
     sys::raise_open_file_limit();
     // Its image in memory holds the guest's: nobody gets a copy.
-    confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
-    confine::share_heap();
+    sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
+    sys::confine::share_heap();
     sys::adopt_orphans().context("become the parent of back-ends' children")?;
     run_on_host(&plan, inherited, &signals, timeline, exits).or_else(|error| {
         // What waited was told to stop, and so is over. The guest would have ended by it as well.

@@ -3,9 +3,10 @@
 
 use std::process::ExitCode;
 
+use mote::confine::seccomp;
 use mote::plan::Environment;
 use mote::timeline::Timeline;
-use mote::{cli, log, outcome, seccomp};
+use mote::{cli, log, outcome};
 
 fn main() -> ExitCode {
     // A bug: one line that says where, rather than a signal that says nothing.

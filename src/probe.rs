@@ -3,10 +3,10 @@
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
 
-use crate::json::Report;
+use crate::confine::Isolation;
 use crate::kvm;
 use crate::plan::{self, Environment};
-use crate::sandbox::Isolation;
+use crate::spec::json::Report;
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {

@@ -17,13 +17,13 @@ use anyhow::{Context, Result};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Mark};
 
+use crate::confine::Sandbox;
+use crate::kvm::vcpu::Exit;
 use crate::log::{self, FirstError};
 use crate::outcome::Outcome;
-use crate::sandbox::Sandbox;
 use crate::sys;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
-use crate::vcpu::Exit;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::{Activation, DeviceEvent, MainLoopDeviceKind};

@@ -15,22 +15,24 @@ use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
+use crate::confine::Sandbox;
+use crate::confine::seccomp::ThreadKind;
 use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
-use crate::janitor::Janitor;
+use crate::host::janitor::Janitor;
+use crate::host::virtiofsd::{self, Virtiofsd};
+use crate::kvm::cpu;
+use crate::kvm::vcpu::{self, Exit, ExitCounts, ExitReporter, Start};
 use crate::memory::{self, GuestRam, RegisterPages};
-use crate::network::{Network, PasstSocket};
 use crate::plan::Plan;
-use crate::sandbox::Sandbox;
-use crate::seccomp::ThreadKind;
+use crate::plan::network::{Network, PasstSocket};
 use crate::timeline::Timeline;
-use crate::vcpu::{self, Exit, ExitCounts, ExitReporter, Start};
 use crate::virtio::fs::Fs;
 use crate::virtio::mmio::MmioDevice;
+use crate::virtio::net::passt;
 use crate::virtio::net::{Net, Reconnect};
 use crate::virtio::vsock::mux::{Listener, Mux};
 use crate::virtio::{DeviceEvent, VirtioDevice, net, rng, vsock};
-use crate::virtiofsd::{self, Virtiofsd};
-use crate::{boot, cpu, kvm, layout, passt, sys};
+use crate::{boot, kvm, layout, sys};
 
 /// A VM that is ready to run, and what the main loop serves it with.
 #[derive(Debug)]

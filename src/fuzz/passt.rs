@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use event_manager::EventSet;
 
 use super::Input;
-use crate::passt::{Connection, FRAME_LEN, Lost};
+use crate::virtio::net::passt::{Connection, FRAME_LEN, Lost};
 
 pub fn run(data: &[u8]) {
     let mut input = Input(data);

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::Input;
-use crate::json::Report;
 use crate::plan::{Environment, Plan};
 use crate::spec::Spec;
+use crate::spec::json::Report;
 
 pub fn run(data: &[u8]) {
     let input = Input(data);

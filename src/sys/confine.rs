@@ -1,5 +1,5 @@
 //! The system calls by which mote gives up what it does not need any more. When and why is
-//! [`crate::sandbox`]'s; nothing here can be taken back.
+//! [`crate::confine`]'s; nothing here can be taken back.
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 

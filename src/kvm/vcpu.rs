@@ -12,8 +12,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, Effect};
+use crate::kvm::{self, cpu};
 use crate::memory::GuestRam;
-use crate::{cpu, kvm, outcome};
+use crate::outcome;
 
 /// Why a vCPU stopped, which ends the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use mote_agent::instance::{Interface, ResolvConf};
 
-use crate::json::Report;
 use crate::plan::{MAX_SOCKET_PATH, parent_problem};
+use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
 
@@ -293,7 +293,8 @@ mod tests {
         let mut spec = Spec::parse(text, &mut report).expect("a spec");
         change(&mut spec);
         let network = Network::new(&spec, &mut report);
-        let texts = |faults: &[crate::json::Fault]| faults.iter().map(|f| f.to_string()).collect();
+        let texts =
+            |faults: &[crate::spec::json::Fault]| faults.iter().map(|f| f.to_string()).collect();
         (network, texts(&report.errors), texts(&report.warnings))
     }
 

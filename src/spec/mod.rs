@@ -2,11 +2,13 @@
 //! later contract versions (§1.8), and nothing else. No I/O and no judgement on what the values
 //! mean: that is [`crate::plan`]'s.
 
+pub mod json;
+
 use std::cell::RefCell;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use crate::json::{Json, Node, Object, Report};
+use crate::spec::json::{Json, Node, Object, Report};
 
 /// What the box runtime asks for. Field order and defaults are the contract's (§1.2).
 #[derive(Debug, Clone, PartialEq, Eq)]

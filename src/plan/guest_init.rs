@@ -7,8 +7,8 @@
 
 use mote_agent::instance::{Entrypoint, Mount, Security};
 
-use crate::json::Report;
 use crate::spec::Spec;
+use crate::spec::json::Report;
 use crate::sys;
 
 /// Tag of the share that is mounted without being asked for, and where.

@@ -16,6 +16,8 @@
 //! no buffers, and none taken from the driver while the socket is full. Without passt the cable is
 //! unplugged: what the driver sends is lost, and passt is looked for again.
 
+pub mod passt;
+
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use event_manager::{EventOps, EventSet, Events};
+use passt::{Connection, FRAME_LEN, Lost};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
@@ -35,7 +38,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::log::{self, FirstError};
 use crate::memory::GuestRam;
-use crate::passt::{Connection, FRAME_LEN, Lost};
 use crate::token::Token;
 use crate::virtio::buffers::{Reader, Writer};
 use crate::virtio::mmio::ConfigSpace;
@@ -457,8 +459,6 @@ fn put(chain: Chain<'_>, ram: &GuestRam, cable: &mut Connection) -> Result<()> {
 }
 
 #[cfg(any(test, fuzzing))]
-#[path = "net_bench.rs"]
 pub(crate) mod bench;
 #[cfg(test)]
-#[path = "net_test.rs"]
 mod tests;

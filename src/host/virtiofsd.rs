@@ -24,8 +24,8 @@ use landlock::{
 };
 use mote_agent::instance::ROOT_TAG;
 
+use crate::confine::Isolation;
 use crate::plan::Share;
-use crate::sandbox::Isolation;
 use crate::sys::{self, Interest, confine};
 
 /// How long all of a box's virtiofsd may take together until they have answered.

@@ -6,6 +6,9 @@
 //! runs on the boot vCPU of every VM before the kernel is entered, which costs one exit, and alone for
 //! `mote probe`.
 
+pub mod cpu;
+pub mod vcpu;
+
 use std::io::{self, ErrorKind};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -16,8 +19,8 @@ use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::layout;
 use crate::memory::{self, GuestRam};
-use crate::{cpu, layout, vcpu};
 
 /// The device file.
 pub const DEVICE: &str = "/dev/kvm";

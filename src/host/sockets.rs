@@ -1,7 +1,7 @@
 //! The box's sockets on the host: bound before the guest runs, so that a client that comes early
 //! can connect and is served once the guest is ready.
 //!
-//! Unix sockets (contract §2.8) are private to the user; the [`crate::janitor`] makes their files, and
+//! Unix sockets (contract §2.8) are private to the user; the [`crate::host::janitor`] makes their files, and
 //! unlinks them at the end. Published ports (§1.6) are open to everybody who can reach the host.
 
 use std::fs;

@@ -57,7 +57,10 @@ impl Bench {
         passt.set_nonblocking(true).expect("set");
         let again = path.map(|path| {
             let socket = path.clone();
-            Reconnect { path, connect: Box::new(move || crate::passt::connect_now(&socket)) }
+            Reconnect {
+                path,
+                connect: Box::new(move || crate::virtio::net::passt::connect_now(&socket)),
+            }
         });
         let net = Net::new(ours, again).expect("a device");
         let device = Rc::new(RefCell::new(MainLoop { net }));

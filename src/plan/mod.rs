@@ -4,6 +4,10 @@
 //!
 //! Planning changes nothing on the host, so `mote check` is this stage and a printout.
 
+pub mod guest_init;
+pub mod image;
+pub mod network;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -19,15 +23,15 @@ use mote_agent::instance::{Entrypoint, Instance, Mount, ROOT_TAG, Rlimit, Securi
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
 use crate::cgroup::{Cgroup, Limit};
+use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
-use crate::guest_init::{GuestInit, Main};
-use crate::json::Report;
-use crate::network::{self, Network, PasstSocket};
+use crate::layout;
 use crate::policy::Policy;
-use crate::sandbox::{Isolation, Sandbox};
+use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::virtio::vsock::mux::MAX_CONNECTIONS;
-use crate::{image, layout};
+use guest_init::{GuestInit, Main};
+use network::{Network, PasstSocket};
 
 /// Longest Unix socket path (`sun_path` less its terminator, unix(7)).
 pub const MAX_SOCKET_PATH: usize = 107;

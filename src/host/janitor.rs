@@ -26,10 +26,11 @@ use anyhow::{Context, Result, anyhow, ensure};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::cgroup::{self, Cgroup, Remains};
+use crate::host::sockets::{self, SocketFile};
+use crate::layout;
 use crate::plan::{HostSocket, Plan};
-use crate::sockets::{self, SocketFile};
 use crate::sys::{self, Interest};
-use crate::{layout, passt};
+use crate::virtio::net::passt;
 
 /// How long mote waits for an answer while the box runs. The janitor does not wait itself then, but may
 /// have to wait for a CPU.

@@ -6,7 +6,7 @@
 //!  3  namespaces of its own; the root an empty directory                   (needs one thread)
 //!  4  Landlock: no file, no TCP port to bind, whatever the root is         (before there are threads)
 //!  5  no new privileges, no capabilities, memory out of others' reach
-//!  6  every thread: the filter of its kind ([`crate::seccomp`])            (last: refuses all of the above)
+//!  6  every thread: the filter of its kind ([`crate::confine::seccomp`])            (last: refuses all of the above)
 //!  7  the first KVM_RUN
 //! ```
 //!
@@ -15,6 +15,8 @@
 //! everywhere. There is no private pid namespace: the process that the runtime has started is the VM
 //! (contract §2.6), and a process cannot leave its own. In its place the filters know no call that
 //! names a pid.
+
+pub mod seccomp;
 
 use std::fs::File;
 use std::io;
@@ -27,8 +29,8 @@ use anyhow::{Context, Result};
 use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
 
 use crate::log;
-use crate::seccomp::{self, ThreadKind};
 use crate::sys::confine::{self, Namespaces, Resource};
+use seccomp::ThreadKind;
 
 /// What this host lets mote use to keep itself from the host's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
