@@ -24,7 +24,7 @@ use crate::kvm::cpu;
 use crate::kvm::vcpu::{self, Exit, ExitCounts, ExitReporter, Start};
 use crate::memory::{self, GuestRam, RegisterPages};
 use crate::plan::Plan;
-use crate::plan::network::{Network, PasstSocket};
+use crate::plan::{Network, PasstSocket};
 use crate::timeline::Timeline;
 use crate::virtio::fs::Fs;
 use crate::virtio::mmio::MmioDevice;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use mote_agent::instance::{Interface, ResolvConf};
 
-use crate::plan::{MAX_SOCKET_PATH, parent_problem};
+use super::paths::{MAX_SOCKET_PATH, parent_problem};
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;

@@ -1,0 +1,132 @@
+//! What the agent is told ([`Instance`]), and what that takes from the host.
+
+use std::fs;
+
+use mote_agent::instance::{Entrypoint, Instance, Security};
+
+use super::guest_init::{GuestInit, Main};
+use super::limits;
+use super::network::{self, Network};
+use crate::spec::json::Report;
+use crate::spec::{self, Spec};
+
+/// Longest host name in bytes (`HOST_NAME_MAX`, gethostname(2)).
+const MAX_HOSTNAME: usize = 64;
+
+/// Judges the entrypoint and everything else that is the guest's to carry out.
+pub(super) fn plan(spec: &Spec, network: Option<&Network>, report: &mut Report) -> Instance {
+    let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
+    if executable.is_empty() {
+        report.error("entrypoint.executable", "is empty; name a program");
+    }
+    if !spec.workdir.starts_with('/') {
+        report.error(
+            "workdir",
+            format!("is \"{}\", must be an absolute path like \"/\"", spec.workdir),
+        );
+    }
+    for (index, (name, _)) in env.iter().enumerate() {
+        if name.is_empty() || name.contains('=') {
+            report.error(
+                format!("entrypoint.env[{index}]"),
+                format!("has the name \"{name}\", which must not be empty or contain ="),
+            );
+        }
+    }
+    let strings =
+        [("entrypoint.executable".to_owned(), executable), ("workdir".to_owned(), &spec.workdir)];
+    let args_named = args.iter().enumerate().map(|(i, arg)| (format!("entrypoint.args[{i}]"), arg));
+    let env_named = env.iter().enumerate().flat_map(|(i, (name, value))| {
+        [name, value].map(|text| (format!("entrypoint.env[{i}]"), text))
+    });
+    for (path, text) in strings.into_iter().chain(args_named).chain(env_named) {
+        if text.contains('\0') {
+            report.error(path, "contains a NUL character, which no program can receive");
+        }
+    }
+
+    let hostname = env.iter().rev().find(|(name, _)| name == "HOSTNAME").map(|(_, value)| value);
+    let hostname = hostname.filter(|name| !name.is_empty()).map_or("localhost", String::as_str);
+    if hostname.len() > MAX_HOSTNAME {
+        report.error(
+            "entrypoint.env",
+            format!("HOSTNAME has {} bytes, a host name can have {MAX_HOSTNAME}", hostname.len()),
+        );
+    }
+    if spec.resource_limits.pids_limit == Some(0) {
+        report.error("resource_limits.pids_limit", "is 0, must be at least 1");
+    }
+    let GuestInit { mounts, read_only_root, main, image_init, container_env } =
+        GuestInit::new(spec, report);
+    let Main { entrypoint, workdir, user, security } = main.unwrap_or_else(|| Main {
+        entrypoint: Entrypoint {
+            executable: executable.clone(),
+            args: args.clone(),
+            env: env.clone(),
+        },
+        workdir: spec.workdir.clone(),
+        user: None,
+        security: Security::default(),
+    });
+    let user = [spec.user.clone(), user].into_iter().flatten().find(|user| !user.is_empty());
+    if let Some(user) = user.as_ref().filter(|_| image_init) {
+        report.warn(
+            "user",
+            format!("is \"{user}\", but the image's own init runs as root; it takes BOX_EXEC_USER for its main process"),
+        );
+    }
+    Instance {
+        hostname: hostname.into(),
+        mounts,
+        read_only_root,
+        pids_limit: spec.resource_limits.pids_limit,
+        rlimits: limits::plan_rlimits(&spec.resource_limits, report),
+        entrypoint,
+        workdir,
+        user: user.filter(|_| !image_init),
+        exec_env: container_env,
+        exec_workdir: spec.workdir.clone(),
+        outgoing: spec.network.is_none(),
+        outgoing_ip6: host_has_global_ip6(),
+        syn_retries: unusual_syn_retries(),
+        published: !spec.port_map.is_empty(),
+        security,
+        interface: network.map(|network| network.interface),
+        resolv_conf: network::resolv_conf(spec),
+    }
+}
+
+/// Whether an interface of this host has an IPv6 address of more than its own link (proc(5),
+/// `if_inet6`).
+fn host_has_global_ip6() -> bool {
+    const SCOPE_COLUMN: usize = 3;
+    const GLOBAL: &str = "00";
+    let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    addresses.lines().any(|line| line.split_whitespace().nth(SCOPE_COLUMN) == Some(GLOBAL))
+}
+
+/// How often this host repeats a SYN, unless as often as any Linux.
+fn unusual_syn_retries() -> Option<u8> {
+    const USUAL: u8 = 6;
+    let text = fs::read_to_string("/proc/sys/net/ipv4/tcp_syn_retries").ok()?;
+    text.trim().parse().ok().filter(|retries| *retries != USUAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::plan::testing::plan;
+
+    #[test]
+    fn a_user_is_not_the_images_own_inits() {
+        let user = |env: &str| {
+            let plan = plan(|s| {
+                s.entrypoint.executable = "/bin/sh".into();
+                s.entrypoint.env = vec![(env.into(), "sleep".into())];
+                s.user = Some("app".into());
+            });
+            plan.expect("a plan").instance.user
+        };
+        assert_eq!(user("BOX_EXEC_EXEC"), None);
+        assert_eq!(user("OTHER"), Some("app".into()));
+    }
+}

@@ -1,0 +1,233 @@
+//! The spec's `resource_limits`: on the host for mote and its helpers, in the guest for what runs there.
+
+use std::ops::RangeInclusive;
+
+use mote_agent::instance::Rlimit;
+
+use crate::cgroup::{Cgroup, Limit};
+use crate::cpuset::CpuSet;
+use crate::spec::json::Report;
+use crate::spec::{ResourceLimits, Spec};
+
+/// The host CPUs to run on; `None` is all that mote may.
+pub(super) fn plan_cpus(spec: &Spec, report: &mut Report) -> Option<CpuSet> {
+    let text = spec.resource_limits.cpuset_cpus.as_deref()?;
+    let planned = CpuSet::parse(text).and_then(|cpus| {
+        let available = CpuSet::available().map_err(|error| format!("{error:#}"))?;
+        match cpus.first_missing(&available) {
+            None => Ok(cpus),
+            Some(cpu) => Err(format!(
+                "has the CPU {cpu}, which is offline or not allowed to this process; available are {available}"
+            )),
+        }
+    });
+    planned.map_err(|problem| report.error("resource_limits.cpuset_cpus", problem)).ok()
+}
+
+/// What the kernel takes for `cpu.max`, in microseconds (kernel/sched/core.c, `tg_set_cfs_bandwidth`).
+const CPU_QUOTA_US: RangeInclusive<i64> = 1_000..=(1 << 44) - 1;
+
+const CPU_PERIOD_US: RangeInclusive<u64> = 1_000..=1_000_000;
+
+/// The kernel's own default, and the contract's.
+const DEFAULT_CPU_PERIOD_US: u64 = 100_000;
+
+/// The cgroup that enforces the limits on the host; `None` when there are none.
+pub(super) fn plan_cgroup(spec: &Spec, report: &mut Report) -> Option<Cgroup> {
+    let limits = &spec.resource_limits;
+    if let Some(quota) = limits.cpu_quota.filter(|us| *us >= 0 && !CPU_QUOTA_US.contains(us)) {
+        report.error(
+            "resource_limits.cpu_quota",
+            format!(
+                "is {quota} microseconds, must be from {} to {}, or -1 for no limit",
+                CPU_QUOTA_US.start(),
+                CPU_QUOTA_US.end()
+            ),
+        );
+    }
+    if let Some(period) = limits.cpu_period.filter(|us| !CPU_PERIOD_US.contains(us)) {
+        report.error(
+            "resource_limits.cpu_period",
+            format!(
+                "is {period} microseconds, must be from {} to {}",
+                CPU_PERIOD_US.start(),
+                CPU_PERIOD_US.end()
+            ),
+        );
+    }
+    let cpu_max = (limits.cpu_quota.is_some() || limits.cpu_period.is_some()).then(|| {
+        let quota_us = limits.cpu_quota.and_then(unless_negative);
+        Limit::CpuMax { quota_us, period_us: limits.cpu_period.unwrap_or(DEFAULT_CPU_PERIOD_US) }
+    });
+    let planned: Vec<Limit> = [
+        limits.cpu_shares.map(Limit::from_shares),
+        cpu_max,
+        limits.memory_reservation.map(Limit::MemoryLow),
+        limits.memory_swap.map(|bytes| Limit::MemorySwapMax(unless_negative(bytes))),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    if planned.is_empty() {
+        return None;
+    }
+    Cgroup::new(&spec.box_id, planned).map_err(|problem| report.error("box_id", problem)).ok()
+}
+
+/// A limit of which every negative value means none.
+fn unless_negative(limit: i64) -> Option<u64> {
+    u64::try_from(limit).ok()
+}
+
+/// Names of `ulimits` and their `RLIMIT_*` numbers (contract §1.4; `as` is not one of them).
+pub(super) const ULIMITS: [(&str, u32); 15] = [
+    ("cpu", 0),
+    ("fsize", 1),
+    ("data", 2),
+    ("stack", 3),
+    ("core", 4),
+    ("rss", 5),
+    ("nproc", 6),
+    ("nofile", 7),
+    ("memlock", 8),
+    ("locks", 10),
+    ("sigpending", 11),
+    ("msgqueue", 12),
+    ("nice", 13),
+    ("rtprio", 14),
+    ("rttime", 15),
+];
+
+/// The limits of the entrypoint, in the order in which they are set: later ones win.
+pub(super) fn plan_rlimits(limits: &ResourceLimits, report: &mut Report) -> Vec<Rlimit> {
+    // Contract §1.4: always set, in this order, before the spec's own.
+    let (soft, hard) = limits.pids_limit.map_or((4096, 8192), |limit| (limit, limit));
+    let mut rlimits = vec![
+        Rlimit { resource: 7, soft: 1 << 20, hard: 1 << 20 },
+        Rlimit { resource: 6, soft, hard },
+    ];
+    for (index, text) in limits.ulimits.iter().enumerate() {
+        match parse_ulimit(text) {
+            Ok(rlimit) => rlimits.push(rlimit),
+            Err(problem) => report.error(format!("resource_limits.ulimits[{index}]"), problem),
+        }
+    }
+    rlimits
+}
+
+fn parse_ulimit(text: &str) -> Result<Rlimit, String> {
+    let wanted = "must be NAME=SOFT:HARD or NAME=LIMIT, each a number, -1 or unlimited";
+    let (name, limits) = text.split_once('=').ok_or_else(|| format!("is \"{text}\", {wanted}"))?;
+    let known = ULIMITS.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+    let (_, resource) = known.ok_or_else(|| {
+        let names: Vec<&str> = ULIMITS.iter().map(|(name, _)| *name).collect();
+        format!("\"{name}\" is not a limit; known are {}", names.join(", "))
+    })?;
+    let limit = |text: &str| match text {
+        "-1" | "unlimited" => Ok(u64::MAX),
+        text => text.parse().map_err(|_| format!("is \"{name}={limits}\", {wanted}")),
+    };
+    let (soft, hard) = match limits.split_once(':') {
+        Some((soft, hard)) => (limit(soft)?, limit(hard)?),
+        None => (limit(limits)?, limit(limits)?),
+    };
+    if soft > hard {
+        return Err(format!("is \"{text}\", but the soft limit must not exceed the hard limit"));
+    }
+    Ok(Rlimit { resource: *resource, soft, hard })
+}
+
+/// A limit as it is written in a spec.
+pub(super) fn limit_text(limit: u64) -> String {
+    if limit == u64::MAX { "unlimited".into() } else { limit.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::testing::{errors, plan};
+
+    #[test]
+    fn ulimits_follow_the_defaults() {
+        let limits = |text: &str| plan(|s| s.resource_limits.ulimits = vec![text.into()]);
+        for (text, soft, hard) in [
+            ("NoFile=10:20", 10, 20),
+            ("nofile=5", 5, 5),
+            ("nofile=-1:unlimited", u64::MAX, u64::MAX),
+        ] {
+            let plan = limits(text).expect(text);
+            assert_eq!(plan.instance.rlimits[2], Rlimit { resource: 7, soft, hard });
+        }
+        for text in ["nofile", "as=1:1", "nofile=x", "nofile=2:1", "nofile=1:2:3"] {
+            let errors = limits(text).expect_err(text);
+            assert!(errors[0].starts_with("resource_limits.ulimits[0]: "), "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn cpus_are_checked_against_the_host() {
+        let cpus = |text: &str| plan(|s| s.resource_limits.cpuset_cpus = Some(text.into()));
+        let available = CpuSet::available().expect("affinity");
+        let all = cpus(&available.to_string()).expect("a plan");
+        assert!(all.to_string().contains(&format!("\nhost cpus  {available}\n")), "{all}");
+        for (text, problem) in [
+            ("", "is \"\", must be a list of CPUs like \"0-3,6\"".into()),
+            (
+                "0-1023",
+                format!(
+                    "which is offline or not allowed to this process; available are {available}"
+                ),
+            ),
+        ] {
+            let errors = cpus(text).expect_err(text);
+            assert!(errors[0].starts_with("resource_limits.cpuset_cpus: "), "{errors:?}");
+            assert!(errors[0].ends_with(&problem), "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn cgroup_limits_are_judged() {
+        let shown = |change: fn(&mut ResourceLimits)| {
+            let plan = plan(|s| change(&mut s.resource_limits)).expect("a plan");
+            plan.cgroup.map(|cgroup| cgroup.to_string())
+        };
+        assert_eq!(shown(|_| ()), None);
+        assert_eq!(
+            shown(|l| {
+                (l.cpu_shares, l.cpu_quota) = (Some(0), Some(50_000));
+                (l.memory_reservation, l.memory_swap) = (Some(1 << 20), Some(-5));
+            })
+            .expect("a cgroup"),
+            "/sys/fs/cgroup/a3s-box/b, cpu.weight = 1, cpu.max = 50000 100000, memory.low = 1048576, memory.swap.max = max"
+        );
+        for (quota, period, expected) in [
+            (Some(-1), None, "cpu.max = max 100000"),
+            (None, Some(1_000), "cpu.max = max 1000"),
+            (Some(1_000), Some(1_000_000), "cpu.max = 1000 1000000"),
+        ] {
+            let limited = |s: &mut Spec| {
+                (s.resource_limits.cpu_quota, s.resource_limits.cpu_period) = (quota, period);
+            };
+            let cgroup = plan(limited).expect("a plan").cgroup.expect("a cgroup");
+            assert!(cgroup.to_string().ends_with(expected), "{cgroup}");
+        }
+        for (quota, period, field) in [
+            (Some(0), None, "quota: is 0 microseconds, must be from 1000 to "),
+            (Some(999), None, "quota: is 999 "),
+            (Some(1 << 44), None, "quota: is 17592186044416 "),
+            (None, Some(999), "period: is 999 microseconds, must be from 1000 to 1000000"),
+            (None, Some(1_000_001), "period: is 1000001 "),
+        ] {
+            let errors = errors(|s| {
+                (s.resource_limits.cpu_quota, s.resource_limits.cpu_period) = (quota, period);
+            });
+            assert!(errors[0].starts_with(&format!("resource_limits.cpu_{field}")), "{errors:?}");
+        }
+        let errors = errors(|s| {
+            s.box_id = "../b".into();
+            s.resource_limits.memory_swap = Some(0);
+        });
+        assert!(errors[0].starts_with("box_id: is \"../b\", but with limits"), "{errors:?}");
+        assert!(plan(|s| s.box_id = "../b".into()).is_ok(), "a name only matters with limits");
+    }
+}

@@ -1,0 +1,154 @@
+//! The TCP ports of the host that are published: whose clients are connected to a port of the guest.
+
+use std::collections::HashMap;
+
+use crate::spec::json::Report;
+
+/// A TCP port of the host whose connections go to a TCP port of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedPort {
+    /// The host's port, not 0.
+    pub host: u16,
+    /// The guest's port, not 0.
+    pub guest: u16,
+}
+
+/// Most published ports (contract §1.6).
+const MAX_PUBLISHED_PORTS: usize = 4096;
+
+/// The spec's `port_map`, in its order.
+pub(super) fn plan(port_map: &[String], report: &mut Report) -> Vec<PublishedPort> {
+    if port_map.len() > MAX_PUBLISHED_PORTS {
+        let len = port_map.len();
+        report.error(
+            "port_map",
+            format!("has {len} entries, mote can publish {MAX_PUBLISHED_PORTS} ports"),
+        );
+        return Vec::new();
+    }
+    let mut ports = Vec::new();
+    let (mut host_ports, mut guest_ports) = (HashMap::new(), HashMap::new());
+    for (index, text) in port_map.iter().enumerate() {
+        let path = format!("port_map[{index}]");
+        let port = match parse_published_port(text) {
+            Ok(port) => port,
+            Err(problem) => {
+                report.error(path, format!("is \"{text}\", {problem}"));
+                continue;
+            }
+        };
+        for (side, number, known) in
+            [("host", port.host, &mut host_ports), ("guest", port.guest, &mut guest_ports)]
+        {
+            let first = *known.entry(number).or_insert(index);
+            if first != index {
+                report.error(
+                    &path,
+                    format!(
+                        "is \"{text}\", but {side} port {number} is in port_map[{first}] already; give each entry ports of its own"
+                    ),
+                );
+            }
+        }
+        ports.push(port);
+    }
+    ports
+}
+
+/// Parses `HOST:GUEST`. What is not understood is told apart from what mote does not do.
+fn parse_published_port(text: &str) -> Result<PublishedPort, String> {
+    let (pair, protocol) = text.split_once('/').map_or((text, None), |(p, q)| (p, Some(q)));
+    let mut from_the_end = pair.rsplitn(3, ':');
+    let (guest, host) = (from_the_end.next(), from_the_end.next());
+    let (Some(guest), Some(host)) = (guest, host) else {
+        return Err("must be HOST:GUEST, two port numbers like \"8080:80\"".into());
+    };
+    match protocol {
+        None => {}
+        Some(protocol) if protocol.eq_ignore_ascii_case("tcp") => {
+            return Err(format!("but ports are always TCP's here; write \"{host}:{guest}\""));
+        }
+        Some(protocol) => {
+            return Err(format!("but only TCP ports can be published, not those of {protocol}"));
+        }
+    }
+    if from_the_end.next().is_some() {
+        return Err(format!(
+            "but a port is published on all of the host's addresses; write \"{host}:{guest}\""
+        ));
+    }
+    let port = |text: &str| {
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err("must be HOST:GUEST, two port numbers like \"8080:80\"".into());
+        }
+        text.parse()
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| format!("but {text} is not a port; those are from 1 to {}", u16::MAX))
+    };
+    Ok(PublishedPort { host: port(host)?, guest: port(guest)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::testing::{errors, plan};
+
+    #[test]
+    fn published_ports_are_judged_strictly() {
+        let ports = |entries: &[&str]| {
+            let port_map: Vec<String> = entries.iter().map(|text| (*text).to_owned()).collect();
+            plan(|s| s.port_map = port_map)
+        };
+        let planned = ports(&["8080:80", "1:65535", "65535:1"]).expect("a plan");
+        assert_eq!(planned.published_ports[1], PublishedPort { host: 1, guest: 65_535 });
+        assert!(planned.to_string().contains("port       8080 -> guest port 80\n"));
+        let wanted = "must be HOST:GUEST, two port numbers like \"8080:80\"";
+        for (text, problem) in [
+            ("", wanted),
+            ("8080", wanted),
+            (":", wanted),
+            ("8080:", wanted),
+            (":80", wanted),
+            (" 8080:80", wanted),
+            ("+8080:80", wanted),
+            ("-1:80", wanted),
+            ("8080-8090:80", wanted),
+            ("http:80", wanted),
+            ("8080:80/", "but only TCP ports can be published, not those of "),
+            ("8080:80/udp", "but only TCP ports can be published, not those of udp"),
+            ("8080:80/tcp", "but ports are always TCP's here; write \"8080:80\""),
+            (
+                "127.0.0.1:8080:80",
+                "but a port is published on all of the host's addresses; write \"8080:80\"",
+            ),
+            (
+                "[::1]:8080:80",
+                "but a port is published on all of the host's addresses; write \"8080:80\"",
+            ),
+            ("0:80", "but 0 is not a port; those are from 1 to 65535"),
+            ("8080:0", "but 0 is not a port; those are from 1 to 65535"),
+            ("65536:80", "but 65536 is not a port; those are from 1 to 65535"),
+            (
+                "8080:99999999999999999999",
+                "but 99999999999999999999 is not a port; those are from 1 to 65535",
+            ),
+        ] {
+            let errors = ports(&["1:1", text]).expect_err(text);
+            assert_eq!(errors, [format!("port_map[1]: is \"{text}\", {problem}")]);
+        }
+        assert_eq!(
+            ports(&["80:80", "443:443", "80:8080", "81:443"]).expect_err("repeated"),
+            [
+                "port_map[2]: is \"80:8080\", but host port 80 is in port_map[0] already; give each entry ports of its own",
+                "port_map[3]: is \"81:443\", but guest port 443 is in port_map[1] already; give each entry ports of its own",
+            ]
+        );
+        let many: Vec<String> = (1..=4097).map(|port| format!("{port}:{port}")).collect();
+        assert_eq!(
+            errors(|s| s.port_map = many.clone()),
+            ["port_map: has 4097 entries, mote can publish 4096 ports"]
+        );
+        assert!(plan(|s| s.port_map = many[1..].to_vec()).is_ok());
+    }
+}
