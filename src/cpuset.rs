@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::sys;
 
-/// Numbers of host CPUs, each below [`sys::MAX_CPUS`].
+/// Numbers of host CPUs, each below [`sys::process::MAX_CPUS`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuSet(BTreeSet<u16>);
 
@@ -20,8 +20,8 @@ impl CpuSet {
             if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
                 return Err(malformed());
             }
-            text.parse().ok().filter(|cpu| *cpu < sys::MAX_CPUS).ok_or_else(|| {
-                format!("has the CPU {text}, must have CPUs below {}", sys::MAX_CPUS)
+            text.parse().ok().filter(|cpu| *cpu < sys::process::MAX_CPUS).ok_or_else(|| {
+                format!("has the CPU {text}, must have CPUs below {}", sys::process::MAX_CPUS)
             })
         };
         let mut cpus = BTreeSet::new();
@@ -38,7 +38,9 @@ impl CpuSet {
 
     /// The online CPUs that this process may run on.
     pub fn available() -> Result<CpuSet> {
-        sys::cpu_affinity().map(CpuSet).context("ask for the CPUs that this process may run on")
+        sys::process::cpu_affinity()
+            .map(CpuSet)
+            .context("ask for the CPUs that this process may run on")
     }
 
     /// The first CPU of this set that is not in the other.
@@ -48,7 +50,7 @@ impl CpuSet {
 
     /// Binds the calling thread, and all threads and processes that it will start, to these CPUs.
     pub fn bind(&self) -> Result<()> {
-        sys::set_cpu_affinity(&self.0).with_context(|| {
+        sys::process::set_cpu_affinity(&self.0).with_context(|| {
             format!("bind mote to the CPUs {self} (change resource_limits.cpuset_cpus)")
         })?;
         // The kernel drops those that a cpuset cgroup does not allow, without a word.

@@ -64,7 +64,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::cli::{Command, Config};
-use crate::confine::seccomp;
+use crate::confine::sudden_end;
 use crate::host::janitor::Janitor;
 use crate::host::sockets;
 use crate::outcome::{Outcome, USAGE};
@@ -144,12 +144,12 @@ fn run_box(
         .and_then(|inherited| {
             outcome_file = ReportFile::open(outcome_path, "outcome")?;
             timeline_file = ReportFile::open(timeline_path, "timeline")?;
-            seccomp::report_sudden_ends(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
+            sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
             run_to_end(config, environment, &inherited, &mut timeline, &mut exits)
         })
         .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
-    seccomp::decide(outcome.exit_code());
+    sudden_end::decide(outcome.exit_code());
     let reported =
         outcome_file.map_or(Ok(()), |to| to.write(|file| outcome.write_to(file))).and_then(|()| {
             timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f, &exits)))
@@ -207,11 +207,11 @@ fn run_to_end(
     };
     timeline.mark("plan_ready");
     let signals = Rc::new(Signals::block()?);
-    sys::raise_open_file_limit();
+    sys::process::raise_open_file_limit();
     // Its image in memory holds the guest's: nobody gets a copy.
     sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::confine::share_heap();
-    sys::adopt_orphans().context("become the parent of back-ends' children")?;
+    sys::process::adopt_orphans().context("become the parent of back-ends' children")?;
     run_on_host(&plan, inherited, &signals, timeline, exits).or_else(|error| {
         // What waited was told to stop, and so is over. The guest would have ended by it as well.
         let signal = || sys::next_signal(&signals.stop);

@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use mote::confine::seccomp;
+use mote::confine::sudden_end;
 use mote::plan::Environment;
 use mote::timeline::Timeline;
 use mote::{cli, log, outcome};
@@ -11,7 +11,7 @@ use mote::{cli, log, outcome};
 fn main() -> ExitCode {
     // A bug: one line that says where, rather than a signal that says nothing.
     std::panic::set_hook(Box::new(|panic| {
-        seccomp::end_suddenly(
+        sudden_end::end(
             "internal-error",
             format_args!("internal error, please report it: {panic}"),
         );

@@ -24,7 +24,7 @@ use serde_json::json;
 pub const USAGE: u8 = 2;
 
 /// Exit code for what breaks mote. After a refused system call, a fatal signal or a panic the process ends
-/// where it is, without an [`Outcome`] ([`crate::confine::seccomp::end_suddenly`]).
+/// where it is, without an [`Outcome`] ([`crate::confine::sudden_end::end`]).
 pub const BROKEN: u8 = 120;
 
 /// Why memory of the guest's may be gone, and what to change.

@@ -141,7 +141,7 @@ fn parse_name_server(text: &str) -> Option<SocketAddr> {
         return Some(SocketAddr::new(text.parse().ok()?, DNS_PORT));
     };
     let ip: Ipv6Addr = ip.parse().ok()?;
-    let scope = interface.parse().ok().or_else(|| sys::interface_index(interface))?;
+    let scope = interface.parse().ok().or_else(|| sys::socket::interface_index(interface))?;
     Some(SocketAddrV6::new(ip, DNS_PORT, 0, scope).into())
 }
 

@@ -2,9 +2,14 @@
 
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use anyhow::{Context, Result};
 
 use crate::confine::Isolation;
-use crate::kvm;
+use crate::kvm::{self, cpu, self_test, vcpu};
+use crate::memory;
 use crate::plan::{self, Environment};
 use crate::spec::json::Report;
 
@@ -26,12 +31,29 @@ pub fn run(environment: &Environment) -> bool {
     ready
 }
 
-fn kvm() -> Result<String, String> {
-    kvm::check().map_err(|error| format!("{error:#}"))?;
+fn kvm() -> std::result::Result<String, String> {
+    test_kvm().map_err(|error| format!("{error:#}"))?;
     Ok(format!("{} ran a test guest", kvm::DEVICE))
 }
 
-fn virtiofsd(environment: &Environment) -> Result<String, String> {
+/// Opens KVM and runs the self-test in a VM of its own.
+fn test_kvm() -> Result<()> {
+    let kvm = kvm::open()?;
+    let vm = kvm::create_vm(&kvm)?;
+    let ram = memory::create_ram(2 << 20)?;
+    memory::add_ram(&vm, &ram)?;
+    let cpuid = cpu::cpuid(&kvm::supported_cpuid(&kvm)?, 0, 1, true);
+    let mut vcpu = vcpu::create(&vm, 0, &cpuid)?;
+    let (sender, result) = mpsc::channel();
+    thread::Builder::new()
+        .name("kvm-self-test".into())
+        // Nobody listens any more when the time was over.
+        .spawn(move || drop(sender.send(self_test::run(&mut vcpu, &cpuid, &ram))))
+        .context("start the KVM self-test")?;
+    self_test::wait(&result)
+}
+
+fn virtiofsd(environment: &Environment) -> std::result::Result<String, String> {
     let mut report = Report::default();
     let Some(path) = plan::find_virtiofsd(environment, &mut report) else {
         return Err(report.errors.iter().map(|fault| fault.problem.clone()).collect());

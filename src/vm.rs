@@ -20,8 +20,8 @@ use crate::confine::seccomp::ThreadKind;
 use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
 use crate::host::janitor::Janitor;
 use crate::host::virtiofsd::{self, Virtiofsd};
-use crate::kvm::cpu;
 use crate::kvm::vcpu::{self, Exit, ExitCounts, ExitReporter, Start};
+use crate::kvm::{cpu, self_test};
 use crate::memory::{self, GuestRam, RegisterPages};
 use crate::plan::Plan;
 use crate::plan::{Network, PasstSocket};
@@ -216,7 +216,7 @@ impl Vm {
         for (index, gate) in gates.iter().enumerate() {
             gate.send(()).ok().with_context(|| format!("vCPU {index} has ended"))?;
             if index == 0 {
-                kvm::wait_for_self_test(&tested)?;
+                self_test::wait(&tested)?;
             }
         }
         Ok(())
@@ -239,7 +239,7 @@ fn connect_network(network: &Network, janitor: &Janitor, stop: &File) -> Result<
             Net::new(passt::connect(path, stop)?, Some(again))
         }
         PasstSocket::Inherited(fd) => {
-            let socket = sys::inherited_stream(*fd);
+            let socket = sys::socket::inherited_stream(*fd);
             Net::new(socket.context("take over the network's socket")?, None)
         }
     }

@@ -14,7 +14,8 @@ use crate::client::channel::{Channel, request};
 use crate::client::exec::refusal;
 use crate::client::relay::{Output, Session, Stdio, relay};
 use crate::client::{Program, Stop, Target};
-use crate::sys::{self, TerminalMode};
+use crate::sys;
+use crate::sys::terminal::TerminalMode;
 
 /// The size of a terminal that nobody looks at.
 const DEFAULT_SIZE: (u16, u16) = (80, 24);
@@ -92,7 +93,8 @@ impl Pty {
 }
 
 fn terminal_size(stdio: &Stdio) -> Option<(u16, u16)> {
-    sys::terminal_size(&stdio.input).or_else(|| sys::terminal_size(stdio.output.file()))
+    sys::terminal::terminal_size(&stdio.input)
+        .or_else(|| sys::terminal::terminal_size(stdio.output.file()))
 }
 
 fn resize((cols, rows): (u16, u16)) -> Vec<u8> {
@@ -199,7 +201,7 @@ mod tests {
     #[test]
     fn a_terminal_is_raw_during_the_session_and_restored_after() {
         for ends_well in [true, false] {
-            let (keyboard, terminal) = sys::pseudo_terminal(132, 43).expect("made");
+            let (keyboard, terminal) = sys::terminal::pseudo_terminal(132, 43).expect("made");
             let before = mode(&terminal);
             let (seen, cooked) = (terminal.try_clone().expect("cloned"), before.clone());
             let mut user = keyboard.try_clone().expect("cloned");

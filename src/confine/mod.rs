@@ -17,6 +17,7 @@
 //! names a pid.
 
 pub mod seccomp;
+pub mod sudden_end;
 
 use std::fs::File;
 use std::io;

@@ -304,7 +304,7 @@ impl Fuzz {
             }
             _ => {
                 let peer = self.peers.remove(index);
-                sys::set_reset_on_close(&peer.socket, input.flag()).expect("set");
+                sys::socket::set_reset_on_close(&peer.socket, input.flag()).expect("set");
             }
         }
         self.bench.run();

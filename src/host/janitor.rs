@@ -90,7 +90,7 @@ impl Leftovers {
     /// All but the cgroup.
     fn remove_most(&mut self) {
         self.sockets.drain(..).for_each(SocketFile::remove);
-        self.processes.drain(..).for_each(|process| sys::kill_process(&process));
+        self.processes.drain(..).for_each(|process| sys::process::kill_process(&process));
     }
 }
 
@@ -119,10 +119,12 @@ impl Janitor {
     /// once this process has ended.
     pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, Place)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
-        let mote = sys::process_file(std::process::id()).context("watch mote for its janitor")?;
+        let mote =
+            sys::process::process_file(std::process::id()).context("watch mote for its janitor")?;
         let keep = [theirs.as_raw_fd(), mote.as_raw_fd()];
         let work = || work(&duties, &theirs, &mote);
-        let pid = sys::start_detached(c"mote-janitor", &keep, work).context("start the janitor")?;
+        let pid = sys::process::start_detached(c"mote-janitor", &keep, work)
+            .context("start the janitor")?;
         drop(theirs);
         let janitor = Janitor { line, ends_first: duties.cgroup.is_none().then_some(pid) };
         match Place::take(&duties, &janitor.line, stop) {
@@ -161,7 +163,7 @@ impl Janitor {
     pub fn dismiss(self) {
         drop(self.line);
         if let Some(pid) = self.ends_first {
-            sys::reap(pid, CLEANING_LIMIT);
+            sys::process::reap(pid, CLEANING_LIMIT);
         }
     }
 }

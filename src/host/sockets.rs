@@ -48,7 +48,7 @@ impl SocketFile {
 pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>> {
     for socket in &bound {
         // So that clients see the box's process at the other end, and not its janitor.
-        sys::listen(socket, BACKLOG).context("listen on the box's sockets")?;
+        sys::socket::listen(socket, BACKLOG).context("listen on the box's sockets")?;
     }
     let mut listeners: Vec<Listener> = plan
         .sockets
@@ -73,7 +73,7 @@ pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>>
 pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     let path = &plan.path;
     let bind = || -> Result<(UnixListener, SocketFile)> {
-        match sys::connect_unix(path.as_os_str().as_bytes()) {
+        match sys::socket::connect_unix(path.as_os_str().as_bytes()) {
             Ok(_) => bail!(TAKEN),
             // Its queue of clients is full.
             Err(error) if error.kind() == ErrorKind::WouldBlock => bail!(TAKEN),
@@ -92,9 +92,9 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
         sys::fill_random(&mut random)?;
         let hidden = path.with_file_name(format!(".{:08x}", u32::from_ne_bytes(random)));
         let bind_at = |path: &Path| {
-            let socket = sys::unix_stream_socket()?;
-            sys::set_socket_mode(&socket, 0o600)?;
-            sys::bind_and_listen(&socket, path.as_os_str().as_bytes(), BACKLOG)?;
+            let socket = sys::socket::unix_stream_socket()?;
+            sys::socket::set_socket_mode(&socket, 0o600)?;
+            sys::socket::bind_and_listen(&socket, path.as_os_str().as_bytes(), BACKLOG)?;
             Ok::<_, io::Error>(socket)
         };
         let linked = if hidden.as_os_str().len() <= MAX_SOCKET_PATH {
@@ -125,7 +125,7 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
 pub fn publish(port: &PublishedPort) -> Result<Vec<TcpListener>> {
     let mut listeners = Vec::new();
     for ip in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-        match sys::listen_tcp(SocketAddr::new(ip, port.host), BACKLOG) {
+        match sys::socket::listen_tcp(SocketAddr::new(ip, port.host), BACKLOG) {
             Ok(listener) => listeners.push(listener),
             Err(error) if ip.is_ipv6() && is_without_ipv6(&error) => {}
             Err(error) => {
@@ -205,8 +205,8 @@ mod tests {
     #[test]
     fn a_socket_whose_listener_is_stuck_is_a_live_one() {
         let plan = scratch("stuck");
-        let stuck = sys::unix_stream_socket().expect("a socket");
-        sys::bind_and_listen(&stuck, plan.path.as_os_str().as_bytes(), 0).expect("bound");
+        let stuck = sys::socket::unix_stream_socket().expect("a socket");
+        sys::socket::bind_and_listen(&stuck, plan.path.as_os_str().as_bytes(), 0).expect("bound");
         let _queued = UnixStream::connect(&plan.path).expect("the only place");
         let error = listen(&plan).expect_err("taken");
         assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");

@@ -72,10 +72,10 @@ impl Virtiofsd {
         memory_bytes: u64,
     ) -> Result<(Virtiofsd, UnixStream)> {
         let (listener, connection) =
-            sys::connected_listener().context("create the vhost-user socket")?;
+            sys::socket::connected_listener().context("create the vhost-user socket")?;
         let mut command = Command::new(program);
         command
-            .arg(format!("--fd={}", sys::INHERITED_FD))
+            .arg(format!("--fd={}", sys::process::INHERITED_FD))
             .arg("--shared-dir")
             .arg(&share.host_path)
             .args(["--cache=auto", "--xattr", "--inode-file-handles=never", "--log-level=error"])
@@ -92,9 +92,9 @@ impl Virtiofsd {
         let open_files = memory_bytes / INODE_LEN;
         let open_files = open_files.clamp(*OPEN_FILES.start(), *OPEN_FILES.end());
         let prepare = move || confine::limit_open_files_anew(open_files).and_then(|()| restrict());
-        sys::helper(&mut command, listener.as_fd(), prepare);
+        sys::process::helper(&mut command, listener.as_fd(), prepare);
         let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
-        let ended = sys::process_file(child.id()).context("watch virtiofsd")?;
+        let ended = sys::process::process_file(child.id()).context("watch virtiofsd")?;
         let stderr = child.stderr.take();
         if let Some(pipe) = &stderr {
             sys::set_nonblocking(pipe).context("prepare virtiofsd's standard error")?;
@@ -111,7 +111,7 @@ impl Virtiofsd {
         let children = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let first = |list: io::Result<String>| list.ok()?.split_whitespace().next()?.parse().ok();
         let Some(child) = first(children()) else { return };
-        let Ok(server) = sys::process_file(child) else { return };
+        let Ok(server) = sys::process::process_file(child) else { return };
         // The number is nobody else's by now.
         if first(children()) == Some(child) {
             self.server = Some(server);
@@ -159,7 +159,7 @@ impl Virtiofsd {
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status.to_string(),
             _ => {
-                sys::kill_process(&self.ended);
+                sys::process::kill_process(&self.ended);
                 self.child.wait().map_or_else(|e| e.to_string(), |_| "it did not answer".into())
             }
         };
@@ -178,9 +178,9 @@ impl Drop for Virtiofsd {
     fn drop(&mut self) {
         // Killing what has ended is no error; waiting leaves no zombie. One that the guest has taken over
         // may not end with its parent.
-        self.processes().for_each(sys::kill_process);
+        self.processes().for_each(sys::process::kill_process);
         // With the child that it has forked, and that ends with it.
-        sys::reap(self.child.id(), REAP_LIMIT);
+        sys::process::reap(self.child.id(), REAP_LIMIT);
     }
 }
 

@@ -12,7 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, Effect};
-use crate::kvm::{self, cpu};
+use crate::kvm::{cpu, self_test};
 use crate::memory::GuestRam;
 use crate::outcome;
 
@@ -126,7 +126,7 @@ pub fn serve(
     }
     if let Start::Boot { cpuid, ram, entry, result } = start {
         let prepared =
-            kvm::self_test(&mut vcpu, &cpuid, &ram).and_then(|()| prepare_boot(&vcpu, entry));
+            self_test::run(&mut vcpu, &cpuid, &ram).and_then(|()| prepare_boot(&vcpu, entry));
         let goes_on = prepared.is_ok();
         if result.send(prepared).is_err() || !goes_on {
             return;

@@ -99,7 +99,7 @@ fn plan_passt(network: &spec::Network, report: &mut Report) -> PasstSocket {
         [("network.net_socket_fd", network.socket_fd), ("network.net_proxy_fd", network.proxy_fd)]
     {
         // The first three are nobody's network, whatever they are.
-        if let Some(fd) = fd.filter(|fd| *fd < 3 || !sys::is_unix_stream(*fd)) {
+        if let Some(fd) = fd.filter(|fd| *fd < 3 || !sys::socket::is_unix_stream(*fd)) {
             report.error(
                 field,
                 format!("is {fd}, which is no Unix stream socket that mote was started with"),

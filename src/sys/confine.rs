@@ -8,8 +8,6 @@ use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
-use std::sync::OnceLock;
-use std::time::Duration;
 
 use super::check;
 
@@ -114,16 +112,20 @@ pub fn no_new_privileges() -> io::Result<()> {
 
 // Capabilities (include/uapi/linux/capability.h).
 const CAP_SETPCAP: u32 = 8;
+
 const CAP_SYS_CHROOT: u32 = 18;
+
 const CAP_SYS_ADMIN: u32 = 21;
 
 /// `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct` (capset(2)).
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
 #[repr(C)]
 struct CapabilityHeader {
     version: u32,
     pid: libc::c_int,
 }
+
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct CapabilityWord {
@@ -291,99 +293,4 @@ pub fn succeeds_in_child(work: impl FnOnce() -> io::Result<()>) -> bool {
             _ => false,
         }
     }
-}
-
-/// Why the kernel stops a thread for good.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fatal {
-    /// A filter has refused the system call of this number.
-    Refused(libc::c_int),
-    /// There is no memory behind an address that is mapped (SIGBUS).
-    MemoryGone,
-    /// There is nothing at an address (SIGSEGV).
-    BadAddress,
-}
-
-/// What is told of that, before the process ends. Runs in a signal handler, in a thread to which nearly
-/// nothing is allowed.
-pub type FatalHandler = fn(Fatal) -> !;
-
-static FATAL_HANDLER: OnceLock<FatalHandler> = OnceLock::new();
-
-/// Has the signals for what is fatal end in `handler`. To be called once, before the first filter:
-/// std's own handlers make system calls that those refuse.
-pub fn on_fatal(handler: FatalHandler) -> io::Result<()> {
-    FATAL_HANDLER.get_or_init(|| handler);
-    for signal in [libc::SIGSYS, libc::SIGBUS, libc::SIGSEGV] {
-        // SAFETY: an all-zero sigaction is valid; `on_signal` has the signature that SA_SIGINFO calls
-        // for, takes no locks and does not return.
-        unsafe {
-            let mut action: libc::sigaction = zeroed();
-            action.sa_sigaction = on_signal as *const () as usize;
-            // On the stack that std has set up for this: a thread's own may be what is used up.
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            check(libc::sigaction(signal, &action, ptr::null_mut()))?;
-        }
-    }
-    Ok(())
-}
-
-/// `si_code` of a SIGSYS that seccomp has sent (sigaction(2)).
-const SYS_SECCOMP: libc::c_int = 1;
-
-/// The start of a `siginfo_t` about a system call (include/uapi/asm-generic/siginfo.h).
-#[repr(C)]
-struct SystemCallInfo {
-    signal: libc::c_int,
-    errno: libc::c_int,
-    code: libc::c_int,
-    address: *const libc::c_void,
-    number: libc::c_int,
-    architecture: libc::c_uint,
-}
-
-extern "C" fn on_signal(
-    signal: libc::c_int,
-    info: *const libc::siginfo_t,
-    _context: *const libc::c_void,
-) {
-    // SAFETY: the kernel passes a siginfo_t, which is larger than this beginning of it and aligned.
-    let info = unsafe { &*info.cast::<SystemCallInfo>() };
-    let fatal = match signal {
-        libc::SIGSYS if info.code == SYS_SECCOMP => Some(Fatal::Refused(info.number)),
-        // The kernel's own are positive; others were sent by somebody.
-        libc::SIGBUS if info.code > 0 => Some(Fatal::MemoryGone),
-        libc::SIGSEGV if info.code > 0 => Some(Fatal::BadAddress),
-        _ => None,
-    };
-    match (FATAL_HANDLER.get(), fatal) {
-        (Some(handler), Some(fatal)) => handler(fatal),
-        // As a shell reports an end by this signal, which can no longer be had itself.
-        _ => exit_now(128 + signal),
-    }
-}
-
-/// Writes to a descriptor as far as it takes it at once, and asks no more: nothing, if it is a pipe that
-/// is full. For signal handlers.
-pub fn write_once(fd: RawFd, bytes: &[u8]) {
-    let mut ready = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: pointers and lengths describe `ready` and `bytes`; a number that is not open is refused.
-    unsafe {
-        if libc::poll(&mut ready, 1, 0) == 1 {
-            libc::write(fd, bytes.as_ptr().cast(), bytes.len());
-        }
-    }
-}
-
-/// Waits. For signal handlers, in threads to which poll is all of that kind that is allowed.
-pub fn wait(time: Duration) {
-    let time_ms = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: no descriptors are looked at.
-    unsafe { libc::poll(ptr::null_mut(), 0, time_ms) };
-}
-
-/// Ends the process at once: no destructor runs, nothing is flushed.
-pub fn exit_now(code: libc::c_int) -> ! {
-    // SAFETY: plain system call.
-    unsafe { libc::_exit(code) }
 }

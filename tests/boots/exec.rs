@@ -189,7 +189,7 @@ fn a_hundred_commands_at_once() {
 
 #[test]
 fn a_thousand_connections_are_open_at_once() {
-    mote::sys::raise_open_file_limit();
+    mote::sys::process::raise_open_file_limit();
     let (test, started) = idle();
     let mut clients: Vec<Client> = (0..1000).map(|_| Client::connect(&test, "exec")).collect();
     // In either order: all are there.

@@ -60,7 +60,7 @@ pub fn connect(path: &Path, stop: &File) -> Result<UnixStream> {
 
 /// Connects to passt's socket if somebody listens on it at this moment.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    sys::connect_unix(path.as_os_str().as_bytes())
+    sys::socket::connect_unix(path.as_os_str().as_bytes())
 }
 
 /// Why a connection is of no more use; reads as what passt did.

@@ -91,7 +91,7 @@ fn connected(bench: &mut Bench) -> (Ports, TcpStream) {
 
 /// Closes a socket so that the device's end gets a reset.
 fn reset(peer: TcpStream) {
-    sys::set_reset_on_close(&peer, true).expect("set");
+    sys::socket::set_reset_on_close(&peer, true).expect("set");
     drop(peer);
 }
 
@@ -340,7 +340,7 @@ fn a_peer_that_takes_nothing_does_not_keep_what_the_guest_has_closed() {
 
 #[test]
 fn clients_of_the_boxs_sockets_leave_room_for_its_flows() {
-    sys::raise_open_file_limit();
+    sys::process::raise_open_file_limit();
     let mut bench = Bench::started();
     let clients: Vec<_> = (0..MAX_CLIENTS + 5).map(|_| bench.connect(0)).collect();
     bench.run();

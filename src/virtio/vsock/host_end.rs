@@ -185,12 +185,12 @@ impl HostEnd {
     pub fn connect(&mut self, protocol: Protocol, destination: SocketAddr) -> io::Result<()> {
         match protocol {
             Protocol::Tcp => {
-                let socket = sys::connect_tcp(destination)?;
+                let socket = sys::socket::connect_tcp(destination)?;
                 prepare_tcp(&socket)?;
                 self.socket = Socket::Connecting(socket);
             }
             Protocol::Udp => {
-                self.socket = Socket::Udp(sys::connect_udp(destination)?);
+                self.socket = Socket::Udp(sys::socket::connect_udp(destination)?);
                 self.rest = Rest::new(&flow::status(0));
             }
         }
@@ -254,7 +254,7 @@ impl HostEnd {
             // Failing means that the peer is gone, which reading will tell.
             let _ = self.socket.shutdown(Shutdown::Write);
             if let Socket::Tcp(socket) = &self.socket {
-                let _ = sys::set_reset_on_close(socket, false);
+                let _ = sys::socket::set_reset_on_close(socket, false);
             }
         }
         if !conn.guest_receives() && !std::mem::replace(&mut self.read_shut, true) {
@@ -401,6 +401,6 @@ const KEEPALIVE_PROBES: libc::c_int = 4;
 /// program asks of its own socket only reaches the agent.
 fn prepare_tcp(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
-    sys::set_keepalive(socket, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES)?;
-    sys::set_reset_on_close(socket, true)
+    sys::socket::set_keepalive(socket, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES)?;
+    sys::socket::set_reset_on_close(socket, true)
 }

@@ -529,7 +529,7 @@ fn resets_that_nobody_takes_stay_bounded() {
 
 #[test]
 fn clients_beyond_the_limit_are_closed_and_the_guest_keeps_its_own() {
-    crate::sys::raise_open_file_limit();
+    crate::sys::process::raise_open_file_limit();
     const BEYOND: usize = 904;
     let mut bench = Bench::new();
     let connect = |bench: &mut Bench| {
@@ -894,7 +894,7 @@ fn a_reset_after_the_answer_is_an_end_and_not_a_refusal() {
 
 #[test]
 fn the_fallback_works_with_as_many_clients_as_there_may_be() {
-    crate::sys::raise_open_file_limit();
+    crate::sys::process::raise_open_file_limit();
     let mut bench = Bench::started();
     let mut client = bench.connect(0);
     bench.run();

@@ -1,0 +1,181 @@
+//! Processes: starting helpers, watching, killing and reaping them; the CPUs they run on.
+
+#![allow(unsafe_code, reason = "part of the module that talks to libc")]
+
+use std::collections::BTreeSet;
+use std::ffi::CStr;
+use std::io;
+use std::mem::{size_of, zeroed};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use super::{check, owned};
+
+/// A descriptor that becomes readable when the process ends.
+pub fn process_file(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
+    Ok(owned(check(fd as libc::c_int)?))
+}
+
+/// Makes a child die with the thread that starts it, and hands it one descriptor as number
+/// [`INHERITED_FD`]; everything else is closed on exec as usual. `prepare` is what it does before; only
+/// async-signal-safe calls, if this process has other threads.
+pub fn helper(
+    command: &mut Command,
+    inherited: BorrowedFd<'_>,
+    mut prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
+    let source = inherited.as_raw_fd();
+    let parent = std::process::id();
+    // SAFETY: the closure runs in the forked child and, beside `prepare`, only makes async-signal-safe
+    // system calls on plain integers. `source` stays open until the command is spawned: callers spawn it while they
+    // still hold the descriptor.
+    unsafe {
+        command.pre_exec(move || {
+            // First: a new user namespace takes the next line back.
+            prepare()?;
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+            // A group of its own: a terminal's Ctrl-C is mote's to handle.
+            check(libc::setpgid(0, 0))?;
+            // The parent may have died before the line above took effect.
+            if libc::getppid() as u32 != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            // Signals that mote takes from a descriptor are blocked; programs expect them open.
+            let mut none: libc::sigset_t = zeroed();
+            libc::sigemptyset(&mut none);
+            check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
+            if source == INHERITED_FD {
+                check(libc::fcntl(source, libc::F_SETFD, 0))?;
+            } else {
+                check(libc::dup2(source, INHERITED_FD))?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// The number under which a [`helper`] finds its descriptor.
+pub const INHERITED_FD: RawFd = 3;
+
+/// Kills the process behind a [`process_file`]. One that has ended is no error.
+pub fn kill_process(process: &impl AsRawFd) {
+    let (fd, info) = (process.as_raw_fd(), ptr::null::<libc::siginfo_t>());
+    // SAFETY: plain system call; without an info the kernel fills in kill(2)'s.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, info, 0) };
+}
+
+/// Makes the orphans of this process's children its own children, so that [`reap`] sees them:
+/// virtiofsd forks.
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) })?;
+    Ok(())
+}
+
+/// Waits for the end of a child that is about to end, and of the rest of the process group that it
+/// leads, as far as they are children too; at most this long.
+pub fn reap(pid: u32, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    for who in [pid as libc::pid_t, -(pid as libc::pid_t)] {
+        loop {
+            // SAFETY: plain system call; a null status pointer is allowed.
+            match unsafe { libc::waitpid(who, ptr::null_mut(), libc::WNOHANG) } {
+                0 if Instant::now() < deadline => std::thread::sleep(REAP_STEP),
+                reaped if reaped > 0 => {}
+                _ => break,
+            }
+        }
+    }
+}
+
+/// How often [`reap`] looks; what it waits for has been killed already.
+const REAP_STEP: Duration = Duration::from_micros(200);
+
+/// Raises the limit on open files as far as it goes: each connection is one (contract §1.3 step 4).
+/// A host that does not allow it has fewer connections. [`super::confine::limit`] lowers it again.
+pub fn raise_open_file_limit() {
+    // SAFETY: an all-zero rlimit is valid, and both calls take a pointer to one.
+    unsafe {
+        let mut limit: libc::rlimit = zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
+/// Starts a process under this name that does `work` and ends, and returns its number. It is a child of
+/// this one, but in a session of its own and with no descriptors but those to `keep`; signals that are
+/// blocked here are blocked there.
+///
+/// `work` must not panic and must not take a lock that another thread may hold: threads are not
+/// copied.
+pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::Result<u32> {
+    let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| *fd as libc::c_uint).collect();
+    keep.sort_unstable();
+    // Closes nothing; whether there is such a call is found out where it can be said (Linux 5.9).
+    let none = libc::c_uint::MAX;
+    // SAFETY: plain system call.
+    check(unsafe { libc::syscall(libc::SYS_close_range, none, none, 0) as libc::c_int })?;
+    // SAFETY: plain system call. The child is a copy of this thread with all its memory, and is
+    // through `_exit` the only thing to run on that copy; glibc puts its own locks in order.
+    let pid = check(unsafe { libc::fork() })?;
+    if pid > 0 {
+        return Ok(pid as u32);
+    }
+    // From here on in the child.
+    let mut from = 0;
+    for fd in keep.into_iter().chain([libc::c_uint::MAX]) {
+        if fd > from {
+            // SAFETY: plain system call. Whatever owns these descriptors in this copy of the
+            // process is never used or dropped: only `work` runs, which owns those that are kept.
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+        }
+        from = fd.saturating_add(1);
+    }
+    // SAFETY: plain system calls; the strings are NUL-terminated and live on.
+    unsafe {
+        // What this process opens shall not be its standard error.
+        while (0..=2).contains(&libc::open(c"/dev/null".as_ptr(), libc::O_RDWR)) {}
+        libc::setsid();
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+    }
+    work();
+    // SAFETY: plain system call. Nothing is flushed and no destructor runs: all that is the
+    // parent's.
+    unsafe { libc::_exit(0) }
+}
+
+/// CPU numbers are below this: what glibc's `cpu_set_t` can hold.
+pub const MAX_CPUS: u16 = libc::CPU_SETSIZE as u16;
+
+/// The online CPUs that the calling thread may run on (sched_getaffinity(2)).
+pub fn cpu_affinity() -> io::Result<BTreeSet<u16>> {
+    // SAFETY: an all-zero cpu_set_t is valid and of the size given; the numbers looked up are below
+    // CPU_SETSIZE.
+    unsafe {
+        let mut set: libc::cpu_set_t = zeroed();
+        check(libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set))?;
+        Ok((0..MAX_CPUS).filter(|&cpu| libc::CPU_ISSET(cpu.into(), &set)).collect())
+    }
+}
+
+/// Limits the calling thread, and what it starts, to these CPUs below [`MAX_CPUS`]
+/// (sched_setaffinity(2)). The kernel may take fewer: see [`cpu_affinity`].
+pub fn set_cpu_affinity(cpus: &BTreeSet<u16>) -> io::Result<()> {
+    // SAFETY: an all-zero cpu_set_t is valid and of the size given; libc's CPU_SET checks the
+    // number's bounds.
+    unsafe {
+        let mut set: libc::cpu_set_t = zeroed();
+        for &cpu in cpus {
+            libc::CPU_SET(cpu.into(), &mut set);
+        }
+        check(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set))?;
+    }
+    Ok(())
+}

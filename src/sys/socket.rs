@@ -1,0 +1,261 @@
+//! Sockets: making, connecting and adjusting them as std cannot.
+
+#![allow(unsafe_code, reason = "part of the module that talks to libc")]
+
+use std::ffi::CString;
+use std::io;
+use std::mem::{offset_of, size_of, zeroed};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::ptr;
+
+use super::{check, fill_random, owned, set_nonblocking};
+
+/// Limits who may connect to a socket that is about to be bound to a path: its file gets this mode.
+pub fn set_socket_mode(socket: &impl AsRawFd, mode: libc::mode_t) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::fchmod(socket.as_raw_fd(), mode) })?;
+    Ok(())
+}
+
+/// An unbound Unix stream socket.
+pub fn unix_stream_socket() -> io::Result<OwnedFd> {
+    // SAFETY: plain system call.
+    Ok(owned(check(unsafe {
+        libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0)
+    })?))
+}
+
+/// The address of a Unix socket at a path of at most 107 bytes.
+fn unix_address(path: &[u8]) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
+    // SAFETY: an all-zero sockaddr_un is valid.
+    let mut address: libc::sockaddr_un = unsafe { zeroed() };
+    if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, from) in address.sun_path.iter_mut().zip(path) {
+        *to = *from as libc::c_char;
+    }
+    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
+}
+
+/// Binds a Unix socket to a path of at most 107 bytes and listens.
+pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int) -> io::Result<()> {
+    let (address, len) = unix_address(path)?;
+    // SAFETY: pointer and length describe `address`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    listen(socket, backlog)
+}
+
+/// Listens on a socket that is bound, or listens already. Clients of a Unix socket see this process as
+/// their peer (`SO_PEERCRED`).
+pub fn listen(socket: &impl AsRawFd, backlog: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
+    Ok(())
+}
+
+/// A non-blocking TCP socket that listens on this address. One of IPv6 takes no clients of IPv4, for
+/// whom there is another. The port may have connections of an earlier listener that linger
+/// (`SO_REUSEADDR`), but no second listener.
+pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpListener> {
+    let listener = TcpListener::from(inet_socket(libc::SOCK_STREAM, address)?);
+    set_option(&listener, libc::SOL_SOCKET, libc::SO_REUSEADDR, &ON)?;
+    if address.is_ipv6() {
+        set_option(&listener, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &ON)?;
+    }
+    let (raw, len) = raw_address(address);
+    // SAFETY: `raw` holds an address of `len` bytes.
+    check(unsafe { libc::bind(listener.as_raw_fd(), (&raw const raw).cast(), len) })?;
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::listen(listener.as_raw_fd(), backlog) })?;
+    Ok(listener)
+}
+
+/// A non-blocking TCP socket that is being connected, or is. Its first readiness to write, or its
+/// first error, says how that went.
+pub fn connect_tcp(destination: SocketAddr) -> io::Result<TcpStream> {
+    connect(libc::SOCK_STREAM, destination).map(TcpStream::from)
+}
+
+/// A non-blocking UDP socket, connected.
+pub fn connect_udp(destination: SocketAddr) -> io::Result<UdpSocket> {
+    connect(libc::SOCK_DGRAM, destination).map(UdpSocket::from)
+}
+
+fn connect(kind: libc::c_int, destination: SocketAddr) -> io::Result<OwnedFd> {
+    let socket = inet_socket(kind, destination)?;
+    let (raw, len) = raw_address(destination);
+    // SAFETY: `raw` holds an address of `len` bytes.
+    match check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) }) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(socket),
+    }
+}
+
+/// A non-blocking socket of this kind, for addresses of the same family as this one.
+fn inet_socket(kind: libc::c_int, address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: plain system call.
+    Ok(owned(check(unsafe { libc::socket(family, kind, 0) })?))
+}
+
+/// An address as the kernel takes it, and its length there.
+fn raw_address(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: an all-zero address of any kind is valid.
+    let mut storage: libc::sockaddr_storage = unsafe { zeroed() };
+    let len = match address {
+        SocketAddr::V4(address) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: a sockaddr_storage is large enough and aligned for every kind of address.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(raw) };
+            size_of::<libc::sockaddr_in>()
+        }
+        SocketAddr::V6(address) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: address.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                sin6_scope_id: address.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, len as libc::socklen_t)
+}
+
+/// Whether closing a TCP socket resets its connection, and drops what is still to be sent, rather
+/// than ending it in order (socket(7), `SO_LINGER` of zero).
+pub fn set_reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+    set_option(stream, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
+}
+
+/// The value of a socket option that is switched on.
+const ON: libc::c_int = 1;
+
+/// Has a TCP socket ask a silent peer whether it is there (`SO_KEEPALIVE`, tcp(7)): after `idle_s`
+/// seconds, every `interval_s`, and give the connection up after `probes` without an answer.
+pub fn set_keepalive(
+    socket: &impl AsRawFd,
+    idle_s: libc::c_int,
+    interval_s: libc::c_int,
+    probes: libc::c_int,
+) -> io::Result<()> {
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &idle_s)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, &interval_s)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, &probes)?;
+    set_option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &ON)
+}
+
+/// Sets a socket option whose value is a `T`: one of libc's types for it.
+fn set_option<T>(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    let len = size_of::<T>() as libc::socklen_t;
+    let value = ptr::from_ref(value).cast();
+    // SAFETY: pointer and length describe `value`, which the call only reads.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, len) })?;
+    Ok(())
+}
+
+/// The number of the network interface of this name.
+pub fn interface_index(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: the name is NUL-terminated and outlives the call.
+    Some(unsafe { libc::if_nametoindex(name.as_ptr()) }).filter(|index| *index != 0)
+}
+
+/// A listening Unix socket with one connection waiting in its queue, and that connection. Nobody else can
+/// connect to it, neither before nor after. There is no file: the name is an abstract one, and lives as
+/// long as the socket (unix(7)).
+pub fn connected_listener() -> io::Result<(OwnedFd, UnixStream)> {
+    let mut tries = 0;
+    loop {
+        let mut name = [0; 16];
+        fill_random(&mut name)?;
+        // SAFETY: an all-zero sockaddr_un is valid. The byte before the name stays zero.
+        let mut address: libc::sockaddr_un = unsafe { zeroed() };
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        for (to, from) in address.sun_path[1..].iter_mut().zip(name) {
+            *to = from as libc::c_char;
+        }
+        let len = offset_of!(libc::sockaddr_un, sun_path) + 1 + name.len();
+        let (address, len) = ((&raw const address).cast(), len as libc::socklen_t);
+        let listener = unix_stream_socket()?;
+        let connection = UnixStream::from(unix_stream_socket()?);
+        connection.set_nonblocking(true)?;
+        // SAFETY: pointer and length describe the part of `address` that is the name; the rest are plain
+        // system calls on open descriptors.
+        let connected = unsafe {
+            check(libc::bind(listener.as_raw_fd(), address, len))?;
+            // Room for one: ours, or a stranger's who has found the name by now.
+            check(libc::listen(listener.as_raw_fd(), 0))?;
+            let connected = check(libc::connect(connection.as_raw_fd(), address, len));
+            // What waits in the queue stays there; whoever comes from now on is refused.
+            check(libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD))?;
+            connected
+        };
+        tries += 1;
+        match connected {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries < CONNECT_TRIES => {}
+            connected => {
+                connected?;
+                connection.set_nonblocking(false)?;
+                return Ok((listener, connection));
+            }
+        }
+    }
+}
+
+/// How often [`connected_listener`] lets a stranger be faster.
+const CONNECT_TRIES: usize = 16;
+
+/// A non-blocking connection to the Unix stream socket at a path of at most 107 bytes. A listener
+/// with a full backlog is an error (`WouldBlock`), not a wait.
+pub fn connect_unix(path: &[u8]) -> io::Result<UnixStream> {
+    let (address, len) = unix_address(path)?;
+    let socket = unix_stream_socket()?;
+    set_nonblocking(&socket)?;
+    // SAFETY: pointer and length describe `address`.
+    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    Ok(UnixStream::from(socket))
+}
+
+/// Whether this number is an open Unix stream socket.
+pub fn is_unix_stream(fd: RawFd) -> bool {
+    let is = |option: libc::c_int, wanted: libc::c_int| {
+        let mut value: libc::c_int = 0;
+        let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: `value` and `len` describe a buffer of the size these options write; a number that
+        // is no socket is refused.
+        let ret = unsafe {
+            libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut value).cast(), &mut len)
+        };
+        ret == 0 && value == wanted
+    };
+    is(libc::SO_DOMAIN, libc::AF_UNIX) && is(libc::SO_TYPE, libc::SOCK_STREAM)
+}
+
+/// A duplicate of a Unix stream socket that this process was started with, closed on exec.
+pub fn inherited_stream(fd: RawFd) -> io::Result<UnixStream> {
+    if !is_unix_stream(fd) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: plain system call.
+    Ok(UnixStream::from(owned(check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?)))
+}

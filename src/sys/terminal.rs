@@ -1,0 +1,67 @@
+//! Terminals: their modes and sizes.
+
+#![allow(unsafe_code, reason = "part of the module that talks to libc")]
+
+use std::io;
+use std::mem::{MaybeUninit, zeroed};
+use std::os::fd::AsRawFd;
+
+use super::check;
+
+/// The settings of a terminal (termios(3)).
+#[derive(Debug, Clone, Copy)]
+pub struct TerminalMode(libc::termios);
+
+impl TerminalMode {
+    /// The settings that a terminal has.
+    pub fn of(terminal: &impl AsRawFd) -> io::Result<Self> {
+        let mut mode = MaybeUninit::uninit();
+        // SAFETY: tcgetattr fills the structure when it succeeds, and only then is it looked at.
+        unsafe {
+            check(libc::tcgetattr(terminal.as_raw_fd(), mode.as_mut_ptr()))?;
+            Ok(TerminalMode(mode.assume_init()))
+        }
+    }
+
+    /// These settings changed so that every key arrives as it is, at once, and is not echoed.
+    pub fn raw(mut self) -> Self {
+        // SAFETY: the pointer is to an initialised termios.
+        unsafe { libc::cfmakeraw(&mut self.0) };
+        self
+    }
+
+    /// Gives a terminal these settings.
+    pub fn apply(&self, terminal: &impl AsRawFd) -> io::Result<()> {
+        // SAFETY: tcsetattr reads a termios, which the pointer is to.
+        check(unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &self.0) })?;
+        Ok(())
+    }
+}
+
+/// A terminal's columns and rows; `None` for anything else, and for a terminal that does not know.
+pub fn terminal_size(terminal: &impl AsRawFd) -> Option<(u16, u16)> {
+    // SAFETY: an all-zero winsize is valid.
+    let mut size: libc::winsize = unsafe { zeroed() };
+    // SAFETY: TIOCGWINSZ writes a winsize, which the pointer is to.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) }).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
+/// Both ends of a new pseudo-terminal: the keyboard and screen, and what programs use.
+#[cfg(test)]
+pub fn pseudo_terminal(cols: u16, rows: u16) -> io::Result<(std::fs::File, std::fs::File)> {
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    let (mut master, mut slave) = (-1, -1);
+    // SAFETY: openpty writes two descriptors and reads a winsize; null asks for no name and for the
+    // usual settings.
+    check(unsafe {
+        libc::openpty(
+            &mut master,
+            &mut slave,
+            std::ptr::null_mut(),
+            std::ptr::null(),
+            &raw const size,
+        )
+    })?;
+    Ok((super::owned(master).into(), super::owned(slave).into()))
+}
