@@ -7,9 +7,9 @@ use std::time::Duration;
 use lexopt::prelude::*;
 
 use crate::client::cp::{Cp, Route};
-use crate::client::exec::{Exec, NO_TIMEOUT};
+use crate::client::exec::{Exec, NO_TIMEOUT, Program};
 use crate::client::pty::Pty;
-use crate::client::{DEFAULT_WAIT, Program, Target};
+use crate::client::{DEFAULT_WAIT, Target};
 
 /// `--help`.
 pub const HELP: &str = "\

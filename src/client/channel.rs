@@ -13,7 +13,7 @@ use mote_agent::exec::MAX_PAYLOAD;
 use mote_agent::frame::{self, Decoder, Frame};
 use serde::Serialize;
 
-use crate::client::Stop;
+use super::stop::Stop;
 use crate::sys::{self, Interest};
 
 /// Most bytes to read at once: a frame with a full chunk of output.

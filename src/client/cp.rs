@@ -14,9 +14,11 @@ use mote_agent::exec::{
     FileOp, FileRequest, FileResponse, MAX_PAYLOAD, from_base64, kind, to_base64,
 };
 
-use crate::client::channel::{Reply, request};
-use crate::client::relay::{Sink, Stdio};
-use crate::client::{Stop, Target, exec};
+use super::channel::{Reply, request};
+use super::exec;
+use super::relay::{Sink, Stdio};
+use super::stop::Stop;
+use super::target::Target;
 use crate::sys::{self, Interest};
 
 /// Most bytes of a file in one part. Each part is in memory a few times over at both ends, so it is

@@ -7,9 +7,23 @@ use mote_agent::exec::{
     self, ExecChunk, ExecExit, ExecOutput, ExecRequest, MAX_PAYLOAD, Stream, control, kind,
 };
 
-use crate::client::channel::{Channel, request};
-use crate::client::relay::{Output, Session, Stdio, relay};
-use crate::client::{Program, Stop, Target};
+use super::channel::{Channel, request};
+use super::relay::{Output, Session, Stdio, relay};
+use super::stop::Stop;
+use super::target::Target;
+
+/// What to run in the guest, on pipes or on a terminal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Program and arguments.
+    pub cmd: Vec<String>,
+    /// `NAME=value` entries over the box's own environment.
+    pub env: Vec<String>,
+    /// `uid`, `uid:gid`, `name` or `name:group`.
+    pub user: Option<String>,
+    /// Directory to start in.
+    pub workdir: Option<String>,
+}
 
 /// The time limit of a command without one. The protocol's own default is 5 s and it has no word for
 /// "none"; this is far from overflowing any agent's clock.

@@ -10,10 +10,11 @@ use anyhow::{Context, anyhow};
 use mote_agent::exec::Stream;
 use mote_agent::pty::{MAX_DATA, MAX_PAYLOAD, PtyExit, PtyRequest, PtyResize, kind};
 
-use crate::client::channel::{Channel, request};
-use crate::client::exec::refusal;
-use crate::client::relay::{Output, Session, Stdio, relay};
-use crate::client::{Program, Stop, Target};
+use super::channel::{Channel, request};
+use super::exec::{Program, refusal};
+use super::relay::{Output, Session, Stdio, relay};
+use super::stop::Stop;
+use super::target::Target;
 use crate::sys;
 use crate::sys::terminal::TerminalMode;
 

@@ -15,8 +15,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::{Context, anyhow};
 use mote_agent::exec::Stream;
 
-use crate::client::Stop;
-use crate::client::channel::Channel;
+use super::channel::Channel;
+use super::stop::Stop;
 use crate::sys::{self, Interest};
 
 /// The exit code when nobody reads the output: death by SIGPIPE, as the command itself would die

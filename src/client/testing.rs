@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use mote_agent::frame::{self, Frame, HEADER_LEN};
 
-use crate::client::relay::{Sink, Stdio};
-use crate::client::{Program, Stop, Target};
+use super::exec::Program;
+use super::relay::{Sink, Stdio};
+use super::stop::Stop;
+use super::target::Target;
 
 /// An agent that serves a number of connections, one after the other.
 pub struct Agent {
