@@ -33,6 +33,7 @@ pub mod confine;
 pub mod console;
 pub mod cpio;
 pub mod cpuset;
+pub mod event_channel;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod host;
@@ -52,13 +53,11 @@ pub mod token;
 pub mod virtio;
 pub mod vm;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -71,14 +70,14 @@ use crate::outcome::{Outcome, USAGE};
 use crate::plan::{Environment, Plan};
 use crate::run::Signals;
 use crate::spec::Spec;
-use crate::spec::json::Report;
+use crate::spec::json::{Fault, Report};
 use crate::sys::Interest;
 use crate::sys::confine::Resource;
 use crate::timeline::Timeline;
 use crate::vm::Vm;
 
 /// Carries out a command and returns the process's exit code.
-pub fn execute(command: Command, environment: &Environment, timeline: Timeline) -> u8 {
+pub fn execute(command: Command, environment: &Environment, mut timeline: Timeline) -> u8 {
     match command {
         Command::Help => print(cli::HELP),
         Command::Version => print(concat!("mote ", env!("CARGO_PKG_VERSION"), "\n")),
@@ -89,7 +88,7 @@ pub fn execute(command: Command, environment: &Environment, timeline: Timeline) 
                 1
             }
         }
-        Command::Check(config) => check(&config, environment),
+        Command::Check(config) => check(&config, environment, &mut timeline),
         Command::Exec(exec) => client::run(|stdio| exec.run(stdio)),
         Command::Pty(pty) => client::run(|stdio| pty.run(stdio, environment.term.as_deref())),
         Command::Cp(cp) => client::run(|stdio| cp.run(stdio)),
@@ -105,27 +104,37 @@ fn print(text: &str) -> u8 {
     if written.is_ok() { 0 } else { USAGE }
 }
 
-fn check(config: &Config, environment: &Environment) -> u8 {
-    let mut report = Report::default();
-    let text = match read_config(config) {
-        Ok(text) => text,
+fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) -> u8 {
+    match read_plan(config, environment, timeline) {
+        Ok(Ok(plan)) => print(&format!("{plan}\n")),
+        Ok(Err(faults)) => {
+            for fault in &faults {
+                log::error(&fault.to_string());
+            }
+            USAGE
+        }
         Err(error) => {
             log::error(&format!("{error:#}"));
-            return USAGE;
+            USAGE
         }
-    };
-    let plan =
-        Spec::parse(&text, &mut report).and_then(|spec| Plan::new(&spec, environment, &mut report));
+    }
+}
+
+/// Reads a spec and judges it: the plan, or all that is wrong. Warnings are said at once.
+fn read_plan(
+    config: &Config,
+    environment: &Environment,
+    timeline: &mut Timeline,
+) -> Result<Result<Plan, Vec<Fault>>> {
+    let mut report = Report::default();
+    let text = read_config(config)?;
+    let spec = Spec::parse(&text, &mut report);
+    timeline.mark("spec_parsed");
+    let plan = spec.and_then(|spec| Plan::new(&spec, environment, &mut report));
     for warning in &report.warnings {
         log::warn(&warning.to_string());
     }
-    for error in &report.errors {
-        log::error(&error.to_string());
-    }
-    match plan {
-        Some(plan) => print(&format!("{plan}\n")),
-        None => USAGE,
-    }
+    Ok(plan.ok_or(report.errors))
 }
 
 fn run_box(
@@ -137,7 +146,6 @@ fn run_box(
 ) -> u8 {
     let mut outcome_file = None;
     let mut timeline_file = None;
-    let mut exits = Default::default();
     // First: nothing that mote opens is among them.
     let outcome = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
@@ -145,15 +153,14 @@ fn run_box(
             outcome_file = ReportFile::open(outcome_path, "outcome")?;
             timeline_file = ReportFile::open(timeline_path, "timeline")?;
             sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
-            run_to_end(config, environment, &inherited, &mut timeline, &mut exits)
+            run_to_end(config, environment, &inherited, &mut timeline)
         })
         .unwrap_or_else(Outcome::NotStarted);
     timeline.mark("exit");
     sudden_end::decide(outcome.exit_code());
-    let reported =
-        outcome_file.map_or(Ok(()), |to| to.write(|file| outcome.write_to(file))).and_then(|()| {
-            timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f, &exits)))
-        });
+    let reported = outcome_file
+        .map_or(Ok(()), |to| to.write(|file| outcome.write_to(file)))
+        .and_then(|()| timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f))));
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
         log::error(&message);
@@ -191,20 +198,11 @@ fn run_to_end(
     environment: &Environment,
     inherited: &[RawFd],
     timeline: &mut Timeline,
-    exits: &mut BTreeMap<&'static str, u64>,
 ) -> Result<Outcome> {
-    let mut report = Report::default();
-    let text = read_config(config)?;
-    let spec = Spec::parse(&text, &mut report);
-    timeline.mark("spec_parsed");
-    let plan = spec.and_then(|spec| Plan::new(&spec, environment, &mut report));
-    for warning in &report.warnings {
-        log::warn(&warning.to_string());
-    }
-    let Some(plan) = plan else {
-        let faults: Vec<String> = report.errors.iter().map(ToString::to_string).collect();
-        return Err(anyhow!("spec: {}", faults.join("; ")));
-    };
+    let plan = read_plan(config, environment, timeline)?.map_err(|faults| {
+        let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        anyhow!("spec: {}", faults.join("; "))
+    })?;
     timeline.mark("plan_ready");
     let signals = Rc::new(Signals::block()?);
     sys::process::raise_open_file_limit();
@@ -212,7 +210,7 @@ fn run_to_end(
     sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::confine::share_heap();
     sys::process::adopt_orphans().context("become the parent of back-ends' children")?;
-    run_on_host(&plan, inherited, &signals, timeline, exits).or_else(|error| {
+    run_on_host(&plan, inherited, &signals, timeline).or_else(|error| {
         // What waited was told to stop, and so is over. The guest would have ended by it as well.
         let signal = || sys::next_signal(&signals.stop);
         match (signal(), signal()) {
@@ -232,7 +230,6 @@ fn run_on_host(
     inherited: &[RawFd],
     signals: &Rc<Signals>,
     timeline: &mut Timeline,
-    exits: &mut BTreeMap<&'static str, u64>,
 ) -> Result<Outcome> {
     // The host's limits on this process, before there are threads and children to inherit them.
     if let Some(cpus) = &plan.cpus {
@@ -244,16 +241,13 @@ fn run_on_host(
             cgroup.join(lock)?;
         }
         let listeners = sockets::listeners(plan, place.sockets)?;
-        let vm = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
+        let (vm, served) = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
         let [is_stopped] =
             sys::poll([Interest::new(&signals.stop, true, false)], Some(Duration::ZERO))?;
         ensure!(!is_stopped, "stopped before the guest ran");
-        let counts = Arc::clone(&vm.exit_counts);
-        let outcome = run::run(vm, &plan.sandbox, Rc::clone(signals), timeline);
-        *exits = counts.read();
-        outcome
+        run::run(vm, served, &plan.sandbox, Rc::clone(signals), timeline)
     };
     let outcome = run(timeline);
     // The VM is dropped, its back-ends have ended: nothing shall outlive this process.

@@ -29,11 +29,11 @@ pub fn info(message: &str) {
 
 /// For complaints that a guest could provoke without end: only the first is made.
 #[derive(Debug, Default)]
-pub struct FirstError {
+pub struct LogOnce {
     made: bool,
 }
 
-impl FirstError {
+impl LogOnce {
     /// Makes a complaint, unless one was made before. Returns whether it did.
     pub fn error(&mut self, message: &str) -> bool {
         let first = !std::mem::replace(&mut self.made, true);
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn a_guest_is_complained_of_once() {
-        let mut complaint = FirstError::default();
+        let mut complaint = LogOnce::default();
         assert!(complaint.error("a test complains of a guest"));
         assert!(!complaint.error("and once more"));
     }

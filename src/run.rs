@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
+use std::mem;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::PoisonError;
@@ -19,15 +20,14 @@ use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Ma
 
 use crate::confine::Sandbox;
 use crate::kvm::vcpu::Exit;
-use crate::log::{self, FirstError};
+use crate::log;
 use crate::outcome::Outcome;
 use crate::sys;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
-use crate::virtio::net::Net;
-use crate::virtio::rng::Rng;
-use crate::virtio::{Activation, DeviceEvent, MainLoopDeviceKind};
-use crate::vm::Vm;
+use crate::virtio::devices::Devices;
+use crate::virtio::main_loop::{DeviceEvent, MainLoopDevice, Watcher};
+use crate::vm::{Served, Vm};
 
 /// The signals that ask for an orderly end.
 const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
@@ -64,35 +64,34 @@ impl Signals {
 }
 
 /// Runs the VM to its end, in this sandbox.
+///
+/// # Errors
+/// The guest could not be started.
 pub fn run(
     vm: Vm,
+    served: Served,
     sandbox: &Sandbox,
     signals: Rc<Signals>,
     timeline: &mut Timeline,
 ) -> Result<Outcome> {
+    let counts = timeline.count_exits();
     let state = Rc::new(RefCell::new(MainLoop {
-        vm,
+        served,
         signals,
+        timeline,
         clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
-        rng: None,
-        rng_complaint: FirstError::default(),
         decoder: Decoder::default(),
         guest_clock: None,
-        marks: Vec::new(),
         streams_done: 0,
-        end: None,
         stop: None,
-        agent_lost: None,
-        ending: None,
-        draining: None,
-        failure: None,
+        life: Life::Running { agent_lost: None },
     }));
     let mut manager =
         EventManager::<Rc<RefCell<MainLoop>>>::new().context("create the main loop")?;
     let id = manager.add_subscriber(Rc::clone(&state));
     // Last: from here on hardly anything is allowed.
-    state.borrow_mut().vm.start(sandbox)?;
-    timeline.mark("first_kvm_run");
+    let _running = vm.start(sandbox, &counts)?;
+    state.borrow_mut().timeline.mark("first_kvm_run");
     let outcome = loop {
         if let Some(outcome) = state.borrow_mut().outcome() {
             break outcome;
@@ -111,69 +110,102 @@ pub fn run(
             break Outcome::InternalError(format!("the main loop failed: {error:#}"));
         }
     };
-    let state = state.borrow();
-    for (name, at) in &state.marks {
-        timeline.mark_at(name, *at);
-    }
-    if let Some(at) = state.vm.first_output.get() {
-        timeline.mark_at("first_output", *at);
+    let mut state = state.borrow_mut();
+    if let Some(at) = state.served.first_output.get().copied() {
+        state.timeline.mark_at("first_output", at);
     }
     Ok(outcome)
 }
 
-struct MainLoop {
-    vm: Vm,
+struct MainLoop<'a> {
+    served: Served,
     signals: Rc<Signals>,
+    timeline: &'a mut Timeline,
     clock: File,
-    rng: Option<Rng>,
-    rng_complaint: FirstError,
     decoder: Decoder,
+    /// None before the agent's hello.
     guest_clock: Option<GuestClock>,
-    marks: Vec<(&'static str, Instant)>,
     streams_done: u64,
-    /// How the entrypoint ended.
-    end: Option<EntrypointEnd>,
-    /// The signal that asked to stop, and until when that may take.
-    stop: Option<(i32, Instant)>,
-    /// The control channel is gone; until when the VM may live on without it.
-    agent_lost: Option<Instant>,
-    /// The VM is over; this is the outcome once the output has drained.
-    ending: Option<Outcome>,
-    /// Until when clients may take what the guest has sent them, once the box is over.
-    draining: Option<Instant>,
-    /// Ends the box at once, output or not.
-    failure: Option<Outcome>,
+    stop: Option<StopRequest>,
+    life: Life,
 }
 
-impl MainLoop {
+/// Somebody has asked the box to stop.
+#[derive(Debug, Clone, Copy)]
+struct StopRequest {
+    signal: i32,
+    /// Until when that may take.
+    limit: Instant,
+}
+
+/// How far the box is on its way to its end.
+#[derive(Debug)]
+enum Life {
+    /// Nothing has ended yet.
+    Running {
+        /// The control channel is gone; until when the VM may live on without it.
+        agent_lost: Option<Instant>,
+    },
+    /// It is known how the box ended. What was sent before that is still delivered.
+    Ending {
+        end: End,
+        /// Until when clients may take what the guest has sent them; none as long as there is output
+        /// to write.
+        draining: Option<Instant>,
+    },
+    /// It ends at once, output or not.
+    Over(Outcome),
+}
+
+/// Why a box ends.
+#[derive(Debug)]
+enum End {
+    /// The VM ended: this is the outcome, unless the agent's report still arrives.
+    Vm(Outcome),
+    /// The agent reported how the entrypoint ended: whatever ends after that, this is the outcome.
+    Entrypoint(EntrypointEnd),
+}
+
+impl From<End> for Outcome {
+    fn from(end: End) -> Self {
+        match end {
+            End::Vm(outcome) => outcome,
+            End::Entrypoint(EntrypointEnd::Exited(code)) => Outcome::Exited(code),
+            End::Entrypoint(EntrypointEnd::Signaled(signal)) => Outcome::Signaled(signal),
+            End::Entrypoint(EntrypointEnd::NotStarted { code, reason }) => {
+                Outcome::EntrypointNotStarted { code, reason }
+            }
+        }
+    }
+}
+
+impl MainLoop<'_> {
     /// The outcome, once there is one.
     fn outcome(&mut self) -> Option<Outcome> {
-        if let Some(failure) = self.failure.take() {
-            return Some(failure);
-        }
-        let limit = self.draining?;
-        if !self.vm.mux.is_drained() && Instant::now() < limit {
-            return None;
-        }
-        match self.end.take() {
-            Some(EntrypointEnd::Exited(code)) => Some(Outcome::Exited(code)),
-            Some(EntrypointEnd::Signaled(signal)) => Some(Outcome::Signaled(signal)),
-            Some(EntrypointEnd::NotStarted { code, reason }) => {
-                Some(Outcome::EntrypointNotStarted { code, reason })
+        match &self.life {
+            Life::Running { .. } | Life::Ending { draining: None, .. } => return None,
+            Life::Ending { draining: Some(limit), .. } => {
+                if !self.served.devices.vsock.is_drained() && Instant::now() < *limit {
+                    return None;
+                }
             }
-            None => self.ending.take(),
+            Life::Over(_) => {}
+        }
+        match mem::replace(&mut self.life, Life::Running { agent_lost: None }) {
+            Life::Ending { end, .. } => Some(end.into()),
+            Life::Over(outcome) => Some(outcome),
+            Life::Running { .. } => None,
         }
     }
 
     fn timeout_ms(&self) -> i32 {
-        let deadlines = [
-            self.stop.map(|(_, at)| at),
-            self.agent_lost,
-            self.draining,
-            self.vm.mux.next_deadline(),
-            self.vm.net.as_ref().and_then(Net::next_deadline),
-        ];
-        let Some(next) = deadlines.into_iter().flatten().min() else { return -1 };
+        let limit = match self.life {
+            Life::Running { agent_lost: limit } | Life::Ending { draining: limit, .. } => limit,
+            Life::Over(_) => None,
+        };
+        let devices = self.served.devices.iter().filter_map(MainLoopDevice::next_deadline);
+        let deadlines = self.stop.map(|stop| stop.limit).into_iter().chain(limit).chain(devices);
+        let Some(next) = deadlines.min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
         i32::try_from(left).unwrap_or(i32::MAX)
@@ -181,7 +213,7 @@ impl MainLoop {
 
     /// What follows from a round of events, and from the time.
     fn end_round(&mut self, now: Instant, ops: &mut EventOps<'_>) {
-        if let Some((signal, limit)) = self.stop
+        if let Some(StopRequest { signal, limit }) = self.stop
             && now >= limit
         {
             self.fail(Outcome::Stopped(format!(
@@ -190,8 +222,9 @@ impl MainLoop {
                 signal_name(signal)
             )));
         }
-        if self.agent_lost.is_some_and(|limit| now >= limit) {
-            self.agent_lost = None;
+        if let Life::Running { agent_lost: Some(limit) } = self.life
+            && now >= limit
+        {
             self.end_vm(
                 Outcome::NoStatus(
                     "the guest's agent closed its control channel without an exit status".into(),
@@ -199,37 +232,53 @@ impl MainLoop {
                 ops,
             );
         }
-        let ended = self.vm.mux.end_round(now, ops);
-        self.check_vsock(ended, ops);
-        let retried = self.with_net(|net| net.retry(now, ops));
-        self.check_net(retried);
-        let over = self.end.is_some() || self.ending.is_some();
-        if over && self.streams_done == STREAMS && self.draining.is_none() {
+        for number in self.served.devices.numbers() {
+            self.with_device(number, ops, |device, watcher| device.end_round(now, watcher));
+        }
+        if self.streams_done == STREAMS
+            && let Life::Ending { draining: draining @ None, .. } = &mut self.life
+        {
             // What clients were sent precedes the end of the box, and has arrived by now.
-            self.draining = Some(now + CLIENTS_LIMIT);
+            *draining = Some(now + CLIENTS_LIMIT);
             // It has ended in time.
             self.stop = None;
             self.close_vsock(ops);
         }
     }
 
+    /// Ends the box at once.
     fn fail(&mut self, outcome: Outcome) {
-        self.failure.get_or_insert(outcome);
+        if !matches!(self.life, Life::Over(_)) {
+            self.life = Life::Over(outcome);
+        }
+    }
+
+    /// The agent has reported how the entrypoint ended. Only its first report counts.
+    fn on_entrypoint_end(&mut self, entrypoint: EntrypointEnd) {
+        let reported = End::Entrypoint(entrypoint);
+        match &mut self.life {
+            Life::Running { .. } => self.life = Life::Ending { end: reported, draining: None },
+            Life::Ending { end: end @ End::Vm(_), .. } => *end = reported,
+            Life::Ending { end: End::Entrypoint(_), .. } | Life::Over(_) => {}
+        }
     }
 
     /// The VM is over: collect what the guest had sent, and end when it is written out.
     fn end_vm(&mut self, outcome: Outcome, ops: &mut EventOps<'_>) {
-        if self.ending.is_some() {
-            return;
+        match self.life {
+            Life::Running { .. } => {
+                self.life = Life::Ending { end: End::Vm(outcome), draining: None };
+            }
+            Life::Ending { end: End::Vm(_), .. } => return,
+            Life::Ending { end: End::Entrypoint(_), .. } | Life::Over(_) => {}
         }
-        self.ending = Some(outcome);
         self.close_vsock(ops);
         self.read_control(ops);
-        self.agent_lost = None;
     }
 
     fn close_vsock(&mut self, ops: &mut EventOps<'_>) {
-        if let Err(error) = self.vm.mux.close(ops) {
+        let mut watcher = Watcher::new(ops, Devices::VSOCK);
+        if let Err(error) = self.served.devices.vsock.close(&mut watcher) {
             log::error(&format!("vsock: {error:#}"));
         }
     }
@@ -246,7 +295,7 @@ impl MainLoop {
                 self.fail(Outcome::Stopped(format!("stopped hard by a second signal ({name})")));
                 return;
             }
-            self.stop = Some((signal, Instant::now() + STOP_LIMIT));
+            self.stop = Some(StopRequest { signal, limit: Instant::now() + STOP_LIMIT });
             if self.guest_clock.is_some() {
                 self.send_stop(signal);
             }
@@ -277,13 +326,13 @@ impl MainLoop {
 
     fn send(&mut self, message: FromHost) {
         // A socket pair with room for thousands of these: what it does not take, nobody reads.
-        let _ = self.vm.control.write(&message.encode());
+        let _ = self.served.control.write(&message.encode());
     }
 
     fn on_vcpu_exit(&mut self, ops: &mut EventOps<'_>) {
-        let _ = self.vm.exits.1.read();
-        let Ok(exit) = self.vm.exits.0.try_recv() else { return };
-        let panic = self.vm.panic.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.served.exits.clear();
+        let Some(exit) = self.served.exits.take() else { return };
+        let panic = self.served.panic.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let outcome = match (exit, panic) {
             (_, Some(panic)) => {
                 Outcome::GuestCrashed(format!("the guest kernel panicked: {panic}"))
@@ -301,80 +350,71 @@ impl MainLoop {
     }
 
     fn on_device_event(&mut self, ops: &mut EventOps<'_>) {
-        let _ = self.vm.device_events.1.read();
+        self.served.device_events.clear();
         for _ in 0..DEVICE_EVENT_BATCH {
-            let Ok(event) = self.vm.device_events.0.try_recv() else { return };
-            let handled = match event {
-                DeviceEvent::Activated(MainLoopDeviceKind::Vsock, activation) => {
-                    let activated = self.vm.mux.activate(activation, ops);
-                    self.check_vsock(activated, ops);
-                    Ok(())
+            let Some(event) = self.served.device_events.take() else { return };
+            match event {
+                DeviceEvent::Activated(Devices::VSOCK, activation) => {
+                    self.with_device(Devices::VSOCK, ops, |vsock, watcher| {
+                        vsock.activate(activation, watcher)
+                    });
                 }
-                DeviceEvent::Reset(MainLoopDeviceKind::Vsock, _) => self.vm.mux.reset(ops),
-                DeviceEvent::Activated(MainLoopDeviceKind::Rng, activation) => {
-                    self.activate_rng(activation, ops)
+                DeviceEvent::Activated(number, activation) => {
+                    let activated = self
+                        .call(number, ops, |device, watcher| device.activate(activation, watcher));
+                    self.check_change(activated);
                 }
-                DeviceEvent::Reset(MainLoopDeviceKind::Rng, _) => self.stop_rng(ops),
-                DeviceEvent::Activated(MainLoopDeviceKind::Net, activation) => {
-                    self.with_net(|net| net.activate(activation, ops))
+                // The vCPU waits until `_done` is dropped.
+                DeviceEvent::Reset(number, _done) => {
+                    let reset = self.call(number, ops, |device, watcher| device.reset(watcher));
+                    self.check_change(reset);
                 }
-                DeviceEvent::Reset(MainLoopDeviceKind::Net, _) => {
-                    self.with_net(|net| net.reset(ops))
-                }
-            };
-            if let Err(error) = handled {
-                self.fail(Outcome::GuestCrashed(format!(
-                    "a device of the guest failed: {error:#}"
-                )));
             }
         }
         // There may be more: after everybody else's turn.
-        let _ = self.vm.device_events.1.write(1);
+        self.served.device_events.wake();
     }
 
-    fn activate_rng(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
-        self.stop_rng(ops)?;
-        let rng = Rng::new(activation)?;
-        ops.add(Events::with_data(rng.kick(), Token::Rng.to_data(), EventSet::IN))?;
-        self.rng = Some(rng);
-        Ok(())
+    fn call(
+        &mut self,
+        number: u8,
+        ops: &mut EventOps<'_>,
+        call: impl FnOnce(&mut dyn MainLoopDevice, &mut Watcher<'_, '_>) -> Result<()>,
+    ) -> Result<()> {
+        let Some(device) = self.served.devices.device(number) else { return Ok(()) };
+        call(device, &mut Watcher::new(ops, number))
     }
 
-    fn stop_rng(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
-        match self.rng.take() {
-            Some(rng) => Ok(ops.remove(Events::empty(rng.kick()))?),
-            None => Ok(()),
+    fn check_change(&mut self, changed: Result<()>) {
+        if let Err(error) = changed {
+            self.fail(Outcome::GuestCrashed(format!("a device of the guest failed: {error:#}")));
         }
     }
 
-    fn on_rng(&mut self, ops: &mut EventOps<'_>) {
-        let Some(Err(error)) = self.rng.as_mut().map(Rng::process) else { return };
-        // The driver broke its own queue: this device stops, the guest lives on.
-        self.rng_complaint.error(&format!("rng: {error:#}; the device stops"));
-        let _ = self.stop_rng(ops);
-    }
-
-    fn with_net(&mut self, call: impl FnOnce(&mut Net) -> Result<()>) -> Result<()> {
-        self.vm.net.as_mut().map_or(Ok(()), call)
-    }
-
-    fn check_net(&mut self, handled: Result<()>) {
-        if let Err(error) = handled {
-            // Neither the guest's fault nor passt's: the host refuses the main loop something.
-            log::error(&format!("net: {error:#}"));
+    /// Calls a device at work. What fails it is the host, which refuses the main loop something, or for
+    /// vsock also the guest: without vsock there is no agent, and so no exit status.
+    fn with_device(
+        &mut self,
+        number: u8,
+        ops: &mut EventOps<'_>,
+        call: impl FnOnce(&mut dyn MainLoopDevice, &mut Watcher<'_, '_>) -> Result<()>,
+    ) {
+        let Err(error) = self.call(number, ops, call) else { return };
+        if number == Devices::VSOCK {
+            self.on_vsock_failure(&error, ops);
+        } else if let Some(device) = self.served.devices.device(number) {
+            log::error(&format!("{}: {error:#}", device.name()));
         }
     }
 
-    fn check_vsock(&mut self, handled: Result<()>, ops: &mut EventOps<'_>) {
-        let Err(error) = handled else { return };
-        // Without vsock there is no agent, and so no exit status.
-        let _ = self.vm.mux.reset(ops);
+    fn on_vsock_failure(&mut self, error: &anyhow::Error, ops: &mut EventOps<'_>) {
+        let _ = self.served.devices.vsock.reset(&mut Watcher::new(ops, Devices::VSOCK));
         self.end_vm(Outcome::NoStatus(format!("the guest broke its vsock device: {error:#}")), ops);
     }
 
     fn on_agent_lost(&mut self) {
-        if self.end.is_none() && self.ending.is_none() {
-            self.agent_lost = Some(Instant::now() + AGENTLESS_LIMIT);
+        if let Life::Running { agent_lost } = &mut self.life {
+            *agent_lost = Some(Instant::now() + AGENTLESS_LIMIT);
         }
     }
 
@@ -382,7 +422,7 @@ impl MainLoop {
     fn read_control(&mut self, ops: &mut EventOps<'_>) -> bool {
         let mut bytes = [0; 4096];
         loop {
-            match self.vm.control.read(&mut bytes) {
+            match self.served.control.read(&mut bytes) {
                 Ok(0) => return true,
                 Ok(read) => self.decoder.feed(&bytes[..read]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -395,7 +435,7 @@ impl MainLoop {
                     Ok(None) => break,
                     Err(malformed) => {
                         log::error(&format!("the guest's control channel: {malformed}"));
-                        let _ = self.vm.control.shutdown(std::net::Shutdown::Both);
+                        let _ = self.served.control.shutdown(std::net::Shutdown::Both);
                         return true;
                     }
                 }
@@ -416,14 +456,16 @@ impl MainLoop {
                 }
                 self.guest_clock.get_or_insert(GuestClock::new(now_ns));
                 self.send_clock();
-                if let Some((signal, _)) = self.stop {
+                if let Some(StopRequest { signal, .. }) = self.stop {
                     self.send_stop(signal);
                 }
             }
             FromGuest::Reached { mark, at_ns } => {
                 if mark == Mark::ServersReady {
-                    let served = self.vm.mux.guest_is_ready(ops);
-                    self.check_vsock(served, ops);
+                    let mut watcher = Watcher::new(ops, Devices::VSOCK);
+                    if let Err(error) = self.served.devices.vsock.guest_is_ready(&mut watcher) {
+                        self.on_vsock_failure(&error, ops);
+                    }
                 }
                 let name = match mark {
                     Mark::AgentStarted => "agent_started",
@@ -431,50 +473,48 @@ impl MainLoop {
                     Mark::ServersReady => "servers_ready",
                     Mark::EntrypointStarted => "entrypoint_started",
                 };
-                // Only the first of each counts, so a guest cannot make this grow.
-                if let Some(clock) = self.guest_clock
-                    && self.marks.iter().all(|(known, _)| *known != name)
-                {
-                    self.marks.push((name, clock.to_host(at_ns)));
+                if let Some(clock) = self.guest_clock {
+                    self.timeline.mark_at(name, clock.to_host(at_ns));
                 }
             }
-            FromGuest::Ended(end) => {
-                self.end.get_or_insert(end);
-            }
+            FromGuest::Ended(end) => self.on_entrypoint_end(end),
         }
     }
 
     fn on_backend_end(&mut self, index: usize, ops: &mut EventOps<'_>) {
-        let Some(backend) = self.vm.backends.get_mut(index) else { return };
+        let Some(backend) = self.served.backends.get_mut(index) else { return };
         // It stays readable: stop listening to it.
         let _ = ops.remove(Events::empty(&backend.ended()));
-        let obituary = backend.obituary();
+        let end = backend.describe_end();
         // An entrypoint whose end has been reported needs no file system any more.
-        self.end_vm(Outcome::BackendDied(obituary), ops);
+        self.end_vm(Outcome::BackendDied(end), ops);
     }
 }
 
-impl MutEventSubscriber for MainLoop {
+impl MutEventSubscriber for MainLoop<'_> {
     fn init(&mut self, ops: &mut EventOps) {
         let watch = |ops: &mut EventOps, fd, token: Token| {
             ops.add(Events::with_data_raw(fd, token.to_data(), EventSet::IN))
         };
-        let mut registered = self.vm.mux.register(ops);
-        if let Some(net) = &self.vm.net {
-            registered = registered.and_then(|()| net.register(ops));
+        let mut registered = Ok(());
+        for number in self.served.devices.numbers() {
+            let register = |device: &mut dyn MainLoopDevice, watcher: &mut Watcher<'_, '_>| {
+                device.register(watcher)
+            };
+            registered = registered.and_then(|()| self.call(number, ops, register));
         }
         for (fd, token) in [
             (self.signals.stop.as_raw_fd(), Token::Stop),
             (self.signals.continued.as_raw_fd(), Token::Continued),
             (self.clock.as_raw_fd(), Token::Clock),
-            (self.vm.exits.1.as_raw_fd(), Token::VcpuExit),
-            (self.vm.device_events.1.as_raw_fd(), Token::Device),
-            (self.vm.control.as_raw_fd(), Token::Control),
-            (self.vm.output_done.as_raw_fd(), Token::OutputDone),
+            (self.served.exits.as_raw_fd(), Token::VcpuExit),
+            (self.served.device_events.as_raw_fd(), Token::DeviceEvent),
+            (self.served.control.as_raw_fd(), Token::Control),
+            (self.served.output_done.as_raw_fd(), Token::OutputDone),
         ] {
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
         }
-        for (index, backend) in self.vm.backends.iter().enumerate() {
+        for (index, backend) in self.served.backends.iter().enumerate() {
             let token = Token::Backend(index as u32);
             let fd = backend.ended().as_raw_fd();
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
@@ -496,35 +536,28 @@ impl MutEventSubscriber for MainLoop {
             Token::Continued => self.on_continued(),
             Token::Clock => self.on_clock(),
             Token::VcpuExit => self.on_vcpu_exit(ops),
-            Token::Device => self.on_device_event(ops),
+            Token::DeviceEvent => self.on_device_event(ops),
             Token::Control => {
                 if self.read_control(ops) {
                     // At its end the socket stays readable: stop listening to it.
-                    let _ = ops.remove(Events::empty(&self.vm.control));
+                    let _ = ops.remove(Events::empty(&self.served.control));
                     self.on_agent_lost();
                 }
             }
-            Token::OutputDone => self.streams_done += self.vm.output_done.read().unwrap_or(0),
+            Token::OutputDone => self.streams_done += self.served.output_done.read().unwrap_or(0),
             Token::Backend(index) => self.on_backend_end(index as usize, ops),
             Token::BackendStderr(index) => {
-                if let Some(backend) = self.vm.backends.get_mut(index as usize)
+                if let Some(backend) = self.served.backends.get_mut(index as usize)
                     && !backend.listen()
                     && let Some(stderr) = backend.stderr()
                 {
                     let _ = ops.remove(Events::empty(&stderr));
                 }
             }
-            Token::Rng => self.on_rng(ops),
-            Token::NetReceive | Token::NetTransmit | Token::NetPasst => {
-                let handled = self.with_net(|net| net.handle(token, events.event_set(), ops));
-                self.check_net(handled);
-            }
-            Token::VsockReceive
-            | Token::VsockTransmit
-            | Token::VsockListener(_)
-            | Token::VsockConnection(_) => {
-                let handled = self.vm.mux.handle(token, events.event_set(), ops);
-                self.check_vsock(handled, ops);
+            Token::Device { device, source } => {
+                self.with_device(device, ops, |device, watcher| {
+                    device.handle(source, events.event_set(), watcher)
+                });
             }
         }
     }

@@ -2,21 +2,51 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// Marks in microseconds since the process started, in the order in which they were reached.
+/// Exits to user space, by reason.
+#[derive(Debug, Default)]
+pub struct ExitCounts {
+    /// Port I/O.
+    pub port: AtomicU64,
+    /// Accesses to the registers of devices.
+    pub mmio: AtomicU64,
+    /// Interruptions from outside.
+    pub other: AtomicU64,
+}
+
+impl ExitCounts {
+    fn read(&self) -> BTreeMap<&'static str, u64> {
+        [("port_io", &self.port), ("mmio", &self.mmio), ("other", &self.other)]
+            .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
+            .into()
+    }
+}
+
+/// Something that was reached, and when, in microseconds since the process started.
+#[derive(Debug, Clone)]
+struct Mark {
+    name: &'static str,
+    at_us: u64,
+}
+
+/// What was reached when, each only once, and how often the guest has exited on the way.
 #[derive(Debug)]
 pub struct Timeline {
     start: Instant,
-    marks: Vec<(&'static str, u64)>,
+    marks: Vec<Mark>,
+    /// None before there is a guest.
+    exits: Option<Arc<ExitCounts>>,
 }
 
 impl Timeline {
     /// Starts counting; called first thing in `main`.
     pub fn start() -> Self {
-        Timeline { start: Instant::now(), marks: Vec::new() }
+        Timeline { start: Instant::now(), marks: Vec::new(), exits: None }
     }
 
     /// Records that something has just been reached. Only the first time counts.
@@ -26,22 +56,27 @@ impl Timeline {
 
     /// Records that something was reached at a given time.
     pub fn mark_at(&mut self, name: &'static str, at: Instant) {
-        if self.marks.iter().all(|(known, _)| *known != name) {
+        if self.marks.iter().all(|mark| mark.name != name) {
             let elapsed = at.saturating_duration_since(self.start);
-            self.marks.push((name, elapsed.as_micros() as u64));
+            self.marks.push(Mark { name, at_us: elapsed.as_micros() as u64 });
         }
     }
 
+    /// Where the guest's exits are to be counted.
+    pub fn count_exits(&mut self) -> Arc<ExitCounts> {
+        Arc::clone(self.exits.get_or_insert_default())
+    }
+
     /// Writes one JSON object: `marks_us` and `exits`.
-    pub fn write_to(
-        &self,
-        mut to: impl Write,
-        exits: &BTreeMap<&'static str, u64>,
-    ) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The writer fails.
+    pub fn write_to(&self, mut to: impl Write) -> io::Result<()> {
         let mut marks = self.marks.clone();
-        marks.sort_by_key(|(_, at)| *at);
+        marks.sort_by_key(|mark| mark.at_us);
         let marks: serde_json::Map<String, Value> =
-            marks.into_iter().map(|(name, at)| (name.to_owned(), json!(at))).collect();
+            marks.into_iter().map(|mark| (mark.name.to_owned(), json!(mark.at_us))).collect();
+        let exits = self.exits.as_ref().map(|counts| counts.read()).unwrap_or_default();
         let text = format!("{}\n", json!({ "marks_us": marks, "exits": exits }));
         to.write_all(text.as_bytes())
     }

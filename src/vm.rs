@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc;
 
 use anyhow::{Context, Result};
 use kvm_bindings::CpuId;
@@ -18,42 +18,46 @@ use crate::bus::Bus;
 use crate::confine::Sandbox;
 use crate::confine::seccomp::ThreadKind;
 use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
+use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
 use crate::host::virtiofsd::{self, Virtiofsd};
-use crate::kvm::vcpu::{self, Exit, ExitCounts, ExitReporter, Start};
+use crate::kvm::vcpu::{self, Exit, Start};
 use crate::kvm::{cpu, self_test};
 use crate::memory::{self, GuestRam, RegisterPages};
-use crate::plan::Plan;
-use crate::plan::{Network, PasstSocket};
-use crate::timeline::Timeline;
+use crate::plan::{Network, PasstSocket, Plan};
+use crate::timeline::{ExitCounts, Timeline};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::devices::Devices;
 use crate::virtio::fs::Fs;
+use crate::virtio::main_loop::{DeviceEvent, Forwarder};
 use crate::virtio::mmio::MmioDevice;
-use crate::virtio::net::passt;
-use crate::virtio::net::{Net, Reconnect};
-use crate::virtio::vsock::mux::{Listener, Mux};
-use crate::virtio::{DeviceEvent, VirtioDevice, net, rng, vsock};
+use crate::virtio::net::{Net, Reconnect, passt};
+use crate::virtio::vsock::listeners::Listener;
+use crate::virtio::vsock::mux::Mux;
 use crate::{boot, kvm, layout, sys};
 
-/// A VM that is ready to run, and what the main loop serves it with.
+/// A VM that is ready to start.
 #[derive(Debug)]
 pub struct Vm {
-    /// Closing it would disconnect every interrupt, whatever the vCPUs still hold.
-    _fd: VmFd,
+    fd: VmFd,
     vcpus: Vec<VcpuFd>,
-    boot: Option<Boot>,
+    boot: Boot,
     outputs: Vec<OutputStream>,
     bus: Arc<Bus>,
-    reporter: ExitReporter,
-    /// The vsock device.
-    pub mux: Mux,
-    /// The network device, if the box has a network of its own.
-    pub net: Option<Net>,
+    exits: Sender<Exit>,
+}
+
+/// What the main loop serves a VM with.
+#[derive(Debug)]
+pub struct Served {
+    /// The devices whose queues it serves.
+    pub devices: Devices,
     /// mote's end of the control channel.
     pub control: UnixStream,
-    /// Activations and resets of the main loop's devices, and the event that announces them.
-    pub device_events: (Receiver<DeviceEvent>, EventFd),
-    /// Reasons why vCPUs stopped, and the event that announces them.
-    pub exits: (Receiver<Exit>, EventFd),
+    /// Activations and resets of these devices.
+    pub device_events: Receiver<DeviceEvent>,
+    /// Reasons why vCPUs stopped.
+    pub exits: Receiver<Exit>,
     /// Written once per output stream that is complete.
     pub output_done: EventFd,
     /// When the first byte of output was written.
@@ -62,9 +66,12 @@ pub struct Vm {
     pub panic: PanicMessage,
     /// The virtio-fs back-ends.
     pub backends: Vec<Virtiofsd>,
-    /// Exits to user space so far.
-    pub exit_counts: Arc<ExitCounts>,
 }
+
+/// A VM that runs, as long as this is there: closing it would disconnect every interrupt, whatever the
+/// vCPUs still hold.
+#[derive(Debug)]
+pub struct Running(#[expect(dead_code, reason = "held, not used")] VmFd);
 
 /// What the boot vCPU's thread starts with.
 #[derive(Debug)]
@@ -77,13 +84,16 @@ struct Boot {
 impl Vm {
     /// Builds the VM that the plan describes, on the sockets that were bound for it. No thread that it
     /// starts outlives it. What it waits for is given up once `stop` is readable.
+    ///
+    /// # Errors
+    /// The host refuses something, a back-end does not come up, or mote was told to stop.
     pub fn build(
         plan: &Plan,
         listeners: Vec<Listener>,
         janitor: &Janitor,
         stop: &File,
         timeline: &mut Timeline,
-    ) -> Result<Vm> {
+    ) -> Result<(Vm, Served)> {
         let kvm = kvm::open()?;
 
         // Host resources. The back-ends start while the kernel is being loaded.
@@ -105,30 +115,47 @@ impl Vm {
             .map(|index| vcpu::create(&vm, index, &cpuid(index)))
             .collect::<Result<Vec<_>>>()?;
 
+        // The agent's streams: each is a socket pair, of which the vsock device has one end.
+        let output_done = eventfd()?;
+        let first_output = FirstOutput::default();
+        let mut reserved_ports = HashMap::new();
+        let mut outputs = Vec::new();
+        for (name, port, to) in
+            [("stdout", STDOUT_PORT, sinks.stdout), ("stderr", STDERR_PORT, sinks.stderr)]
+        {
+            let (from, theirs) = UnixStream::pair().context("create a socket pair")?;
+            reserved_ports.insert(port, theirs);
+            let (first_output, done) = (Arc::clone(&first_output), output_done.try_clone()?);
+            outputs.push(OutputStream { name, from, to, first_output, done });
+        }
+        let (control, theirs) = UnixStream::pair().context("create a socket pair")?;
+        control.set_nonblocking(true).context("prepare the control channel")?;
+        reserved_ports.insert(CONTROL_PORT, theirs);
+        let vsock = Mux::new(reserved_ports, listeners, plan.outgoing.clone());
+        let devices = Devices::new(vsock, net);
+
         // The guest's first memory.
-        let device_count = 2 + usize::from(net.is_some()) + plan.shares.len();
+        let device_count = devices.iter().count() + plan.shares.len();
         let entry = boot::load(plan, &ram, device_count)?;
         timeline.mark("kernel_loaded");
 
-        // Devices, in the order of their addresses.
-        let (device_sender, device_receiver) = mpsc::sync_channel(DEVICE_EVENTS);
-        let device_event = eventfd()?;
-        let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
-            Box::new(vsock::device(device_sender.clone(), device_event.try_clone()?)),
-            Box::new(rng::device(device_sender.clone(), device_event.try_clone()?)),
-        ];
-        if let Some(network) = &plan.network {
-            let event = device_event.try_clone()?;
-            devices.push(Box::new(net::device(network.mac_address, device_sender, event)));
+        // What the driver sees of the devices, in the order of their addresses: first those of the
+        // main loop, then a virtio-fs device per share.
+        let (device_sender, device_events) = event_channel(DEVICE_EVENTS)?;
+        let mut front_ends: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(device_count);
+        for (number, device) in (0..).zip(devices.iter()) {
+            let (properties, events) = (device.properties(), device_sender.try_clone()?);
+            front_ends.push(Box::new(Forwarder { device: number, properties, events }));
         }
-        let mut backends = connect_shares(plan, backends, connections, stop, &ram, &mut devices)?;
+        let mut backends =
+            connect_shares(plan, backends, connections, stop, &ram, &mut front_ends)?;
         for backend in &mut backends {
             backend.find_server();
             janitor.see_to_the_end_of(backend.processes())?;
         }
         timeline.mark("backends_connected");
         let pages = RegisterPages::new(&vm, register_slot, device_count)?;
-        let devices = devices
+        let transports = front_ends
             .into_iter()
             .enumerate()
             .map(|(index, device)| {
@@ -142,59 +169,40 @@ impl Vm {
         let panic = PanicMessage::default();
         let serial =
             console::kernel_console(serial_irq, KernelLog::new(sinks.kernel, Arc::clone(&panic)));
-        let bus = Arc::new(Bus::new(serial, devices));
+        let bus = Arc::new(Bus::new(serial, transports));
 
-        // The agent's streams: each ends in a socket pair, one end for the mux.
-        let output_done = eventfd()?;
-        let first_output = FirstOutput::default();
-        let mut offers = HashMap::new();
-        let mut outputs = Vec::new();
-        for (name, port, to) in
-            [("stdout", STDOUT_PORT, sinks.stdout), ("stderr", STDERR_PORT, sinks.stderr)]
-        {
-            let (from, theirs) = UnixStream::pair().context("create a socket pair")?;
-            offers.insert(port, theirs);
-            let (first_output, done) = (Arc::clone(&first_output), output_done.try_clone()?);
-            outputs.push(OutputStream { name, from, to, first_output, done });
-        }
-        let (control, theirs) = UnixStream::pair().context("create a socket pair")?;
-        control.set_nonblocking(true).context("prepare the control channel")?;
-        offers.insert(CONTROL_PORT, theirs);
-
-        let (exit_sender, exit_receiver) = mpsc::channel();
-        let exit_event = eventfd()?;
-        Ok(Vm {
-            _fd: vm,
-            vcpus,
-            boot: Some(Boot { cpuid: cpuid(0), ram, entry }),
-            outputs,
-            bus,
-            reporter: ExitReporter { sender: exit_sender, event: exit_event.try_clone()? },
-            mux: Mux::new(offers, listeners, plan.outgoing.clone()),
-            net,
+        // Each vCPU stops once.
+        let (exit_sender, exits) = event_channel(plan.vcpus.into())?;
+        let boot = Boot { cpuid: cpuid(0), ram, entry };
+        let vm = Vm { fd: vm, vcpus, boot, outputs, bus, exits: exit_sender };
+        let served = Served {
+            devices,
             control,
-            device_events: (device_receiver, device_event),
-            exits: (exit_receiver, exit_event),
+            device_events,
+            exits,
             output_done,
             first_output,
             panic,
             backends,
-            exit_counts: Arc::default(),
-        })
+        };
+        Ok((vm, served))
     }
 
-    /// Starts the threads and, once every one of them is confined, this one too, the guest. To be
-    /// called once, by a process that is in its sandbox.
-    pub fn start(&mut self, sandbox: &Sandbox) -> Result<()> {
+    /// Starts the threads and, once every one of them is confined, this one too, the guest, whose exits
+    /// are counted in `counts`. To be called by a process that is in its sandbox.
+    ///
+    /// # Errors
+    /// The host refuses a thread or its filter, or KVM cannot run the guest.
+    pub fn start(self, sandbox: &Sandbox, counts: &Arc<ExitCounts>) -> Result<Running> {
         let (ready, confined) = mpsc::channel();
-        for stream in self.outputs.drain(..) {
+        for stream in self.outputs {
             let name = stream.name.to_owned();
             sandbox.spawn(name, ThreadKind::Output, ready.clone(), || stream.copy())?;
         }
         let (result, tested) = mpsc::channel();
-        let mut boot = self.boot.take();
+        let mut boot = Some(self.boot);
         let mut gates = Vec::new();
-        for (index, vcpu) in self.vcpus.drain(..).enumerate() {
+        for (index, vcpu) in self.vcpus.into_iter().enumerate() {
             let (gate, opened) = mpsc::channel();
             gates.push(gate);
             let start = match boot.take() {
@@ -204,9 +212,9 @@ impl Vm {
                 None => Start::Wait,
             };
             let index = index as u8;
-            let (bus, counts) = (Arc::clone(&self.bus), Arc::clone(&self.exit_counts));
-            let reporter = self.reporter.try_clone().context("duplicate an eventfd")?;
-            let work = move || vcpu::serve(index, vcpu, start, opened, bus, counts, reporter);
+            let (bus, counts) = (Arc::clone(&self.bus), Arc::clone(counts));
+            let exits = self.exits.try_clone().context("duplicate an eventfd")?;
+            let work = move || vcpu::serve(index, vcpu, start, opened, bus, counts, exits);
             sandbox.spawn(format!("vcpu{index}"), ThreadKind::Vcpu, ready.clone(), work)?;
         }
         drop(ready);
@@ -219,7 +227,7 @@ impl Vm {
                 self_test::wait(&tested)?;
             }
         }
-        Ok(())
+        Ok(Running(self.fd))
     }
 }
 
@@ -236,11 +244,12 @@ fn connect_network(network: &Network, janitor: &Janitor, stop: &File) -> Result<
         PasstSocket::Path(path) => {
             let mut line = janitor.passt_line()?;
             let again = Reconnect { path: path.clone(), connect: Box::new(move || line.connect()) };
-            Net::new(passt::connect(path, stop)?, Some(again))
+            Net::new(network.mac_address, passt::connect(path, stop)?, Some(again))
         }
         PasstSocket::Inherited(fd) => {
             let socket = sys::socket::inherited_stream(*fd);
-            Net::new(socket.context("take over the network's socket")?, None)
+            let socket = socket.context("take over the network's socket")?;
+            Net::new(network.mac_address, socket, None)
         }
     }
 }
@@ -265,14 +274,14 @@ fn connect_shares(
     connections: Vec<UnixStream>,
     stop: &File,
     ram: &GuestRam,
-    devices: &mut Vec<Box<dyn VirtioDevice>>,
+    front_ends: &mut Vec<Box<dyn VirtioDevice>>,
 ) -> Result<Vec<Virtiofsd>> {
     let shares = plan.shares.iter().zip(&mut backends);
     virtiofsd::talk_in_time(connections, stop, |connections| {
         for ((share, backend), connection) in shares.zip(connections) {
             let device =
-                Fs::connect(&share.tag, connection, ram).with_context(|| backend.obituary())?;
-            devices.push(Box::new(device));
+                Fs::connect(&share.tag, connection, ram).with_context(|| backend.describe_end())?;
+            front_ends.push(Box::new(device));
         }
         Ok(())
     })?;

@@ -18,8 +18,9 @@ use crate::policy::Policy;
 use crate::sys;
 use crate::virtio::vsock::conn::BUFFER_LEN;
 use crate::virtio::vsock::flow;
+use crate::virtio::vsock::listeners::Listener;
+use crate::virtio::vsock::mux::Mux;
 use crate::virtio::vsock::mux::bench::*;
-use crate::virtio::vsock::mux::{Listener, Mux};
 use crate::virtio::vsock::packet::{Op, Ports};
 
 /// The guest's published port.

@@ -16,9 +16,9 @@ use vm_memory::GuestAddress;
 
 use super::Input;
 use crate::memory::{GuestRam, RegisterPage};
+use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 use crate::virtio::mmio::MmioDevice;
 use crate::virtio::queue::ServedQueue;
-use crate::virtio::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 
 const FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | 1 << 5;
 const QUEUE_SIZES: [u16; 3] = [256, 16, 1];

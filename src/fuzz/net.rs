@@ -7,9 +7,9 @@ use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use vm_memory::{Address, Bytes};
 
 use super::Input;
+use crate::virtio::device::{F_EVENT_IDX, F_VERSION_1};
 use crate::virtio::net::bench::*;
 use crate::virtio::net::passt::FRAME_LEN;
-use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
 
 pub fn run(data: &[u8]) {
     let mut input = Input(data);

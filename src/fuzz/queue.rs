@@ -13,8 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Input;
 use crate::memory::GuestRam;
 use crate::virtio::buffers::{Reader, Writer};
+use crate::virtio::device::{F_EVENT_IDX, ReadyQueue};
 use crate::virtio::queue::{Chain, ServedQueue};
-use crate::virtio::{F_EVENT_IDX, ReadyQueue};
 
 const RAM: usize = 64 * 1024;
 /// Most bytes that the handler reads or writes per chain.

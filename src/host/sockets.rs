@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::plan::{HostSocket, MAX_SOCKET_PATH, Plan, PublishedPort};
 use crate::sys;
-use crate::virtio::vsock::mux::Listener;
+use crate::virtio::vsock::listeners::Listener;
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
 const BACKLOG: i32 = 4096;

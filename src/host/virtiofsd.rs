@@ -153,7 +153,7 @@ impl Virtiofsd {
     }
 
     /// Says how it ended, with its own last words. To be called when it has ended or should have.
-    pub fn obituary(&mut self) -> String {
+    pub fn describe_end(&mut self) -> String {
         // Its sockets close a moment before it can be waited for.
         let _ = sys::poll([Interest::new(&self.ended, true, false)], Some(ENDING_LIMIT));
         let status = match self.child.try_wait() {
@@ -332,7 +332,7 @@ mod tests {
         assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
         daemon.child.wait().expect("waits");
         assert_eq!(
-            daemon.obituary(),
+            daemon.describe_end(),
             "virtiofsd for share 't' (/) ended (exit status: 3): cannot serve"
         );
         fs::remove_file(&script).expect("removed");

@@ -1,7 +1,5 @@
 //! One virtual CPU: its set-up, its thread, and the loop around `KVM_RUN`.
 
-use std::collections::BTreeMap;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
@@ -9,12 +7,13 @@ use std::sync::mpsc::{Receiver, Sender};
 use anyhow::{Context, Result, bail};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, Effect};
+use crate::event_channel;
 use crate::kvm::{cpu, self_test};
 use crate::memory::GuestRam;
 use crate::outcome;
+use crate::timeline::ExitCounts;
 
 /// Why a vCPU stopped, which ends the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,23 +26,6 @@ pub enum Exit {
     MemoryGone(String),
     /// KVM could not go on.
     Failed(String),
-}
-
-/// Exits to user space, by reason.
-#[derive(Debug, Default)]
-pub struct ExitCounts {
-    port: AtomicU64,
-    mmio: AtomicU64,
-    other: AtomicU64,
-}
-
-impl ExitCounts {
-    /// The counts so far.
-    pub fn read(&self) -> BTreeMap<&'static str, u64> {
-        [("port_io", &self.port), ("mmio", &self.mmio), ("other", &self.other)]
-            .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
-            .into()
-    }
 }
 
 /// Creates the `index`-th vCPU with its CPUID.
@@ -69,28 +51,6 @@ fn prepare_boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     let mut lapic = vcpu.get_lapic().context("read the boot vCPU's APIC")?;
     cpu::connect_local_interrupts(&mut lapic);
     vcpu.set_lapic(&lapic).context("set the boot vCPU's APIC")
-}
-
-/// How vCPU threads report: the first `Exit` ends the VM.
-#[derive(Debug)]
-pub struct ExitReporter {
-    /// Receives the reason.
-    pub sender: Sender<Exit>,
-    /// Written once the reason has been sent.
-    pub event: EventFd,
-}
-
-impl ExitReporter {
-    /// Another handle to the same receiver.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(ExitReporter { sender: self.sender.clone(), event: self.event.try_clone()? })
-    }
-
-    fn report(&self, exit: Exit) {
-        // The receiver lives as long as the process; the event's counter cannot overflow.
-        let _ = self.sender.send(exit);
-        let _ = self.event.write(1);
-    }
 }
 
 /// What a vCPU does before it runs the guest.
@@ -119,7 +79,7 @@ pub fn serve(
     gate: Receiver<()>,
     bus: Arc<Bus>,
     counts: Arc<ExitCounts>,
-    reporter: ExitReporter,
+    exits: event_channel::Sender<Exit>,
 ) {
     if gate.recv().is_err() {
         return;
@@ -132,7 +92,8 @@ pub fn serve(
             return;
         }
     }
-    reporter.report(run(index, &mut vcpu, &bus, &counts));
+    // The main loop lives as long as the process; the event's counter cannot overflow.
+    let _ = exits.send(run(index, &mut vcpu, &bus, &counts));
 }
 
 fn run(index: u8, vcpu: &mut VcpuFd, bus: &Bus, counts: &ExitCounts) -> Exit {

@@ -39,7 +39,7 @@ use crate::layout;
 use crate::policy::Policy;
 use crate::spec::Spec;
 use crate::spec::json::Report;
-use crate::virtio::vsock::mux::MAX_CONNECTIONS;
+use crate::virtio::vsock::table::MAX_CONNECTIONS;
 
 /// Smallest guest in which kernel, agent and a small program fit.
 const MIN_MEMORY_MIB: u32 = 64;

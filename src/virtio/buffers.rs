@@ -139,7 +139,7 @@ impl Write for Writer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::ReadyQueue;
+    use crate::virtio::device::ReadyQueue;
     use crate::virtio::queue::ServedQueue;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;

@@ -13,7 +13,7 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::memory::GuestRam;
-use crate::virtio::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
+use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 
 /// Longest tag in bytes (5.11.4: a 36-byte field, no terminator when full).
 pub const MAX_TAG: usize = 36;

@@ -21,18 +21,18 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::{
+    Activation, CONFIG_CHANGED, ConfigSpace, F_VERSION_1, ReadyQueue, VirtioDevice,
+};
 use crate::layout;
-use crate::log::FirstError;
+use crate::log::LogOnce;
 use crate::memory::{GuestRam, RegisterPage};
-use crate::virtio::{Activation, F_VERSION_1, ReadyQueue, VirtioDevice};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"mote");
 /// SHMLen of a region that does not exist (4.2.2).
 const NO_SHARED_MEMORY: u32 = u32::MAX;
-/// InterruptStatus with news of the configuration.
-const CONFIG_CHANGED: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
 
 /// One device behind its registers.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ pub struct MmioDevice {
     spare: Vec<EventFd>,
     state: State,
     /// Of failed activations.
-    complaint: FirstError,
+    complaint: LogOnce,
 }
 
 /// What the driver has negotiated so far; gone at reset.
@@ -59,36 +59,6 @@ struct State {
     driver_features: u64,
     queue_sel: usize,
     queues: Vec<Queue>,
-}
-
-/// A device's configuration space, for a device that changes it while the driver runs. One owner
-/// at a time: whoever serves the device.
-#[derive(Debug)]
-pub struct ConfigSpace {
-    page: RegisterPage,
-    interrupt: EventFd,
-}
-
-impl ConfigSpace {
-    /// Changes bytes of the configuration and tells the driver (2.5, 4.2.2.1).
-    pub fn change(&self, offset: u32, bytes: &[u8]) -> Result<()> {
-        let page = &self.page;
-        page.set_bytes(u64::from(VIRTIO_MMIO_CONFIG + offset), bytes);
-        let generation = page.value(VIRTIO_MMIO_CONFIG_GENERATION.into());
-        page.set(VIRTIO_MMIO_CONFIG_GENERATION.into(), generation.wrapping_add(1));
-        page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), CONFIG_CHANGED);
-        self.interrupt.write(1).context("announce a change of the configuration")
-    }
-
-    /// One that no guest sees, its interrupt, and its page.
-    #[cfg(any(test, fuzzing))]
-    #[allow(clippy::expect_used, reason = "a failed expectation is how a test fails")]
-    pub fn unattached() -> (Self, RegisterPage, EventFd) {
-        let page = RegisterPage::unattached();
-        let interrupt = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
-        let clone = interrupt.try_clone().expect("clone");
-        (ConfigSpace { page: page.clone(), interrupt }, page, clone)
-    }
 }
 
 impl State {
@@ -155,7 +125,7 @@ impl MmioDevice {
             kicks,
             spare: Vec::new(),
             state,
-            complaint: FirstError::default(),
+            complaint: LogOnce::default(),
         };
         mmio.keep_spare().context("keep files for the device's start (see ulimit -n)")?;
         mmio.show_state();

@@ -9,7 +9,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
-use crate::virtio::{F_EVENT_IDX, ReadyQueue};
+use crate::virtio::device::{F_EVENT_IDX, ReadyQueue};
 
 /// A chain of guest buffers, to be read once: by a [`super::buffers::Reader`] or
 /// [`Writer`](super::buffers::Writer).
@@ -30,6 +30,19 @@ impl ServedQueue {
         queue.set_event_idx(features & F_EVENT_IDX != 0);
         let interrupt = interrupt.try_clone()?;
         Ok(ServedQueue { queue, kick: ready.kick, interrupt })
+    }
+
+    /// Takes all queues of a device into service, of which there are `N`.
+    pub fn take_over<const N: usize>(
+        queues: Vec<ReadyQueue>,
+        features: u64,
+        interrupt: &EventFd,
+    ) -> Result<[Self; N]> {
+        let served: Vec<ServedQueue> = queues
+            .into_iter()
+            .map(|queue| ServedQueue::new(queue, features, interrupt))
+            .collect::<Result<_>>()?;
+        served.try_into().map_err(|_| anyhow!("the device has another number of queues"))
     }
 
     /// Readable when the driver has made buffers available.

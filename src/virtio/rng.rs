@@ -2,20 +2,18 @@
 //! guest's generator ready at once; this keeps it fed.
 
 use std::io::Write;
-use std::sync::mpsc::SyncSender;
 
 use anyhow::Result;
+use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vmm_sys_util::eventfd::EventFd;
 
+use super::buffers::Writer;
+use super::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use super::main_loop::{MainLoopDevice, Properties, Watcher};
+use super::queue::{Chain, ServedQueue};
+use crate::log::LogOnce;
 use crate::memory::GuestRam;
 use crate::sys;
-use crate::virtio::buffers::Writer;
-use crate::virtio::queue::{Chain, ServedQueue};
-use crate::virtio::{
-    Activation, DeviceEvent, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MainLoopDevice,
-    MainLoopDeviceKind,
-};
 
 const QUEUE_SIZES: [u16; 1] = [16];
 /// Most random bytes per request, whatever the buffer's size: Linux asks for at most 64 at a time,
@@ -23,44 +21,52 @@ const QUEUE_SIZES: [u16; 1] = [16];
 const MAX_BYTES: usize = 256;
 /// Most requests before the main loop turns to other work.
 const BATCH: usize = 64;
+/// The only thing watched: the queue's notifications.
+const REQUESTS: u32 = 0;
 
-/// The vCPU side.
-pub fn device(sender: SyncSender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
-    MainLoopDevice {
-        kind: MainLoopDeviceKind::Rng,
-        id: VIRTIO_ID_RNG,
-        features: F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
-        queue_sizes: &QUEUE_SIZES,
-        config: Vec::new(),
-        sender,
-        event,
-    }
-}
-
-/// The device at work, in the main loop.
-#[derive(Debug)]
+/// The device.
+#[derive(Debug, Default)]
 pub struct Rng {
-    ram: GuestRam,
-    queue: ServedQueue,
+    /// Its queue and where that is, while the driver lends it.
+    served: Option<(ServedQueue, GuestRam)>,
+    /// Of the driver's faults.
+    complaint: LogOnce,
 }
 
-impl Rng {
-    /// Takes the queue over.
-    pub fn new(mut activation: Activation) -> Result<Self> {
-        let ready = activation.queues.remove(0);
-        let queue = ServedQueue::new(ready, activation.features, &activation.interrupt)?;
-        Ok(Rng { ram: activation.ram, queue })
+impl MainLoopDevice for Rng {
+    fn name(&self) -> &'static str {
+        "rng"
     }
 
-    /// Readable when there are requests.
-    pub fn kick(&self) -> &EventFd {
-        self.queue.kick()
+    fn properties(&self) -> Properties {
+        let features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+        Properties { id: VIRTIO_ID_RNG, features, queue_sizes: &QUEUE_SIZES, config: Vec::new() }
     }
 
-    /// Answers all requests.
-    pub fn process(&mut self) -> Result<()> {
-        let ram = &self.ram;
-        self.queue.serve(ram, BATCH, |chain| fill(chain, ram).unwrap_or(0))
+    fn activate(&mut self, activation: Activation, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.reset(watcher)?;
+        let Activation { ram, features, queues, interrupt, .. } = activation;
+        let [queue] = ServedQueue::take_over(queues, features, &interrupt)?;
+        watcher.add(queue.kick(), REQUESTS, EventSet::IN)?;
+        self.served = Some((queue, ram));
+        Ok(())
+    }
+
+    fn reset(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        match self.served.take() {
+            Some((queue, _)) => Ok(watcher.remove(queue.kick())?),
+            None => Ok(()),
+        }
+    }
+
+    fn handle(&mut self, _: u32, _: EventSet, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some((queue, ram)) = &mut self.served else { return Ok(()) };
+        if let Err(error) = queue.serve(ram, BATCH, |chain| fill(chain, ram).unwrap_or(0)) {
+            // The driver broke its own queue: this device stops, the guest lives on.
+            self.complaint.error(&format!("rng: {error:#}; the device stops"));
+            self.reset(watcher)?;
+        }
+        Ok(())
     }
 }
 

@@ -9,14 +9,21 @@ use super::*;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 pub use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT as NEXT, VRING_DESC_F_WRITE as WRITE};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::RegisterPage;
-use crate::virtio::ReadyQueue;
+use crate::token::Token;
+use crate::virtio::device::ReadyQueue;
+
+/// The device's number.
+const DEVICE: u8 = 3;
 
 pub const FEATURES: u64 = F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM;
 /// Where the guest's queues are, and in each its rings.
@@ -33,11 +40,13 @@ pub struct MainLoop {
 
 impl MutEventSubscriber for MainLoop {
     fn init(&mut self, ops: &mut EventOps) {
-        self.net.register(ops).expect("registers");
+        self.net.register(&mut Watcher::new(ops, DEVICE)).expect("registers");
     }
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        let token = Token::from_data(events.data()).expect("a token");
-        self.net.handle(token, events.event_set(), ops).expect("handles");
+        let token = Token::from_data(events.data());
+        let Some(Token::Device { device: DEVICE, source }) = token else { panic!("{token:?}") };
+        let mut watcher = Watcher::new(ops, DEVICE);
+        self.net.handle(source, events.event_set(), &mut watcher).expect("handles");
     }
 }
 
@@ -62,7 +71,7 @@ impl Bench {
                 connect: Box::new(move || crate::virtio::net::passt::connect_now(&socket)),
             }
         });
-        let net = Net::new(ours, again).expect("a device");
+        let net = Net::new([2; 6], ours, again).expect("a device");
         let device = Rc::new(RefCell::new(MainLoop { net }));
         let mut events = EventManager::new().expect("events");
         let id = events.add_subscriber(Rc::clone(&device));
@@ -95,7 +104,7 @@ impl Bench {
         self.page = page;
         let activation =
             Activation { queues, ram: self.ram.clone(), features, interrupt: eventfd(), config };
-        self.call(|net, ops| net.activate(activation, ops));
+        self.call(|net, watcher| net.activate(activation, watcher));
         self.run();
     }
 
@@ -127,9 +136,10 @@ impl Bench {
         self.run();
     }
 
-    pub fn call(&mut self, f: impl FnOnce(&mut Net, &mut EventOps<'_>) -> Result<()>) {
+    pub fn call(&mut self, f: impl FnOnce(&mut Net, &mut Watcher<'_, '_>) -> Result<()>) {
         let mut ops = self.events.event_ops(self.id).expect("ops");
-        f(&mut self.device.borrow_mut().net, &mut ops).expect("the main loop lives");
+        f(&mut self.device.borrow_mut().net, &mut Watcher::new(&mut ops, DEVICE))
+            .expect("the main loop lives");
     }
 
     /// Lets the device come to rest.

@@ -13,8 +13,8 @@
 //! - `STATUS`: the link goes down when passt does.
 //!
 //! A side that cannot take more holds the other up: no frame is read from passt while the driver has
-//! no buffers, and none taken from the driver while the socket is full. Without passt the cable is
-//! unplugged: what the driver sends is lost, and passt is looked for again.
+//! no buffers, and none taken from the driver while the socket is full. Without passt the link is
+//! down: what the driver sends is lost, and passt is looked for again.
 
 pub mod passt;
 
@@ -23,29 +23,23 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use event_manager::{EventOps, EventSet, Events};
+use anyhow::{Context, Result, ensure};
+use event_manager::EventSet;
 use passt::{Connection, FRAME_LEN, Lost};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_S_LINK_UP,
 };
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::log::{self, FirstError};
+use crate::log::{self, LogOnce};
 use crate::memory::GuestRam;
-use crate::token::Token;
 use crate::virtio::buffers::{Reader, Writer};
-use crate::virtio::mmio::ConfigSpace;
+use crate::virtio::device::{Activation, ConfigSpace, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use crate::virtio::main_loop::{MainLoopDevice, Properties, Watcher};
 use crate::virtio::queue::{Chain, ServedQueue};
-use crate::virtio::{
-    Activation, DeviceEvent, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MainLoopDevice,
-    MainLoopDeviceKind,
-};
 
 /// Receive, transmit.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
@@ -67,27 +61,10 @@ const TRANSMIT_BATCH: usize = 8;
 /// How long to wait before passt is looked for again, at first and after many failures.
 const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
-/// The vCPU side, with this hardware address; the link is up.
-pub fn device(mac: [u8; 6], sender: SyncSender<DeviceEvent>, event: EventFd) -> MainLoopDevice {
-    let features = [
-        VIRTIO_NET_F_CSUM,
-        VIRTIO_NET_F_GUEST_CSUM,
-        VIRTIO_NET_F_MAC,
-        VIRTIO_NET_F_MRG_RXBUF,
-        VIRTIO_NET_F_MTU,
-        VIRTIO_NET_F_STATUS,
-    ];
-    let features = features.into_iter().fold(0, |all, bit| all | 1 << bit);
-    MainLoopDevice {
-        kind: MainLoopDeviceKind::Net,
-        id: VIRTIO_ID_NET,
-        features: features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
-        queue_sizes: &QUEUE_SIZES,
-        config: config_space(mac),
-        sender,
-        event,
-    }
-}
+/// What is watched: buffers to receive into, frames to send, the connection to passt.
+const RECEIVE: u32 = 0;
+const TRANSMIT: u32 = 1;
+const PASST: u32 = 2;
 
 /// `struct virtio_net_config` as far as the features go: address, status, number of queue pairs
 /// (without meaning here), MTU.
@@ -150,11 +127,12 @@ impl fmt::Debug for Reconnect {
 /// The device at work.
 #[derive(Debug)]
 pub struct Net {
+    mac: [u8; 6],
     queues: Option<Queues>,
-    cable: Option<Connection>,
+    passt: Option<Connection>,
     /// How passt is found again; `None` if its connection was inherited.
     reconnect: Option<Reconnect>,
-    plugged_at: Instant,
+    linked_at: Instant,
     /// When passt is looked for again.
     retry_at: Option<Instant>,
     /// How long before that after the next failure.
@@ -164,84 +142,33 @@ pub struct Net {
     /// Receive buffers that the frame at hand has filled, and how far.
     filled: Vec<(u16, u32)>,
     /// Of the driver's faults.
-    complaint: FirstError,
+    complaint: LogOnce,
 }
 
 impl Net {
-    /// A device on a connection to passt, and how that is made again.
-    pub fn new(socket: UnixStream, reconnect: Option<Reconnect>) -> Result<Self> {
+    /// A device with this hardware address, its link up, on a connection to passt; and how that is made
+    /// again.
+    ///
+    /// # Errors
+    /// The host refuses to adjust the socket.
+    pub fn new(mac: [u8; 6], socket: UnixStream, reconnect: Option<Reconnect>) -> Result<Self> {
         Ok(Net {
+            mac,
             queues: None,
-            cable: Some(Connection::new(socket).context("prepare the connection to passt")?),
+            passt: Some(Connection::new(socket).context("prepare the connection to passt")?),
             reconnect,
-            plugged_at: Instant::now(),
+            linked_at: Instant::now(),
             retry_at: None,
             pause: RETRY_PAUSE[0],
             shown_up: true,
             filled: Vec::new(),
-            complaint: FirstError::default(),
+            complaint: LogOnce::default(),
         })
     }
 
-    /// Starts watching the connection.
-    pub fn register(&self, ops: &mut EventOps<'_>) -> Result<()> {
-        self.cable.as_ref().map_or(Ok(()), |cable| watch(cable, ops))
-    }
-
-    /// Takes the queues over.
-    pub fn activate(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
-        self.reset(ops)?;
-        let Activation { ram, features, queues, interrupt, config } = activation;
-        let served: Vec<ServedQueue> = queues
-            .into_iter()
-            .map(|queue| ServedQueue::new(queue, features, &interrupt))
-            .collect::<Result<_>>()?;
-        let Ok([receive, transmit]) = <[ServedQueue; 2]>::try_from(served) else {
-            bail!("the network device has two queues");
-        };
-        for (kick, token) in
-            [(receive.kick(), Token::NetReceive), (transmit.kick(), Token::NetTransmit)]
-        {
-            ops.add(Events::with_data(kick, token.to_data(), EventSet::IN))?;
-        }
-        let agreed = |bit: u32| features & 1 << bit != 0;
-        let valid = agreed(VIRTIO_NET_F_GUEST_CSUM);
-        self.queues = Some(Queues {
-            ram,
-            receive,
-            transmit,
-            config,
-            merge: agreed(VIRTIO_NET_F_MRG_RXBUF),
-            header_flags: if valid { VIRTIO_NET_HDR_F_DATA_VALID as u8 } else { 0 },
-        });
-        self.show_link()?;
-        let moved = self.transmit().and_then(|()| self.receive());
-        self.judge(moved, ops)
-    }
-
-    /// Gives the queues back.
-    pub fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
-        let Some(queues) = self.queues.take() else { return Ok(()) };
-        for queue in [&queues.receive, &queues.transmit] {
-            ops.remove(Events::empty(queue.kick()))?;
-        }
-        Ok(())
-    }
-
-    /// Handles an event of the main loop.
-    pub fn handle(&mut self, token: Token, set: EventSet, ops: &mut EventOps<'_>) -> Result<()> {
-        let moved = match token {
-            Token::NetReceive => self.receive(),
-            Token::NetTransmit => self.transmit(),
-            Token::NetPasst => self.on_passt(set),
-            _ => Ok(()),
-        };
-        self.judge(moved, ops)
-    }
-
     fn on_passt(&mut self, set: EventSet) -> Result<(), Fault> {
-        let Some(cable) = &mut self.cable else { return Ok(()) };
-        if cable.note(set) {
+        let Some(passt) = &mut self.passt else { return Ok(()) };
+        if passt.note(set) {
             self.transmit()?;
         }
         self.receive()?;
@@ -253,8 +180,8 @@ impl Net {
     fn receive(&mut self) -> Result<(), Fault> {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         queues.receive.clear_kick();
-        let Some(cable) = &mut self.cable else { return Ok(()) };
-        let moved = queues.receive_from(cable, &mut self.filled);
+        let Some(passt) = &mut self.passt else { return Ok(()) };
+        let moved = queues.receive_from(passt, &mut self.filled);
         queues.receive.notify(&queues.ram)?;
         moved
     }
@@ -262,35 +189,35 @@ impl Net {
     /// Moves frames from the driver to passt, or to nowhere when there is none.
     fn transmit(&mut self) -> Result<(), Fault> {
         let Some(queues) = &mut self.queues else { return Ok(()) };
-        let Some(cable) = &mut self.cable else {
+        let Some(passt) = &mut self.passt else {
             return Ok(queues.transmit.serve(&queues.ram, QUEUE_SIZES[1].into(), |_| 0)?);
         };
         queues.transmit.clear_kick();
-        let moved = queues.transmit_to(cable);
+        let moved = queues.transmit_to(passt);
         queues.transmit.notify(&queues.ram)?;
         moved
     }
 
     /// Ends what cannot go on. An error is one of the main loop itself.
-    fn judge(&mut self, moved: Result<(), Fault>, ops: &mut EventOps<'_>) -> Result<()> {
+    fn judge(&mut self, moved: Result<(), Fault>, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         match moved {
             Ok(()) => Ok(()),
             Err(Fault::Driver(error)) => {
                 self.complaint.error(&format!("net: {error:#}; the device stops"));
-                self.reset(ops)
+                self.reset(watcher)
             }
-            Err(Fault::Passt(lost)) => self.unplug(&lost, ops),
+            Err(Fault::Passt(lost)) => self.take_link_down(&lost, watcher),
         }
     }
 
-    fn unplug(&mut self, lost: &Lost, ops: &mut EventOps<'_>) -> Result<()> {
-        let Some(cable) = self.cable.take() else { return Ok(()) };
-        ops.remove(Events::empty(cable.socket()))?;
+    fn take_link_down(&mut self, lost: &Lost, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some(passt) = self.passt.take() else { return Ok(()) };
+        watcher.remove(passt.socket())?;
         // Whoever mote has inherited the socket from may hold it too.
-        let _ = cable.socket().shutdown(Shutdown::Both);
+        let _ = passt.socket().shutdown(Shutdown::Both);
         let now = Instant::now();
         // One that never lasts is not asked, or complained of, ten times a second.
-        if now - self.plugged_at >= RETRY_PAUSE[1] {
+        if now - self.linked_at >= RETRY_PAUSE[1] {
             self.pause = RETRY_PAUSE[0];
         }
         let outlook = match &self.reconnect {
@@ -304,7 +231,7 @@ impl Net {
         self.show_link()?;
         // The driver gets back what it was sending.
         let moved = self.transmit();
-        self.judge(moved, ops)
+        self.judge(moved, watcher)
     }
 
     fn retry_in(&mut self, now: Instant) {
@@ -312,24 +239,19 @@ impl Net {
         self.pause = (self.pause * 2).min(RETRY_PAUSE[1]);
     }
 
-    /// When [`Self::retry`] has something to do.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        self.retry_at
-    }
-
     /// Looks for passt again, once it is time.
-    pub fn retry(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
+    fn retry(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         if self.retry_at.is_none_or(|at| now < at) {
             return Ok(());
         }
         let Some(again) = &mut self.reconnect else { return Ok(()) };
         let connected = (again.connect)().and_then(Connection::new).map_err(Into::into);
-        match connected.and_then(|cable| watch(&cable, ops).map(|()| cable)) {
-            Ok(cable) => {
+        match connected.and_then(|passt| watch(&passt, watcher).map(|()| passt)) {
+            Ok(passt) => {
                 let path = again.path.display();
                 log::info(&format!("net: passt serves {path} again; the link is up"));
-                self.cable = Some(cable);
-                (self.retry_at, self.plugged_at) = (None, now);
+                self.passt = Some(passt);
+                (self.retry_at, self.linked_at) = (None, now);
                 self.show_link()
             }
             Err(_) => {
@@ -341,7 +263,7 @@ impl Net {
 
     /// Tells the driver whether the link is up.
     fn show_link(&mut self) -> Result<()> {
-        let up = self.cable.is_some();
+        let up = self.passt.is_some();
         let Some(queues) = self.queues.as_ref().filter(|_| self.shown_up != up) else {
             return Ok(());
         };
@@ -351,49 +273,125 @@ impl Net {
     }
 }
 
-fn watch(cable: &Connection, ops: &mut EventOps<'_>) -> Result<()> {
+impl MainLoopDevice for Net {
+    fn name(&self) -> &'static str {
+        "net"
+    }
+
+    fn properties(&self) -> Properties {
+        let features = [
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_STATUS,
+        ];
+        let features = features.into_iter().fold(0, |all, bit| all | 1 << bit);
+        Properties {
+            id: VIRTIO_ID_NET,
+            features: features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
+            queue_sizes: &QUEUE_SIZES,
+            config: config_space(self.mac),
+        }
+    }
+
+    fn register(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.passt.as_ref().map_or(Ok(()), |passt| watch(passt, watcher))
+    }
+
+    fn activate(&mut self, activation: Activation, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.reset(watcher)?;
+        let Activation { ram, features, queues, interrupt, config } = activation;
+        let [receive, transmit] = ServedQueue::take_over(queues, features, &interrupt)?;
+        for (kick, source) in [(receive.kick(), RECEIVE), (transmit.kick(), TRANSMIT)] {
+            watcher.add(kick, source, EventSet::IN)?;
+        }
+        let agreed = |bit: u32| features & 1 << bit != 0;
+        let valid = agreed(VIRTIO_NET_F_GUEST_CSUM);
+        self.queues = Some(Queues {
+            ram,
+            receive,
+            transmit,
+            config,
+            merge: agreed(VIRTIO_NET_F_MRG_RXBUF),
+            header_flags: if valid { VIRTIO_NET_HDR_F_DATA_VALID as u8 } else { 0 },
+        });
+        self.show_link()?;
+        let moved = self.transmit().and_then(|()| self.receive());
+        self.judge(moved, watcher)
+    }
+
+    fn reset(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some(queues) = self.queues.take() else { return Ok(()) };
+        for queue in [&queues.receive, &queues.transmit] {
+            watcher.remove(queue.kick())?;
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, source: u32, set: EventSet, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let moved = match source {
+            RECEIVE => self.receive(),
+            TRANSMIT => self.transmit(),
+            PASST => self.on_passt(set),
+            _ => Ok(()),
+        };
+        self.judge(moved, watcher)
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    fn end_round(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.retry(now, watcher)
+    }
+}
+
+fn watch(passt: &Connection, watcher: &mut Watcher<'_, '_>) -> Result<()> {
     let set = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-    Ok(ops.add(Events::with_data(cable.socket(), Token::NetPasst.to_data(), set))?)
+    Ok(watcher.add(passt.socket(), PASST, set)?)
 }
 
 impl Queues {
     fn receive_from(
         &mut self,
-        cable: &mut Connection,
+        passt: &mut Connection,
         filled: &mut Vec<(u16, u32)>,
     ) -> Result<(), Fault> {
         for _ in 0..RECEIVE_BATCH {
-            let Some(frame) = cable.frame()? else { return Ok(()) };
+            let Some(frame) = passt.frame()? else { return Ok(()) };
             let len = frame.len();
             if !self.deliver(frame, filled)? {
                 return Ok(());
             }
-            cable.take_frame(len);
+            passt.take_frame(len);
         }
         // There may be more: after everybody else's turn.
         Ok(self.receive.kick().write(1).context("go on receiving")?)
     }
 
-    fn transmit_to(&mut self, cable: &mut Connection) -> Result<(), Fault> {
+    fn transmit_to(&mut self, passt: &mut Connection) -> Result<(), Fault> {
         let Queues { ram, transmit, .. } = self;
         for _ in 0..TRANSMIT_BATCH {
             // A full socket: epoll will speak of it.
-            if !cable.flush()? {
+            if !passt.flush()? {
                 return Ok(());
             }
             // Frames that are dropped take no room: a driver that sends nothing else would never let
             // go of this.
             for _ in 0..QUEUE_SIZES[1] {
-                if !cable.has_room() {
+                if !passt.has_room() {
                     break;
                 }
                 let Some(chain) = transmit.pop_or_wait(ram)? else {
-                    cable.flush()?;
+                    passt.flush()?;
                     return Ok(());
                 };
                 let head = chain.head_index();
                 // A frame that cannot be is dropped.
-                let _ = put(chain, ram, cable);
+                let _ = put(chain, ram, passt);
                 transmit.push(ram, head, 0)?;
             }
         }
@@ -450,12 +448,12 @@ impl Queues {
 
 /// Adds the driver's frame to what is sent to passt. Its header says nothing that passt wants to
 /// know.
-fn put(chain: Chain<'_>, ram: &GuestRam, cable: &mut Connection) -> Result<()> {
+fn put(chain: Chain<'_>, ram: &GuestRam, passt: &mut Connection) -> Result<()> {
     let mut reader = Reader::new(chain, ram)?;
     reader.read_exact(&mut [0; HEADER_LEN])?;
     let len = reader.available_bytes();
     ensure!(FRAME_LEN.contains(&len), "a frame of {len} bytes");
-    cable.put_frame(len, |bytes| Ok(reader.read_exact(bytes)?))
+    passt.put_frame(len, |bytes| Ok(reader.read_exact(bytes)?))
 }
 
 #[cfg(any(test, fuzzing))]

@@ -12,20 +12,25 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::SocketAddr;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor, split::VirtqUsedElem};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::virtio::mmio::ConfigSpace;
-use crate::virtio::{F_EVENT_IDX, F_VERSION_1, ReadyQueue};
+use crate::token::Token;
+use crate::virtio::device::{ConfigSpace, ReadyQueue};
 
+/// The device's number.
+const DEVICE: u8 = 0;
 /// A host port that takes one connection, and another.
 pub const OFFER: u32 = 7000;
 pub const OTHER_OFFER: u32 = 7001;
@@ -276,21 +281,23 @@ struct Device {
 
 impl MutEventSubscriber for Device {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        self.mux.register(ops).expect("registered");
+        self.mux.register(&mut Watcher::new(ops, DEVICE)).expect("registered");
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let token = Token::from_data(events.data()).expect("a token");
-        let handled = self.mux.handle(token, events.event_set(), ops);
-        self.check(handled, ops);
+        let token = Token::from_data(events.data());
+        let Some(Token::Device { device: DEVICE, source }) = token else { panic!("{token:?}") };
+        let mut watcher = Watcher::new(ops, DEVICE);
+        let handled = self.mux.handle(source, events.event_set(), &mut watcher);
+        self.check(handled, &mut watcher);
     }
 }
 
 impl Device {
     /// As in the main loop.
-    fn check(&mut self, handled: Result<()>, ops: &mut EventOps<'_>) {
+    fn check(&mut self, handled: Result<()>, watcher: &mut Watcher<'_, '_>) {
         if let Err(error) = handled {
-            self.mux.reset(ops).expect("reset");
+            self.mux.reset(watcher).expect("reset");
             self.failure.get_or_insert(error);
         }
     }
@@ -409,29 +416,30 @@ impl Bench {
             interrupt: EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"),
             config: ConfigSpace::unattached().0,
         };
-        self.call(|mux, ops| mux.activate(activation, ops));
+        self.call(|mux, watcher| mux.activate(activation, watcher));
     }
 
     /// Calls the device as the main loop would, then lets it come to rest.
-    pub fn call(&mut self, f: impl FnOnce(&mut Mux, &mut EventOps<'_>) -> Result<()>) {
+    pub fn call(&mut self, f: impl FnOnce(&mut Mux, &mut Watcher<'_, '_>) -> Result<()>) {
         self.call_only(f);
         self.run();
     }
 
     /// Calls the device, and leaves what follows from it for later.
-    pub fn call_only(&mut self, f: impl FnOnce(&mut Mux, &mut EventOps<'_>) -> Result<()>) {
+    pub fn call_only(&mut self, f: impl FnOnce(&mut Mux, &mut Watcher<'_, '_>) -> Result<()>) {
         let mut ops = self.events.event_ops(self.id).expect("ops");
-        f(&mut self.device.borrow_mut().mux, &mut ops).expect("the device lives");
+        f(&mut self.device.borrow_mut().mux, &mut Watcher::new(&mut ops, DEVICE))
+            .expect("the device lives");
     }
 
     /// Moves time to when all flows opened so far have waited too long to say where to.
     pub fn let_flows_expire(&mut self) {
-        self.call(|mux, ops| mux.end_round(Instant::now() + FLOW_LIMIT, ops));
+        self.call(|mux, watcher| mux.end_round(Instant::now() + FLOW_LIMIT, watcher));
     }
 
     /// Moves time to when all requests made so far have waited too long.
     pub fn let_requests_expire(&mut self) {
-        self.call(|mux, ops| mux.end_round(Instant::now() + ANSWER_LIMIT, ops));
+        self.call(|mux, watcher| mux.end_round(Instant::now() + ANSWER_LIMIT, watcher));
     }
 
     /// Kicks as asked, and runs the loop until nothing happens any more.
@@ -451,8 +459,9 @@ impl Bench {
         let events = self.events.run_with_timeout(0).expect("an event loop");
         let mut ops = self.events.event_ops(self.id).expect("ops");
         let mut device = self.device.borrow_mut();
-        let ended = device.mux.end_round(Instant::now(), &mut ops);
-        device.check(ended, &mut ops);
+        let mut watcher = Watcher::new(&mut ops, DEVICE);
+        let ended = device.mux.end_round(Instant::now(), &mut watcher);
+        device.check(ended, &mut watcher);
         events
     }
 
@@ -473,15 +482,15 @@ impl Bench {
     /// The size of everything the device holds.
     pub fn look(&self) -> Holdings {
         let mux = &self.device.borrow().mux;
-        let live: Vec<&Entry> = mux.entries.iter().flatten().collect();
+        let live: Vec<&Entry> = mux.table.entries.iter().flatten().collect();
         Holdings {
             connections: live.len(),
-            known: mux.by_ports.len(),
-            slots: mux.entries.len(),
-            free: mux.free.len(),
+            known: mux.table.by_ports.len(),
+            slots: mux.table.entries.len(),
+            free: mux.table.free.len(),
             resets: mux.resets.len(),
             resets_capacity: mux.resets.capacity(),
-            ready: mux.ready.clone(),
+            ready: mux.table.ready.clone(),
             queued: live.iter().filter(|entry| entry.queued).count(),
             most_bytes: live.iter().map(|entry| entry.conn.for_host().len()).max().unwrap_or(0),
         }

@@ -3,7 +3,9 @@
 use std::net::{Ipv4Addr, SocketAddr as InetAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread::sleep;
 
-use mote_agent::flow::{DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, PUBLISHED_LEN};
+use mote_agent::flow::{
+    DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, PUBLISH_PORT, PUBLISHED_LEN, Published,
+};
 
 use super::super::super::conn::BUFFER_LEN;
 use super::*;
@@ -255,7 +257,7 @@ fn a_reset_that_writing_finds_first_is_no_end_in_order_either() {
     reset(peer);
     // In one turn with the news of it, and before that.
     bench.send(data(ports), b"into the void");
-    bench.call_only(|mux, ops| mux.handle(Token::VsockTransmit, EventSet::IN, ops));
+    bench.call_only(|mux, watcher| mux.handle(Source::Transmit.to_number(), EventSet::IN, watcher));
     assert!(shutdowns(&mut bench).iter().all(|(data, _)| data.is_empty()));
 }
 
@@ -329,9 +331,9 @@ fn a_peer_that_takes_nothing_does_not_keep_what_the_guest_has_closed() {
     bench.collect();
     assert_eq!(bench.look().connections, 1, "bytes are left to deliver");
     let due = bench.deadline().expect("not for good");
-    bench.call(|mux, ops| mux.end_round(due - Duration::from_secs(1), ops));
+    bench.call(|mux, watcher| mux.end_round(due - Duration::from_secs(1), watcher));
     assert_eq!(bench.look().connections, 1, "not before its time");
-    bench.call(|mux, ops| mux.end_round(due, ops));
+    bench.call(|mux, watcher| mux.end_round(due, watcher));
     assert_eq!((bench.look().connections, bench.deadline()), (0, None));
     assert_eq!(bench.ops(), [0; 0], "the guest knows of none");
     let (received, tail) = read_until(&mut bench, &mut peer, sent);
@@ -680,7 +682,7 @@ fn errors_of_datagrams_are_reported_and_end_nothing() {
     expect(&mut bench, &[(DATA, ports, refused.into())]);
     // The error of one does not take the next along.
     bench.send(data(ports), &datagram(b"lost"));
-    bench.call_only(|mux, ops| mux.handle(Token::VsockTransmit, EventSet::IN, ops));
+    bench.call_only(|mux, watcher| mux.handle(Source::Transmit.to_number(), EventSet::IN, watcher));
     let peer = UdpSocket::bind(address).expect("free again");
     peer.set_read_timeout(Some(PATIENCE)).expect("set");
     bench.tell(data(ports), &datagram(b"found"));
@@ -848,18 +850,18 @@ fn clients_that_the_guest_cannot_serve_are_reset() {
 #[test]
 fn clients_beyond_the_limit_wait_for_room() {
     let (mut bench, address) = published();
-    bench.call(|mux, ops| {
-        mux.flows += MAX_FLOWS;
-        mux.guest_is_ready(ops)
+    bench.call(|mux, watcher| {
+        mux.table.flows += MAX_FLOWS;
+        mux.guest_is_ready(watcher)
     });
     let mut client = client(address);
     until(&mut bench, |bench| bench.deadline());
     assert_eq!((bench.look().connections, read_all(&mut client)), (0, (vec![], Tail::More)));
     bench.call(|mux, _| {
-        mux.flows -= MAX_FLOWS;
+        mux.table.flows -= MAX_FLOWS;
         Ok(())
     });
-    bench.call(|mux, ops| mux.end_round(Instant::now() + ACCEPT_PAUSE, ops));
+    bench.call(|mux, watcher| mux.end_round(Instant::now() + ACCEPT_PAUSE, watcher));
     requested(&mut bench);
 }
 
@@ -960,7 +962,7 @@ fn disturb(seed: u64) {
     drop((peers, tcp));
     until(&mut bench, |bench| (bench.look().connections == 0).then_some(()));
     bench.call(|mux, _| {
-        assert_eq!((mux.flows, mux.deadlines.len()), (0, 0));
+        assert_eq!((mux.table.flows, mux.table.deadlines.len()), (0, 0));
         Ok(())
     });
     bench.activate();

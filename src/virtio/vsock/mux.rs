@@ -1,41 +1,35 @@
 //! The vsock device at work, in the main loop: moves packets between the queues and the
-//! connections, and bytes between the connections and their host ends.
+//! connections, and bytes between the connections and their endpoints.
 //!
 //! Connections' sockets are non-blocking and registered once, edge-triggered; one that has said "no
-//! more for now" is left alone until epoll speaks of it again. Listeners are level-triggered, and
-//! taken out while they rest. Everything a guest or a client can
-//! make this hold is bounded: connections, bytes per connection, waiting resets.
+//! more for now" is left alone until epoll speaks of it again. Everything a guest or a client can make
+//! this hold is bounded: connections, bytes per connection, waiting resets.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::TcpListener;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use event_manager::{EventOps, EventSet, Events};
-use mote_agent::flow::{FLOW_PORT, PUBLISH_PORT, Protocol, Published, REQUEST_LEN, Request};
-use vmm_sys_util::eventfd::EventFd;
+use anyhow::{Context, Result};
+use event_manager::EventSet;
+use mote_agent::flow::{FLOW_PORT, Protocol, REQUEST_LEN, Request};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::conn::Conn;
-use super::host_end::HostEnd;
-use super::packet::{Foreign, HEADER_LEN, Header, Op, Ports};
+use super::endpoint::Endpoint;
+use super::listeners::{Client, Listener, Listeners};
+use super::packet::{Foreign, GUEST_CID, HEADER_LEN, Header, MAX_PACKET, Op, Ports};
+use super::source::Source;
+use super::table::{Entry, MAX_FLOWS, Table};
 use crate::memory::GuestRam;
 use crate::policy::Policy;
-use crate::token::Token;
-use crate::virtio::Activation;
 use crate::virtio::buffers::{Reader, Writer};
+use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use crate::virtio::main_loop::{MainLoopDevice, Properties, Watcher};
 use crate::virtio::queue::{Chain, ServedQueue};
 
-/// Most connections at once; clients beyond are refused. The agent's own connections always find
-/// room, of which there are no more than offers: without them there is no agent.
-pub const MAX_CONNECTIONS: usize = 4096;
-/// Most of them that are flows, outgoing and published: the rest is for the clients of the box's own
-/// sockets, who must get in whatever the box does on the network.
-const MAX_FLOWS: usize = 3072;
-/// Most of them that are the clients': they cannot take its flows from the box.
-const MAX_CLIENTS: usize = MAX_CONNECTIONS - MAX_FLOWS;
+/// Receive, transmit, event.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// Most flows while clients of published ports are accepted: they cannot take the box's own
 /// connections from it.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
@@ -50,8 +44,6 @@ const SMALL_BUFFER_LEN: usize = 16 * 1024;
 /// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
 /// loses them.
 const MAX_RESETS: usize = 1024;
-/// Most data in one packet (Linux's `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
-pub const MAX_PACKET: usize = 64 * 1024;
 /// Most packets per queue before the main loop turns to other work.
 const BATCH: usize = 256;
 /// How long a client of the box's own sockets waits for a guest that is not up (contract §3).
@@ -65,13 +57,6 @@ const FLOW_LIMIT: Duration = Duration::from_secs(30);
 /// How long a peer on the network may take nothing of what a flow has left that the guest has closed and
 /// forgotten: there are only so many.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(600);
-/// How long a listener rests when the host has no descriptor or memory for its next client: the
-/// client goes on waiting, and asking again at once would be all that the main loop does.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// First port given to connections from the host; the guest's own start at 1024 too, but those are
-/// a different set.
-const FIRST_HOST_PORT: u32 = 1024;
-
 /// The queues, while the driver lends them.
 #[derive(Debug)]
 struct Queues {
@@ -82,261 +67,87 @@ struct Queues {
     _event: ServedQueue,
 }
 
-/// A connection and its host end.
-#[derive(Debug)]
-struct Entry {
-    conn: Conn,
-    end: HostEnd,
-    /// Stands in `Mux::ready`.
-    queued: bool,
-    /// Was an orphan when it was looked at last.
-    orphaned: bool,
-    /// Until when the guest may owe an answer, or a flow's request; or a peer may take nothing.
-    due: Option<Instant>,
-    /// The guest port to ask when the guest refuses the first one.
-    fallback_port: Option<u32>,
-}
-
-impl Entry {
-    /// Whether what `due` is for is still to come.
-    fn is_owed(&self) -> bool {
-        self.conn.is_requested() || self.end.is_awaiting() || self.is_orphan()
-    }
-
-    /// Whether this is a flow that only waits for its peer. A client of the box's own sockets may take
-    /// as long as it likes.
-    fn is_orphan(&self) -> bool {
-        self.end.is_flow() && self.conn.is_forgotten()
-    }
-}
-
-/// A listening host socket, non-blocking, whose clients are connected to the guest.
-#[derive(Debug)]
-pub enum Listener {
-    /// One of the box's own sockets.
-    Unix {
-        /// The socket.
-        socket: UnixListener,
-        /// The guest's vsock port.
-        guest_port: u32,
-        /// The one to try when the guest refuses that.
-        fallback_port: Option<u32>,
-    },
-    /// A published port. Its clients wait to be accepted until the guest's servers listen.
-    Published {
-        /// The socket.
-        socket: TcpListener,
-        /// The guest's TCP port.
-        guest_port: u16,
-    },
-}
-
-impl Listener {
-    fn fd(&self) -> RawFd {
-        match self {
-            Listener::Unix { socket, .. } => socket.as_raw_fd(),
-            Listener::Published { socket, .. } => socket.as_raw_fd(),
-        }
-    }
-}
-
 /// The device.
 #[derive(Debug)]
 pub struct Mux {
     queues: Option<Queues>,
-    entries: Vec<Option<Entry>>,
-    free: Vec<usize>,
-    by_ports: HashMap<Ports, usize>,
-    /// Connections that may have something for the guest, first come first served.
-    ready: VecDeque<usize>,
+    table: Table,
     resets: VecDeque<Header>,
     /// Connections that have more to write to their host sockets than one turn may take.
     unfinished: BTreeSet<usize>,
-    /// Sockets for guest connections to these host ports, one each.
-    offers: HashMap<u32, UnixStream>,
+    /// Sockets for the guest's connections to these host ports, one each.
+    reserved_ports: HashMap<u32, UnixStream>,
     /// Where outgoing flows may go; without, there are none.
     outgoing: Option<Policy>,
-    /// How many of the connections are flows.
-    flows: usize,
-    listeners: Vec<Listener>,
-    /// Which listeners are not watched, and until when; the one that is first comes first.
-    resting: VecDeque<(Instant, usize)>,
-    /// By when which slots are owed something; some have it already.
-    deadlines: BTreeSet<(Instant, usize)>,
+    listeners: Listeners,
     /// Whether the guest's servers listen; until then clients' connections wait.
     guest_ready: bool,
-    next_host_port: u32,
     buffer: Vec<u8>,
 }
 
 impl Mux {
-    /// A device that connects the guest to `offers` (one connection per host port) and to where
+    /// A device that connects the guest to `reserved_ports` (one connection per host port) and to where
     /// `outgoing` lets it go, and the clients of `listeners` to the guest.
     pub fn new(
-        offers: HashMap<u32, UnixStream>,
+        reserved_ports: HashMap<u32, UnixStream>,
         listeners: Vec<Listener>,
         outgoing: Option<Policy>,
     ) -> Self {
         Mux {
             queues: None,
-            entries: Vec::new(),
-            free: Vec::new(),
-            by_ports: HashMap::new(),
-            ready: VecDeque::new(),
+            table: Table::default(),
             resets: VecDeque::new(),
             unfinished: BTreeSet::new(),
-            offers,
+            reserved_ports,
             outgoing,
-            flows: 0,
-            listeners,
-            resting: VecDeque::new(),
-            deadlines: BTreeSet::new(),
+            listeners: Listeners::new(listeners),
             guest_ready: false,
-            next_host_port: FIRST_HOST_PORT,
             buffer: vec![0; MAX_PACKET],
         }
     }
 
-    /// Starts watching the box's own sockets.
-    pub fn register(&self, ops: &mut EventOps<'_>) -> Result<()> {
-        self.watch_listeners(|listener| matches!(listener, Listener::Unix { .. }), ops)
-    }
-
-    fn watch_listeners(
-        &self,
-        which: impl Fn(&Listener) -> bool,
-        ops: &mut EventOps<'_>,
-    ) -> Result<()> {
-        (0..self.listeners.len())
-            .filter(|index| which(&self.listeners[*index]))
-            .try_for_each(|index| self.watch_listener(index, ops))
-    }
-
-    fn watch_listener(&self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
-        let token = Token::VsockListener(index as u32);
-        let fd = self.listeners[index].fd();
-        Ok(ops.add(Events::with_data_raw(fd, token.to_data(), EventSet::IN))?)
-    }
-
     /// The guest's servers listen: asks for the connections of all clients that wait.
-    pub fn guest_is_ready(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+    pub fn guest_is_ready(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         if std::mem::replace(&mut self.guest_ready, true) {
             return Ok(());
         }
-        self.watch_listeners(|listener| matches!(listener, Listener::Published { .. }), ops)?;
+        self.listeners.watch_ports(watcher)?;
         // In the order they came, which is not that of the slots.
-        let waiting: Vec<usize> = self.deadlines.iter().map(|(_, index)| *index).collect();
-        for index in waiting {
+        for index in self.table.owed() {
             self.queue(index);
         }
-        self.deliver(ops)
-    }
-
-    /// Takes the queues over.
-    pub fn activate(&mut self, activation: Activation, ops: &mut EventOps<'_>) -> Result<()> {
-        self.reset(ops)?;
-        let Activation { ram, features, queues, interrupt, .. } = activation;
-        let served: Vec<ServedQueue> = queues
-            .into_iter()
-            .map(|queue| ServedQueue::new(queue, features, &interrupt))
-            .collect::<Result<_>>()?;
-        let Ok([receive, transmit, event]) = <[ServedQueue; 3]>::try_from(served) else {
-            bail!("the vsock device has three queues");
-        };
-        watch_kick(receive.kick(), Token::VsockReceive, ops)?;
-        watch_kick(transmit.kick(), Token::VsockTransmit, ops)?;
-        self.queues = Some(Queues { ram, receive, transmit, _event: event });
-        self.transmit(ops)?;
-        self.deliver(ops)
-    }
-
-    /// Gives the queues back. The guest knows no connection any more: all end, each once its host
-    /// socket has been given all the guest had sent, except that clients which wait for an answer
-    /// wait for the next driver's.
-    pub fn reset(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
-        // What is left in a ring that is broken stays there.
-        let _ = self.transmit(ops);
-        if let Some(queues) = self.queues.take() {
-            for queue in [&queues.receive, &queues.transmit] {
-                ops.remove(Events::empty(queue.kick()))?;
-            }
-            self.on_each_connection(Conn::on_driver_reset, ops)?;
-            self.resets.clear();
-        }
-        Ok(())
+        self.deliver(watcher)
     }
 
     fn on_each_connection(
         &mut self,
         change: impl Fn(&mut Conn),
-        ops: &mut EventOps<'_>,
+        watcher: &mut Watcher<'_, '_>,
     ) -> Result<()> {
-        for index in 0..self.entries.len() {
-            if let Some(entry) = &mut self.entries[index] {
+        for index in self.table.slots() {
+            if let Some(entry) = self.table.get_mut(index) {
                 change(&mut entry.conn);
-                self.flush_to_host(index, ops)?;
+                self.flush_to_host(index, watcher)?;
             }
         }
         Ok(())
-    }
-
-    /// Handles an event of the main loop. Errors are the device's end, not the process's: the
-    /// guest's own doing, or a host without descriptors.
-    pub fn handle(&mut self, token: Token, set: EventSet, ops: &mut EventOps<'_>) -> Result<()> {
-        match token {
-            Token::VsockTransmit => self.transmit(ops)?,
-            Token::VsockReceive => {
-                if let Some(queues) = &self.queues {
-                    queues.receive.clear_kick();
-                }
-            }
-            Token::VsockListener(index) => self.accept(index as usize, ops)?,
-            Token::VsockConnection(index) => self.note_socket(index as usize, set, ops)?,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Ends a round of events: does what is due by `now`, and gives the guest what there is for it.
-    /// Once for all of them, because a guest can have each of very many events cost a full batch.
-    pub fn end_round(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
-        self.expire(now, ops)?;
-        self.deliver(ops)
-    }
-
-    /// When [`Mux::end_round`] has something to do next, whatever events come.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        let owed = self.deadlines.first().map(|(due, _)| *due);
-        let rested = self.resting.front().map(|(until, _)| *until);
-        owed.into_iter().chain(rested).min()
     }
 
     /// Closes connections for which the guest, or an orphan's peer, has not done its part in time, and
     /// listens again where that had to rest.
-    fn expire(&mut self, now: Instant, ops: &mut EventOps<'_>) -> Result<()> {
-        while let Some((until, index)) = self.resting.front().copied()
-            && now >= until
-        {
-            self.resting.pop_front();
-            if self.watch_listener(index, ops).is_err() {
-                // The host still has no room.
-                self.resting.push_back((now + ACCEPT_PAUSE, index));
-            }
-        }
-        while let Some((due, index)) = self.deadlines.first().copied()
-            && now >= due
-        {
-            self.deadlines.pop_first();
-            if let Some(entry) = &mut self.entries[index]
+    fn expire(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.listeners.wake(now, watcher);
+        while let Some((due, index)) = self.table.take_due(now) {
+            if let Some(entry) = self.table.get_mut(index)
                 && entry.is_orphan()
             {
-                entry.end.try_to_write();
-                self.flush_to_host(index, ops)?;
+                entry.endpoint.try_to_write();
+                self.flush_to_host(index, watcher)?;
             }
-            if let Some(entry) = &mut self.entries[index]
+            if let Some(entry) = self.table.get_mut(index)
                 && entry.is_owed()
                 // Otherwise the peer has taken something.
-                && entry.due == Some(due)
+                && entry.is_due(due)
             {
                 // At once, whether or not the guest ever takes the reset.
                 entry.conn.vanish();
@@ -344,48 +155,44 @@ impl Mux {
                 if entry.conn.is_announced() && !entry.conn.is_forgotten() {
                     self.refuse(ports);
                 }
-                self.remove_if_closed(index, ops)?;
+                self.remove_if_closed(index, watcher)?;
             }
         }
         Ok(())
     }
 
-    /// Gives up on offers that the guest has not taken, and on everything else: each host socket is
+    /// Gives up on reserved ports that the guest has not taken, and on everything else: each host socket is
     /// closed once it has been given all the guest had sent; TCP connections that the guest has not
     /// ended are reset. Later clients find nobody.
-    pub fn close(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+    pub fn close(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         // What is left in a ring that is broken stays there.
-        let _ = self.transmit(ops);
-        self.offers.clear();
+        let _ = self.transmit(watcher);
+        self.reserved_ports.clear();
         self.outgoing = None;
-        // Not watched: those that rest, and published ports before the guest was ready.
-        for listener in self.listeners.drain(..) {
-            let _ = ops.remove(Events::empty_raw(listener.fd()));
-        }
-        self.resting.clear();
-        self.on_each_connection(Conn::on_reset, ops)
+        self.listeners.close(watcher);
+        self.on_each_connection(Conn::on_reset, watcher)
     }
 
     /// Whether all host sockets have been given all that the guest has sent.
     pub fn is_drained(&self) -> bool {
-        self.entries.iter().flatten().all(|entry| entry.conn.for_host().is_empty())
+        self.table.iter().all(|entry| entry.conn.for_host().is_empty())
     }
 
     // ---- from the guest ----------------------------------------------------------------------
 
-    fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+    fn transmit(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         // Taken out while packets are handled: a packet may change anything else of the device.
         let Some(mut queues) = self.queues.take() else { return Ok(()) };
         let mut touched: BTreeSet<usize> =
             std::mem::take(&mut self.unfinished).into_iter().collect();
         let served = queues.transmit.serve(&queues.ram, BATCH, |chain| {
-            touched.extend(self.take_packet(chain, &queues.ram, ops));
+            touched.extend(self.take_packet(chain, &queues.ram, watcher));
             0
         });
         self.queues = Some(queues);
         served?;
         for index in touched {
-            self.flush_to_host(index, ops)?;
+            self.flush_to_host(index, watcher)?;
         }
         Ok(())
     }
@@ -395,7 +202,7 @@ impl Mux {
         &mut self,
         chain: Chain<'_>,
         ram: &GuestRam,
-        ops: &mut EventOps<'_>,
+        watcher: &mut Watcher<'_, '_>,
     ) -> Option<usize> {
         let mut reader = Reader::new(chain, ram).ok()?;
         let mut bytes = [0; HEADER_LEN];
@@ -416,8 +223,8 @@ impl Mux {
             }
             _ => len == 0,
         };
-        let touched = match self.by_ports.get(&header.ports).copied() {
-            Some(index) if header.op == Op::Reset && self.ask_elsewhere(index) => Some(index),
+        let touched = match self.table.find(header.ports) {
+            Some(index) if header.op == Op::Reset && self.table.ask_elsewhere(index) => Some(index),
             Some(index) if self.is_forgotten(index) => {
                 if header.op != Op::Reset {
                     self.refuse(header.ports);
@@ -425,7 +232,7 @@ impl Mux {
                 None
             }
             Some(index) => {
-                if let Some(entry) = &mut self.entries[index] {
+                if let Some(entry) = self.table.get_mut(index) {
                     if complete {
                         let data = if header.op == Op::Data { &data[..len] } else { &[] };
                         entry.conn.on_packet(&header, data);
@@ -434,12 +241,12 @@ impl Mux {
                     }
                 }
                 // At once: what comes next in the queue may depend on it.
-                self.take_flow_request(index, ops);
+                self.take_flow_request(index, watcher);
                 Some(index)
             }
             None => {
                 let refused = match header.op {
-                    Op::Request => self.accept_guest(&header, ops).is_err(),
+                    Op::Request => self.accept_guest(&header, watcher).is_err(),
                     Op::Reset => false,
                     _ => true,
                 };
@@ -454,29 +261,30 @@ impl Mux {
     }
 
     /// Makes a connection that the guest asks for.
-    fn accept_guest(&mut self, request: &Header, ops: &mut EventOps<'_>) -> Result<()> {
+    fn accept_guest(&mut self, request: &Header, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let host_port = request.ports.host;
         let mut conn = Conn::accepted(request);
-        let end = if host_port == FLOW_PORT
+        let endpoint = if host_port == FLOW_PORT
             && self.outgoing.is_some()
-            && self.has_room_for_flow(MAX_FLOWS)
+            && self.table.has_room_for_flow(MAX_FLOWS)
         {
             conn.set_abortable(true);
-            HostEnd::awaiting()
+            Endpoint::awaiting()
         } else {
-            let socket = self.offers.remove(&host_port).context("nobody listens on this port")?;
-            HostEnd::unix(socket)?
+            let socket =
+                self.reserved_ports.remove(&host_port).context("nobody listens on this port")?;
+            Endpoint::unix(socket)?
         };
-        self.insert(conn, end, None, ops)
+        self.insert(Entry::new(conn, endpoint, None), watcher)
     }
 
     /// Connects an outgoing flow, if this is one and it has come to be known where to.
-    fn take_flow_request(&mut self, index: usize, ops: &mut EventOps<'_>) {
-        let (Some(entry), Some(policy)) = (&mut self.entries[index], &self.outgoing) else {
+    fn take_flow_request(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) {
+        let (Some(entry), Some(policy)) = (self.table.get_mut(index), &self.outgoing) else {
             return;
         };
-        let Entry { conn, end, .. } = entry;
-        if !end.is_awaiting() || conn.is_closed() {
+        let Entry { conn, endpoint, .. } = entry;
+        if !endpoint.is_awaiting() || conn.is_closed() {
             return;
         }
         let request = match conn.all_for_host().first_chunk::<REQUEST_LEN>().copied() {
@@ -491,36 +299,16 @@ impl Mux {
         let connected = policy
             .resolve(protocol, destination)
             .map_err(io::Error::from_raw_os_error)
-            .and_then(|destination| end.connect(protocol, destination))
-            .and_then(|()| watch(end, index, ops));
+            .and_then(|destination| endpoint.connect(protocol, destination))
+            .and_then(|()| watch(endpoint, index, watcher));
         if let Err(error) = connected {
-            end.refuse(&error, conn);
+            endpoint.refuse(&error, conn);
         }
-    }
-
-    fn has_room_for_flow(&self, limit: usize) -> bool {
-        self.flows < limit && self.by_ports.len() < MAX_CONNECTIONS
-    }
-
-    /// Sends a request that the guest has refused to its other port, if it has one.
-    fn ask_elsewhere(&mut self, index: usize) -> bool {
-        let Some(entry) = self.entries[index].as_mut().filter(|e| e.conn.is_requested()) else {
-            return false;
-        };
-        let Some(guest) = entry.fallback_port.take() else { return false };
-        let refused = entry.conn.ports();
-        let ports = Ports { host: self.free_host_port(guest), guest };
-        self.by_ports.remove(&refused);
-        self.by_ports.insert(ports, index);
-        if let Some(entry) = &mut self.entries[index] {
-            entry.conn.redirect(ports);
-        }
-        true
     }
 
     /// Whether the guest has reset this connection, which exists only for its host socket.
     fn is_forgotten(&self, index: usize) -> bool {
-        self.entries[index].as_ref().is_some_and(|entry| entry.conn.is_forgotten())
+        self.table.get(index).is_some_and(|entry| entry.conn.is_forgotten())
     }
 
     fn refuse(&mut self, ports: Ports) {
@@ -531,12 +319,10 @@ impl Mux {
 
     /// Writes what the guest sent to the host socket, as far as it takes it, and closes each
     /// direction that is over.
-    fn flush_to_host(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
-        let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
-            return Ok(());
-        };
+    fn flush_to_host(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some(entry) = self.table.get_mut(index) else { return Ok(()) };
         let left = entry.conn.len_for_host();
-        let unfinished = entry.end.flush(&mut entry.conn);
+        let unfinished = entry.endpoint.flush(&mut entry.conn);
         let made_progress = entry.conn.len_for_host() < left;
         let waits_anew = entry.is_orphan() && (made_progress || !entry.orphaned);
         entry.orphaned = entry.is_orphan();
@@ -551,33 +337,25 @@ impl Mux {
             }
         }
         if waits_anew {
-            self.set_due(index, Instant::now() + ORPHAN_LIMIT);
+            self.table.set_due(index, Instant::now() + ORPHAN_LIMIT);
         }
         self.queue(index);
-        self.remove_if_closed(index, ops)
-    }
-
-    fn set_due(&mut self, index: usize, due: Instant) {
-        let Some(entry) = &mut self.entries[index] else { return };
-        if let Some(before) = entry.due.replace(due) {
-            self.deadlines.remove(&(before, index));
-        }
-        self.deadlines.insert((due, index));
+        self.remove_if_closed(index, watcher)
     }
 
     // ---- to the guest ------------------------------------------------------------------------
 
-    fn deliver(&mut self, ops: &mut EventOps<'_>) -> Result<()> {
+    fn deliver(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let Some(mut queues) = self.queues.take() else { return Ok(()) };
-        let delivered = self.deliver_to(&mut queues, ops);
+        let delivered = self.deliver_to(&mut queues, watcher);
         self.queues = Some(queues);
         delivered
     }
 
-    fn deliver_to(&mut self, queues: &mut Queues, ops: &mut EventOps<'_>) -> Result<()> {
+    fn deliver_to(&mut self, queues: &mut Queues, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let Queues { ram, receive, .. } = queues;
         let mut used = 0;
-        while !(self.resets.is_empty() && self.ready.is_empty()) {
+        while !(self.resets.is_empty() && self.table.is_idle()) {
             if used == BATCH {
                 // Come back after everybody else's turn.
                 receive.kick().write(1)?;
@@ -596,7 +374,7 @@ impl Mux {
                 receive.push(ram, head, 0)?;
                 continue;
             }
-            let Some(header) = self.next_packet(space, ops)? else {
+            let Some(header) = self.next_packet(space, watcher)? else {
                 receive.unpop();
                 used -= 1;
                 break;
@@ -611,21 +389,24 @@ impl Mux {
     }
 
     /// The next packet for the guest; its data is at the start of `self.buffer`.
-    fn next_packet(&mut self, space: usize, ops: &mut EventOps<'_>) -> Result<Option<Header>> {
+    fn next_packet(
+        &mut self,
+        space: usize,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Result<Option<Header>> {
         if let Some(reset) = self.resets.pop_front() {
             return Ok(Some(reset));
         }
-        while let Some(index) = self.ready.pop_front() {
-            let Some(entry) = self.entries[index].as_mut() else { continue };
-            entry.queued = false;
-            let Entry { conn, end, .. } = entry;
+        while let Some(index) = self.table.next_in_line() {
+            let Some(entry) = self.table.get_mut(index) else { continue };
+            let Entry { conn, endpoint, .. } = entry;
             let buffer = &mut self.buffer;
-            let header = conn.next(space, |room| end.read(buffer, room));
+            let header = conn.next(space, |room| endpoint.read(buffer, room));
             if header.is_some() {
                 // There may be more; at the end of the line, so that nobody starves.
                 self.queue(index);
             }
-            self.remove_if_closed(index, ops)?;
+            self.remove_if_closed(index, watcher)?;
             if header.is_some() {
                 return Ok(header);
             }
@@ -635,113 +416,58 @@ impl Mux {
 
     // ---- host sockets ------------------------------------------------------------------------
 
-    fn note_socket(&mut self, index: usize, set: EventSet, ops: &mut EventOps<'_>) -> Result<()> {
-        let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else {
-            return Ok(());
-        };
-        let Entry { conn, end, .. } = entry;
-        if let Err(error) = end.check_connecting() {
-            unwatch(end, ops)?;
-            end.refuse(&error, conn);
+    fn note_socket(
+        &mut self,
+        index: usize,
+        events: EventSet,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Result<()> {
+        let Some(entry) = self.table.get_mut(index) else { return Ok(()) };
+        let Entry { conn, endpoint, .. } = entry;
+        if let Err(error) = endpoint.check_connecting() {
+            unwatch(endpoint, watcher)?;
+            endpoint.refuse(&error, conn);
         }
-        end.note_events(set, conn);
-        self.flush_to_host(index, ops)
+        endpoint.note_events(events, conn);
+        self.flush_to_host(index, watcher)
     }
 
-    fn accept(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
-        // None are left once the box is over.
-        let Some(listener) = self.listeners.get(index) else { return Ok(()) };
-        let accepted = match listener {
-            Listener::Unix { socket, guest_port, fallback_port } => socket
-                .accept()
-                .map(|(socket, _)| (HostEnd::unix(socket), *guest_port, *fallback_port)),
-            // The clients wait where they are.
-            Listener::Published { .. } if !self.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS) => {
-                Err(ErrorKind::QuotaExceeded.into())
-            }
-            Listener::Published { socket, guest_port } => {
-                socket.accept().map(|(socket, client)| {
-                    let header = Published { guest_port: *guest_port, client };
-                    (HostEnd::published(socket, header), PUBLISH_PORT, None)
-                })
-            }
-        };
-        let (end, guest, fallback_port) = match accepted {
-            Ok(accepted) => accepted,
-            // Level-triggered: what is still waiting comes again.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted
-                ) =>
-            {
-                return Ok(());
-            }
-            Err(_) => {
-                ops.remove(Events::empty_raw(listener.fd()))?;
-                self.resting.push_back((Instant::now() + ACCEPT_PAUSE, index));
-                return Ok(());
-            }
-        };
-        // Dropped, so the client sees the end: there are too many, or it has gone already, or the
-        // host cannot watch it.
-        let has_room = match end {
-            Ok(ref end) if end.is_flow() => self.by_ports.len() < MAX_CONNECTIONS,
-            _ => self.by_ports.len() - self.flows < MAX_CLIENTS,
-        };
-        if has_room && let Ok(end) = end {
-            let mut conn = Conn::requested(Ports { host: self.free_host_port(guest), guest });
-            conn.set_abortable(end.is_flow());
-            let _ = self.insert(conn, end, fallback_port, ops);
+    fn accept(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let has_room = self.table.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS);
+        let Some(client) = self.listeners.accept(index, has_room, watcher)? else { return Ok(()) };
+        let Client { endpoint, guest_port: guest, fallback_port } = client;
+        // Otherwise it is dropped, so the client sees the end: there are too many, or it has gone
+        // already, or the host cannot watch it.
+        if let Ok(endpoint) = endpoint
+            && self.table.has_room_for_client(&endpoint)
+        {
+            let ports = Ports { host: self.table.free_host_port(guest), guest };
+            let mut conn = Conn::requested(ports);
+            conn.set_abortable(endpoint.is_flow());
+            let _ = self.insert(Entry::new(conn, endpoint, fallback_port), watcher);
         }
         Ok(())
     }
 
-    /// There is always one: ports are many more than connections.
-    fn free_host_port(&mut self, guest: u32) -> u32 {
-        loop {
-            let host = self.next_host_port;
-            self.next_host_port = match host.wrapping_add(1) {
-                next if next < FIRST_HOST_PORT => FIRST_HOST_PORT,
-                next => next,
-            };
-            if !self.by_ports.contains_key(&Ports { host, guest }) {
-                return host;
-            }
+    fn insert(&mut self, mut entry: Entry, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        if self.table.count() >= LARGE_BUFFERS {
+            entry.conn.set_buffer_len(SMALL_BUFFER_LEN as u32);
+            entry.endpoint.set_read_ahead(SMALL_BUFFER_LEN);
         }
-    }
-
-    fn insert(
-        &mut self,
-        mut conn: Conn,
-        mut end: HostEnd,
-        fallback_port: Option<u32>,
-        ops: &mut EventOps<'_>,
-    ) -> Result<()> {
-        if self.by_ports.len() >= LARGE_BUFFERS {
-            conn.set_buffer_len(SMALL_BUFFER_LEN as u32);
-            end.set_read_ahead(SMALL_BUFFER_LEN);
-        }
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() - 1
-        });
-        if let Err(error) = watch(&end, index, ops) {
-            self.free.push(index);
+        let index = self.table.take_slot();
+        if let Err(error) = watch(&entry.endpoint, index, watcher) {
+            self.table.give_back(index);
             return Err(error).context("watch a connection");
         }
-        let limit = match end.is_flow() {
+        let limit = match entry.endpoint.is_flow() {
             true => FLOW_LIMIT,
             false if self.guest_ready => ANSWER_LIMIT,
             false => BOOT_LIMIT,
         };
-        let entry = Entry { conn, end, queued: false, orphaned: false, due: None, fallback_port };
         let is_owed = entry.is_owed();
-        self.flows += usize::from(entry.end.is_flow());
-        self.by_ports.insert(entry.conn.ports(), index);
-        self.entries[index] = Some(entry);
+        self.table.insert(index, entry);
         if is_owed {
-            self.set_due(index, Instant::now() + limit);
+            self.table.set_due(index, Instant::now() + limit);
         }
         self.queue(index);
         Ok(())
@@ -749,49 +475,114 @@ impl Mux {
 
     /// Puts a connection in line for the guest, unless it waits for the guest's servers.
     fn queue(&mut self, index: usize) {
-        if let Some(entry) = &mut self.entries[index]
-            && (self.guest_ready || !entry.conn.is_requested())
-            && !std::mem::replace(&mut entry.queued, true)
-        {
-            self.ready.push_back(index);
+        let waits = |entry: &Entry| entry.conn.is_requested() && !self.guest_ready;
+        if !self.table.get(index).is_none_or(waits) {
+            self.table.line_up(index);
         }
     }
 
-    fn remove_if_closed(&mut self, index: usize, ops: &mut EventOps<'_>) -> Result<()> {
-        if !self.entries[index].as_ref().is_some_and(|entry| entry.conn.is_closed()) {
-            return Ok(());
+    fn remove_if_closed(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        match self.table.remove_closed(index) {
+            Some(entry) => unwatch(&entry.endpoint, watcher),
+            None => Ok(()),
         }
-        if let Some(entry) = self.entries[index].take() {
-            unwatch(&entry.end, ops)?;
-            self.flows -= usize::from(entry.end.is_flow());
-            if let Some(due) = entry.due {
-                self.deadlines.remove(&(due, index));
+    }
+}
+
+impl MainLoopDevice for Mux {
+    fn name(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn properties(&self) -> Properties {
+        Properties {
+            id: VIRTIO_ID_VSOCK,
+            features: F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
+            queue_sizes: &QUEUE_SIZES,
+            config: GUEST_CID.to_le_bytes().to_vec(),
+        }
+    }
+
+    /// Starts watching the box's own sockets.
+    fn register(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.listeners.watch_sockets(watcher)
+    }
+
+    fn activate(&mut self, activation: Activation, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.reset(watcher)?;
+        let Activation { ram, features, queues, interrupt, .. } = activation;
+        let [receive, transmit, event] = ServedQueue::take_over(queues, features, &interrupt)?;
+        watcher.add(receive.kick(), Source::Receive.to_number(), EventSet::IN)?;
+        watcher.add(transmit.kick(), Source::Transmit.to_number(), EventSet::IN)?;
+        self.queues = Some(Queues { ram, receive, transmit, _event: event });
+        self.transmit(watcher)?;
+        self.deliver(watcher)
+    }
+
+    /// Gives the queues back. The guest knows no connection any more: all end, each once its host
+    /// socket has been given all the guest had sent, except that clients which wait for an answer
+    /// wait for the next driver's.
+    fn reset(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        // What is left in a ring that is broken stays there.
+        let _ = self.transmit(watcher);
+        if let Some(queues) = self.queues.take() {
+            for queue in [&queues.receive, &queues.transmit] {
+                watcher.remove(queue.kick())?;
             }
-            self.by_ports.remove(&entry.conn.ports());
-            self.ready.retain(|ready| *ready != index);
-            self.free.push(index);
+            self.on_each_connection(Conn::on_driver_reset, watcher)?;
+            self.resets.clear();
         }
         Ok(())
+    }
+
+    /// Errors are the device's end, not the process's: the guest's own doing, or a host without
+    /// descriptors.
+    fn handle(
+        &mut self,
+        source: u32,
+        events: EventSet,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Result<()> {
+        match Source::from_number(source) {
+            Some(Source::Transmit) => self.transmit(watcher)?,
+            Some(Source::Receive) => {
+                if let Some(queues) = &self.queues {
+                    queues.receive.clear_kick();
+                }
+            }
+            Some(Source::Listener(index)) => self.accept(index, watcher)?,
+            Some(Source::Connection(index)) => self.note_socket(index, events, watcher)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let owed = self.table.next_deadline();
+        owed.into_iter().chain(self.listeners.next_deadline()).min()
+    }
+
+    /// Does what is due by `now`, and gives the guest what there is for it: once for all events of a
+    /// round, because a guest can have each of very many events cost a full batch.
+    fn end_round(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.expire(now, watcher)?;
+        self.deliver(watcher)
     }
 }
 
 /// Starts watching a connection's host socket, if it has one by now.
-fn watch(end: &HostEnd, index: usize, ops: &mut EventOps<'_>) -> io::Result<()> {
-    let Some(fd) = end.fd() else { return Ok(()) };
+fn watch(endpoint: &Endpoint, index: usize, watcher: &mut Watcher<'_, '_>) -> io::Result<()> {
+    let Some(fd) = endpoint.fd() else { return Ok(()) };
     let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-    let token = Token::VsockConnection(index as u32);
-    ops.add(Events::with_data_raw(fd, token.to_data(), events)).map_err(|error| match error {
+    let source = Source::Connection(index).to_number();
+    watcher.add(&fd, source, events).map_err(|error| match error {
         event_manager::Error::Epoll(errno) => io::Error::from_raw_os_error(errno.errno()),
         other => io::Error::other(other),
     })
 }
 
-fn unwatch(end: &HostEnd, ops: &mut EventOps<'_>) -> Result<()> {
-    end.fd().map_or(Ok(()), |fd| Ok(ops.remove(Events::empty_raw(fd))?))
-}
-
-fn watch_kick(kick: &EventFd, token: Token, ops: &mut EventOps<'_>) -> Result<()> {
-    Ok(ops.add(Events::with_data(kick, token.to_data(), EventSet::IN))?)
+fn unwatch(endpoint: &Endpoint, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+    endpoint.fd().map_or(Ok(()), |fd| Ok(watcher.remove(&fd)?))
 }
 
 #[cfg(any(test, fuzzing))]

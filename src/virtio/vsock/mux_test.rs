@@ -3,15 +3,18 @@
 #[path = "flow_test.rs"]
 mod flows;
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::conn::BUFFER_LEN;
+use super::super::listeners::ACCEPT_PAUSE;
+use super::super::table::MAX_CLIENTS;
 use super::*;
 use bench::*;
 
@@ -563,7 +566,7 @@ fn clients_that_the_guest_does_not_answer_are_closed() {
     clients[1].write_all(b"never read").expect("written");
     bench.run();
     assert_eq!(bench.ops(), [REQUEST; 3]);
-    bench.call(|mux, ops| mux.end_round(Instant::now(), ops));
+    bench.call(|mux, watcher| mux.end_round(Instant::now(), watcher));
     for client in &mut clients {
         assert_eq!(read_all(client), (vec![], Tail::More), "not before their time");
     }
@@ -597,11 +600,11 @@ fn the_time_of_a_refused_request_is_not_that_of_the_next_one_in_its_slot() {
     let mut client = bench.connect(1);
     bench.run();
     assert_eq!(bench.look().slots, 1, "the same slot");
-    bench.call(|mux, ops| mux.end_round(first, ops));
+    bench.call(|mux, watcher| mux.end_round(first, watcher));
     assert_eq!(read_all(&mut client), (vec![], Tail::More));
     let second = bench.deadline().expect("a time for the answer");
     assert!(second > first);
-    bench.call(|mux, ops| mux.end_round(second, ops));
+    bench.call(|mux, watcher| mux.end_round(second, watcher));
     assert_eq!(read_all(&mut client), (vec![], Tail::End));
 }
 
@@ -620,7 +623,7 @@ fn a_listener_that_cannot_accept_rests_for_a_while() {
     bench.run();
     let deadline = bench.deadline().expect("tries again");
     assert!(deadline <= Instant::now() + ACCEPT_PAUSE);
-    bench.call_only(|mux, ops| mux.end_round(deadline, ops));
+    bench.call_only(|mux, watcher| mux.end_round(deadline, watcher));
     assert_eq!(bench.turn(), 1, "it tries again");
     assert_eq!(bench.turn(), 0, "and rests again");
 }

@@ -3,6 +3,8 @@
 
 /// Bytes of a header on the queue.
 pub const HEADER_LEN: usize = 44;
+/// Most data in one packet, in bytes (Linux's `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
+pub const MAX_PACKET: usize = 64 * 1024;
 /// The host's address.
 pub const HOST_CID: u64 = 2;
 /// The guest's address (contract §3).

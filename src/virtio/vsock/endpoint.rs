@@ -26,7 +26,7 @@ use mote_agent::flow::{
 
 use super::conn::{Conn, HostRead};
 use super::flow::{self, Rest, TooLong};
-use super::mux::MAX_PACKET;
+use super::packet::MAX_PACKET;
 use crate::sys;
 
 // A datagram is received whole, in the buffer for packets.
@@ -38,7 +38,7 @@ const DATAGRAM_BATCH: usize = 32;
 
 /// The host's end of a connection.
 #[derive(Debug)]
-pub struct HostEnd {
+pub struct Endpoint {
     socket: Socket,
     /// Whether there may be something to read, and room to write: as long as the socket has not
     /// said otherwise.
@@ -116,9 +116,9 @@ fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
 }
 
-impl HostEnd {
+impl Endpoint {
     fn new(socket: Socket, rest: Rest) -> Self {
-        HostEnd {
+        Endpoint {
             socket,
             readable: true,
             writable: true,
@@ -135,19 +135,19 @@ impl HostEnd {
     /// A Unix socket, whose bytes and ends are passed on as they are.
     pub fn unix(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(HostEnd::new(Socket::Unix(socket), Rest::default()))
+        Ok(Endpoint::new(Socket::Unix(socket), Rest::default()))
     }
 
     /// A client of a published port.
     pub fn published(socket: TcpStream, header: Published) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         prepare_tcp(&socket)?;
-        Ok(HostEnd::new(Socket::Tcp(socket), Rest::new(&header.encode())))
+        Ok(Endpoint::new(Socket::Tcp(socket), Rest::new(&header.encode())))
     }
 
     /// An outgoing flow of which it is not known yet where to.
     pub fn awaiting() -> Self {
-        HostEnd::new(Socket::Awaiting, Rest::default())
+        Endpoint::new(Socket::Awaiting, Rest::default())
     }
 
     /// Sets how much is read from a stream at once that the guest may have no room for as yet.
@@ -155,7 +155,7 @@ impl HostEnd {
         self.read_ahead = len;
     }
 
-    /// Has the next [`HostEnd::flush`] try to write, whatever the socket has said: it tells of room only
+    /// Has the next [`Endpoint::flush`] try to write, whatever the socket has said: it tells of room only
     /// when it has much.
     pub fn try_to_write(&mut self) {
         self.writable = true;
@@ -200,7 +200,7 @@ impl HostEnd {
     /// Looks at how connecting went, if that is what this end does.
     ///
     /// # Errors
-    /// It failed; [`HostEnd::refuse`] is to be told why.
+    /// It failed; [`Endpoint::refuse`] is to be told why.
     pub fn check_connecting(&mut self) -> io::Result<()> {
         let Socket::Connecting(socket) = &self.socket else { return Ok(()) };
         if let Some(error) = socket.take_error()? {

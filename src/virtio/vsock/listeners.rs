@@ -1,0 +1,190 @@
+//! The host sockets on which clients come: accepting them, and resting where the host has no room.
+//!
+//! Listeners are level-triggered: a client that is still waiting is spoken of again. One that rests is
+//! not watched.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use event_manager::EventSet;
+use mote_agent::flow::{PUBLISH_PORT, Published};
+
+use super::endpoint::Endpoint;
+use super::source::Source;
+use crate::virtio::main_loop::Watcher;
+
+/// How long a listener rests when the host has no descriptor or memory for its next client: the
+/// client goes on waiting, and asking again at once would be all that the main loop does.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A listening host socket, non-blocking, whose clients are connected to the guest.
+#[derive(Debug)]
+pub enum Listener {
+    /// One of the box's own sockets.
+    Unix {
+        /// The socket.
+        socket: UnixListener,
+        /// The guest's vsock port.
+        guest_port: u32,
+        /// The one to try when the guest refuses that.
+        fallback_port: Option<u32>,
+    },
+    /// A published port. Its clients wait to be accepted until the guest's servers listen.
+    Published {
+        /// The socket.
+        socket: TcpListener,
+        /// The guest's TCP port.
+        guest_port: u16,
+    },
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Listener::Unix { socket, .. } => socket.as_raw_fd(),
+            Listener::Published { socket, .. } => socket.as_raw_fd(),
+        }
+    }
+}
+
+/// A client that has been accepted.
+#[derive(Debug)]
+pub struct Client {
+    /// Its socket, unless it has gone already.
+    pub endpoint: io::Result<Endpoint>,
+    /// The guest's vsock port.
+    pub guest_port: u32,
+    /// The one to try when the guest refuses that.
+    pub fallback_port: Option<u32>,
+}
+
+/// All of a box's listeners.
+#[derive(Debug)]
+pub struct Listeners {
+    listeners: Vec<Listener>,
+    /// Which of them are not watched, and until when; the one that is first comes first.
+    resting: VecDeque<(Instant, usize)>,
+}
+
+impl Listeners {
+    /// None of them is watched yet.
+    pub fn new(listeners: Vec<Listener>) -> Self {
+        Listeners { listeners, resting: VecDeque::new() }
+    }
+
+    /// Starts watching the box's own sockets.
+    ///
+    /// # Errors
+    /// The host has no room to watch another.
+    pub fn watch_sockets(&self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.watch_all(|listener| matches!(listener, Listener::Unix { .. }), watcher)
+    }
+
+    /// Starts watching the published ports.
+    ///
+    /// # Errors
+    /// The host has no room to watch another.
+    pub fn watch_ports(&self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        self.watch_all(|listener| matches!(listener, Listener::Published { .. }), watcher)
+    }
+
+    fn watch_all(
+        &self,
+        which: impl Fn(&Listener) -> bool,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Result<()> {
+        (0..self.listeners.len())
+            .filter(|index| which(&self.listeners[*index]))
+            .try_for_each(|index| self.watch(index, watcher))
+    }
+
+    fn watch(&self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let source = Source::Listener(index).to_number();
+        Ok(watcher.add(&self.listeners[index], source, EventSet::IN)?)
+    }
+
+    /// When [`Listeners::wake`] has something to do.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.resting.front().map(|(until, _)| *until)
+    }
+
+    /// Watches those again that have rested until `now`.
+    pub fn wake(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) {
+        while let Some((until, index)) = self.resting.front().copied()
+            && now >= until
+        {
+            self.resting.pop_front();
+            if self.watch(index, watcher).is_err() {
+                // The host still has no room.
+                self.resting.push_back((now + ACCEPT_PAUSE, index));
+            }
+        }
+    }
+
+    /// Accepts the next client of the listener of this number, if there is one and there is room for
+    /// it; otherwise it waits where it is.
+    ///
+    /// # Errors
+    /// The main loop cannot stop watching a listener.
+    pub fn accept(
+        &mut self,
+        index: usize,
+        has_room_for_flow: bool,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Result<Option<Client>> {
+        // None are left once the box is over.
+        let Some(listener) = self.listeners.get(index) else { return Ok(None) };
+        let accepted = match listener {
+            Listener::Unix { socket, guest_port, fallback_port } => {
+                socket.accept().map(|(socket, _)| Client {
+                    endpoint: Endpoint::unix(socket),
+                    guest_port: *guest_port,
+                    fallback_port: *fallback_port,
+                })
+            }
+            Listener::Published { .. } if !has_room_for_flow => {
+                Err(ErrorKind::QuotaExceeded.into())
+            }
+            Listener::Published { socket, guest_port } => {
+                socket.accept().map(|(socket, client)| {
+                    let header = Published { guest_port: *guest_port, client };
+                    Client {
+                        endpoint: Endpoint::published(socket, header),
+                        guest_port: PUBLISH_PORT,
+                        fallback_port: None,
+                    }
+                })
+            }
+        };
+        match accepted {
+            Ok(client) => Ok(Some(client)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(_) => {
+                watcher.remove(listener)?;
+                self.resting.push_back((Instant::now() + ACCEPT_PAUSE, index));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Closes all of them: later clients find nobody.
+    pub fn close(&mut self, watcher: &mut Watcher<'_, '_>) {
+        for listener in self.listeners.drain(..) {
+            // Not watched: those that rest, and published ports before the guest was ready.
+            let _ = watcher.remove(&listener);
+        }
+        self.resting.clear();
+    }
+}
