@@ -45,6 +45,7 @@ pub mod outcome;
 pub mod plan;
 pub mod policy;
 pub mod probe;
+pub mod resolv_conf;
 pub mod run;
 pub mod spec;
 pub mod sys;

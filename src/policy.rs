@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use mote_agent::flow::Protocol;
 
+use crate::resolv_conf;
 use crate::sys;
 
 /// The port of name servers.
@@ -39,7 +40,9 @@ impl Policy {
     /// The usual policy on a host with this resolv.conf.
     pub fn new(resolv_conf: &str) -> Self {
         Policy {
-            resolvers: name_servers(resolv_conf),
+            resolvers: resolv_conf::name_servers(resolv_conf)
+                .filter_map(parse_name_server)
+                .collect(),
             #[cfg(any(test, fuzzing))]
             servers: TestServers::None,
         }
@@ -121,20 +124,6 @@ fn is_out_of_reach(ip: IpAddr) -> bool {
     }
 }
 
-/// The name servers of a resolv.conf(5).
-fn name_servers(resolv_conf: &str) -> Vec<SocketAddr> {
-    resolv_conf
-        .lines()
-        .filter_map(|line| {
-            let mut words = line.split_whitespace();
-            if words.next()? != "nameserver" {
-                return None;
-            }
-            parse_name_server(words.next()?)
-        })
-        .collect()
-}
-
 /// An address, or an IPv6 address with the interface to reach it by (`fe80::1%eth0`).
 fn parse_name_server(text: &str) -> Option<SocketAddr> {
     let Some((ip, interface)) = text.split_once('%') else {
@@ -150,7 +139,7 @@ mod tests {
     use super::*;
 
     const HOST: &str = "# a comment\nsearch example.org\nnameserver 127.0.0.53\n\
-        nameserver 2001:db8::53 trailing\nnameserver nonsense\n  nameserver 192.0.2.53\nnameserver";
+        nameserver 2001:db8::53 trailing\nnameserver nonsense\nnameserver 192.0.2.53\nnameserver";
 
     fn address(text: &str) -> SocketAddr {
         text.parse().expect("an address")
@@ -233,11 +222,12 @@ mod tests {
     }
 
     #[test]
-    fn name_servers_are_read_as_resolvers_do() {
+    fn name_servers_are_addresses() {
         let servers = ["127.0.0.53:53", "[2001:db8::53]:53", "192.0.2.53:53"].map(address);
-        assert_eq!(name_servers(HOST), servers);
+        assert_eq!(Policy::new(HOST).resolvers, servers);
         let scoped = "nameserver fe80::1%lo\nnameserver fe80::2%no-such0\nnameserver fe80::3%7";
-        let scopes: Vec<u32> = name_servers(scoped)
+        let scopes: Vec<u32> = Policy::new(scoped)
+            .resolvers
             .into_iter()
             .map(|address| match address {
                 SocketAddr::V6(address) => address.scope_id(),

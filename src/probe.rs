@@ -7,7 +7,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use crate::confine::Isolation;
+use crate::confine::{Isolation, NetworkAccess};
 use crate::kvm::{self, cpu, self_test, vcpu};
 use crate::memory;
 use crate::plan::{self, Environment};
@@ -15,7 +15,8 @@ use crate::spec::json::Report;
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {
-    let confined = Ok(format!("boxes are confined by {}", Isolation::of_host(true)));
+    let confined =
+        Ok(format!("boxes are confined by {}", Isolation::of_host(NetworkAccess::Sockets)));
     let checks = [("kvm", kvm()), ("virtiofsd", virtiofsd(environment)), ("sandbox", confined)];
     let ready = checks.iter().all(|(_, result)| result.is_ok());
     let mut text = String::new();

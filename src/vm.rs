@@ -15,8 +15,7 @@ use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
-use crate::confine::Sandbox;
-use crate::confine::seccomp::ThreadKind;
+use crate::confine::{Sandbox, ThreadKind};
 use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
 use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
@@ -98,7 +97,7 @@ impl Vm {
 
         // Host resources. The back-ends start while the kernel is being loaded.
         let sinks = Sinks::open(plan.console_output.as_deref())?;
-        let net = plan.network.as_ref().map(|network| connect_network(network, janitor, stop));
+        let net = plan.networking.own().map(|network| connect_network(network, janitor, stop));
         let net = net.transpose()?;
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
@@ -131,7 +130,7 @@ impl Vm {
         let (control, theirs) = UnixStream::pair().context("create a socket pair")?;
         control.set_nonblocking(true).context("prepare the control channel")?;
         reserved_ports.insert(CONTROL_PORT, theirs);
-        let vsock = Mux::new(reserved_ports, listeners, plan.outgoing.clone());
+        let vsock = Mux::new(reserved_ports, listeners, plan.networking.policy().cloned());
         let devices = Devices::new(vsock, net);
 
         // The guest's first memory.

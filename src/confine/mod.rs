@@ -31,7 +31,7 @@ use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetSt
 
 use crate::log;
 use crate::sys::confine::{self, Namespaces, Resource};
-use seccomp::ThreadKind;
+pub use seccomp::{NetworkAccess, ThreadKind};
 
 /// What this host lets mote use to keep itself from the host's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,16 +50,16 @@ pub enum Isolation {
 
 impl Isolation {
     /// Finds out by trying, in a child process, what a box enters.
-    pub fn of_host(outgoing: bool) -> Isolation {
+    pub fn of_host(network: NetworkAccess) -> Isolation {
         let permitted = |isolation: Isolation| {
-            confine::succeeds_in_child(|| isolation.enter_namespaces(outgoing))
+            confine::succeeds_in_child(|| isolation.enter_namespaces(network))
         };
         if confine::is_administrator() && permitted(Isolation::Namespaces) {
             Isolation::Namespaces
         } else if permitted(Isolation::UserNamespaces) {
             Isolation::UserNamespaces
         } else if confine::succeeds_in_child(|| {
-            let status = restrict_by_landlock(outgoing).map_err(io::Error::other)?;
+            let status = restrict_by_landlock(network).map_err(io::Error::other)?;
             if status == RulesetStatus::NotEnforced {
                 Err(io::ErrorKind::Unsupported.into())
             } else {
@@ -81,10 +81,13 @@ impl Isolation {
         }
     }
 
-    fn enter_namespaces(self, outgoing: bool) -> io::Result<()> {
+    fn enter_namespaces(self, network: NetworkAccess) -> io::Result<()> {
         let Some(user) = self.user_namespace() else { return Ok(()) };
         // What mote has opened stays in the host's network: published ports, passt.
-        let network = if outgoing { 0 } else { libc::CLONE_NEWNET };
+        let network = match network {
+            NetworkAccess::Sockets => 0,
+            NetworkAccess::None => libc::CLONE_NEWNET,
+        };
         let others = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         confine::unshare(user | network | others)?;
         confine::enter_empty_root()
@@ -122,8 +125,8 @@ const ADDRESS_SPACE_ROOM: u64 = 1 << 30;
 pub struct Sandbox {
     /// What keeps it from the host's files.
     pub isolation: Isolation,
-    /// Whether mote makes the guest's connections, with sockets of the host's network.
-    pub outgoing: bool,
+    /// What it uses of the host's network.
+    pub network: NetworkAccess,
     /// Most descriptors that the box may ever need.
     pub open_files: u64,
 }
@@ -149,7 +152,7 @@ impl Sandbox {
             confine::limit(resource, most).with_context(|| format!("limit {resource:?}"))?;
         }
         self.enter_namespaces().context("enter namespaces of its own, with an empty root")?;
-        restrict_by_landlock(self.outgoing).context("restrict mote by Landlock")?;
+        restrict_by_landlock(self.network).context("restrict mote by Landlock")?;
         if self.isolation == Isolation::FiltersOnly {
             log::warn(
                 "this host permits neither namespaces nor Landlock: only system call filters keep this box's mote and virtiofsd from the host's files; allow user namespaces or boot with lsm=landlock,… for more",
@@ -163,7 +166,7 @@ impl Sandbox {
     fn enter_namespaces(&self) -> io::Result<()> {
         let deadline = Instant::now() + THREAD_END_LIMIT;
         loop {
-            match self.isolation.enter_namespaces(self.outgoing) {
+            match self.isolation.enter_namespaces(self.network) {
                 Err(error)
                     if error.raw_os_error() == Some(libc::EINVAL) && Instant::now() < deadline =>
                 {
@@ -176,7 +179,7 @@ impl Sandbox {
 
     /// Step 6 for the main thread.
     pub fn confine_main(&self) -> Result<()> {
-        self.confine("main", ThreadKind::Main { outgoing: self.outgoing })
+        self.confine("main", ThreadKind::Main(self.network))
     }
 
     fn confine(&self, name: &str, kind: ThreadKind) -> Result<()> {
@@ -218,11 +221,14 @@ fn thread_name() -> String {
 /// Takes from this process, and threads it starts, what Landlock can take on this host: all files by
 /// name, TCP ports to bind, other processes' abstract sockets and, in a box with a network of its own,
 /// all TCP connections. What is open stays.
-fn restrict_by_landlock(outgoing: bool) -> Result<RulesetStatus> {
+fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
     // The newest that mote knows; older kernels enforce what they can.
     let abi = ABI::V6;
     let ports = AccessNet::from_all(abi);
-    let ports = if outgoing { ports & !AccessNet::ConnectTcp } else { ports };
+    let ports = match network {
+        NetworkAccess::Sockets => ports & !AccessNet::ConnectTcp,
+        NetworkAccess::None => ports,
+    };
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
         .handle_access(ports)?

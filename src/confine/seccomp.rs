@@ -10,14 +10,20 @@ use seccompiler::{BpfProgram, sock_filter};
 
 use super::sudden_end;
 
+/// What mote itself uses of the host's network once it runs the guest, beside what is open then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkAccess {
+    /// Nothing: the box has a network of its own.
+    None,
+    /// Sockets, with which it makes the guest's connections.
+    Sockets,
+}
+
 /// A kind of thread, by what it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThreadKind {
     /// Serves devices and sockets.
-    Main {
-        /// Whether it makes the guest's connections with sockets of the host.
-        outgoing: bool,
-    },
+    Main(NetworkAccess),
     /// Runs one vCPU.
     Vcpu,
     /// Writes one stream of the guest's output.
@@ -27,10 +33,10 @@ pub enum ThreadKind {
 impl ThreadKind {
     fn program(self) -> BpfProgram {
         let bytes: &[u8] = match self {
-            ThreadKind::Main { outgoing: false } => {
+            ThreadKind::Main(NetworkAccess::None) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main.bpf"))
             }
-            ThreadKind::Main { outgoing: true } => {
+            ThreadKind::Main(NetworkAccess::Sockets) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-outgoing.bpf"))
             }
             ThreadKind::Vcpu => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/vcpu.bpf")),
@@ -67,8 +73,8 @@ mod tests {
         // BPF_RET | BPF_K (include/uapi/linux/bpf_common.h).
         const RETURN: u16 = 0x06;
         for kind in [
-            ThreadKind::Main { outgoing: false },
-            ThreadKind::Main { outgoing: true },
+            ThreadKind::Main(NetworkAccess::None),
+            ThreadKind::Main(NetworkAccess::Sockets),
             ThreadKind::Vcpu,
             ThreadKind::Output,
         ] {
@@ -79,7 +85,8 @@ mod tests {
 
     #[test]
     fn a_box_with_a_network_of_its_own_may_do_less() {
-        let [own, hosts] = [false, true].map(|outgoing| ThreadKind::Main { outgoing }.program());
+        let [own, hosts] = [NetworkAccess::None, NetworkAccess::Sockets]
+            .map(|network| ThreadKind::Main(network).program());
         assert!(own.len() < hosts.len());
     }
 }

@@ -64,7 +64,11 @@ pub struct Duties<'a> {
 
 impl<'a> From<&'a Plan> for Duties<'a> {
     fn from(plan: &'a Plan) -> Duties<'a> {
-        Duties { cgroup: plan.cgroup.as_ref(), sockets: &plan.sockets, passt: plan.passt_socket() }
+        Duties {
+            cgroup: plan.cgroup.as_ref(),
+            sockets: &plan.sockets,
+            passt: plan.networking.passt_socket(),
+        }
     }
 }
 

@@ -7,8 +7,8 @@
 
 use mote_agent::instance::{Entrypoint, Mount, Security};
 
-use crate::spec::Spec;
 use crate::spec::json::Report;
+use crate::spec::{self, Spec};
 use crate::sys;
 
 /// Tag of the share that is mounted without being asked for, and where.
@@ -67,7 +67,7 @@ pub struct GuestInit {
     /// Whether it makes the root read-only.
     pub read_only_root: bool,
     /// The program it starts in place of the spec's entrypoint.
-    pub main: Option<Main>,
+    pub main: Option<MainProcess>,
     /// Whether the image's own init runs, which needs root and switches to the box's user itself.
     pub image_init: bool,
     /// The environment of what runs in the box, without the variables meant for an init.
@@ -76,7 +76,7 @@ pub struct GuestInit {
 
 /// The main process of a box whose init is mote's agent.
 #[derive(Debug)]
-pub struct Main {
+pub struct MainProcess {
     /// Program, arguments, environment.
     pub entrypoint: Entrypoint,
     /// Directory it starts in.
@@ -90,7 +90,7 @@ pub struct Main {
 impl GuestInit {
     /// Reads the variables.
     pub fn new(spec: &Spec, report: &mut Report) -> Self {
-        let vars = Variables { env: &spec.entrypoint.env, encoded: false };
+        let vars = Variables { entrypoint: &spec.entrypoint, encoded: false };
         let encoded = vars.value("BOX_EXEC_B64") == Some("1");
         let vars = Variables { encoded, ..vars };
         let is_init = vars.value("BOX_EXEC_EXEC").is_some();
@@ -141,31 +141,31 @@ fn is_in_image(spec: &Spec) -> bool {
 /// The spec's environment, read by name.
 #[derive(Clone, Copy)]
 struct Variables<'a> {
-    env: &'a [(String, String)],
+    entrypoint: &'a spec::Entrypoint,
     /// Whether values of `BOX_EXEC_*` are in base64 (later contract versions).
     encoded: bool,
 }
 
 impl<'a> Variables<'a> {
     fn index(&self, name: &str) -> Option<usize> {
-        self.env.iter().rposition(|(known, _)| known == name)
+        self.entrypoint.variable(name)
     }
 
     fn value(&self, name: &str) -> Option<&'a str> {
-        self.index(name).map(|index| self.env[index].1.as_str())
+        self.index(name).map(|index| self.entrypoint.env[index].1.as_str())
     }
 
     /// `NAME_0`, `NAME_1`, … up to the first gap, with their places in the environment.
     fn numbered(&self, name: &str) -> impl Iterator<Item = (usize, &'a str)> {
         (0..).map_while(move |n| {
             let index = self.index(&format!("{name}_{n}"))?;
-            Some((index, self.env[index].1.as_str()))
+            Some((index, self.entrypoint.env[index].1.as_str()))
         })
     }
 
     /// The value of the variable in this place, decoded.
     fn decoded(&self, index: usize, report: &mut Report) -> String {
-        let (name, value) = &self.env[index];
+        let (name, value) = &self.entrypoint.env[index];
         if !self.encoded {
             return value.clone();
         }
@@ -181,8 +181,8 @@ impl<'a> Variables<'a> {
 
     /// The image's variables, then those of the caller, who wins.
     fn container_env(&self, report: &mut Report) -> Vec<(String, String)> {
-        let named = |index: usize| self.env[index].0.as_str();
-        let of_image = (0..self.env.len()).filter_map(|index| {
+        let named = |index: usize| self.entrypoint.env[index].0.as_str();
+        let of_image = (0..self.entrypoint.env.len()).filter_map(|index| {
             let name =
                 named(index).strip_prefix("BOX_EXEC_ENV_").filter(|n| !["FILE", ""].contains(n))?;
             Some((name.to_owned(), self.decoded(index, report)))
@@ -190,11 +190,11 @@ impl<'a> Variables<'a> {
         let of_image: Vec<(String, String)> = of_image.collect();
         let meant_for_init =
             |name: &str| ["BOX_", "KRUN_", "A3S_"].iter().any(|prefix| name.starts_with(prefix));
-        let own = self.env.iter().filter(|(name, _)| !meant_for_init(name)).cloned();
+        let own = self.entrypoint.env.iter().filter(|(name, _)| !meant_for_init(name)).cloned();
         of_image.into_iter().chain(own).collect()
     }
 
-    fn main(&self, env: Vec<(String, String)>, report: &mut Report) -> Main {
+    fn main(&self, env: Vec<(String, String)>, report: &mut Report) -> MainProcess {
         let mut text = |name: &str| self.index(name).map(|index| self.decoded(index, report));
         let executable = text("BOX_EXEC_EXEC").unwrap_or_default();
         let workdir = text("BOX_EXEC_WORKDIR").unwrap_or_else(|| "/".into());
@@ -219,7 +219,7 @@ impl<'a> Variables<'a> {
             format!("is \"{count}\", but there are {} BOX_EXEC_ARG_n", args.len()),
         );
         let entrypoint = Entrypoint { executable, args, env };
-        Main { entrypoint, workdir, user, security: self.security(report) }
+        MainProcess { entrypoint, workdir, user, security: self.security(report) }
     }
 
     /// `A3S_SEC_*`. Unlike the reference's init, which ignores additions, what is added is not

@@ -4,9 +4,9 @@ use std::fs;
 
 use mote_agent::instance::{Entrypoint, Instance, Security};
 
-use super::guest_init::{GuestInit, Main};
+use super::guest_init::{GuestInit, MainProcess};
 use super::limits;
-use super::network::{self, Network};
+use super::network::{Networking, plan_resolv_conf};
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 
@@ -14,7 +14,7 @@ use crate::spec::{self, Spec};
 const MAX_HOSTNAME: usize = 64;
 
 /// Judges the entrypoint and everything else that is the guest's to carry out.
-pub(super) fn plan(spec: &Spec, network: Option<&Network>, report: &mut Report) -> Instance {
+pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) -> Instance {
     let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
     if executable.is_empty() {
         report.error("entrypoint.executable", "is empty; name a program");
@@ -45,7 +45,7 @@ pub(super) fn plan(spec: &Spec, network: Option<&Network>, report: &mut Report) 
         }
     }
 
-    let hostname = env.iter().rev().find(|(name, _)| name == "HOSTNAME").map(|(_, value)| value);
+    let hostname = spec.entrypoint.variable("HOSTNAME").map(|index| &env[index].1);
     let hostname = hostname.filter(|name| !name.is_empty()).map_or("localhost", String::as_str);
     if hostname.len() > MAX_HOSTNAME {
         report.error(
@@ -58,7 +58,7 @@ pub(super) fn plan(spec: &Spec, network: Option<&Network>, report: &mut Report) 
     }
     let GuestInit { mounts, read_only_root, main, image_init, container_env } =
         GuestInit::new(spec, report);
-    let Main { entrypoint, workdir, user, security } = main.unwrap_or_else(|| Main {
+    let MainProcess { entrypoint, workdir, user, security } = main.unwrap_or_else(|| MainProcess {
         entrypoint: Entrypoint {
             executable: executable.clone(),
             args: args.clone(),
@@ -86,13 +86,13 @@ pub(super) fn plan(spec: &Spec, network: Option<&Network>, report: &mut Report) 
         user: user.filter(|_| !image_init),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
-        outgoing: spec.network.is_none(),
+        outgoing: networking.own().is_none(),
         outgoing_ip6: host_has_global_ip6(),
         syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
-        interface: network.map(|network| network.interface),
-        resolv_conf: network::resolv_conf(spec),
+        interface: networking.own().map(|network| network.interface),
+        resolv_conf: plan_resolv_conf(spec),
     }
 }
 

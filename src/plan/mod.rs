@@ -20,13 +20,13 @@ mod testing;
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, find_virtiofsd};
 pub use image::Image;
-pub use network::{Network, PasstSocket};
+pub use network::{Network, Networking, PasstSocket};
 pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
 pub use shares::Share;
@@ -36,7 +36,6 @@ use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
 use crate::layout;
-use crate::policy::Policy;
 use crate::spec::Spec;
 use crate::spec::json::Report;
 use crate::virtio::vsock::table::MAX_CONNECTIONS;
@@ -63,11 +62,8 @@ pub struct Plan {
     pub sockets: Vec<HostSocket>,
     /// Published ports, in the spec's order.
     pub published_ports: Vec<PublishedPort>,
-    /// Where the guest's own connections may go when they are made with host sockets (TSI); `None`
-    /// when the guest has a network interface instead.
-    pub outgoing: Option<Policy>,
-    /// The box's own network, if it has one.
-    pub network: Option<Network>,
+    /// How the box is on the network.
+    pub networking: Networking,
     /// File for the guest's output; `None` is mote's own stdout and stderr.
     pub console_output: Option<PathBuf>,
     /// What the agent is told.
@@ -85,14 +81,6 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The socket on which passt is found again when it has gone.
-    pub fn passt_socket(&self) -> Option<&Path> {
-        match &self.network.as_ref()?.passt {
-            PasstSocket::Path(path) => Some(path),
-            PasstSocket::Inherited(_) => None,
-        }
-    }
-
     /// Judges a spec against this host. `None` when `report` has errors.
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
         let errors_before = report.errors.len();
@@ -103,9 +91,9 @@ impl Plan {
         let sockets = sockets::plan(spec, report);
         let published_ports = ports::plan(&spec.port_map, report);
         paths::check_console(spec.console_output.as_deref(), report);
-        let network = Network::new(spec, report);
+        let networking = Networking::new(spec, report);
         shares::warn_of_paths_that_guests_can_move(spec, &shares, report);
-        let instance = instance::plan(spec, network.as_ref(), report);
+        let instance = instance::plan(spec, &networking, report);
         refuse_unsupported(spec, report);
         let kernel =
             image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
@@ -119,12 +107,12 @@ impl Plan {
         if report.errors.len() > errors_before {
             return None;
         }
-        let outgoing = spec.network.is_none();
+        let network = networking.access();
         let isolation =
-            if environment.no_sandbox { Isolation::Off } else { Isolation::of_host(outgoing) };
+            if environment.no_sandbox { Isolation::Off } else { Isolation::of_host(network) };
         let sandbox = Sandbox {
             isolation,
-            outgoing,
+            network,
             open_files: open_files(spec.vcpus, &shares, &sockets, &published_ports),
         };
         Some(Plan {
@@ -136,8 +124,7 @@ impl Plan {
             shares,
             sockets,
             published_ports,
-            outgoing: spec.network.is_none().then(plan_outgoing),
-            network,
+            networking,
             console_output: spec.console_output.clone(),
             instance,
             kernel: kernel?,
@@ -187,7 +174,7 @@ impl fmt::Display for Plan {
         for PublishedPort { host, guest } in &self.published_ports {
             writeln!(f, "port       {host} -> guest port {guest}")?;
         }
-        if let Some(network) = &self.network {
+        if let Some(network) = self.networking.own() {
             writeln!(f, "network    {network}")?;
         }
         match &self.console_output {
@@ -281,11 +268,6 @@ fn host_memory_mib() -> Option<u64> {
     Some(kib >> 10)
 }
 
-/// The name servers are the host's at this time; a host that has none is one without resolv.conf.
-fn plan_outgoing() -> Policy {
-    Policy::new(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default())
-}
-
 /// What the contract has and this version of mote has not. Refused by name: a limit that is not
 /// enforced is worse than none.
 fn refuse_unsupported(spec: &Spec, report: &mut Report) {
@@ -327,7 +309,7 @@ mod tests {
 
     #[test]
     fn without_a_network_of_its_own_the_guest_uses_the_hosts() {
-        assert!(plan(|_| ()).expect("a plan").outgoing.is_some());
+        assert!(plan(|_| ()).expect("a plan").networking.policy().is_some());
     }
 
     #[test]

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 use mote_agent::instance::{Interface, ResolvConf};
 
 use super::paths::{MAX_SOCKET_PATH, parent_problem};
+use crate::confine::NetworkAccess;
+use crate::policy::Policy;
+use crate::resolv_conf;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
@@ -22,7 +25,60 @@ const PREFIX_LEN: std::ops::RangeInclusive<u8> = 1..=31;
 const DEFAULT_SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 /// The same without a network of its own, on a host that has none either (contract §2.7).
 const DEFAULT_LINES: &str = "nameserver 8.8.8.8\nnameserver 8.8.4.4\n";
-const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// How the box is on the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Networking {
+    /// It has a network of its own.
+    Own(Network),
+    /// Its connections are made with the host's sockets (TSI), where this lets them go.
+    Hosts(Policy),
+}
+
+impl Networking {
+    /// Judges the spec's network and the variables that tell a guest init of it. What is wrong goes
+    /// to `report`.
+    pub(super) fn new(spec: &Spec, report: &mut Report) -> Networking {
+        check_variables(spec, report);
+        match &spec.network {
+            Some(network) => Networking::Own(Network::new(network, report)),
+            // The name servers are the host's at this time.
+            None => Networking::Hosts(Policy::new(&resolv_conf::of_host())),
+        }
+    }
+
+    /// The box's own network, if it has one.
+    pub fn own(&self) -> Option<&Network> {
+        match self {
+            Networking::Own(network) => Some(network),
+            Networking::Hosts(_) => None,
+        }
+    }
+
+    /// Where its connections may go when they are made with the host's sockets.
+    pub fn policy(&self) -> Option<&Policy> {
+        match self {
+            Networking::Own(_) => None,
+            Networking::Hosts(policy) => Some(policy),
+        }
+    }
+
+    /// The socket on which passt is found again when it has gone.
+    pub fn passt_socket(&self) -> Option<&Path> {
+        match &self.own()?.passt {
+            PasstSocket::Path(path) => Some(path),
+            PasstSocket::Inherited(_) => None,
+        }
+    }
+
+    /// What mote itself uses of the host's network once it runs the guest.
+    pub fn access(&self) -> NetworkAccess {
+        match self {
+            Networking::Own(_) => NetworkAccess::None,
+            Networking::Hosts(_) => NetworkAccess::Sockets,
+        }
+    }
+}
 
 /// A network of the box's own: one interface, on passt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,12 +101,7 @@ pub enum PasstSocket {
 }
 
 impl Network {
-    /// Judges the spec's network and the variables that tell a guest init of it. What is wrong goes
-    /// to `report`.
-    pub fn new(spec: &Spec, report: &mut Report) -> Option<Network> {
-        let network = spec.network.as_ref();
-        check_variables(spec, report);
-        let network = network?;
+    fn new(network: &spec::Network, report: &mut Report) -> Network {
         let mac = network.mac_address;
         if mac[0] & 1 != 0 {
             report.error(
@@ -67,7 +118,7 @@ impl Network {
         for (index, server) in network.dns_servers.iter().enumerate() {
             check_server(*server, &format!("network.dns_servers[{index}]"), report);
         }
-        Some(Network { passt: plan_passt(network, report), mac_address: mac, interface })
+        Network { passt: plan_passt(network, report), mac_address: mac, interface }
     }
 }
 
@@ -201,9 +252,8 @@ fn check_server(server: Ipv4Addr, field: &str, report: &mut Report) {
 
 /// A variable that is set and not empty: its place in the environment, and its value.
 fn variable<'a>(spec: &'a Spec, name: &str) -> Option<(String, &'a str)> {
-    let env = &spec.entrypoint.env;
-    let index = env.iter().rposition(|(known, _)| known == name)?;
-    let value = env[index].1.as_str();
+    let index = spec.entrypoint.variable(name)?;
+    let value = spec.entrypoint.env[index].1.as_str();
     (!value.is_empty()).then(|| (format!("entrypoint.env[{index}]"), value))
 }
 
@@ -250,10 +300,9 @@ fn comma_list(servers: &[Ipv4Addr]) -> String {
 
 /// The box's name servers (contract §2.7, §7.2 step 4). With a network of its own, those it is given
 /// for that; otherwise what the runtime wrote into the image, or else the host's.
-pub fn resolv_conf(spec: &Spec) -> ResolvConf {
+pub(super) fn plan_resolv_conf(spec: &Spec) -> ResolvConf {
     let Some(network) = &spec.network else {
-        let host = fs::read_to_string(HOST_RESOLV_CONF).unwrap_or_default();
-        return ResolvConf::IfUnserved(nameserver_lines(&host));
+        return ResolvConf::IfUnserved(nameserver_lines(&resolv_conf::of_host()));
     };
     let given = variable(spec, "A3S_NET_DNS").map_or("", |(_, value)| value);
     let given = given.split(',').filter_map(|server| server.trim().parse::<Ipv4Addr>().ok());
@@ -269,9 +318,7 @@ pub fn resolv_conf(spec: &Spec) -> ResolvConf {
 
 /// The lines of a resolv.conf(5) that name servers, or the default ones.
 fn nameserver_lines(text: &str) -> String {
-    let servers = text.lines().filter_map(|line| {
-        line.strip_prefix("nameserver")?.strip_prefix([' ', '\t'])?.split_whitespace().next()
-    });
+    let servers = resolv_conf::name_servers(text);
     let lines: String = servers.map(|server| format!("nameserver {server}\n")).collect();
     if lines.is_empty() { DEFAULT_LINES.into() } else { lines }
 }
@@ -292,7 +339,7 @@ mod tests {
         let mut report = Report::default();
         let mut spec = Spec::parse(text, &mut report).expect("a spec");
         change(&mut spec);
-        let network = Network::new(&spec, &mut report);
+        let network = Networking::new(&spec, &mut report).own().cloned();
         let texts =
             |faults: &[crate::spec::json::Fault]| faults.iter().map(|f| f.to_string()).collect();
         (network, texts(&report.errors), texts(&report.warnings))
@@ -459,7 +506,7 @@ mod tests {
             let mut planned = None;
             plan(|spec| {
                 change(spec);
-                planned = Some(resolv_conf(spec));
+                planned = Some(plan_resolv_conf(spec));
             });
             planned.expect("planned")
         };

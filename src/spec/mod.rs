@@ -69,6 +69,13 @@ pub struct Entrypoint {
     pub env: Vec<(String, String)>,
 }
 
+impl Entrypoint {
+    /// The place in `env` of the variable of this name: the last one counts.
+    pub fn variable(&self, name: &str) -> Option<usize> {
+        self.env.iter().rposition(|(known, _)| known == name)
+    }
+}
+
 /// Confidential computing settings; parsed so that they can be refused by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TeeConfig {
