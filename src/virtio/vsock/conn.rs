@@ -13,6 +13,16 @@
 //!
 //! A guest that ends both at once, or resets, has ended; what it had sent is still delivered. For a
 //! TCP connection that is a reset, which overtakes what was sent.
+//!
+//! The connection as a whole:
+//!
+//! | state | who knows of it | still delivered | ends by |
+//! |---|---|---|---|
+//! | `Requested` | a client of the host; the guest, once it was asked | nothing | answer, refusal |
+//! | `Open` | both | both directions, as far as each is open | both directions' ends, a reset |
+//! | `Resetting` | both; the guest is still to be told of the end | nothing | the RST that is sent, or the guest's own |
+//! | `Forgotten` | the host alone | what the guest had sent | its delivery |
+//! | `Closed` | nobody | nothing | its removal from the table |
 
 use std::collections::VecDeque;
 
@@ -41,28 +51,28 @@ pub enum HostRead {
     Broken,
 }
 
-/// Whether the guest has accepted yet.
+/// Where a connection is in its life; see the table above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+enum State {
     /// The host asked; the guest has not answered.
     Requested,
     /// Data may flow.
     Open,
+    /// A reset is to be sent, after which the connection is gone.
+    Resetting,
     /// The guest has no such connection any more; what it sent is still being delivered.
     Forgotten,
+    /// Gone: nothing is left to do.
+    Closed,
 }
 
 /// State of one connection.
 #[derive(Debug)]
 pub struct Conn {
     ports: Ports,
-    phase: Phase,
+    state: State,
     /// A packet that opens the connection is still to be sent.
     opening: Option<Op>,
-    /// A reset is to be sent, after which the connection is gone.
-    resetting: bool,
-    /// Gone: nothing is left to do.
-    closed: bool,
     /// See [`Conn::set_abortable`].
     abortable: bool,
 
@@ -92,13 +102,11 @@ pub struct Conn {
 }
 
 impl Conn {
-    fn new(ports: Ports, phase: Phase, opening: Op) -> Self {
+    fn new(ports: Ports, state: State, opening: Op) -> Self {
         Conn {
             ports,
-            phase,
+            state,
             opening: Some(opening),
-            resetting: false,
-            closed: false,
             abortable: false,
             guest_alloc: 0,
             guest_taken: 0,
@@ -119,14 +127,14 @@ impl Conn {
 
     /// A connection that the guest asked for with `request`, and gets.
     pub fn accepted(request: &Header) -> Self {
-        let mut conn = Conn::new(request.ports, Phase::Open, Op::Response);
+        let mut conn = Conn::new(request.ports, State::Open, Op::Response);
         conn.note_credit(request);
         conn
     }
 
     /// A connection that a host client asks the guest for.
     pub fn requested(ports: Ports) -> Self {
-        Conn::new(ports, Phase::Requested, Op::Request)
+        Conn::new(ports, State::Requested, Op::Request)
     }
 
     /// Sets whether the guest aborts the connection by ending both directions at once, or by a
@@ -154,7 +162,7 @@ impl Conn {
 
     /// Whether the guest still owes an answer to a request.
     pub fn is_requested(&self) -> bool {
-        self.phase == Phase::Requested
+        self.state == State::Requested
     }
 
     /// Whether the guest has been told of the connection.
@@ -164,12 +172,17 @@ impl Conn {
 
     /// Whether the guest has reset the connection, and what it had sent is still being delivered.
     pub fn is_forgotten(&self) -> bool {
-        self.phase == Phase::Forgotten
+        self.state == State::Forgotten
+    }
+
+    /// Whether the guest is still to be told that the connection is reset.
+    pub fn is_resetting(&self) -> bool {
+        self.state == State::Resetting
     }
 
     /// Whether nothing is left to do.
     pub fn is_closed(&self) -> bool {
-        self.closed
+        self.state == State::Closed
     }
 
     fn note_credit(&mut self, header: &Header) {
@@ -188,21 +201,24 @@ impl Conn {
 
     /// Handles a packet from the guest, with its data.
     pub fn on_packet(&mut self, header: &Header, data: &[u8]) {
-        if self.resetting {
-            // The guest's own reset saves it ours.
-            self.closed |= header.op == Op::Reset;
-            return;
-        }
-        if self.phase == Phase::Forgotten {
-            return;
+        match self.state {
+            State::Requested | State::Open => {}
+            State::Resetting => {
+                // The guest's own reset saves it ours.
+                if header.op == Op::Reset {
+                    self.state = State::Closed;
+                }
+                return;
+            }
+            State::Forgotten | State::Closed => return,
         }
         self.note_credit(header);
         let abortable = self.abortable && self.guest_sends;
-        match (header.op, self.phase) {
+        match (header.op, self.state) {
             (Op::Reset, _) if abortable => self.vanish(),
             (Op::Reset, _) => self.forget(),
-            (Op::Response, Phase::Requested) => self.phase = Phase::Open,
-            (Op::Data, Phase::Open) if self.guest_sends => {
+            (Op::Response, State::Requested) => self.state = State::Open,
+            (Op::Data, State::Open) if self.guest_sends => {
                 if self.to_host.len() + data.len() > self.buffer_len as usize {
                     // More than its credit allows: it would have been dropped or unbounded.
                     self.abort();
@@ -210,13 +226,13 @@ impl Conn {
                     self.to_host.extend(data);
                 }
             }
-            (Op::Shutdown, Phase::Open) if abortable && header.flags & BOTH == BOTH => self.abort(),
-            (Op::Shutdown, Phase::Open) => {
+            (Op::Shutdown, State::Open) if abortable && header.flags & BOTH == BOTH => self.abort(),
+            (Op::Shutdown, State::Open) => {
                 self.guest_sends &= header.flags & SHUTDOWN_SEND == 0;
                 self.guest_receives &= header.flags & SHUTDOWN_RECEIVE == 0;
             }
-            (Op::CreditUpdate, Phase::Open) => {}
-            (Op::CreditRequest, Phase::Open) => self.update_wanted = true,
+            (Op::CreditUpdate, State::Open) => {}
+            (Op::CreditRequest, State::Open) => self.update_wanted = true,
             _ => self.abort(),
         }
         self.settle();
@@ -230,7 +246,7 @@ impl Conn {
     /// Handles the end of the guest's driver, which took the guest's side along. A request that
     /// waits for an answer is made again.
     pub fn on_driver_reset(&mut self) {
-        if self.phase == Phase::Requested && !self.resetting {
+        if self.state == State::Requested {
             self.opening = Some(Op::Request);
         } else {
             self.on_reset();
@@ -239,21 +255,29 @@ impl Conn {
 
     /// The guest's side is gone; deliver what it had sent, then end.
     fn forget(&mut self) {
-        self.phase = Phase::Forgotten;
+        self.state = State::Forgotten;
         self.guest_sends = false;
         self.guest_receives = false;
         self.opening = None;
     }
 
-    /// Ends the connection at once, telling the guest.
+    /// Ends the connection at once, telling the guest if it still knows of it.
     pub fn abort(&mut self) {
-        self.resetting = true;
+        self.end();
         self.drop_for_host();
+    }
+
+    /// Nothing is left but to tell the guest, if it still knows of the connection.
+    fn end(&mut self) {
+        self.state = match self.state {
+            State::Requested | State::Open | State::Resetting => State::Resetting,
+            State::Forgotten | State::Closed => State::Closed,
+        };
     }
 
     /// Ends the connection at once, without telling the guest.
     pub fn vanish(&mut self) {
-        self.closed = true;
+        self.state = State::Closed;
         self.drop_for_host();
     }
 
@@ -314,10 +338,7 @@ impl Conn {
         let to_guest_over = !self.guest_receives || self.told_shutdown & SHUTDOWN_SEND != 0;
         let to_host_over = !self.guest_sends && self.to_host.is_empty();
         if to_guest_over && to_host_over {
-            match self.phase {
-                Phase::Forgotten => self.closed = true,
-                _ => self.resetting = true,
-            }
+            self.end();
         }
     }
 
@@ -335,18 +356,17 @@ impl Conn {
         space: usize,
         mut read: impl FnMut(usize) -> HostRead,
     ) -> Option<Header> {
-        if self.closed || self.phase == Phase::Forgotten {
-            return None;
-        }
-        if self.resetting {
-            self.closed = true;
-            return Some(Header::reset(self.ports));
+        match self.state {
+            State::Requested => return self.opening.take().map(|op| self.header(op, 0, 0)),
+            State::Open => {}
+            State::Resetting => {
+                self.state = State::Closed;
+                return Some(Header::reset(self.ports));
+            }
+            State::Forgotten | State::Closed => return None,
         }
         if let Some(op) = self.opening.take() {
             return Some(self.header(op, 0, 0));
-        }
-        if self.phase == Phase::Requested {
-            return None;
         }
         if self.guest_receives && !self.host_ended && self.told_shutdown & SHUTDOWN_SEND == 0 {
             match self.credit().min(space) {
@@ -524,6 +544,17 @@ mod tests {
     }
 
     #[test]
+    fn an_abort_ends_what_the_guest_has_forgotten() {
+        let mut conn = open();
+        conn.on_packet(&packet(Op::Data, 0), b"undeliverable");
+        conn.on_packet(&packet(Op::Reset, 0), &[]);
+        assert!(conn.is_forgotten());
+        conn.abort();
+        assert!(conn.is_closed() && conn.for_host().is_empty());
+        assert_eq!(next(&mut conn, HostRead::Empty), None, "nobody is to be told");
+    }
+
+    #[test]
     fn a_reset_from_the_guest_ends_one_that_is_being_reset() {
         let mut conn = open();
         conn.abort();
@@ -618,7 +649,7 @@ mod tests {
     #[test]
     fn no_order_of_events_breaks_the_rules() {
         const DEPTH: u32 = 4;
-        const EVENTS: usize = 16;
+        const EVENTS: usize = 17;
         for (kind, abortable) in [(0, false), (0, true), (1, false), (1, true)] {
             for sequence in 0..EVENTS.pow(DEPTH) {
                 let mut conn = match kind {
@@ -665,10 +696,16 @@ mod tests {
                 12 => self.note(next(conn, HostRead::Data(60)), conn),
                 13 => self.note(next(conn, HostRead::Empty), conn),
                 14 => self.note(next(conn, HostRead::End), conn),
-                _ => self.note(next(conn, HostRead::Broken), conn),
+                15 => self.note(next(conn, HostRead::Broken), conn),
+                _ => conn.abort(),
             }
             assert!(!self.closed || conn.is_closed(), "what is closed stays closed");
             self.closed = conn.is_closed();
+            let undelivered = conn.is_forgotten() && !conn.for_host().is_empty();
+            assert!(
+                !conn.is_forgotten() || undelivered,
+                "what is forgotten waits for its delivery"
+            );
             assert!(conn.for_host().len() <= BUFFER_LEN);
         }
 

@@ -690,6 +690,18 @@ fn errors_of_datagrams_are_reported_and_end_nothing() {
 }
 
 #[test]
+fn a_flow_that_breaks_its_framing_and_is_reset_leaves_nothing() {
+    let mut bench = Bench::started();
+    let (ports, _peer) = udp_connected(&mut bench);
+    // Both in one batch: the length, which no datagram has, is looked at when the guest has already
+    // forgotten the connection.
+    bench.send(data(ports), &[0xff; DATAGRAM_HEADER_LEN]);
+    bench.tell(Packet::new(Op::Reset, ports), &[]);
+    assert_eq!((bench.look().connections, bench.deadline()), (0, None));
+    expect(&mut bench, &[]);
+}
+
+#[test]
 fn errors_that_nobody_takes_stay_bounded() {
     let mut bench = Bench::started();
     let (ports, peer) = udp_connected(&mut bench);

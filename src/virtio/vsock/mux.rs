@@ -150,9 +150,10 @@ impl Mux {
                 && entry.is_due(due)
             {
                 // At once, whether or not the guest ever takes the reset.
-                entry.conn.vanish();
                 let ports = entry.conn.ports();
-                if entry.conn.is_announced() && !entry.conn.is_forgotten() {
+                let guest_knows = entry.conn.is_announced() && !entry.conn.is_forgotten();
+                entry.conn.vanish();
+                if guest_knows {
                     self.refuse(ports);
                 }
                 self.remove_if_closed(index, watcher)?;
@@ -225,7 +226,7 @@ impl Mux {
         };
         let touched = match self.table.find(header.ports) {
             Some(index) if header.op == Op::Reset && self.table.ask_elsewhere(index) => Some(index),
-            Some(index) if self.is_forgotten(index) => {
+            Some(index) if self.is_unknown_to_guest(index) => {
                 if header.op != Op::Reset {
                     self.refuse(header.ports);
                 }
@@ -306,9 +307,9 @@ impl Mux {
         }
     }
 
-    /// Whether the guest has reset this connection, which exists only for its host socket.
-    fn is_forgotten(&self, index: usize) -> bool {
-        self.table.get(index).is_some_and(|entry| entry.conn.is_forgotten())
+    /// Whether this connection exists only for its host socket, or is just about to be removed.
+    fn is_unknown_to_guest(&self, index: usize) -> bool {
+        self.table.get(index).is_some_and(|e| e.conn.is_forgotten() || e.conn.is_closed())
     }
 
     fn refuse(&mut self, ports: Ports) {

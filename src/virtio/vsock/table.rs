@@ -45,7 +45,8 @@ impl Entry {
 
     /// Whether what [`Table::set_due`] is for is still to come.
     pub fn is_owed(&self) -> bool {
-        self.conn.is_requested() || self.endpoint.is_awaiting() || self.is_orphan()
+        let guest_owes = self.conn.is_requested() || self.endpoint.is_awaiting();
+        guest_owes || self.conn.is_resetting() || self.is_orphan()
     }
 
     /// Whether this is a flow that only waits for its peer. A client of the box's own sockets may take
