@@ -17,9 +17,10 @@ use mote_agent::instance;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::kvm::cpu;
+use crate::layout::{self, RamRange};
 use crate::memory::GuestRam;
 use crate::plan::Plan;
-use crate::{cpio, layout, sys};
+use crate::{cpio, sys};
 
 // include/uapi/asm/bootparam.h, include/uapi/asm/setup_data.h
 const BOOT_FLAG: u16 = 0xaa55;
@@ -168,7 +169,7 @@ fn write_boot_params(plan: &Plan, ram: &GuestRam, initramfs: Initramfs) -> Resul
 /// RAM as the kernel shall use it: without the MP table's page and the legacy hole.
 fn e820(memory_bytes: u64) -> Vec<(u64, u64)> {
     let mut map = vec![(0, layout::MP_TABLE)];
-    for (start, len, _) in layout::ram_ranges(memory_bytes) {
+    for RamRange { start, len, .. } in layout::ram_ranges(memory_bytes) {
         let usable = start.max(layout::HIGH_MEMORY);
         map.push((usable, start + len - usable));
     }

@@ -126,7 +126,7 @@ fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
             Ok(written) => bytes = &bytes[written..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                let _ = sys::poll([Interest::new(to, false, true)], None);
+                let _ = sys::poll([Interest::write(to)], None);
             }
             Err(error) => return Err(error),
         }

@@ -82,13 +82,24 @@ const _: () = {
     assert!(MMIO + (MAX_SHARES as u64 + 8) * MMIO_PAGE < IO_APIC as u64);
 };
 
-/// RAM as (guest address, length, offset in the memory file): one range below the MMIO gap and,
-/// when there is more, one from 4 GiB.
-pub fn ram_ranges(memory_bytes: u64) -> Vec<(u64, u64, u64)> {
+/// A range of RAM, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRange {
+    /// Guest address.
+    pub start: u64,
+    /// Length.
+    pub len: u64,
+    /// Offset in the memory file.
+    pub offset: u64,
+}
+
+/// RAM: one range below the MMIO gap and, when there is more, one from 4 GiB.
+pub fn ram_ranges(memory_bytes: u64) -> Vec<RamRange> {
     let below = memory_bytes.min(MMIO);
-    let mut ranges = vec![(0, below, 0)];
+    let mut ranges = vec![RamRange { start: 0, len: below, offset: 0 }];
     if memory_bytes > below {
-        ranges.push((RAM_ABOVE_4_GIB, memory_bytes - below, below));
+        let len = memory_bytes - below;
+        ranges.push(RamRange { start: RAM_ABOVE_4_GIB, len, offset: below });
     }
     ranges
 }
@@ -111,9 +122,11 @@ mod tests {
 
     #[test]
     fn ram_is_split_around_the_gap() {
-        assert_eq!(ram_ranges(64 << 20), [(0, 64 << 20, 0)]);
-        assert_eq!(ram_ranges(MMIO), [(0, MMIO, 0)]);
-        assert_eq!(ram_ranges(6 << 30), [(0, MMIO, 0), (RAM_ABOVE_4_GIB, (6 << 30) - MMIO, MMIO)]);
+        let range = |start, len, offset| RamRange { start, len, offset };
+        assert_eq!(ram_ranges(64 << 20), [range(0, 64 << 20, 0)]);
+        assert_eq!(ram_ranges(MMIO), [range(0, MMIO, 0)]);
+        let above = range(RAM_ABOVE_4_GIB, (6 << 30) - MMIO, MMIO);
+        assert_eq!(ram_ranges(6 << 30), [range(0, MMIO, 0), above]);
     }
 
     #[test]

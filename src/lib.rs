@@ -236,17 +236,16 @@ fn run_on_host(
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
     }
-    let (janitor, place) = Janitor::start(plan.into(), &signals.stop)?;
+    let (janitor, resources) = Janitor::start(plan.into(), &signals.stop)?;
     let run = |timeline: &mut Timeline| {
-        if let (Some(cgroup), Some(lock)) = (&plan.cgroup, place.cgroup) {
+        if let (Some(cgroup), Some(lock)) = (&plan.cgroup, resources.cgroup) {
             cgroup.join(lock)?;
         }
-        let listeners = sockets::listeners(plan, place.sockets)?;
+        let listeners = sockets::listeners(plan, resources.sockets)?;
         let (vm, served) = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
-        let [is_stopped] =
-            sys::poll([Interest::new(&signals.stop, true, false)], Some(Duration::ZERO))?;
+        let [is_stopped] = sys::poll([Interest::read(&signals.stop)], Some(Duration::ZERO))?;
         ensure!(!is_stopped, "stopped before the guest ran");
         run::run(vm, served, &plan.sandbox, Rc::clone(signals), timeline)
     };

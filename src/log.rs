@@ -59,7 +59,7 @@ fn line(kind: &str, message: &str) {
     text.push('\n');
     // A stderr that is full and not read loses the line: it must not hold up the end of a box.
     let mut stderr = io::stderr();
-    let ready = sys::poll([Interest::new(&stderr, false, true)], Some(PATIENCE));
+    let ready = sys::poll([Interest::write(&stderr)], Some(PATIENCE));
     if ready.is_ok_and(|[ready]| ready) {
         let _ = stderr.write_all(text.as_bytes());
     }

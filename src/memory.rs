@@ -20,7 +20,8 @@ use vm_memory::{
     GuestRegionMmap, MemoryRegionAddress,
 };
 
-use crate::{layout, sys};
+use crate::layout::{self, RamRange};
+use crate::sys;
 
 /// Guest RAM. Cloning shares it.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -35,7 +36,7 @@ pub fn create_ram(memory_bytes: u64) -> Result<GuestRam> {
     let file = Arc::new(file);
     let regions = layout::ram_ranges(memory_bytes)
         .into_iter()
-        .map(|(start, len, offset)| map_region(&file, start, len, offset))
+        .map(|range| map_region(&file, range))
         .collect::<Result<Vec<_>>>()?;
     GuestRam::from_regions(regions).map_err(|e| anyhow!("arrange guest memory: {e}"))
 }
@@ -56,7 +57,8 @@ fn memory_file(memory_bytes: u64) -> io::Result<File> {
 /// Whether memfds get huge pages (Documentation/admin-guide/mm/transhuge.rst).
 const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-fn map_region(file: &Arc<File>, start: u64, len: u64, offset: u64) -> Result<GuestRegionMmap<()>> {
+fn map_region(file: &Arc<File>, range: RamRange) -> Result<GuestRegionMmap<()>> {
+    let RamRange { start, len, offset } = range;
     let address = map_aligned(file, len, offset)
         .with_context(|| format!("map {} MiB of guest memory", len >> 20))?;
     // SAFETY: `map_aligned` has just mapped `len` bytes at `address`, and nothing ever unmaps them.

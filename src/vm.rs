@@ -150,7 +150,7 @@ impl Vm {
             connect_shares(plan, backends, connections, stop, &ram, &mut front_ends)?;
         for backend in &mut backends {
             backend.find_server();
-            janitor.see_to_the_end_of(backend.processes())?;
+            janitor.kill_at_end(backend.processes())?;
         }
         timeline.mark("backends_connected");
         let pages = RegisterPages::new(&vm, register_slot, device_count)?;

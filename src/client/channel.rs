@@ -132,7 +132,7 @@ impl Channel {
             let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let interests = [
                 Interest::new(self, true, self.is_sending()),
-                signals.map_or(Interest::NONE, |signals| Interest::new(signals, true, false)),
+                signals.map_or(Interest::NONE, Interest::read),
             ];
             let [peer, _] = sys::poll(interests, limit).context("wait for the box")?;
             if let Some(number) = signals.and_then(sys::next_signal) {

@@ -254,7 +254,7 @@ fn read_part(mut file: &File, part: &mut [u8]) -> io::Result<usize> {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             // Standard input that another process has made non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                sys::poll([Interest::new(&file, true, false)], None)?;
+                sys::poll([Interest::read(&file)], None)?;
             }
             Err(error) => return Err(error),
         }

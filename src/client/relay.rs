@@ -99,7 +99,7 @@ impl Sink {
     /// Writes all of these bytes, however long that takes.
     pub fn write_all(&self, mut bytes: &[u8]) -> Result<(), Stop> {
         while !bytes.is_empty() {
-            sys::poll([Interest::new(&self.file, false, true)], None).context("wait to write")?;
+            sys::poll([Interest::write(&self.file)], None).context("wait to write")?;
             bytes = &bytes[self.write(bytes)?..];
         }
         Ok(())
@@ -128,8 +128,8 @@ impl Output {
 
     fn interest<'a>(&self, stdio: &'a Stdio) -> Interest<'a> {
         match self.pieces.front() {
-            Some((Stream::Stdout, _)) => Interest::new(&stdio.output.file, false, true),
-            Some((Stream::Stderr, _)) => Interest::new(&stdio.error.file, false, true),
+            Some((Stream::Stdout, _)) => Interest::write(&stdio.output.file),
+            Some((Stream::Stderr, _)) => Interest::write(&stdio.error.file),
             None => Interest::NONE,
         }
     }
@@ -201,7 +201,7 @@ pub fn relay<S: Session>(
                 Interest::new(&channel, receiving, sending),
                 Interest::new(&stdio.input, taking, false),
                 output.interest(stdio),
-                signals.map_or(Interest::NONE, |signals| Interest::new(signals, true, false)),
+                signals.map_or(Interest::NONE, Interest::read),
             ],
             None,
         )

@@ -74,7 +74,7 @@ impl<'a> From<&'a Plan> for Duties<'a> {
 
 /// A box's place on the host, as mote gets it.
 #[derive(Debug)]
-pub struct Place {
+pub struct HostResources {
     /// For joining the cgroup.
     pub cgroup: Option<cgroup::Lock>,
     /// The sockets, in the order in which they were asked for.
@@ -121,7 +121,7 @@ impl Janitor {
     ///
     /// Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
     /// once this process has ended.
-    pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, Place)> {
+    pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, HostResources)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
         let mote =
             sys::process::process_file(std::process::id()).context("watch mote for its janitor")?;
@@ -131,7 +131,7 @@ impl Janitor {
             .context("start the janitor")?;
         drop(theirs);
         let janitor = Janitor { line, ends_first: duties.cgroup.is_none().then_some(pid) };
-        match Place::take(&duties, &janitor.line, stop) {
+        match HostResources::take(&duties, &janitor.line, stop) {
             Ok(place) => {
                 janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
                 Ok((janitor, place))
@@ -144,10 +144,7 @@ impl Janitor {
     }
 
     /// Has the janitor kill these processes once the line closes.
-    pub fn see_to_the_end_of<'a>(
-        &self,
-        processes: impl IntoIterator<Item = &'a OwnedFd>,
-    ) -> Result<()> {
+    pub fn kill_at_end<'a>(&self, processes: impl IntoIterator<Item = &'a OwnedFd>) -> Result<()> {
         for process in processes {
             self.line
                 .send_with_fd(&[GIVEN][..], process.as_raw_fd())
@@ -175,7 +172,7 @@ impl Janitor {
 /// The janitor's life.
 fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     let mut leftovers = Leftovers::default();
-    match Place::make(duties, line, &mut leftovers) {
+    match HostResources::make(duties, line, &mut leftovers) {
         Ok(place) => {
             match place.give(line).context("hand a descriptor to mote") {
                 Ok(()) => serve(line, mote, duties.passt, &mut leftovers.processes),
@@ -186,7 +183,7 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
             // At once: a socket that is there says that the box runs (contract §2.8).
             leftovers.remove_most();
             if leftovers.cgroup.is_some() {
-                let _ = sys::poll([Interest::new(mote, true, false)], None);
+                let _ = sys::poll([Interest::read(mote)], None);
             }
         }
         Err(error) => {
@@ -202,9 +199,13 @@ fn refuse(mut line: &UnixStream, error: &anyhow::Error) {
     let _ = line.write_all(format!("{error:#}").as_bytes());
 }
 
-impl Place {
+impl HostResources {
     /// Makes it. What is to be removed comes into `leftovers` as it is made, whatever fails after that.
-    fn make(duties: &Duties<'_>, line: &UnixStream, leftovers: &mut Leftovers) -> Result<Place> {
+    fn make(
+        duties: &Duties<'_>,
+        line: &UnixStream,
+        leftovers: &mut Leftovers,
+    ) -> Result<HostResources> {
         let cgroup = duties.cgroup.map(Cgroup::create).transpose()?.map(|(remains, lock)| {
             leftovers.cgroup = Some(remains);
             lock
@@ -213,13 +214,13 @@ impl Place {
         for socket in duties.sockets {
             // Waiting for the cgroup may have taken long. A mote that has ended must not keep the next
             // start of its box from these paths.
-            let [has_ended] = sys::poll([Interest::new(line, true, false)], Some(Duration::ZERO))?;
+            let [has_ended] = sys::poll([Interest::read(line)], Some(Duration::ZERO))?;
             ensure!(!has_ended, "mote has ended");
             let (listener, file) = sockets::listen(socket)?;
             leftovers.sockets.push(file);
             sockets.push(listener);
         }
-        Ok(Place { cgroup, sockets })
+        Ok(HostResources { cgroup, sockets })
     }
 
     /// Passes it on, and keeps nothing of it open.
@@ -232,16 +233,16 @@ impl Place {
     }
 
     /// Takes what the janitor has made of these duties.
-    fn take(duties: &Duties<'_>, line: &UnixStream, stop: &File) -> Result<Place> {
+    fn take(duties: &Duties<'_>, line: &UnixStream, stop: &File) -> Result<HostResources> {
         let take = || {
-            let both = [Interest::new(line, true, false), Interest::new(stop, true, false)];
+            let both = [Interest::read(line), Interest::read(stop)];
             let [_, is_stopped] = sys::poll(both, None).context("wait for the janitor")?;
             ensure!(!is_stopped, "stopped while waiting for the box's place on the host");
             take_descriptor(line)
         };
         let cgroup = duties.cgroup.map(|_| take()).transpose()?.map(cgroup::Lock::from);
         let sockets = duties.sockets.iter().map(|_| Ok(take()?.into()));
-        Ok(Place { cgroup, sockets: sockets.collect::<Result<_>>()? })
+        Ok(HostResources { cgroup, sockets: sockets.collect::<Result<_>>()? })
     }
 }
 
@@ -272,7 +273,7 @@ fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
 /// to others. Answers with the connection, or with an errno for a byte.
 fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes: &mut Vec<File>) {
     loop {
-        let both = [Interest::new(line, true, false), Interest::new(mote, true, false)];
+        let both = [Interest::read(line), Interest::read(mote)];
         let Ok([_, false]) = sys::poll(both, None) else {
             // What it has still told.
             let _ = line.set_nonblocking(true);
@@ -320,7 +321,7 @@ impl PasstLine {
         // The answer to an earlier request that came too late is an old connection.
         while let Ok((1, _)) = self.0.recv_with_fd(&mut byte) {}
         self.0.write_all(&[0])?;
-        let [ready] = sys::poll([Interest::new(&self.0, true, false)], Some(ANSWER_LIMIT))?;
+        let [ready] = sys::poll([Interest::read(&self.0)], Some(ANSWER_LIMIT))?;
         if !ready {
             return Err(ErrorKind::TimedOut.into());
         }

@@ -155,7 +155,7 @@ impl Virtiofsd {
     /// Says how it ended, with its own last words. To be called when it has ended or should have.
     pub fn describe_end(&mut self) -> String {
         // Its sockets close a moment before it can be waited for.
-        let _ = sys::poll([Interest::new(&self.ended, true, false)], Some(ENDING_LIMIT));
+        let _ = sys::poll([Interest::read(&self.ended)], Some(ENDING_LIMIT));
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status.to_string(),
             _ => {
@@ -289,7 +289,7 @@ pub fn talk_in_time<T>(
         let limit = thread::Builder::new()
             .name("answer-limit".into())
             .spawn_scoped(scope, move || {
-                let ends = [Interest::new(&over, true, false), Interest::new(stop, true, false)];
+                let ends = [Interest::read(&over), Interest::read(stop)];
                 let in_time = matches!(sys::poll(ends, Some(ANSWER_LIMIT)), Ok([true, _]));
                 if !in_time {
                     for connection in &watched {

@@ -79,23 +79,23 @@ fn unless_negative(limit: i64) -> Option<u64> {
     u64::try_from(limit).ok()
 }
 
-/// Names of `ulimits` and their `RLIMIT_*` numbers (contract §1.4; `as` is not one of them).
+/// Names of `ulimits` and their resources (contract §1.4; `as` is not one of them).
 pub(super) const ULIMITS: [(&str, u32); 15] = [
-    ("cpu", 0),
-    ("fsize", 1),
-    ("data", 2),
-    ("stack", 3),
-    ("core", 4),
-    ("rss", 5),
-    ("nproc", 6),
-    ("nofile", 7),
-    ("memlock", 8),
-    ("locks", 10),
-    ("sigpending", 11),
-    ("msgqueue", 12),
-    ("nice", 13),
-    ("rtprio", 14),
-    ("rttime", 15),
+    ("cpu", libc::RLIMIT_CPU),
+    ("fsize", libc::RLIMIT_FSIZE),
+    ("data", libc::RLIMIT_DATA),
+    ("stack", libc::RLIMIT_STACK),
+    ("core", libc::RLIMIT_CORE),
+    ("rss", libc::RLIMIT_RSS),
+    ("nproc", libc::RLIMIT_NPROC),
+    ("nofile", libc::RLIMIT_NOFILE),
+    ("memlock", libc::RLIMIT_MEMLOCK),
+    ("locks", libc::RLIMIT_LOCKS),
+    ("sigpending", libc::RLIMIT_SIGPENDING),
+    ("msgqueue", libc::RLIMIT_MSGQUEUE),
+    ("nice", libc::RLIMIT_NICE),
+    ("rtprio", libc::RLIMIT_RTPRIO),
+    ("rttime", libc::RLIMIT_RTTIME),
 ];
 
 /// The limits of the entrypoint, in the order in which they are set: later ones win.
@@ -103,8 +103,8 @@ pub(super) fn plan_rlimits(limits: &ResourceLimits, report: &mut Report) -> Vec<
     // Contract §1.4: always set, in this order, before the spec's own.
     let (soft, hard) = limits.pids_limit.map_or((4096, 8192), |limit| (limit, limit));
     let mut rlimits = vec![
-        Rlimit { resource: 7, soft: 1 << 20, hard: 1 << 20 },
-        Rlimit { resource: 6, soft, hard },
+        Rlimit { resource: libc::RLIMIT_NOFILE, soft: 1 << 20, hard: 1 << 20 },
+        Rlimit { resource: libc::RLIMIT_NPROC, soft, hard },
     ];
     for (index, text) in limits.ulimits.iter().enumerate() {
         match parse_ulimit(text) {
@@ -156,7 +156,10 @@ mod tests {
             ("nofile=-1:unlimited", u64::MAX, u64::MAX),
         ] {
             let plan = limits(text).expect(text);
-            assert_eq!(plan.instance.rlimits[2], Rlimit { resource: 7, soft, hard });
+            assert_eq!(
+                plan.instance.rlimits[2],
+                Rlimit { resource: libc::RLIMIT_NOFILE, soft, hard }
+            );
         }
         for text in ["nofile", "as=1:1", "nofile=x", "nofile=2:1", "nofile=1:2:3"] {
             let errors = limits(text).expect_err(text);

@@ -194,7 +194,17 @@ impl<'a> Interest<'a> {
     /// Nothing; keeps the place of one that does not matter at the moment.
     pub const NONE: Interest<'static> = Interest(None);
 
-    /// Until it can be read from or is at its end, and until it can be written to or refuses that.
+    /// Until it can be read from or is at its end.
+    pub fn read(fd: &'a impl AsFd) -> Self {
+        Interest::new(fd, true, false)
+    }
+
+    /// Until it can be written to or refuses that.
+    pub fn write(fd: &'a impl AsFd) -> Self {
+        Interest::new(fd, false, true)
+    }
+
+    /// Both, as far as wanted.
     pub fn new(fd: &'a impl AsFd, read: bool, write: bool) -> Self {
         let events = if read { libc::POLLIN } else { 0 } | if write { libc::POLLOUT } else { 0 };
         // Without any events, poll still reports hang-ups: it would not wait.

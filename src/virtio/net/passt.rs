@@ -53,7 +53,7 @@ pub fn connect(path: &Path, stop: &File) -> Result<UnixStream> {
                 format!("connect to passt (network.passt_socket_path): nobody serves {path}; run 'passt --socket {path}' before the box")
             });
         }
-        let [is_stopped] = sys::poll([Interest::new(stop, true, false)], Some(CONNECT_STEP))?;
+        let [is_stopped] = sys::poll([Interest::read(stop)], Some(CONNECT_STEP))?;
         ensure!(!is_stopped, "stopped while waiting for passt");
     }
 }
