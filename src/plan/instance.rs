@@ -6,7 +6,8 @@ use mote_agent::instance::{Entrypoint, Instance, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
 use super::limits;
-use super::network::{Networking, plan_resolv_conf};
+use super::name_servers;
+use super::network::Networking;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 
@@ -92,7 +93,7 @@ pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) ->
         published: !spec.port_map.is_empty(),
         security,
         interface: networking.own().map(|network| network.interface),
-        resolv_conf: plan_resolv_conf(spec),
+        resolv_conf: name_servers::plan(spec),
     }
 }
 

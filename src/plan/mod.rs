@@ -10,6 +10,7 @@ mod guest_init;
 mod image;
 mod instance;
 mod limits;
+mod name_servers;
 mod network;
 mod paths;
 mod ports;

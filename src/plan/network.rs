@@ -1,5 +1,4 @@
-//! What the spec's `network` asks for, judged: the interface, the way to passt, and name servers,
-//! which a box without a network of its own has too.
+//! What the spec's `network` asks for, judged: the interface, and the way to passt.
 
 use std::fmt;
 use std::fs;
@@ -8,7 +7,7 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use mote_agent::instance::{Interface, ResolvConf};
+use mote_agent::instance::Interface;
 
 use super::paths::{MAX_SOCKET_PATH, parent_problem};
 use crate::confine::NetworkAccess;
@@ -21,11 +20,6 @@ use crate::sys;
 /// Prefix lengths of subnets that have a host and a gateway. The two addresses of a /31 are both
 /// hosts' (RFC 3021); a /32 has no room for a gateway.
 const PREFIX_LEN: std::ops::RangeInclusive<u8> = 1..=31;
-/// Name server of a box that is given none (contract §7.2 step 4).
-const DEFAULT_SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
-/// The same without a network of its own, on a host that has none either (contract §2.7).
-const DEFAULT_LINES: &str = "nameserver 8.8.8.8\nnameserver 8.8.4.4\n";
-
 /// How the box is on the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Networking {
@@ -298,36 +292,13 @@ fn comma_list(servers: &[Ipv4Addr]) -> String {
     servers.iter().map(Ipv4Addr::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// The box's name servers (contract §2.7, §7.2 step 4). With a network of its own, those it is given
-/// for that; otherwise what the runtime wrote into the image, or else the host's.
-pub(super) fn plan_resolv_conf(spec: &Spec) -> ResolvConf {
-    let Some(network) = &spec.network else {
-        return ResolvConf::IfUnserved(nameserver_lines(&resolv_conf::of_host()));
-    };
-    let given = variable(spec, "A3S_NET_DNS").map_or("", |(_, value)| value);
-    let given = given.split(',').filter_map(|server| server.trim().parse::<Ipv4Addr>().ok());
-    let mut servers = network.dns_servers.clone();
-    if servers.is_empty() {
-        servers.extend(given);
-    }
-    if servers.is_empty() {
-        servers.push(DEFAULT_SERVER);
-    }
-    ResolvConf::Always(servers.iter().map(|server| format!("nameserver {server}\n")).collect())
-}
-
-/// The lines of a resolv.conf(5) that name servers, or the default ones.
-fn nameserver_lines(text: &str) -> String {
-    let servers = resolv_conf::name_servers(text);
-    let lines: String = servers.map(|server| format!("nameserver {server}\n")).collect();
-    if lines.is_empty() { DEFAULT_LINES.into() } else { lines }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
+
+    const SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 
     /// Plans with a change to a good network; what the report says.
     fn plan(change: impl FnOnce(&mut Spec)) -> (Option<Network>, Vec<String>, Vec<String>) {
@@ -471,7 +442,7 @@ mod tests {
     #[test]
     fn variables_must_say_the_same() {
         let (_, errors, warnings) = plan(|spec| {
-            network(spec).dns_servers = vec![DEFAULT_SERVER, Ipv4Addr::new(1, 1, 1, 1)];
+            network(spec).dns_servers = vec![SERVER, Ipv4Addr::new(1, 1, 1, 1)];
             set(spec, "A3S_NET_IP", "10.88.0.2/24");
             set(spec, "A3S_NET_GATEWAY", "10.88.0.1");
             set(spec, "A3S_NET_DNS", "8.8.8.8, 1.1.1.1");
@@ -501,34 +472,11 @@ mod tests {
     }
 
     #[test]
-    fn name_servers_follow_the_contract() {
-        let resolv_conf = |change: fn(&mut Spec)| {
-            let mut planned = None;
-            plan(|spec| {
-                change(spec);
-                planned = Some(plan_resolv_conf(spec));
-            });
-            planned.expect("planned")
-        };
-        let always = |text: &str| ResolvConf::Always(text.into());
-        assert_eq!(resolv_conf(|_| ()), always("nameserver 8.8.8.8\n"));
-        assert_eq!(
-            resolv_conf(|spec| set(spec, "A3S_NET_DNS", "1.1.1.1,9.9.9.9")),
-            always("nameserver 1.1.1.1\nnameserver 9.9.9.9\n")
-        );
-        assert_eq!(
-            resolv_conf(|spec| network(spec).dns_servers = vec![Ipv4Addr::new(9, 9, 9, 9)]),
-            always("nameserver 9.9.9.9\n")
-        );
-        assert!(matches!(resolv_conf(|spec| spec.network = None), ResolvConf::IfUnserved(_)));
-        let host =
-            "search x\nnameserver 127.0.0.53\n#nameserver 1.1.1.1\nnameserver\tfe80::1%eth0 \n";
-        assert_eq!(nameserver_lines(host), "nameserver 127.0.0.53\nnameserver fe80::1%eth0\n");
-        assert_eq!(nameserver_lines("search x\n"), DEFAULT_LINES);
+    fn name_servers_that_cannot_be_are_named() {
         for (server, is_error) in [([0; 4], true), ([224, 0, 0, 1], true), ([127, 0, 0, 53], false)]
         {
             let (_, errors, warnings) =
-                plan(|spec| network(spec).dns_servers = vec![DEFAULT_SERVER, server.into()]);
+                plan(|spec| network(spec).dns_servers = vec![SERVER, server.into()]);
             let faults = if is_error { &errors } else { &warnings };
             assert!(faults[0].starts_with("network.dns_servers[1]: "), "{errors:?} {warnings:?}");
             assert_eq!(errors.len() + warnings.len(), 1);
