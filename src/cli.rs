@@ -1,4 +1,4 @@
-//! The command line (contract §2.2, design §5).
+//! The command line: what the box runtime gives (contract §2.2), and the commands for people.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

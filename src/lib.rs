@@ -6,21 +6,33 @@
 //! JSON ─Spec::parse─▶ Spec ─Plan::new─▶ Plan ─Vm::build─▶ Vm ─run::run─▶ Outcome ─▶ exit code
 //! ```
 //!
-//! Modules in reading order:
-//! - the request: [`cli`], [`spec`], [`plan`]
-//! - the answer: [`outcome`], [`timeline`], [`log`]
-//! - the machine: [`vm`] assembles it from [`layout`], [`memory`], [`kvm`], [`boot`] (with [`cpio`]),
-//!   [`bus`], [`console`]
-//! - its devices: [`virtio`]
-//! - what stands beside it on the host: [`host`]
-//! - what the guest may reach through them: [`policy`]
-//! - the host's limits on all that: [`cpuset`], [`cgroup`]
-//! - its confinement: [`confine`]
-//! - its life: [`run`], with the events named in [`token`]
-//! - the host's fitness: [`probe`]
-//! - working with a box that runs, from another process: [`client`]
-//! - what the fuzzers run, and the unit tests too: `fuzz`
-//! - the system: [`sys`]; with [`memory`] the only unsafe code
+//! The rooms, in the order in which each uses only those above it (`make check` proves it). A folder's
+//! `mod.rs` says what is in it.
+//!
+//! - [`sys`]: the system calls that no crate covers; with [`memory`] the only unsafe code
+//! - [`log`], [`token`], [`event_channel`]: messages on stderr; what the main loop's events are about; how
+//!   other threads reach it
+//! - [`outcome`], [`timeline`]: how a box ended, with the table of exit codes; what happened when
+//! - [`spec`]: what was asked for, as written: one struct for each object of the JSON
+//! - [`layout`], [`memory`]: the guest's physical addresses; its RAM
+//! - [`resolv_conf`], [`policy`]: the host's name servers; where the guest may connect to
+//! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, net on passt,
+//!   file systems on virtiofsd, and [`virtio::vsock`] with a connection's life and half-closes
+//! - [`confine`]: what mote gives up before it runs a guest, and which system calls are left; ends that
+//!   leave no outcome
+//! - [`cpuset`], [`cgroup`]: the host's limits on CPUs, CPU time and memory
+//! - [`plan`]: the spec judged, one file for each part of it: paths, shares, limits, ports, network, and what
+//!   the agent is told
+//! - [`console`], [`bus`]: the guest's output and serial port; its port and MMIO accesses
+//! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
+//! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
+//! - [`host`]: what stands beside mote for a box: its sockets, each share's virtiofsd, the janitor
+//! - [`vm`]: the whole VM, assembled from all of these
+//! - [`run`]: the main loop, and which end of what becomes the box's outcome
+//! - [`probe`]: whether this host can run boxes
+//! - [`client`]: working with a box that runs, from another process
+//! - [`cli`]: the command line
+//! - `fuzz`: what the fuzzers run, and the unit tests too
 //!
 //! The guest's half, and the messages between the two, are in the `mote-agent` crate (`guest/`).
 

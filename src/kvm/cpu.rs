@@ -32,7 +32,7 @@ pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 /// CPUID of the `index`-th of `count` vCPUs, from what KVM supports on this host.
 ///
 /// `tsc_deadline` is KVM_CAP_TSC_DEADLINE_TIMER: KVM_GET_SUPPORTED_CPUID does not report the bit,
-/// and without it the guest calibrates its APIC timer for 240 ms (performance.md §5.1).
+/// and without it the guest calibrates its APIC timer for 240 ms (`resources/guest-kernel.md`, "Timers").
 pub fn cpuid(supported: &CpuId, index: u8, count: u8, tsc_deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();
     // No PMU for the guest: leaf 0xa makes the kernel set one up, at an exit per counter.
