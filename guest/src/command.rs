@@ -15,8 +15,8 @@ use mote_agent::instance::Instance;
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, HANG_UP_CHECK, Received};
 use crate::launch::{self, Program};
-use crate::server::{Context, until};
-use crate::sys::{self, Interest};
+use crate::server::Context;
+use crate::sys::{self, Interest, until};
 use crate::transfer;
 
 /// Exit code of a command that could not be started (contract §4.4).

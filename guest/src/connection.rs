@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use mote_agent::frame::{Decoder, Frame};
 
-use crate::server::until;
-use crate::sys::{self, Interest};
+use crate::sys::{self, Interest, until};
 
 /// How long a client may take over its next byte of a request, or over taking the next byte of a
 /// reply that nobody can wait for any longer.

@@ -35,8 +35,8 @@ use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
 use crate::host::{Control, Received, Relay};
 use crate::launch::Program;
 use crate::resolv::NameServers;
-use crate::server::{Context, Server, until};
-use crate::sys::{Interest, Reap};
+use crate::server::{Context, Server};
+use crate::sys::{Interest, Reap, until};
 use crate::tsi::{Needs, Tsi};
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).

@@ -258,11 +258,6 @@ fn error_frame(service: Service, text: &str) -> Vec<u8> {
     frame::encode(kind, text.as_bytes())
 }
 
-/// How much longer to wait for a deadline.
-pub fn until(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Host end of every vsock connection (`VMADDR_CID_HOST`).
 const HOST_CID: u32 = 2;
@@ -126,6 +126,11 @@ fn clock_ns(clock: libc::clockid_t) -> u64 {
         now
     };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// How much longer to wait for a deadline.
+pub fn until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 /// Sets the wall clock, in nanoseconds since 1970.
