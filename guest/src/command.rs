@@ -10,12 +10,11 @@ use mote_agent::exec::{
     self, DEFAULT_TIMEOUT_NS, ExecRequest, MAX_CHUNK, Request, Stream, TIMEOUT_NOTE, control, kind,
 };
 use mote_agent::frame::{self, Frame};
-use mote_agent::instance::Instance;
 
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, HANG_UP_CHECK, Received};
-use crate::launch::{self, Program};
-use crate::server::Context;
+use crate::launch;
+use crate::session::{Context, environment, exit_code, program, working_dir};
 use crate::sys::{self, Interest, until};
 use crate::transfer;
 
@@ -84,35 +83,6 @@ fn run(
             Ended::Code(NOT_STARTED)
         }
     }
-}
-
-/// What a request's `env`, `working_dir` and the like come to.
-pub fn program<'a>(
-    cmd: &'a [String],
-    env: &'a [(String, String)],
-    workdir: &'a str,
-    user: Option<&'a str>,
-    context: &Context<'a>,
-) -> Program<'a> {
-    let (executable, args) = cmd.split_first().map_or(("", &[][..]), |(e, a)| (e.as_str(), a));
-    let Instance { rlimits, security, .. } = context.instance;
-    let user = user.filter(|user| !user.is_empty());
-    Program { executable, args, env, workdir, user, rlimits, terminal: false, security }
-}
-
-/// The box's environment with a request's own entries over it.
-pub fn environment(request: &[String], context: &Context<'_>) -> Vec<(String, String)> {
-    let own = request.iter().map(|entry| match entry.split_once('=') {
-        Some((name, value)) => (name.to_owned(), value.to_owned()),
-        None => (entry.clone(), String::new()),
-    });
-    context.instance.exec_env.iter().cloned().chain(own.filter(|(n, _)| !n.is_empty())).collect()
-}
-
-/// A request's directory, seen from the box's own.
-pub fn working_dir(request: Option<&str>, context: &Context<'_>) -> String {
-    let own = std::path::Path::new(&context.instance.exec_workdir);
-    own.join(request.unwrap_or("")).to_string_lossy().into_owned()
 }
 
 /// A running command.
@@ -356,14 +326,6 @@ impl Command {
                 1
             }
         })
-    }
-}
-
-/// As a shell has it: a status, or 128+n for signal n.
-pub fn exit_code(status: Result<u8, u8>) -> i32 {
-    match status {
-        Ok(code) => i32::from(code),
-        Err(signal) => 128 + i32::from(signal),
     }
 }
 

@@ -15,6 +15,7 @@ mod network;
 mod resolv;
 mod seccomp;
 mod server;
+mod session;
 mod spawn;
 mod sys;
 mod terminal;
@@ -35,7 +36,8 @@ use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
 use crate::host::{Control, Received, Relay};
 use crate::launch::Program;
 use crate::resolv::NameServers;
-use crate::server::{Context, Server};
+use crate::server::Server;
+use crate::session::Context;
 use crate::sys::{Interest, Reap, until};
 use crate::tsi::{Needs, Tsi};
 

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use mote_agent::exec;
 use mote_agent::frame::{self, HEADER_LEN};
-use mote_agent::instance::Instance;
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 use mote_agent::pty;
 
 use crate::cgroup::BoxCgroup;
 use crate::connection::{Connection, PATIENCE};
+use crate::session::Context;
 use crate::sys::{self, Interest};
 use crate::{command, terminal};
 
@@ -26,19 +26,6 @@ use crate::{command, terminal};
 const ACCEPTS: usize = 64;
 /// How long no connection is accepted after one could not be.
 const REST: Duration = Duration::from_millis(100);
-
-/// What a session needs of the box.
-#[derive(Debug, Clone, Copy)]
-pub struct Context<'a> {
-    /// What the box is.
-    pub instance: &'a Instance,
-    /// Its cgroup.
-    pub cgroup: &'a BoxCgroup,
-    /// Process id of the entrypoint.
-    pub entrypoint: i32,
-    /// Number of the session, which no other has had.
-    pub session: u64,
-}
 
 /// What a port serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

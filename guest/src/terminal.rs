@@ -10,10 +10,9 @@ use mote_agent::frame::{self, Frame};
 use mote_agent::pty::{MAX_DATA, PtyExit, PtyRequest, PtyResize, kind};
 
 use crate::cgroup::CommandCgroup;
-use crate::command::{environment, exit_code, program, working_dir};
 use crate::connection::{Connection, Received};
 use crate::launch::{self, Program};
-use crate::server::Context;
+use crate::session::{Context, environment, exit_code, program, working_dir};
 use crate::sys::{self, Interest};
 
 /// Exit code of a command that could not be started (contract §5).
