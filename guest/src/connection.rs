@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use mote_agent::frame::{Decoder, Frame};
 
-use crate::sys::{self, Interest, until};
+use crate::sys::{self, Interest, net, until};
 
 /// How long a client may take over its next byte of a request, or over taking the next byte of a
 /// reply that nobody can wait for any longer.
@@ -102,7 +102,7 @@ impl Connection {
 
     /// Whether the client is gone altogether, rather than only done with sending.
     pub fn is_hung_up(&self) -> bool {
-        self.broken || sys::is_hung_up(&self.socket)
+        self.broken || net::is_hung_up(&self.socket)
     }
 
     /// Sends what the socket takes, and queues the rest.
@@ -180,6 +180,6 @@ impl Connection {
             let limit = limit.min(HANG_UP_CHECK);
             let _ = sys::poll(&[Interest::write(self.socket.as_fd())], Some(limit));
         }
-        let _ = sys::shutdown_write(&self.socket);
+        let _ = net::shutdown_write(&self.socket);
     }
 }

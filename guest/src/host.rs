@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use mote_agent::protocol::{Decoder, FromGuest, FromHost};
 
-use crate::sys::{self, Interest};
+use crate::sys::{Interest, net};
 
 /// The control channel, non-blocking in both directions.
 #[derive(Debug)]
@@ -140,7 +140,7 @@ impl Relay {
         if let Some(to) = self.to.take() {
             // The connection stays open until the power goes: closing it here could overtake data
             // that still waits for credit.
-            let _ = sys::shutdown_write(&to);
+            let _ = net::shutdown_write(&to);
             std::mem::forget(to);
         }
     }

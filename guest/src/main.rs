@@ -38,7 +38,7 @@ use crate::launch::Program;
 use crate::resolv::NameServers;
 use crate::server::Server;
 use crate::session::Context;
-use crate::sys::{Interest, Reap, until};
+use crate::sys::{Interest, Reap, net, until};
 use crate::tsi::{Needs, Tsi};
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
@@ -150,7 +150,7 @@ fn prepare() -> Result<Prepared, String> {
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
     // The routes of what starts next go through it.
-    sys::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
+    net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.
     let Instance { outgoing, outgoing_ip6, syn_retries, published, .. } = instance;
     let needs = Needs { outgoing, outgoing_ip6, syn_retries, published };
@@ -211,7 +211,7 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
 
 fn connect_to_host() -> Result<[File; 3], String> {
     let connect = |port| {
-        sys::vsock_connect(port)
+        net::vsock_connect(port)
             .map_err(|e| format!("connect to vsock port {port:#x} of the host: {e}"))
     };
     Ok([connect(CONTROL_PORT)?, connect(STDOUT_PORT)?, connect(STDERR_PORT)?])
@@ -222,7 +222,7 @@ fn wait_until_connected(sockets: [&File; 3]) -> Result<(), String> {
         ["control channel", "standard output", "standard error"].iter().zip(sockets)
     {
         match sys::poll(&[Interest::write(socket.as_fd())], Some(CONNECT_LIMIT)) {
-            Ok(ready) if ready[0] => sys::socket_error(socket),
+            Ok(ready) if ready[0] => net::socket_error(socket),
             Ok(_) => Err(std::io::ErrorKind::TimedOut.into()),
             Err(error) => Err(error),
         }

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use mote_agent::instance::Interface;
 
-use crate::sys;
+use crate::sys::net;
 
 /// What the kernel calls the first network device, and what a guest init expects (contract §7.2).
 const NAME: &str = "eth0";
@@ -13,10 +13,10 @@ const NAME: &str = "eth0";
 /// Configures the interface. An init of the image's own that does the same again finds it done.
 pub fn set_up(interface: &Interface) -> Result<(), String> {
     let Interface { address, prefix_len, gateway } = *interface;
-    sys::set_interface_address(NAME, address, mask(prefix_len))
+    net::set_interface_address(NAME, address, mask(prefix_len))
         .map_err(|e| format!("give {NAME} the address {address}/{prefix_len} (network): {e}"))?;
-    sys::interface_up(NAME).map_err(|e| format!("bring up {NAME}: {e}"))?;
-    sys::add_default_route(NAME, gateway)
+    net::interface_up(NAME).map_err(|e| format!("bring up {NAME}: {e}"))?;
+    net::add_default_route(NAME, gateway)
         .map_err(|e| format!("make {gateway} the default route of {NAME} (network.gateway): {e}"))
 }
 

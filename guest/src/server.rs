@@ -19,7 +19,7 @@ use mote_agent::pty;
 use crate::cgroup::BoxCgroup;
 use crate::connection::{Connection, PATIENCE};
 use crate::session::Context;
-use crate::sys::{self, Interest};
+use crate::sys::{self, Interest, net};
 use crate::{command, terminal};
 
 /// Connections accepted before the agent looks at its other work.
@@ -73,7 +73,7 @@ impl Server {
     /// Starts to listen.
     pub fn listen() -> Result<Self, String> {
         let listen = |service, port| {
-            let socket = sys::vsock_listen(port)
+            let socket = net::vsock_listen(port)
                 .map_err(|e| format!("listen on vsock port {port:#x} of the guest: {e}"))?;
             Ok::<_, String>((service, socket))
         };
@@ -123,7 +123,7 @@ impl Server {
         for _ in 0..ACCEPTS {
             let (service, listener) = &self.listeners[at];
             let service = *service;
-            let socket = match sys::accept(listener) {
+            let socket = match net::accept(listener) {
                 Ok(socket) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => {

@@ -27,7 +27,7 @@ use mote_agent::flow::PUBLISH_PORT;
 
 use self::program::{AGENT_PORT, Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
 use self::relay::Relay;
-use crate::sys;
+use crate::sys::{self, net};
 
 /// What the box needs of this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,7 @@ const READY: &[u8] = b"ready";
 struct Outgoing {
     listener: TcpListener,
     datagrams: UdpSocket,
-    raw: sys::RawSockets,
+    raw: net::RawSockets,
 }
 
 /// The process that carries the box's connections.
@@ -174,13 +174,13 @@ type Made = (Programs, Option<Outgoing>, Option<File>);
 
 fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<Made, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
-    sys::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
+    net::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
     if needs.outgoing {
         // Not having these, getaddrinfo() finds no addresses of a family that is asked for
         // (`AI_ADDRCONFIG`): loopback's own do not count.
-        sys::add_address(OWN_IP4.into(), "lo").map_err(failed("add an IPv4 address"))?;
+        net::add_address(OWN_IP4.into(), "lo").map_err(failed("add an IPv4 address"))?;
         if needs.outgoing_ip6 {
-            sys::add_address(OWN_IP6.into(), "lo").map_err(failed("add an IPv6 address"))?;
+            net::add_address(OWN_IP6.into(), "lo").map_err(failed("add an IPv6 address"))?;
         }
     }
     if let Some(retries) = needs.syn_retries {
@@ -189,7 +189,7 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     let outgoing = needs.outgoing.then(Outgoing::new).transpose().map_err(failed("listen"))?;
     let published = needs
         .published
-        .then(|| sys::vsock_listen(PUBLISH_PORT))
+        .then(|| net::vsock_listen(PUBLISH_PORT))
         .transpose()
         .map_err(failed("listen for clients of published ports"))?;
     let extent = if needs.outgoing { Extent::Everything } else { Extent::Clients };
@@ -207,16 +207,16 @@ fn set_syn_retries(hosts: u8) -> io::Result<()> {
 impl Outgoing {
     fn new() -> io::Result<Self> {
         Ok(Outgoing {
-            listener: sys::tcp_listen(AGENT_PORT)?,
-            datagrams: sys::datagram_socket(AGENT_PORT)?,
-            raw: sys::RawSockets::open()?,
+            listener: net::tcp_listen(AGENT_PORT)?,
+            datagrams: net::datagram_socket(AGENT_PORT)?,
+            raw: net::RawSockets::open()?,
         })
     }
 }
 
 /// Whether what failed on a vsock socket failed only because the host has yet to answer.
 fn is_connecting(socket: &File, error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ENOTCONN) && sys::socket_error(socket).is_ok()
+    error.raw_os_error() == Some(libc::ENOTCONN) && net::socket_error(socket).is_ok()
 }
 
 /// The loopback addresses among the name servers of resolv.conf(5), IPv4 as IPv4-mapped.

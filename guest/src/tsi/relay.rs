@@ -22,7 +22,7 @@ use super::packet::{self, Unreachable};
 use super::program::{AGENT_PORT, Event, Id, Original, Programs};
 use super::stream::{Progress, SCRATCH_LEN, Stream};
 use super::{Outgoing, is_connecting};
-use crate::sys;
+use crate::sys::net;
 
 /// How long a client of a published port may take to be named by the host, and an application to
 /// answer its own SYN's answer: at once, unless there is too much else to do.
@@ -362,7 +362,7 @@ impl<'a> Relay<'a> {
         if self.draining {
             return;
         }
-        let placed = sys::vsock_connect(FLOW_PORT).and_then(|vsock| {
+        let placed = net::vsock_connect(FLOW_PORT).and_then(|vsock| {
             let slot = self.place(vsock.as_raw_fd())?;
             Ok((vsock, slot))
         });
@@ -453,7 +453,7 @@ impl<'a> Relay<'a> {
     fn accept_applications(&mut self) -> bool {
         let Some(outgoing) = self.outgoing else { return false };
         for _ in 0..BATCH {
-            let Ok(tcp) = sys::accept(&outgoing.listener) else { return false };
+            let Ok(tcp) = net::accept(&outgoing.listener) else { return false };
             let tcp = TcpStream::from(OwnedFd::from(tcp));
             let slot = tcp.local_addr().ok().and_then(|address| {
                 let SocketAddr::V6(address) = address else { return None };
@@ -480,7 +480,7 @@ impl<'a> Relay<'a> {
                         self.slots[slot].flow = flow;
                     }
                     // Nobody was asked for this one.
-                    let _ = sys::reset_on_close(&tcp);
+                    let _ = net::reset_on_close(&tcp);
                 }
             }
         }
@@ -553,7 +553,7 @@ impl<'a> Relay<'a> {
         let Some(outgoing) = self.outgoing else { return false };
         for _ in 0..BATCH {
             let mut scratch = std::mem::take(&mut self.scratch);
-            let received = sys::receive_datagram(&outgoing.datagrams, &mut scratch);
+            let received = net::receive_datagram(&outgoing.datagrams, &mut scratch);
             let failed = match &received {
                 Ok((len, source, destination)) => Id::of(*destination)
                     .and_then(|id| self.send_datagram(id, *source, &scratch[..*len])),
@@ -596,7 +596,7 @@ impl<'a> Relay<'a> {
 
     fn new_datagrams(&mut self, id: Id, source: SocketAddrV6, now: Instant) -> Option<usize> {
         let Original { cookie, destination, protocol } = self.programs.original(id)?;
-        let vsock = sys::vsock_connect(FLOW_PORT).ok()?;
+        let vsock = net::vsock_connect(FLOW_PORT).ok()?;
         let slot = self.place(vsock.as_raw_fd()).ok()?;
         let request: [u8; REQUEST_LEN] = Request { protocol, destination }.encode();
         let flow = Box::new(Datagrams::new(vsock, request, now));
@@ -626,7 +626,7 @@ impl<'a> Relay<'a> {
                     id.ip6()
                 };
                 // As on any network, a receiver without room loses it.
-                let _ = sys::send_datagram(&outgoing.datagrams, bytes, from, source);
+                let _ = net::send_datagram(&outgoing.datagrams, bytes, from, source);
             }
             Received::Error(errno) => {
                 if let Some(why) = Unreachable::from_errno(errno) {
@@ -638,7 +638,7 @@ impl<'a> Relay<'a> {
         let sent = flow.flush();
         if released && flow.has_sent_all() {
             // In order, so that the host sends them all.
-            let _ = sys::shutdown_write(flow.socket());
+            let _ = net::shutdown_write(flow.socket());
             return false;
         }
         if received.as_ref().is_ok_and(|more| *more) {
@@ -668,7 +668,7 @@ impl<'a> Relay<'a> {
     fn accept_clients(&mut self) {
         let Some(listener) = self.published else { return };
         for _ in 0..BATCH {
-            let Ok(vsock) = sys::accept(listener) else { return };
+            let Ok(vsock) = net::accept(listener) else { return };
             let Ok(slot) = self.place(vsock.as_raw_fd()) else { continue };
             let greeting = Vec::with_capacity(PUBLISHED_LEN);
             let since = Instant::now();
@@ -712,7 +712,7 @@ impl<'a> Relay<'a> {
             (id.ip4().into(), Ipv4Addr::LOCALHOST.into())
         };
         let to = SocketAddr::new(to, published.guest_port);
-        let connecting = sys::tcp_connect(from, to).and_then(|tcp| {
+        let connecting = net::tcp_connect(from, to).and_then(|tcp| {
             self.watch_flow(tcp.as_raw_fd(), slot, Side::Tcp)?;
             Ok(TcpStream::from(tcp))
         });

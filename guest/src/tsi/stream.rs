@@ -10,7 +10,7 @@ use std::net::{Shutdown, TcpStream};
 
 use mote_agent::flow::CHUNK_HEADER_LEN;
 
-use crate::sys;
+use crate::sys::net;
 
 /// Most bytes read at once, and so the most that one direction of a connection keeps.
 pub const SCRATCH_LEN: usize = 64 * 1024;
@@ -185,7 +185,7 @@ impl Stream {
     /// Cuts the application off: its socket reports a reset.
     pub fn break_off(self) {
         // Nothing is left to say to a socket that cannot even be closed hard.
-        let _ = sys::reset_on_close(&self.tcp);
+        let _ = net::reset_on_close(&self.tcp);
     }
 
     fn pump_up(&mut self, scratch: &mut [u8]) -> Step {
@@ -201,7 +201,7 @@ impl Stream {
             Direction::Ending => {
                 self.up = Direction::Ended;
                 // Failing means that the host is gone, which reading will tell.
-                let _ = sys::shutdown_write(&self.vsock);
+                let _ = net::shutdown_write(&self.vsock);
                 return Step::End;
             }
             Direction::Open => {}
@@ -434,7 +434,7 @@ mod tests {
     #[test]
     fn an_applications_reset_breaks_the_flow() {
         let mut f = Fixture::new();
-        sys::reset_on_close(&f.app).expect("a reset");
+        net::reset_on_close(&f.app).expect("a reset");
         drop(f.app);
         let outcome = loop {
             f.stream.tcp_ready = Ready::UNKNOWN;
