@@ -44,6 +44,12 @@ pub fn vsock_connect(port: u32) -> io::Result<File> {
     }
 }
 
+/// Whether what failed on a socket of [`vsock_connect`] failed only because the host has yet to
+/// answer.
+pub fn is_connecting(socket: &impl AsRawFd, error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOTCONN) && socket_error(socket).is_ok()
+}
+
 /// A non-blocking socket that listens on a vsock port, for connections from the host.
 pub fn vsock_listen(port: u32) -> io::Result<File> {
     let (socket, address) = vsock_socket(libc::VMADDR_CID_ANY, port)?;

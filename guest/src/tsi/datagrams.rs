@@ -11,7 +11,7 @@ use mote_agent::flow::{
     DATAGRAM_ERROR, DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, REQUEST_LEN, STATUS_LEN,
 };
 
-use super::is_connecting;
+use crate::sys::net;
 
 /// How long a flow is kept that carries nothing (RFC 4787, REQ-5: at least two minutes).
 pub const IDLE_LIMIT: Duration = Duration::from_secs(150);
@@ -88,7 +88,7 @@ impl Datagrams {
                 Ok(len) => drop(self.unsent.drain(..len)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if is_connecting(&self.vsock, &error) => return Ok(()),
+                Err(error) if net::is_connecting(&self.vsock, &error) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
@@ -109,7 +109,7 @@ impl Datagrams {
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if is_connecting(&self.vsock, &error) => return Ok(false),
+                Err(error) if net::is_connecting(&self.vsock, &error) => return Ok(false),
                 Err(error) => return Err(error),
             };
             self.last_use = now;

@@ -20,13 +20,13 @@ mod stream;
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use mote_agent::flow::PUBLISH_PORT;
 
-use self::program::{AGENT_PORT, Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
-use self::relay::Relay;
+use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
+use self::relay::{Relay, Sockets};
 use crate::sys::{self, net};
 
 /// What the box needs of this.
@@ -49,14 +49,6 @@ const OWN_IP6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0x8000, 0, 0, 1);
 
 /// What the process says when it is ready.
 const READY: &[u8] = b"ready";
-
-/// Where applications are redirected to.
-#[derive(Debug)]
-struct Outgoing {
-    listener: TcpListener,
-    datagrams: UdpSocket,
-    raw: net::RawSockets,
-}
 
 /// The process that carries the box's connections.
 #[derive(Debug)]
@@ -170,7 +162,7 @@ fn serve(
     }
 }
 
-type Made = (Programs, Option<Outgoing>, Option<File>);
+type Made = (Programs, Option<Sockets>, Option<File>);
 
 fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<Made, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
@@ -186,7 +178,7 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     if let Some(retries) = needs.syn_retries {
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
-    let outgoing = needs.outgoing.then(Outgoing::new).transpose().map_err(failed("listen"))?;
+    let outgoing = needs.outgoing.then(Sockets::open).transpose().map_err(failed("listen"))?;
     let published = needs
         .published
         .then(|| net::vsock_listen(PUBLISH_PORT))
@@ -202,21 +194,6 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
 fn set_syn_retries(hosts: u8) -> io::Result<()> {
     fs::write("/proc/sys/net/ipv4/tcp_syn_linear_timeouts", "0")?;
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", hosts.saturating_add(1).min(127).to_string())
-}
-
-impl Outgoing {
-    fn new() -> io::Result<Self> {
-        Ok(Outgoing {
-            listener: net::tcp_listen(AGENT_PORT)?,
-            datagrams: net::datagram_socket(AGENT_PORT)?,
-            raw: net::RawSockets::open()?,
-        })
-    }
-}
-
-/// Whether what failed on a vsock socket failed only because the host has yet to answer.
-fn is_connecting(socket: &File, error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ENOTCONN) && net::socket_error(socket).is_ok()
 }
 
 /// The loopback addresses among the name servers of resolv.conf(5), IPv4 as IPv4-mapped.

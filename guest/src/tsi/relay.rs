@@ -10,7 +10,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket,
+};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -21,7 +23,6 @@ use super::datagrams::{Datagrams, Received};
 use super::packet::{self, Unreachable};
 use super::program::{AGENT_PORT, Event, Id, Original, Programs};
 use super::stream::{Progress, SCRATCH_LEN, Stream};
-use super::{Outgoing, is_connecting};
 use crate::sys::net;
 
 /// How long a client of a published port may take to be named by the host, and an application to
@@ -114,10 +115,32 @@ struct Slot {
     queued: bool,
 }
 
+/// Where applications are redirected to, and what sends packets to them.
+#[derive(Debug)]
+pub struct Sockets {
+    listener: TcpListener,
+    datagrams: UdpSocket,
+    raw: net::RawSockets,
+}
+
+impl Sockets {
+    /// Opens them all; the listeners are bound to the agent's port.
+    ///
+    /// # Errors
+    /// If the kernel refuses one of them.
+    pub fn open() -> io::Result<Self> {
+        Ok(Sockets {
+            listener: net::tcp_listen(AGENT_PORT)?,
+            datagrams: net::datagram_socket(AGENT_PORT)?,
+            raw: net::RawSockets::open()?,
+        })
+    }
+}
+
 /// The process's state.
 pub struct Relay<'a> {
     programs: Programs,
-    outgoing: Option<&'a Outgoing>,
+    outgoing: Option<&'a Sockets>,
     published: Option<&'a File>,
     epoll: Epoll,
     slots: Vec<Slot>,
@@ -141,7 +164,7 @@ impl<'a> Relay<'a> {
     /// Prepares to serve the flows that `programs` know of.
     pub fn new(
         programs: Programs,
-        outgoing: Option<&'a Outgoing>,
+        outgoing: Option<&'a Sockets>,
         published: Option<&'a File>,
         lifeline: &File,
     ) -> io::Result<Self> {
@@ -162,7 +185,7 @@ impl<'a> Relay<'a> {
             progress: None,
             scratch: vec![0; SCRATCH_LEN],
         };
-        if let Some(Outgoing { listener, datagrams, .. }) = outgoing {
+        if let Some(Sockets { listener, datagrams, .. }) = outgoing {
             relay.watch(relay.programs.events(), EventSet::IN, Token::Events)?;
             relay.watch(listener.as_raw_fd(), EventSet::IN, Token::Listener)?;
             relay.watch(datagrams.as_raw_fd(), EventSet::IN, Token::Datagrams)?;
@@ -391,7 +414,7 @@ impl<'a> Relay<'a> {
             match vsock.write(&Request { protocol, destination }.encode()) {
                 // A new connection has room for this much.
                 Ok(_) => asked = true,
-                Err(error) if is_connecting(&vsock, &error) => {}
+                Err(error) if net::is_connecting(&vsock, &error) => {}
                 Err(_) => {
                     // No host port, or no room for more flows.
                     self.by_id.remove(&id);
