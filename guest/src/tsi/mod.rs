@@ -146,7 +146,7 @@ fn serve(
     lifeline: &File,
     mut outcome: &File,
 ) {
-    let (programs, outgoing, published) = match set_up(needs, cgroup, resolvers) {
+    let (programs, sockets, published) = match set_up(needs, cgroup, resolvers) {
         Ok(made) => made,
         Err(reason) => {
             let reason = format!("set up the box's connections: {reason}");
@@ -155,7 +155,7 @@ fn serve(
             return;
         }
     };
-    let relay = Relay::new(programs, outgoing.as_ref(), published.as_ref(), lifeline);
+    let relay = Relay::new(programs, sockets, published, lifeline);
     let _ = outcome.write(READY);
     if let Err(error) = relay.and_then(|mut relay| relay.run()) {
         eprintln!("mote-agent: carry the box's connections: {error}");

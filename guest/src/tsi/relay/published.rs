@@ -1,0 +1,210 @@
+//! Clients of published ports: the host hands each on as a vsock stream, and the agent connects it to
+//! the box's server.
+//!
+//! ```text
+//!   Greeting ── client known ──▶ Connecting ── server found ──▶ Spliced
+//! ```
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::time::Instant;
+
+use mote_agent::flow::{PUBLISHED_LEN, Published};
+
+use super::flows::{Flows, Key, Kind, Side};
+use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Wake, fill};
+use super::spliced::Spliced;
+use crate::sys::net;
+use crate::tsi::program::Id;
+use crate::tsi::stream::Stream;
+
+/// Clients of published ports.
+#[derive(Debug)]
+pub struct Clients {
+    /// Where the host's connections come, if there are published ports.
+    listener: Option<File>,
+    flows: Flows<Client>,
+    /// How many have been named; their ids follow from it.
+    named: u32,
+}
+
+/// The state of a client.
+#[derive(Debug)]
+enum Client {
+    Greeting(Greeting),
+    Connecting(Connecting),
+    Spliced(Spliced),
+}
+
+/// The host has yet to say who the client is, and for which port.
+#[derive(Debug)]
+struct Greeting {
+    vsock: File,
+    /// What has come of it.
+    bytes: Vec<u8>,
+    since: Instant,
+}
+
+/// The box's server is being looked for.
+#[derive(Debug)]
+struct Connecting {
+    client: Named,
+    tcp: TcpStream,
+    over: Loopback,
+}
+
+/// A client that the host has named.
+#[derive(Debug)]
+struct Named {
+    vsock: File,
+    id: Id,
+    guest_port: u16,
+}
+
+/// The box's own address at which a server is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loopback {
+    Ip4,
+    /// After the other: a server may listen on IPv6 alone.
+    Ip6,
+}
+
+impl Clients {
+    /// With the socket on which the host's connections come, if there are published ports.
+    pub fn new(listener: Option<File>) -> Self {
+        Clients { listener, flows: Flows::new(Kind::Published), named: 0 }
+    }
+
+    /// Takes clients, as many as have their turn.
+    pub fn accept(&mut self, shared: &mut Shared) {
+        for _ in 0..BATCH {
+            let Some(Ok(vsock)) = self.listener.as_ref().map(net::accept) else { return };
+            let Ok(key) = shared.place(&mut self.flows, vsock.as_raw_fd()) else { continue };
+            let bytes = Vec::with_capacity(PUBLISHED_LEN);
+            let greeting = Greeting { vsock, bytes, since: Instant::now() };
+            self.flows.put(key, Client::Greeting(greeting));
+            shared.limit_time();
+            self.advance(key, shared);
+        }
+    }
+
+    /// Serves a flow.
+    pub fn wake(&mut self, key: Key, wake: Wake, shared: &mut Shared) {
+        if let Some(Client::Spliced(spliced)) = self.flows.get_mut(key) {
+            spliced.note(wake);
+        }
+        self.advance(key, shared);
+    }
+
+    fn advance(&mut self, key: Key, shared: &mut Shared) {
+        let next = match self.flows.take(key) {
+            Some(Client::Greeting(greeting)) => greeting.step(key, &mut self.named, shared),
+            Some(Client::Connecting(connecting)) => connecting.step(key, shared),
+            Some(Client::Spliced(spliced)) => {
+                let id = spliced.id();
+                let next = spliced.step(key, shared);
+                if next.is_none() {
+                    shared.programs.forget(id);
+                }
+                next.map(Client::Spliced)
+            }
+            None => return,
+        };
+        match next {
+            Some(client) => self.flows.put(key, client),
+            None => self.flows.remove(key),
+        }
+    }
+
+    /// Gives up clients that were not named in time.
+    pub fn sweep(&mut self, now: Instant, shared: &mut Shared) {
+        let mut expired = Vec::new();
+        for (key, client) in self.flows.iter() {
+            if let Client::Greeting(Greeting { since, .. }) = client {
+                shared.limit_time();
+                if now >= *since + HANDSHAKE_LIMIT {
+                    expired.push(key);
+                }
+            }
+        }
+        for key in expired {
+            self.flows.remove(key);
+        }
+    }
+
+    /// The connections over which bytes flow.
+    pub fn streams(&self) -> impl Iterator<Item = &Stream> {
+        self.flows.iter().filter_map(|(_, client)| match client {
+            Client::Spliced(spliced) => Some(spliced.stream()),
+            _ => None,
+        })
+    }
+}
+
+impl Greeting {
+    /// Reads what has come of the greeting, and looks for the server once it is whole. `named` counts
+    /// the clients before this one.
+    fn step(mut self, key: Key, named: &mut u32, shared: &mut Shared) -> Option<Client> {
+        match fill(&mut self.vsock, &mut self.bytes, PUBLISHED_LEN) {
+            Ok(false) => return Some(Client::Greeting(self)),
+            Ok(true) => {}
+            Err(_) => return None,
+        }
+        let Published { guest_port, client } = Published::decode(self.bytes[..].try_into().ok()?);
+        *named = named.wrapping_add(1);
+        let id = Id::published(*named);
+        shared.programs.name_client(id, client);
+        Named { vsock: self.vsock, id, guest_port }.connect(Loopback::Ip4, key, shared)
+    }
+}
+
+impl Named {
+    /// Begins to connect to the server; `None` if nobody listens.
+    fn connect(self, over: Loopback, key: Key, shared: &mut Shared) -> Option<Client> {
+        let (from, to): (IpAddr, IpAddr) = match over {
+            Loopback::Ip4 => (self.id.ip4().into(), Ipv4Addr::LOCALHOST.into()),
+            Loopback::Ip6 => (self.id.ip6().into(), Ipv6Addr::LOCALHOST.into()),
+        };
+        let to = SocketAddr::new(to, self.guest_port);
+        let connecting = net::tcp_connect(from, to).and_then(|tcp| {
+            shared.watch_flow(tcp.as_raw_fd(), key, Side::Tcp)?;
+            Ok(TcpStream::from(tcp))
+        });
+        match connecting {
+            Ok(tcp) => Some(Client::Connecting(Connecting { client: self, tcp, over })),
+            Err(_) => self.connect_elsewhere(over, key, shared),
+        }
+    }
+
+    /// Goes on to the address after `over`, where nobody listens.
+    fn connect_elsewhere(self, over: Loopback, key: Key, shared: &mut Shared) -> Option<Client> {
+        match over {
+            Loopback::Ip4 => self.connect(Loopback::Ip6, key, shared),
+            Loopback::Ip6 => {
+                // Dropping the vsock tells the host that nobody listens.
+                shared.programs.forget(self.id);
+                None
+            }
+        }
+    }
+}
+
+impl Connecting {
+    fn step(self, key: Key, shared: &mut Shared) -> Option<Client> {
+        match (self.tcp.take_error(), self.tcp.peer_addr()) {
+            (Ok(None), Ok(_)) => {
+                let Connecting { client: Named { vsock, id, .. }, tcp, .. } = self;
+                let mut spliced = Spliced::new(Stream::new(vsock, tcp), id);
+                spliced.queue_turn(key, shared);
+                Some(Client::Spliced(spliced))
+            }
+            (Ok(None), Err(_)) => Some(Client::Connecting(self)),
+            _ => {
+                let Connecting { client, tcp, over } = self;
+                drop(tcp);
+                client.connect_elsewhere(over, key, shared)
+            }
+        }
+    }
+}
