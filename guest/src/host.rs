@@ -83,22 +83,22 @@ impl Control {
 
 /// One output stream: from the entrypoint's pipe to the host, with the host's pace as the limit.
 #[derive(Debug)]
-pub struct Relay {
+pub struct OutputPump {
     from: Option<File>,
     to: Option<File>,
-    buffer: Box<[u8; Relay::BUFFER_LEN]>,
+    buffer: Box<[u8; OutputPump::BUFFER_LEN]>,
     filled: std::ops::Range<usize>,
 }
 
-impl Relay {
+impl OutputPump {
     /// A pipe's capacity: one read empties it.
     const BUFFER_LEN: usize = 64 * 1024;
     /// Buffers to move before the agent looks at its other work.
     const ROUNDS: usize = 16;
 
-    /// Relays `from` (a pipe) to `to` (a connected socket); both must be non-blocking.
+    /// Moves bytes from `from` (a pipe) to `to` (a connected socket); both must be non-blocking.
     pub fn new(from: File, to: File) -> Self {
-        Relay {
+        OutputPump {
             from: Some(from),
             to: Some(to),
             buffer: Box::new([0; Self::BUFFER_LEN]),

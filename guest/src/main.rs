@@ -33,7 +33,7 @@ use mote_agent::protocol::{
 };
 
 use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
-use crate::host::{Control, Received, Relay};
+use crate::host::{Control, OutputPump, Received};
 use crate::launch::Program;
 use crate::resolv::NameServers;
 use crate::server::Server;
@@ -79,7 +79,7 @@ fn run() -> Result<(), String> {
     let started = prepared
         .map_err(|reason| EntrypointEnd::NotStarted { code: 125, reason })
         .and_then(|prepared| Ok((start_entrypoint(&prepared)?, prepared)));
-    let (end, relays) = match started {
+    let (end, outputs) = match started {
         Ok((entrypoint, prepared)) => {
             let Prepared {
                 instance,
@@ -97,8 +97,10 @@ fn run() -> Result<(), String> {
             ] {
                 control.send(&FromGuest::Reached { mark, at_ns });
             }
-            let mut relays =
-                [Relay::new(entrypoint.stdout, stdout), Relay::new(entrypoint.stderr, stderr)];
+            let mut outputs = [
+                OutputPump::new(entrypoint.stdout, stdout),
+                OutputPump::new(entrypoint.stderr, stderr),
+            ];
             let context = Context {
                 instance: &instance,
                 cgroup: &cgroup,
@@ -106,8 +108,8 @@ fn run() -> Result<(), String> {
                 session: 0,
             };
             let end =
-                supervise(&context, &children, &mut control, &mut relays, &mut server, &mut tsi);
-            (end, Some(relays))
+                supervise(&context, &children, &mut control, &mut outputs, &mut server, &mut tsi);
+            (end, Some(outputs))
         }
         Err(not_started) => {
             // Closing the streams is their end.
@@ -120,7 +122,7 @@ fn run() -> Result<(), String> {
         control.send(&FromGuest::Ended(end));
         wait_until_dropped(&mut control);
     }
-    drop(relays);
+    drop(outputs);
     Ok(())
 }
 
@@ -257,7 +259,7 @@ fn supervise(
     context: &Context<'_>,
     children: &File,
     control: &mut Control,
-    relays: &mut [Relay; 2],
+    outputs: &mut [OutputPump; 2],
     server: &mut Server,
     tsi: &mut Option<Tsi>,
 ) -> Option<EntrypointEnd> {
@@ -326,10 +328,10 @@ fn supervise(
             }
             Phase::Draining(deadline) => alone || now >= deadline,
         };
-        for relay in relays.iter_mut() {
-            relay.pump(last);
+        for output in outputs.iter_mut() {
+            output.pump(last);
         }
-        if last && relays.iter().all(Relay::is_done) {
+        if last && outputs.iter().all(OutputPump::is_done) {
             return end;
         }
 
@@ -351,7 +353,7 @@ fn supervise(
         let clients = interests.len();
         interests.push(Interest::read(children.as_fd()));
         interests.extend(control.interests());
-        interests.extend(relays.iter().filter_map(Relay::interest));
+        interests.extend(outputs.iter().filter_map(OutputPump::interest));
         // A failing poll would spin, but it has no way to fail: every descriptor is open.
         let Ok(ready) = sys::poll(&interests, limit) else { continue };
         if serving {
