@@ -12,6 +12,7 @@ mod host;
 mod launch;
 mod mount;
 mod network;
+mod prepare;
 mod resolv;
 mod seccomp;
 mod server;
@@ -23,11 +24,10 @@ mod transfer;
 mod tsi;
 mod user;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use mote_agent::instance::{self, Instance};
 use mote_agent::protocol::{
     CONTROL_PORT, EntrypointEnd, FromGuest, FromHost, Mark, STDERR_PORT, STDOUT_PORT, VERSION,
 };
@@ -35,11 +35,11 @@ use mote_agent::protocol::{
 use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
 use crate::host::{Control, OutputPump, Received};
 use crate::launch::Program;
-use crate::resolv::NameServers;
+use crate::prepare::{Prepared, prepare};
 use crate::server::Server;
 use crate::session::Context;
 use crate::sys::{Interest, Reap, net, until};
-use crate::tsi::{Needs, Tsi};
+use crate::tsi::Tsi;
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
 const GRACE: Duration = Duration::from_secs(5);
@@ -52,8 +52,6 @@ const REAP_LIMIT: Duration = Duration::from_millis(500);
 const CONNECTIONS_LIMIT: Duration = Duration::from_millis(2_500);
 /// Difference from the host's wall clock that is left alone.
 const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
-/// Connections, pipes and the like that the agent may have open.
-const MAX_OPEN_FILES: u64 = 65_536;
 /// How long the host may take to answer the first connections.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -124,53 +122,6 @@ fn run() -> Result<(), String> {
     }
     drop(outputs);
     Ok(())
-}
-
-/// A box that is ready for its entrypoint.
-struct Prepared {
-    instance: Instance,
-    root_mounted_ns: u64,
-    /// Readable while children have ended.
-    children: File,
-    cgroup: BoxCgroup,
-    server: Server,
-    tsi: Option<Tsi>,
-    servers_ready_ns: u64,
-}
-
-/// Everything between the kernel's hand-over and the entrypoint, in order.
-fn prepare() -> Result<Prepared, String> {
-    let json = fs::read(instance::PATH).map_err(|e| format!("read {}: {e}", instance::PATH))?;
-    let instance: Instance =
-        serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
-    let name_servers = NameServers::stage(&instance.resolv_conf)?;
-    mount::root()?;
-    mount::kernel_file_systems()?;
-    let root_mounted_ns = sys::monotonic_ns();
-    sys::raise_open_file_limit(MAX_OPEN_FILES)
-        .map_err(|e| format!("raise the limit on open files: {e}"))?;
-    let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
-    let resolv_conf = name_servers.provide()?;
-    // The routes of what starts next go through it.
-    net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
-    // Beside everything that follows.
-    let Instance { outgoing, outgoing_ip6, syn_retries, published, .. } = instance;
-    let needs = Needs { outgoing, outgoing_ip6, syn_retries, published };
-    let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
-        .map_err(|e| format!("start the process that carries connections: {e}"))?;
-    mount::of_the_spec(&instance)?;
-    sys::set_hostname(&instance.hostname)
-        .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
-    if let Some(interface) = &instance.interface {
-        network::set_up(interface)?;
-    }
-    let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
-    let server = Server::listen()?;
-    if let Some(tsi) = &mut tsi {
-        tsi.wait_until_ready()?;
-    }
-    let servers_ready_ns = sys::monotonic_ns();
-    Ok(Prepared { instance, root_mounted_ns, children, cgroup, server, tsi, servers_ready_ns })
 }
 
 /// The running entrypoint, with the reading ends of its output, non-blocking.

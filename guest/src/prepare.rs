@@ -1,0 +1,71 @@
+//! Everything between the kernel's hand-over and the entrypoint, in order.
+
+use std::fs::{self, File};
+
+use mote_agent::instance::{self, Instance};
+
+use crate::cgroup::BoxCgroup;
+use crate::resolv::NameServers;
+use crate::server::Server;
+use crate::sys::{self, net};
+use crate::tsi::{Needs, Tsi};
+use crate::{mount, network};
+
+/// Connections, pipes and the like that the agent may have open.
+const MAX_OPEN_FILES: u64 = 65_536;
+
+/// A box that is ready for its entrypoint.
+pub struct Prepared {
+    /// What the host asks for.
+    pub instance: Instance,
+    /// When the root was mounted, on the guest's monotonic clock in nanoseconds.
+    pub root_mounted_ns: u64,
+    /// Readable while children have ended.
+    pub children: File,
+    /// Where everything that runs in the box is put.
+    pub cgroup: BoxCgroup,
+    /// The exec and terminal servers, which listen.
+    pub server: Server,
+    /// The process that carries connections, if the box needs it.
+    pub tsi: Option<Tsi>,
+    /// When all servers were ready, on the same clock.
+    pub servers_ready_ns: u64,
+}
+
+/// Prepares the box.
+///
+/// # Errors
+/// A text that says what could not be done, to what, and why; the box cannot run then.
+pub fn prepare() -> Result<Prepared, String> {
+    let json = fs::read(instance::PATH).map_err(|e| format!("read {}: {e}", instance::PATH))?;
+    let instance: Instance =
+        serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
+    let name_servers = NameServers::stage(&instance.resolv_conf)?;
+    mount::root()?;
+    mount::kernel_file_systems()?;
+    let root_mounted_ns = sys::monotonic_ns();
+    sys::raise_open_file_limit(MAX_OPEN_FILES)
+        .map_err(|e| format!("raise the limit on open files: {e}"))?;
+    let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
+    let resolv_conf = name_servers.provide()?;
+    // The routes of what starts next go through it.
+    net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
+    // Beside everything that follows.
+    let Instance { outgoing, outgoing_ip6, syn_retries, published, .. } = instance;
+    let needs = Needs { outgoing, outgoing_ip6, syn_retries, published };
+    let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
+        .map_err(|e| format!("start the process that carries connections: {e}"))?;
+    mount::of_the_spec(&instance)?;
+    sys::set_hostname(&instance.hostname)
+        .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
+    if let Some(interface) = &instance.interface {
+        network::set_up(interface)?;
+    }
+    let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
+    let server = Server::listen()?;
+    if let Some(tsi) = &mut tsi {
+        tsi.wait_until_ready()?;
+    }
+    let servers_ready_ns = sys::monotonic_ns();
+    Ok(Prepared { instance, root_mounted_ns, children, cgroup, server, tsi, servers_ready_ns })
+}
