@@ -1,0 +1,252 @@
+//! The life of a box from its entrypoint's start to the end of everything that runs in it: one thread
+//! around one poll(2), which must not end by accident nor wait for anybody else.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use mote_agent::protocol::{EntrypointEnd, FromHost};
+
+use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
+use crate::host::{Control, OutputPump, Received};
+use crate::prepare::Prepared;
+use crate::server::Server;
+use crate::session::Context;
+use crate::sys::{self, Interest, Reap, Reaped, until};
+use crate::tsi::Tsi;
+
+/// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
+const GRACE: Duration = Duration::from_secs(5);
+/// How long killed processes may take to vanish before their output counts as complete, and sessions
+/// to tell their clients: a process that is stuck in the kernel never will, nor will a client that
+/// takes nothing.
+const REAP_LIMIT: Duration = Duration::from_millis(500);
+/// The same for the process that carries connections, which gives up earlier when the host takes
+/// nothing. Together with [`GRACE`] it stays below the host's patience.
+const CONNECTIONS_LIMIT: Duration = Duration::from_millis(2_500);
+/// Difference from the host's wall clock that is left alone.
+const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
+
+/// What looks after a box whose entrypoint has been started.
+pub struct Supervisor<'a> {
+    context: Context<'a>,
+    /// Readable while children have ended.
+    children: &'a File,
+    control: &'a mut Control,
+    /// The entrypoint's output and its errors.
+    outputs: [OutputPump; 2],
+    server: &'a mut Server,
+    tsi: Option<&'a mut Tsi>,
+    phase: Phase,
+    /// When the box gets the files of all cgroup controllers, unless it has them before.
+    controllers_due: Instant,
+}
+
+/// What phase the box is in.
+#[derive(Debug)]
+enum Phase {
+    /// The entrypoint runs.
+    Running,
+    /// It was told to stop; SIGKILL follows.
+    Stopping { kill_at: Instant },
+    /// It has ended and everything else was killed.
+    Draining {
+        /// How it has ended.
+        end: EntrypointEnd,
+        /// When the rest is given up.
+        give_up_at: Instant,
+        /// The agent has no children left.
+        is_alone: bool,
+    },
+}
+
+impl<'a> Supervisor<'a> {
+    /// To supervise the box that was prepared, of which `entrypoint` is the process id.
+    pub fn new(
+        prepared: &'a mut Prepared,
+        entrypoint: i32,
+        outputs: [OutputPump; 2],
+        control: &'a mut Control,
+    ) -> Self {
+        let Prepared { instance, cgroup, children, server, tsi, .. } = prepared;
+        Supervisor {
+            context: Context { instance, cgroup, entrypoint, session: 0 },
+            children,
+            control,
+            outputs,
+            server,
+            tsi: tsi.as_mut(),
+            phase: Phase::Running,
+            controllers_due: Instant::now() + CONTROLLERS_DELAY,
+        }
+    }
+
+    /// Runs until the entrypoint has ended, every other process is gone and all output is handed
+    /// over. Returns the entrypoint's end, `None` when the host is lost and nobody is left to tell;
+    /// and the outputs, whose connections are not to be closed before that is told.
+    pub fn run(mut self) -> (Option<EntrypointEnd>, [OutputPump; 2]) {
+        loop {
+            drain(self.children);
+            self.reap();
+            if !self.heed_host() {
+                return (None, self.outputs);
+            }
+            self.control.flush();
+            let now = Instant::now();
+            let is_last = self.check_deadline(now);
+            for output in &mut self.outputs {
+                output.pump(is_last);
+            }
+            if is_last && self.outputs.iter().all(OutputPump::is_done) {
+                return (self.phase.into_end(), self.outputs);
+            }
+            if now >= self.controllers_due {
+                self.context.cgroup.enable_controllers();
+            }
+            self.wait_and_serve(is_last);
+        }
+    }
+
+    /// Collects the children that have ended.
+    fn reap(&mut self) {
+        while !matches!(self.phase, Phase::Draining { is_alone: true, .. }) {
+            match sys::reap() {
+                Reap::Ended(child) if child.pid == self.context.entrypoint => {
+                    self.entrypoint_ended(child);
+                }
+                Reap::Ended(child) => self.child_ended(child),
+                Reap::NoneYet => return,
+                Reap::NoChildren => {
+                    if let Phase::Draining { is_alone, .. } = &mut self.phase {
+                        *is_alone = true;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn entrypoint_ended(&mut self, child: Reaped) {
+        let end = match child.status {
+            Ok(code) => EntrypointEnd::Exited(code),
+            Err(signal) => EntrypointEnd::Signaled(signal),
+        };
+        kill_box(self.context.cgroup);
+        let mut limit = REAP_LIMIT;
+        if let Some(tsi) = &mut self.tsi {
+            tsi.finish();
+            limit = CONNECTIONS_LIMIT;
+        }
+        let give_up_at = Instant::now() + limit;
+        self.phase = Phase::Draining { end, give_up_at, is_alone: false };
+    }
+
+    fn child_ended(&mut self, child: Reaped) {
+        if let Some(tsi) = &mut self.tsi {
+            tsi.child_ended(child.pid, child.status);
+            if let Phase::Draining { give_up_at, .. } = &mut self.phase
+                && !tsi.is_running()
+            {
+                *give_up_at = (Instant::now() + REAP_LIMIT).min(*give_up_at);
+            }
+        }
+        self.server.child_ended(child.pid, child.status.is_ok(), self.context.cgroup);
+    }
+
+    /// Does what the host has asked for; `false` if it is lost.
+    fn heed_host(&mut self) -> bool {
+        loop {
+            match self.control.receive() {
+                Received::Message(FromHost::Stop { signal }) => {
+                    sys::signal_all(i32::from(signal));
+                    if let Phase::Running = self.phase {
+                        self.phase = Phase::Stopping { kill_at: Instant::now() + GRACE };
+                    }
+                }
+                Received::Message(FromHost::Clock { realtime_ns }) => correct_clock(realtime_ns),
+                Received::Lost => return false,
+                Received::Nothing => return true,
+            }
+        }
+    }
+
+    /// Does what is due; `true` if only the output that is there already is still waited for.
+    fn check_deadline(&mut self, now: Instant) -> bool {
+        match &mut self.phase {
+            Phase::Running => false,
+            Phase::Stopping { kill_at } => {
+                if now >= *kill_at {
+                    kill_box(self.context.cgroup);
+                    *kill_at = now + GRACE;
+                }
+                false
+            }
+            Phase::Draining { give_up_at, is_alone, .. } => *is_alone || now >= *give_up_at,
+        }
+    }
+
+    /// Waits until there is something to do, and serves clients.
+    fn wait_and_serve(&mut self, is_last: bool) {
+        // New clients are served while there is a box.
+        let serving = !matches!(self.phase, Phase::Draining { .. });
+        let deadlines = [
+            self.phase.deadline().filter(|_| !is_last),
+            self.server.next_deadline().filter(|_| serving),
+            self.context.cgroup.lacks_controllers().then_some(self.controllers_due),
+        ];
+        let limit = deadlines.into_iter().flatten().min().map(until);
+        let mut interests: Vec<Interest<'_>> = Vec::new();
+        if serving {
+            interests.extend(self.server.interests());
+        }
+        let clients = interests.len();
+        interests.push(Interest::read(self.children.as_fd()));
+        interests.extend(self.control.interests());
+        interests.extend(self.outputs.iter().filter_map(OutputPump::interest));
+        // A failing poll would make the agent spin, but every descriptor is open, so it cannot fail.
+        let Ok(ready) = sys::poll(&interests, limit) else { return };
+        if serving {
+            self.server.serve(&ready[..clients], &self.context);
+        }
+    }
+}
+
+impl Phase {
+    fn deadline(&self) -> Option<Instant> {
+        match self {
+            Phase::Running => None,
+            Phase::Stopping { kill_at } => Some(*kill_at),
+            Phase::Draining { give_up_at, .. } => Some(*give_up_at),
+        }
+    }
+
+    fn into_end(self) -> Option<EntrypointEnd> {
+        match self {
+            Phase::Running | Phase::Stopping { .. } => None,
+            Phase::Draining { end, .. } => Some(end),
+        }
+    }
+}
+
+/// Kills everything that runs in the box. Sessions see their commands end, tell their clients, and
+/// end by themselves.
+fn kill_box(cgroup: &BoxCgroup) {
+    if cgroup.kill().is_err() {
+        sys::signal_all(libc::SIGKILL);
+    }
+}
+
+/// Steps the wall clock to the host's, unless the difference is no more than the message's way here.
+fn correct_clock(realtime_ns: u64) {
+    if sys::realtime_ns().abs_diff(realtime_ns) > CLOCK_TOLERANCE_NS {
+        // PID 1 may set the clock, and the host's time is valid.
+        let _ = sys::set_realtime(realtime_ns);
+    }
+}
+
+/// Empties the child-signal descriptor; which children ended is `reap`'s to say.
+fn drain(mut children: &File) {
+    let mut buffer = [0; 128];
+    while matches!(children.read(&mut buffer), Ok(read) if read > 0) {}
+}
