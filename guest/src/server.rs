@@ -19,7 +19,7 @@ use mote_agent::pty;
 use crate::cgroup::BoxCgroup;
 use crate::connection::{Connection, PATIENCE};
 use crate::session::Context;
-use crate::sys::{self, Interest, net};
+use crate::sys::{self, ExitStatus, Interest, Reaped, net};
 use crate::{command, terminal};
 
 /// Connections accepted before the agent looks at its other work.
@@ -36,14 +36,30 @@ enum Service {
     Pty,
 }
 
+/// A socket on which clients of a service come.
+#[derive(Debug)]
+struct Listener {
+    service: Service,
+    socket: File,
+}
+
 /// A connection whose first frame's header has not arrived yet.
 #[derive(Debug)]
-struct Newcomer {
+struct PendingClient {
     service: Service,
     socket: File,
     header: [u8; HEADER_LEN],
     filled: usize,
     deadline: Instant,
+}
+
+/// A session that has not ended.
+#[derive(Debug)]
+struct Session {
+    /// Of its process.
+    pid: i32,
+    /// Names its command's cgroup.
+    number: u64,
 }
 
 /// What to do with a connection, after its first header.
@@ -58,12 +74,11 @@ enum Verdict {
 /// The two servers.
 #[derive(Debug)]
 pub struct Server {
-    listeners: [(Service, File); 2],
+    listeners: [Listener; 2],
     /// Until when no connection is accepted, for want of descriptors or memory.
     resting_until: Option<Instant>,
-    newcomers: Vec<Newcomer>,
-    /// Process ids and numbers.
-    sessions: Vec<(i32, u64)>,
+    pending: Vec<PendingClient>,
+    sessions: Vec<Session>,
     last_session: u64,
     /// Sessions that have ended while something of their command still ran.
     survived: Vec<u64>,
@@ -75,7 +90,7 @@ impl Server {
         let listen = |service, port| {
             let socket = net::vsock_listen(port)
                 .map_err(|e| format!("listen on vsock port {port:#x} of the guest: {e}"))?;
-            Ok::<_, String>((service, socket))
+            Ok::<_, String>(Listener { service, socket })
         };
         Ok(Server {
             listeners: [
@@ -83,7 +98,7 @@ impl Server {
                 listen(Service::Pty, PTY_SERVER_PORT)?,
             ],
             resting_until: None,
-            newcomers: Vec::new(),
+            pending: Vec::new(),
             sessions: Vec::new(),
             last_session: 0,
             survived: Vec::new(),
@@ -92,16 +107,16 @@ impl Server {
 
     /// What to wait for.
     pub fn interests(&self) -> impl Iterator<Item = Interest<'_>> {
-        let newcomers = self.newcomers.iter().map(|newcomer| &newcomer.socket);
-        let listeners = self.listeners.iter().map(|(_, socket)| socket);
+        let pending = self.pending.iter().map(|client| &client.socket);
+        let listeners = self.listeners.iter().map(|listener| &listener.socket);
         let listeners = listeners.filter(|_| self.resting_until.is_none());
-        newcomers.chain(listeners).map(|socket| Interest::read(socket.as_fd()))
+        pending.chain(listeners).map(|socket| Interest::read(socket.as_fd()))
     }
 
     /// When the first connection's time is over, or a rest.
     pub fn next_deadline(&self) -> Option<Instant> {
         // In order of arrival, and all have the same time.
-        let first = self.newcomers.first().map(|newcomer| newcomer.deadline);
+        let first = self.pending.first().map(|client| client.deadline);
         first.into_iter().chain(self.resting_until).min()
     }
 
@@ -109,9 +124,9 @@ impl Server {
     pub fn serve(&mut self, ready: &[bool], context: &Context<'_>) {
         let now = Instant::now();
         let mut ready = ready.iter().copied();
-        for newcomer in std::mem::take(&mut self.newcomers) {
+        for client in std::mem::take(&mut self.pending) {
             let ready = ready.next().unwrap_or(false);
-            self.serve_newcomer(newcomer, ready, now, context);
+            self.serve_pending(client, ready, now, context);
         }
         self.resting_until = self.resting_until.filter(|until| now < *until);
         for (at, _) in ready.enumerate().filter(|(_, ready)| *ready) {
@@ -121,9 +136,9 @@ impl Server {
 
     fn accept(&mut self, at: usize, now: Instant, context: &Context<'_>) {
         for _ in 0..ACCEPTS {
-            let (service, listener) = &self.listeners[at];
+            let Listener { service, socket } = &self.listeners[at];
             let service = *service;
-            let socket = match net::accept(listener) {
+            let socket = match net::accept(socket) {
                 Ok(socket) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => {
@@ -133,56 +148,56 @@ impl Server {
             };
             let deadline = now + PATIENCE;
             let header = [0; HEADER_LEN];
-            let newcomer = Newcomer { service, socket, header, filled: 0, deadline };
-            self.serve_newcomer(newcomer, true, now, context);
+            let client = PendingClient { service, socket, header, filled: 0, deadline };
+            self.serve_pending(client, true, now, context);
         }
     }
 
     /// Reads what there is of the header and keeps, answers or hands on the connection.
-    fn serve_newcomer(
+    fn serve_pending(
         &mut self,
-        mut newcomer: Newcomer,
+        mut client: PendingClient,
         ready: bool,
         now: Instant,
         context: &Context<'_>,
     ) {
-        while ready && newcomer.filled < HEADER_LEN {
-            match newcomer.socket.read(&mut newcomer.header[newcomer.filled..]) {
+        while ready && client.filled < HEADER_LEN {
+            match client.socket.read(&mut client.header[client.filled..]) {
                 // A close before any request; contract §4.1 has no answer to it.
                 Ok(0) => return,
-                Ok(read) => newcomer.filled += read,
+                Ok(read) => client.filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => return,
             }
         }
-        let Newcomer { service, header, filled, deadline, .. } = newcomer;
+        let PendingClient { service, header, filled, deadline, .. } = client;
         let verdict = if filled == HEADER_LEN {
             judge(service, header)
         } else if now >= deadline {
             let text = format!("No request within {} s", PATIENCE.as_secs());
             Verdict::Reply(error_frame(service, &text))
         } else {
-            self.newcomers.push(newcomer);
+            self.pending.push(client);
             return;
         };
         let answer = match verdict {
             Verdict::Reply(bytes) => bytes,
-            Verdict::Session => match self.start_session(&newcomer, context) {
+            Verdict::Session => match self.start_session(&client, context) {
                 Ok(()) => return,
                 Err(error) => error_frame(service, &format!("Failed to start a session: {error}")),
             },
         };
         // A new connection has room for so little; a client that is gone needs no answer.
-        let _ = newcomer.socket.write(&answer);
+        let _ = client.socket.write(&answer);
     }
 
-    fn start_session(&mut self, newcomer: &Newcomer, context: &Context<'_>) -> io::Result<()> {
+    fn start_session(&mut self, client: &PendingClient, context: &Context<'_>) -> io::Result<()> {
         const NAME: &CStr = c"mote-session";
         context.cgroup.enable_controllers();
         self.last_session += 1;
         let context = &Context { session: self.last_session, ..*context };
-        let Newcomer { service, socket, header, .. } = newcomer;
+        let PendingClient { service, socket, header, .. } = client;
         let keep: Vec<BorrowedFd<'_>> =
             [socket.as_fd()].into_iter().chain(context.cgroup.descriptors()).collect();
         let pid = sys::fork(&keep, NAME, || {
@@ -196,20 +211,21 @@ impl Server {
                 }
             }
         })?;
-        self.sessions.push((pid, self.last_session));
+        self.sessions.push(Session { pid, number: self.last_session });
         Ok(())
     }
 
-    /// Takes note of a child's end, which may be a session's; `clean` if it ended by itself.
-    pub fn child_ended(&mut self, pid: i32, clean: bool, cgroup: &BoxCgroup) {
-        let Some(at) = self.sessions.iter().position(|(known, _)| *known == pid) else { return };
-        let (_, session) = self.sessions.swap_remove(at);
-        if !clean {
+    /// Takes note of a child's end, which may be a session's.
+    pub fn child_ended(&mut self, child: Reaped, cgroup: &BoxCgroup) {
+        let of_child = |session: &Session| session.pid == child.pid;
+        let Some(at) = self.sessions.iter().position(of_child) else { return };
+        let Session { number, .. } = self.sessions.swap_remove(at);
+        if let ExitStatus::Signaled(_) = child.status {
             // Nobody looks after its command any more. There may be none.
-            let _ = cgroup.kill_command(session);
+            let _ = cgroup.kill_command(number);
         }
-        self.survived.push(session);
-        self.survived.retain(|session| !cgroup.remove_command(*session));
+        self.survived.push(number);
+        self.survived.retain(|number| !cgroup.remove_command(*number));
     }
 }
 

@@ -7,6 +7,7 @@ use mote_agent::instance::Instance;
 
 use crate::cgroup::BoxCgroup;
 use crate::launch::Program;
+use crate::sys::ExitStatus;
 
 /// What a session needs of the box.
 #[derive(Debug, Clone, Copy)]
@@ -51,9 +52,9 @@ pub fn working_dir(request: Option<&str>, context: &Context<'_>) -> String {
 }
 
 /// As a shell has it: a status, or 128+n for signal n.
-pub fn exit_code(status: Result<u8, u8>) -> i32 {
+pub fn exit_code(status: ExitStatus) -> i32 {
     match status {
-        Ok(code) => i32::from(code),
-        Err(signal) => 128 + i32::from(signal),
+        ExitStatus::Exited(code) => i32::from(code),
+        ExitStatus::Signaled(signal) => 128 + i32::from(signal),
     }
 }

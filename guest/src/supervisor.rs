@@ -13,7 +13,7 @@ use crate::host::{Control, OutputPump, Received};
 use crate::prepare::Prepared;
 use crate::server::Server;
 use crate::session::Context;
-use crate::sys::{self, Interest, Reap, Reaped, until};
+use crate::sys::{self, ExitStatus, Interest, Reap, Reaped, until};
 use crate::tsi::Tsi;
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
@@ -129,8 +129,8 @@ impl<'a> Supervisor<'a> {
 
     fn entrypoint_ended(&mut self, child: Reaped) {
         let end = match child.status {
-            Ok(code) => EntrypointEnd::Exited(code),
-            Err(signal) => EntrypointEnd::Signaled(signal),
+            ExitStatus::Exited(code) => EntrypointEnd::Exited(code),
+            ExitStatus::Signaled(signal) => EntrypointEnd::Signaled(signal),
         };
         kill_box(self.context.cgroup);
         let mut limit = REAP_LIMIT;
@@ -144,14 +144,14 @@ impl<'a> Supervisor<'a> {
 
     fn child_ended(&mut self, child: Reaped) {
         if let Some(tsi) = &mut self.tsi {
-            tsi.child_ended(child.pid, child.status);
+            tsi.child_ended(child);
             if let Phase::Draining { give_up_at, .. } = &mut self.phase
                 && !tsi.is_running()
             {
                 *give_up_at = (Instant::now() + REAP_LIMIT).min(*give_up_at);
             }
         }
-        self.server.child_ended(child.pid, child.status.is_ok(), self.context.cgroup);
+        self.server.child_ended(child, self.context.cgroup);
     }
 
     /// Does what the host has asked for; `false` if it is lost.

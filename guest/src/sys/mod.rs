@@ -272,19 +272,28 @@ pub fn process_file(pid: i32) -> io::Result<OwnedFd> {
     Ok(owned(check(fd as libc::c_int)?))
 }
 
-/// Waits for the end of a child: its exit status, or the signal that killed it.
-pub fn wait_for(pid: i32) -> io::Result<Result<u8, u8>> {
+/// How a process has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// It called `exit` with this status.
+    Exited(u8),
+    /// This signal killed it.
+    Signaled(u8),
+}
+
+/// Waits for the end of a child.
+pub fn wait_for(pid: i32) -> io::Result<ExitStatus> {
     let mut status = 0;
     // SAFETY: `status` is a valid place for the result.
     check(unsafe { libc::waitpid(pid, &mut status, 0) })?;
     Ok(exit_status(status))
 }
 
-fn exit_status(status: libc::c_int) -> Result<u8, u8> {
+fn exit_status(status: libc::c_int) -> ExitStatus {
     if libc::WIFSIGNALED(status) {
-        Err(libc::WTERMSIG(status) as u8)
+        ExitStatus::Signaled(libc::WTERMSIG(status) as u8)
     } else {
-        Ok(libc::WEXITSTATUS(status) as u8)
+        ExitStatus::Exited(libc::WEXITSTATUS(status) as u8)
     }
 }
 
@@ -354,8 +363,8 @@ pub fn poll(interests: &[Interest<'_>], limit: Option<Duration>) -> io::Result<V
 pub struct Reaped {
     /// Its process id.
     pub pid: i32,
-    /// Its exit status, or the signal that killed it.
-    pub status: Result<u8, u8>,
+    /// How it has ended.
+    pub status: ExitStatus,
 }
 
 /// What [`reap`] found.

@@ -27,7 +27,7 @@ use mote_agent::flow::PUBLISH_PORT;
 
 use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
-use crate::sys::{self, net};
+use crate::sys::{self, ExitStatus, Reaped, net};
 
 /// What the box needs of this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,10 +114,10 @@ impl Tsi {
 
     /// Takes note of a child's end, which may be the process's. One that was killed, as a box's root
     /// may, has a successor; its connections are lost.
-    pub fn child_ended(&mut self, pid: i32, status: Result<u8, u8>) {
-        if let Some(ended) = self.process.take_if(|process| process.pid == pid)
+    pub fn child_ended(&mut self, child: Reaped) {
+        if let Some(ended) = self.process.take_if(|process| process.pid == child.pid)
             && ended.lifeline.is_some()
-            && status.is_err()
+            && matches!(child.status, ExitStatus::Signaled(_))
             && let Err(error) = self.start_process()
         {
             eprintln!("mote-agent: start the process that carries connections: {error}");
