@@ -215,10 +215,12 @@ fn defect(file: &Path, error: &io::Error) -> String {
         };
     }
     match (elf_machine(&head), error.raw_os_error()) {
-        (Some(62), Some(libc::ENOENT)) => {
+        (Some(libc::EM_X86_64), Some(libc::ENOENT)) => {
             "needs a dynamic loader that is not in the root file system".into()
         }
-        (Some(62), _) => format!("is an x86-64 program that cannot be started: {error}"),
+        (Some(libc::EM_X86_64), _) => {
+            format!("is an x86-64 program that cannot be started: {error}")
+        }
         (Some(machine), _) => {
             format!("is a program for {}, and this VM is x86-64", machine_name(machine))
         }
@@ -234,19 +236,19 @@ fn elf_machine(head: &[u8]) -> Option<u16> {
     if !head.starts_with(b"\x7fELF") {
         return None;
     }
-    let big_endian = head.get(5) == Some(&2);
+    let big_endian = head.get(libc::EI_DATA) == Some(&libc::ELFDATA2MSB);
     let bytes = [*head.get(18)?, *head.get(19)?];
     Some(if big_endian { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) })
 }
 
 fn machine_name(machine: u16) -> String {
     match machine {
-        3 => "x86 (32-bit)".into(),
-        40 => "ARM (32-bit)".into(),
-        183 => "ARM (aarch64)".into(),
-        243 => "RISC-V".into(),
-        21 => "PowerPC".into(),
-        22 => "S390".into(),
+        libc::EM_386 => "x86 (32-bit)".into(),
+        libc::EM_ARM => "ARM (32-bit)".into(),
+        libc::EM_AARCH64 => "ARM (aarch64)".into(),
+        libc::EM_RISCV => "RISC-V".into(),
+        libc::EM_PPC64 => "PowerPC".into(),
+        libc::EM_S390 => "S390".into(),
         other => format!("another architecture (ELF machine {other})"),
     }
 }
