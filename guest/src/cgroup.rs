@@ -30,8 +30,17 @@ pub const CONTROLLERS_DELAY: Duration = Duration::from_millis(50);
 pub struct BoxCgroup {
     directory: File,
     procs: File,
-    /// The controllers to enable, and where; `None` once that is done.
-    controllers: RefCell<Option<(String, File)>>,
+    /// The controllers to enable; `None` once that is done.
+    controllers: RefCell<Option<Controllers>>,
+}
+
+/// Controllers that are yet to be enabled.
+#[derive(Debug)]
+struct Controllers {
+    /// As `cgroup.subtree_control` takes them.
+    names: String,
+    /// That file, in the real root.
+    control: File,
 }
 
 impl BoxCgroup {
@@ -68,7 +77,7 @@ impl BoxCgroup {
         (&outside).write_all(b"0").map_err(failed("leave it"))?;
         sys::unmount(MOUNT_POINT).map_err(failed("mount its view"))?;
         mount()?;
-        let controllers = RefCell::new(Some((wanted.join(" "), control)));
+        let controllers = RefCell::new(Some(Controllers { names: wanted.join(" "), control }));
         Ok(BoxCgroup { directory, procs, controllers })
     }
 
@@ -80,7 +89,7 @@ impl BoxCgroup {
     /// Gives the box the files of all controllers. A failure goes to the console: the box runs
     /// without them.
     pub fn enable_controllers(&self) {
-        if let Some((names, mut control)) = self.controllers.take()
+        if let Some(Controllers { names, mut control }) = self.controllers.take()
             && let Err(error) = control.write_all(names.as_bytes())
         {
             eprintln!("mote-agent: enable {names} for the box's cgroup: {error}");

@@ -85,6 +85,21 @@ fn run(
     }
 }
 
+/// One of a command's two outputs.
+#[derive(Debug)]
+struct Output {
+    stream: Stream,
+    /// The pipe, until its end.
+    from: Option<File>,
+}
+
+impl Output {
+    /// How many bytes wait in the pipe.
+    fn waiting(&self) -> usize {
+        self.from.as_ref().map_or(0, sys::bytes_waiting)
+    }
+}
+
 /// A running command.
 #[derive(Debug)]
 struct Command {
@@ -98,7 +113,7 @@ struct Command {
     input_open: bool,
     /// Whether frames from the client are input.
     input_from_client: bool,
-    outputs: [(Stream, Option<File>); 2],
+    outputs: [Output; 2],
     /// What a read of them fills.
     buffer: Vec<u8>,
     deadline: Option<Instant>,
@@ -139,7 +154,10 @@ impl Command {
             input: request.stdin.iter().flatten().copied().collect(),
             input_open: request.stdin_streaming,
             input_from_client: request.stdin_streaming,
-            outputs: [(Stream::Stdout, Some(stdout)), (Stream::Stderr, Some(stderr))],
+            outputs: [
+                Output { stream: Stream::Stdout, from: Some(stdout) },
+                Output { stream: Stream::Stderr, from: Some(stderr) },
+            ],
             buffer: vec![0; MAX_CHUNK],
             // A limit beyond the clock's range is none.
             deadline: Instant::now().checked_add(Duration::from_nanos(timeout_ns)),
@@ -180,7 +198,7 @@ impl Command {
             let mut interests = vec![Interest::read(self.ended.as_fd())];
             interests.extend(connection.interests(receiving));
             if reply.has_room(connection) {
-                let open = self.outputs.iter().filter_map(|(_, from)| from.as_ref());
+                let open = self.outputs.iter().filter_map(|output| output.from.as_ref());
                 interests.extend(open.map(|from| Interest::read(from.as_fd())));
             }
             if !self.input.is_empty() {
@@ -236,7 +254,7 @@ impl Command {
             control::STDIN_CLOSE => self.input_open = false,
             control::FLUSH => {
                 for at in 0..self.outputs.len() {
-                    let waiting = self.outputs[at].1.as_ref().map_or(0, sys::bytes_waiting);
+                    let waiting = self.outputs[at].waiting();
                     self.pump(at, Some(waiting), connection, reply);
                 }
                 connection.send(&frame::encode(kind::CONTROL, control::FLUSH_ACK));
@@ -284,7 +302,7 @@ impl Command {
         connection: &mut Connection,
         reply: &mut Reply,
     ) {
-        let (stream, from) = &mut self.outputs[at];
+        let Output { stream, from } = &mut self.outputs[at];
         let mut left = exactly.unwrap_or(ROUNDS * MAX_CHUNK);
         let buffer = &mut self.buffer;
         while left > 0 && (exactly.is_some() || reply.has_room(connection)) {
@@ -311,7 +329,7 @@ impl Command {
             return Ended::HungUp;
         }
         for at in 0..self.outputs.len() {
-            let waiting = self.outputs[at].1.as_ref().map_or(0, sys::bytes_waiting);
+            let waiting = self.outputs[at].waiting();
             self.pump(at, Some(waiting), connection, reply);
         }
         if self.timed_out {

@@ -11,19 +11,40 @@ use crate::sys;
 
 const NEW_ROOT: &str = "/newroot";
 
-/// One of them: file system, directory, flags, options.
-type KernelFileSystem = (&'static str, &'static str, libc::c_ulong, &'static str);
+/// A file system of the kernel's and where it is mounted.
+struct KernelFileSystem {
+    fstype: &'static str,
+    target: &'static str,
+    /// Of mount(2).
+    flags: libc::c_ulong,
+    options: &'static str,
+}
 
 const NOSUID_NODEV_NOEXEC: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
 
 /// In this order; the directories are made when the image lacks them.
 const KERNEL_FILE_SYSTEMS: [KernelFileSystem; 6] = [
-    ("devtmpfs", "/dev", libc::MS_NOSUID, ""),
-    ("proc", "/proc", NOSUID_NODEV_NOEXEC, ""),
-    ("sysfs", "/sys", NOSUID_NODEV_NOEXEC, ""),
-    ("devpts", "/dev/pts", libc::MS_NOSUID | libc::MS_NOEXEC, "mode=620,ptmxmode=666,gid=5"),
-    ("tmpfs", "/dev/shm", NOSUID_NODEV_NOEXEC, "mode=1777"),
-    ("mqueue", "/dev/mqueue", NOSUID_NODEV_NOEXEC, ""),
+    KernelFileSystem { fstype: "devtmpfs", target: "/dev", flags: libc::MS_NOSUID, options: "" },
+    KernelFileSystem { fstype: "proc", target: "/proc", flags: NOSUID_NODEV_NOEXEC, options: "" },
+    KernelFileSystem { fstype: "sysfs", target: "/sys", flags: NOSUID_NODEV_NOEXEC, options: "" },
+    KernelFileSystem {
+        fstype: "devpts",
+        target: "/dev/pts",
+        flags: libc::MS_NOSUID | libc::MS_NOEXEC,
+        options: "mode=620,ptmxmode=666,gid=5",
+    },
+    KernelFileSystem {
+        fstype: "tmpfs",
+        target: "/dev/shm",
+        flags: NOSUID_NODEV_NOEXEC,
+        options: "mode=1777",
+    },
+    KernelFileSystem {
+        fstype: "mqueue",
+        target: "/dev/mqueue",
+        flags: NOSUID_NODEV_NOEXEC,
+        options: "",
+    },
 ];
 
 /// Mounts the root share and makes it `/`.
@@ -41,7 +62,7 @@ pub fn root() -> Result<(), String> {
 
 /// Mounts the kernel file systems and makes the usual links in `/dev`.
 pub fn kernel_file_systems() -> Result<(), String> {
-    for (fstype, target, flags, options) in KERNEL_FILE_SYSTEMS {
+    for KernelFileSystem { fstype, target, flags, options } in KERNEL_FILE_SYSTEMS {
         ensure_directory(target).map_err(|e| {
             format!("create the mount point {target} in the root file system (rootfs_path): {e}")
         })?;
@@ -62,29 +83,40 @@ pub fn kernel_file_systems() -> Result<(), String> {
 /// Mounts what the spec asks for; then the root is made read-only, if it shall be.
 pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
     for mount in &instance.mounts {
-        let (what, fstype, source, path, flags, data) = match mount {
+        match mount {
             Mount::Share { tag, path, read_only } => {
                 let flags = if *read_only { libc::MS_RDONLY } else { 0 };
-                (format!("share '{tag}'"), "virtiofs", tag.as_str(), path, flags, String::new())
+                mount_on(path, &format!("share '{tag}'"), "virtiofs", tag, flags, "")?;
             }
             Mount::Tmpfs { path, options } => {
                 let (flags, data) = split_options(options);
-                ("a tmpfs".into(), "tmpfs", "tmpfs", path, flags, data)
+                mount_on(path, "a tmpfs", "tmpfs", "tmpfs", flags, &data)?;
             }
-        };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(path)
-            .map_err(|e| format!("create the mount point {path} for {what}: {e}"))?;
-        sys::mount(source, path, fstype, flags, &data)
-            .map_err(|e| format!("mount {what} on {path} (options '{data}'): {e}"))?;
+        }
     }
     if instance.read_only_root {
         let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
         sys::mount("", "/", "", flags, "").map_err(|e| format!("make / read-only: {e}"))?;
     }
     Ok(())
+}
+
+/// Mounts something of the spec's, which errors call `what`, on a directory that is made if need be.
+fn mount_on(
+    path: &str,
+    what: &str,
+    fstype: &str,
+    source: &str,
+    flags: libc::c_ulong,
+    data: &str,
+) -> Result<(), String> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .map_err(|e| format!("create the mount point {path} for {what}: {e}"))?;
+    sys::mount(source, path, fstype, flags, data)
+        .map_err(|e| format!("mount {what} on {path} (options '{data}'): {e}"))
 }
 
 /// Options of mount(8) that are flags of mount(2), and whether they set or clear them.

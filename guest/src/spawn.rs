@@ -92,7 +92,7 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<i32, SpawnError> {
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         // SAFETY: this is the child; the vectors are NULL-terminated and outlive the call.
-        let (step, at) = unsafe { child(spawn, &argv, &envp) };
+        let Failure { step, at } = unsafe { child(spawn, &argv, &envp) };
         let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
         let mut message = [0u8; 9];
         message[0] = step as u8;
@@ -137,6 +137,13 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect()
 }
 
+/// Where the child's half of a start failed; errno says why.
+struct Failure {
+    step: Step,
+    /// Index into the list that the step works through.
+    at: usize,
+}
+
 /// The child's half of [`spawn`]: returns only on failure, with errno set.
 ///
 /// # Safety
@@ -145,7 +152,8 @@ unsafe fn child(
     spawn: &Spawn<'_>,
     argv: &[*const libc::c_char],
     envp: &[*const libc::c_char],
-) -> (Step, usize) {
+) -> Failure {
+    let failed = |step, at| Failure { step, at };
     // SAFETY: system calls on descriptors and strings that the caller keeps alive; the sets and
     // limits passed by pointer live on this stack.
     unsafe {
@@ -158,18 +166,18 @@ unsafe fn child(
         // From outside, so that a box at its pids limit can still be entered (cgroup-v2: a limit
         // stops forks, not moves).
         if libc::write(spawn.cgroup.as_raw_fd(), c"0".as_ptr().cast(), 1) < 0 {
-            return (Step::Cgroup, 0);
+            return failed(Step::Cgroup, 0);
         }
         for (target, source) in spawn.stdio.iter().enumerate() {
             if libc::dup2(source.as_raw_fd(), target as libc::c_int) < 0 {
-                return (Step::Fork, 0);
+                return failed(Step::Fork, 0);
             }
         }
         if spawn.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
-            return (Step::Fork, 0);
+            return failed(Step::Fork, 0);
         }
         if libc::chdir(spawn.workdir.as_ptr()) < 0 {
-            return (Step::Workdir, 0);
+            return failed(Step::Workdir, 0);
         }
         let set = |resource, soft, hard| {
             libc::setrlimit(resource, &libc::rlimit { rlim_cur: soft, rlim_max: hard })
@@ -185,13 +193,13 @@ unsafe fn child(
                 (limit.soft, limit.hard)
             };
             if set(limit.resource, soft, hard) < 0 {
-                return (Step::Rlimit, at);
+                return failed(Step::Rlimit, at);
             }
         }
         // Before the switch of user, which ends the right to do this.
         for capability in spawn.drop_capabilities {
             if libc::prctl(libc::PR_CAPBSET_DROP, *capability as libc::c_ulong, 0, 0, 0) < 0 {
-                return (Step::Confine, 0);
+                return failed(Step::Confine, 0);
             }
         }
         let program = libc::sock_fprog {
@@ -203,18 +211,18 @@ unsafe fn child(
             && libc::prctl(libc::PR_SET_SECCOMP, filtering, &raw const program) < 0
             || spawn.no_new_privs && libc::prctl(libc::PR_SET_NO_NEW_PRIVS, yes, 0, 0, 0) < 0
         {
-            return (Step::Confine, 0);
+            return failed(Step::Confine, 0);
         }
         if libc::setgroups(spawn.groups.len(), spawn.groups.as_ptr()) < 0
             || libc::setgid(spawn.gid) < 0
             || libc::setuid(spawn.uid) < 0
         {
-            return (Step::User, 0);
+            return failed(Step::User, 0);
         }
         if let Some((at, limit)) = processes
             && set(limit.resource, limit.soft, limit.hard) < 0
         {
-            return (Step::Rlimit, at);
+            return failed(Step::Rlimit, at);
         }
         // execvp's rule without its /bin/sh fallback: skip what is not there, remember what may
         // not be run, stop at anything else.
@@ -224,13 +232,13 @@ unsafe fn child(
             match *libc::__errno_location() {
                 libc::ENOENT | libc::ENOTDIR => {}
                 libc::EACCES => refused = Some(at),
-                _ => return (Step::Exec, at),
+                _ => return failed(Step::Exec, at),
             }
         }
         if let Some(at) = refused {
             *libc::__errno_location() = libc::EACCES;
-            return (Step::Exec, at);
+            return failed(Step::Exec, at);
         }
-        (Step::Exec, 0)
+        failed(Step::Exec, 0)
     }
 }

@@ -215,12 +215,19 @@ pub fn datagram_socket(port: u16) -> io::Result<UdpSocket> {
 #[repr(C, align(8))]
 struct PacketInfo([u8; 40]);
 
-/// A datagram from a [`datagram_socket`]: its length, its sender, and the address it was sent to.
-/// IPv4's are IPv4-mapped.
-pub fn receive_datagram(
-    socket: &UdpSocket,
-    buffer: &mut [u8],
-) -> io::Result<(usize, SocketAddrV6, Ipv6Addr)> {
+/// A datagram that was received. Addresses of IPv4 are IPv4-mapped.
+#[derive(Debug, Clone, Copy)]
+pub struct ReceivedDatagram {
+    /// Its length in bytes.
+    pub len: usize,
+    /// Who sent it.
+    pub source: SocketAddrV6,
+    /// Where it was sent to.
+    pub destination: Ipv6Addr,
+}
+
+/// Receives a datagram from a [`datagram_socket`] into `buffer`.
+pub fn receive_datagram(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<ReceivedDatagram> {
     let mut control = PacketInfo([0; 40]);
     // SAFETY: all-zero structures of these types are valid; the message points to buffers of the
     // lengths it says, which live to the end of the block. A control message is only looked at if
@@ -247,13 +254,14 @@ pub fn receive_datagram(
             return Err(io::ErrorKind::InvalidData.into());
         }
         let info = libc::CMSG_DATA(header).cast::<libc::in6_pktinfo>().read_unaligned();
-        let from = SocketAddrV6::new(
+        let source = SocketAddrV6::new(
             Ipv6Addr::from(from.sin6_addr.s6_addr),
             u16::from_be(from.sin6_port),
             0,
             0,
         );
-        Ok((len as usize, from, Ipv6Addr::from(info.ipi6_addr.s6_addr)))
+        let destination = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+        Ok(ReceivedDatagram { len: len as usize, source, destination })
     }
 }
 

@@ -146,7 +146,7 @@ fn serve(
     lifeline: &File,
     mut outcome: &File,
 ) {
-    let (programs, sockets, published) = match set_up(needs, cgroup, resolvers) {
+    let SetUp { programs, sockets, published } = match set_up(needs, cgroup, resolvers) {
         Ok(made) => made,
         Err(reason) => {
             let reason = format!("set up the box's connections: {reason}");
@@ -162,9 +162,16 @@ fn serve(
     }
 }
 
-type Made = (Programs, Option<Sockets>, Option<File>);
+/// What the process works with.
+struct SetUp {
+    programs: Programs,
+    /// Where applications are redirected to, if they are.
+    sockets: Option<Sockets>,
+    /// Where the host's connections come, if there are published ports.
+    published: Option<File>,
+}
 
-fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<Made, String> {
+fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<SetUp, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     net::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
     if needs.outgoing {
@@ -178,7 +185,7 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     if let Some(retries) = needs.syn_retries {
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
-    let outgoing = needs.outgoing.then(Sockets::open).transpose().map_err(failed("listen"))?;
+    let sockets = needs.outgoing.then(Sockets::open).transpose().map_err(failed("listen"))?;
     let published = needs
         .published
         .then(|| net::vsock_listen(PUBLISH_PORT))
@@ -186,7 +193,8 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
         .map_err(failed("listen for clients of published ports"))?;
     let extent = if needs.outgoing { Extent::Everything } else { Extent::Clients };
     // Last, so that whatever is redirected finds its listener.
-    Ok((Programs::attach(cgroup, extent, resolvers)?, outgoing, published))
+    let programs = Programs::attach(cgroup, extent, resolvers)?;
+    Ok(SetUp { programs, sockets, published })
 }
 
 /// Sets how often SYNs are repeated, at intervals that double from the first on. Once more than the

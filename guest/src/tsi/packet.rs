@@ -15,6 +15,9 @@ const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
+/// "Destination unreachable", of ICMP and ICMPv6.
+const ICMP_UNREACHABLE: u8 = 3;
+const ICMPV6_UNREACHABLE: u8 = 1;
 
 /// Why something cannot be reached, as far as ICMP can say it (RFC 792, RFC 4443) and Linux turns it
 /// into an errno again.
@@ -71,20 +74,28 @@ pub struct Packet {
     pub destination: IpAddr,
 }
 
-/// Addresses of an IP header, and the length of that header. `None` for what is not a whole one.
-fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr, usize)> {
+/// What matters of an IP header.
+struct IpHeader {
+    source: IpAddr,
+    destination: IpAddr,
+    /// Its length in bytes.
+    len: usize,
+}
+
+/// The header that a packet begins with. `None` for what is not a whole one.
+fn parse_ip_header(packet: &[u8]) -> Option<IpHeader> {
     match packet.first()? >> 4 {
         4 if packet.len() >= IP4_LEN => {
             let ip = |at: usize| -> Option<IpAddr> {
                 Some(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?.into())
             };
-            Some((ip(12)?, ip(16)?, IP4_LEN))
+            Some(IpHeader { source: ip(12)?, destination: ip(16)?, len: IP4_LEN })
         }
         6 if packet.len() >= IP6_LEN => {
             let ip = |at: usize| -> Option<IpAddr> {
                 Some(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?.into())
             };
-            Some((ip(8)?, ip(24)?, IP6_LEN))
+            Some(IpHeader { source: ip(8)?, destination: ip(24)?, len: IP6_LEN })
         }
         _ => None,
     }
@@ -93,9 +104,9 @@ fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr, usize)> {
 /// A TCP packet as it would have left the socket: with its checksum, which the kernel leaves to the
 /// interface.
 pub fn complete_tcp(packet: &[u8]) -> Option<Packet> {
-    let (source, destination, header_len) = addresses(packet)?;
+    let IpHeader { source, destination, len } = parse_ip_header(packet)?;
     let mut bytes = packet.to_vec();
-    let segment = bytes.get_mut(header_len..).filter(|s| s.len() >= TCP_MIN_LEN)?;
+    let segment = bytes.get_mut(len..).filter(|s| s.len() >= TCP_MIN_LEN)?;
     segment[TCP_CHECKSUM..TCP_CHECKSUM + 2].fill(0);
     let sum = !fold(sum(segment) + pseudo_header_sum(source, destination, TCP, segment.len()));
     segment[TCP_CHECKSUM..TCP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
@@ -105,8 +116,8 @@ pub fn complete_tcp(packet: &[u8]) -> Option<Packet> {
 /// The answer to a SYN where nobody listens (RFC 9293, 3.5.2): `ECONNREFUSED`.
 pub fn reset(syn: &[u8]) -> Option<Packet> {
     const RST_ACK: u8 = 0x14;
-    let (client, server, header_len) = addresses(syn)?;
-    let asked = syn.get(header_len..).filter(|segment| segment.len() >= TCP_MIN_LEN)?;
+    let IpHeader { source: client, destination: server, len } = parse_ip_header(syn)?;
+    let asked = syn.get(len..).filter(|segment| segment.len() >= TCP_MIN_LEN)?;
     let sequence = u32::from_be_bytes(asked[4..8].try_into().ok()?);
     let mut segment = Vec::with_capacity(TCP_MIN_LEN);
     segment.extend(&asked[2..4]);
@@ -122,10 +133,10 @@ pub fn reset(syn: &[u8]) -> Option<Packet> {
 /// The error that tells the sender of a packet, quoted whole, that it has not arrived. For a SYN, Linux wakes who
 /// waits for the socket a moment before it sets the errno, so [`reset`] is better where it will do.
 pub fn unreachable(packet: &[u8], why: Unreachable) -> Option<Packet> {
-    let (sender, receiver, _) = addresses(packet)?;
+    let IpHeader { source: sender, destination: receiver, .. } = parse_ip_header(packet)?;
     let (protocol, kind, code) = match sender {
-        IpAddr::V4(_) => (ICMP, 3, why.code4()),
-        IpAddr::V6(_) => (ICMPV6, 1, why.code6()),
+        IpAddr::V4(_) => (ICMP, ICMP_UNREACHABLE, why.code4()),
+        IpAddr::V6(_) => (ICMPV6, ICMPV6_UNREACHABLE, why.code6()),
     };
     let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
     message.extend(packet);
@@ -214,8 +225,9 @@ mod tests {
 
     /// What a receiver does: everything summed, checksum included, is all ones.
     fn is_valid(packet: &[u8], protocol: u8) -> bool {
-        let (source, destination, header_len) = addresses(packet).expect("a packet");
-        let payload = &packet[header_len..];
+        let header = parse_ip_header(packet).expect("a packet");
+        let IpHeader { source, destination, len } = header;
+        let payload = &packet[len..];
         let pseudo = match (source, protocol) {
             (IpAddr::V4(_), ICMP) => 0,
             _ => pseudo_header_sum(source, destination, protocol, payload.len()),

@@ -11,7 +11,7 @@ use mote_agent::flow::{FLOW_PORT, Request};
 
 use super::flows::{Flows, Key, Kind};
 use super::shared::{BATCH, Injector, Shared, Wake};
-use crate::sys::net;
+use crate::sys::net::{self, ReceivedDatagram};
 use crate::tsi::datagrams::{Datagrams, Received};
 use crate::tsi::packet::{self, Unreachable};
 use crate::tsi::program::{AGENT_PORT, Id, Original};
@@ -67,9 +67,8 @@ impl Udp {
             let mut scratch = std::mem::take(&mut shared.scratch);
             let received = net::receive_datagram(socket, &mut scratch);
             let failed = match &received {
-                Ok((len, source, destination)) => Id::of(*destination).and_then(|id| {
-                    self.send(Ends { id, source: *source }, &scratch[..*len], shared)
-                }),
+                &Ok(ReceivedDatagram { len, source, destination }) => Id::of(destination)
+                    .and_then(|id| self.send(Ends { id, source }, &scratch[..len], shared)),
                 Err(_) => None,
             };
             shared.scratch = scratch;
