@@ -213,10 +213,18 @@ pub fn from_base64url(text: &str) -> Option<String> {
     String::from_utf8(URL_SAFE_NO_PAD.decode(text).ok()?).ok()
 }
 
-/// Every byte's decimal digits with a comma behind them, and how many characters that is. Nearly all
-/// of what a box sends is such numbers, so they are not computed again each time.
-const NUMBERS: [([u8; 4], u8); 256] = {
-    let mut table = [([0; 4], 0); 256];
+/// A byte's decimal digits with a comma behind them.
+#[derive(Clone, Copy)]
+struct Number {
+    text: [u8; 4],
+    /// How many characters that is.
+    len: u8,
+}
+
+/// Every byte as a number. Nearly all of what a box sends is such numbers, so they are not computed
+/// again each time.
+const NUMBERS: [Number; 256] = {
+    let mut table = [Number { text: [0; 4], len: 0 }; 256];
     let mut byte = 0;
     while byte < 256 {
         let digits = [byte / 100, byte / 10 % 10, byte % 10];
@@ -232,7 +240,7 @@ const NUMBERS: [([u8; 4], u8); 256] = {
             text[len] = b'0' + digits[first + len] as u8;
             len += 1;
         }
-        table[byte] = (text, len as u8 + 1);
+        table[byte] = Number { text, len: len as u8 + 1 };
         byte += 1;
     }
     table
@@ -247,7 +255,7 @@ pub fn push_numbers(json: &mut Vec<u8>, bytes: &[u8], first: bool) {
     let mut end = json.len();
     json.resize(end + 4 * bytes.len(), 0);
     for byte in bytes {
-        let (text, len) = &NUMBERS[usize::from(*byte)];
+        let Number { text, len } = &NUMBERS[usize::from(*byte)];
         json[end..end + 4].copy_from_slice(text);
         end += usize::from(*len);
     }

@@ -28,6 +28,21 @@ pub const PTY_SERVER_PORT: u32 = CONTROL_PORT + 4;
 /// Longest payload of a message: a failure text, with room to spare.
 pub const MAX_PAYLOAD: usize = 4096;
 
+/// Types of messages from the guest.
+mod from_guest {
+    pub const HELLO: u8 = 1;
+    pub const REACHED: u8 = 2;
+    pub const EXITED: u8 = 3;
+    pub const SIGNALED: u8 = 4;
+    pub const NOT_STARTED: u8 = 5;
+}
+
+/// Types of messages from the host.
+mod from_host {
+    pub const STOP: u8 = 1;
+    pub const CLOCK: u8 = 2;
+}
+
 /// A point in the guest's start that the timeline records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -135,20 +150,20 @@ impl FromGuest {
             FromGuest::Hello { version, now_ns } => {
                 payload.extend(version.to_be_bytes());
                 payload.extend(now_ns.to_be_bytes());
-                1
+                from_guest::HELLO
             }
             FromGuest::Reached { mark, at_ns } => {
                 payload.push(*mark as u8);
                 payload.extend(at_ns.to_be_bytes());
-                2
+                from_guest::REACHED
             }
             FromGuest::Ended(EntrypointEnd::Exited(code)) => {
                 payload.push(*code);
-                3
+                from_guest::EXITED
             }
             FromGuest::Ended(EntrypointEnd::Signaled(signal)) => {
                 payload.push(*signal);
-                4
+                from_guest::SIGNALED
             }
             FromGuest::Ended(EntrypointEnd::NotStarted { code, reason }) => {
                 payload.push(*code);
@@ -157,7 +172,7 @@ impl FromGuest {
                     end -= 1;
                 }
                 payload.extend(&reason.as_bytes()[..end]);
-                5
+                from_guest::NOT_STARTED
             }
         };
         frame::encode(kind, &payload)
@@ -166,29 +181,29 @@ impl FromGuest {
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
         let length = Malformed::Length(payload.len() as u32);
         match kind {
-            1 => {
+            from_guest::HELLO => {
                 let (version, now_ns) = payload.split_at_checked(4).ok_or(length)?;
                 Ok(FromGuest::Hello {
                     version: u32::from_be_bytes(version.try_into().map_err(|_| length)?),
                     now_ns: u64::from_be_bytes(now_ns.try_into().map_err(|_| length)?),
                 })
             }
-            2 => {
+            from_guest::REACHED => {
                 let (mark, at_ns) = payload.split_first().ok_or(length)?;
                 Ok(FromGuest::Reached {
                     mark: Mark::from_u8(*mark).ok_or(Malformed::Value)?,
                     at_ns: u64::from_be_bytes(at_ns.try_into().map_err(|_| length)?),
                 })
             }
-            3 | 4 => {
+            from_guest::EXITED | from_guest::SIGNALED => {
                 let [value] = payload.try_into().map_err(|_| length)?;
                 Ok(FromGuest::Ended(match kind {
-                    3 => EntrypointEnd::Exited(value),
+                    from_guest::EXITED => EntrypointEnd::Exited(value),
                     _ if (1..=64).contains(&value) => EntrypointEnd::Signaled(value),
                     _ => return Err(Malformed::Value),
                 }))
             }
-            5 => {
+            from_guest::NOT_STARTED => {
                 let (code, reason) = payload.split_first().ok_or(length)?;
                 if !(125..=127).contains(code) {
                     return Err(Malformed::Value);
@@ -207,19 +222,21 @@ impl FromHost {
     /// The bytes on the wire.
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            FromHost::Stop { signal } => frame::encode(1, &[*signal]),
-            FromHost::Clock { realtime_ns } => frame::encode(2, &realtime_ns.to_be_bytes()),
+            FromHost::Stop { signal } => frame::encode(from_host::STOP, &[*signal]),
+            FromHost::Clock { realtime_ns } => {
+                frame::encode(from_host::CLOCK, &realtime_ns.to_be_bytes())
+            }
         }
     }
 
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
         match (kind, payload) {
-            (1, [signal]) => Ok(FromHost::Stop { signal: *signal }),
-            (2, bytes) if bytes.len() == 8 => {
+            (from_host::STOP, [signal]) => Ok(FromHost::Stop { signal: *signal }),
+            (from_host::CLOCK, bytes) if bytes.len() == 8 => {
                 let bytes = bytes.try_into().map_err(|_| Malformed::Value)?;
                 Ok(FromHost::Clock { realtime_ns: u64::from_be_bytes(bytes) })
             }
-            (1 | 2, _) => Err(Malformed::Length(payload.len() as u32)),
+            (from_host::STOP | from_host::CLOCK, _) => Err(Malformed::Length(payload.len() as u32)),
             _ => Err(Malformed::Type(kind)),
         }
     }

@@ -115,7 +115,8 @@ impl Datagrams {
             self.last_use = now;
             self.incoming.extend(&scratch[..len]);
             let mut taken = 0;
-            while let Some((message, len)) = self.parse(&self.incoming[taken..]) {
+            while let Some(Parsed { message, len }) = self.parse(&self.incoming[taken..]) {
+                let start = taken;
                 taken += len;
                 match message {
                     Message::Accepted => self.accepted = true,
@@ -125,7 +126,6 @@ impl Datagrams {
                     }
                     Message::Error(errno) => hand_on(Received::Error(errno)),
                     Message::Datagram(range) => {
-                        let start = taken - len;
                         let bytes = &self.incoming[start + range.start..start + range.end];
                         hand_on(Received::Datagram(bytes));
                     }
@@ -136,24 +136,28 @@ impl Datagrams {
         Ok(true)
     }
 
-    /// The first message of `bytes`, and its length; `None` for a part of one.
-    fn parse(&self, bytes: &[u8]) -> Option<(Message, usize)> {
+    /// The first message of `bytes`; `None` for a part of one.
+    fn parse(&self, bytes: &[u8]) -> Option<Parsed> {
         let word = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
         let first = word(0)?;
         if !self.accepted {
             let message = if first == 0 { Message::Accepted } else { Message::Refused(first) };
-            return Some((message, STATUS_LEN));
+            return Some(Parsed { message, len: STATUS_LEN });
         }
         if first == DATAGRAM_ERROR {
-            return Some((
-                Message::Error(word(DATAGRAM_HEADER_LEN)?),
-                DATAGRAM_HEADER_LEN + STATUS_LEN,
-            ));
+            let message = Message::Error(word(DATAGRAM_HEADER_LEN)?);
+            return Some(Parsed { message, len: DATAGRAM_HEADER_LEN + STATUS_LEN });
         }
         let end = DATAGRAM_HEADER_LEN + usize::from(first);
         bytes.get(..end)?;
-        Some((Message::Datagram(DATAGRAM_HEADER_LEN..end), end))
+        Some(Parsed { message: Message::Datagram(DATAGRAM_HEADER_LEN..end), len: end })
     }
+}
+
+/// A message, and how many bytes it takes.
+struct Parsed {
+    message: Message,
+    len: usize,
 }
 
 /// A message of the host's.
