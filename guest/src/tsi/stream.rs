@@ -107,9 +107,9 @@ pub struct Stream {
     down_kept: Vec<u8>,
     chunks: Chunks,
     /// The application has closed its socket: it reads nothing more.
-    deserted: bool,
+    app_closed: bool,
     /// The host reads nothing more.
-    unheard: bool,
+    host_takes_nothing: bool,
     /// Bytes that the host has taken.
     taken: u64,
 }
@@ -137,15 +137,15 @@ impl Stream {
             down: Direction::Open,
             down_kept: Vec::new(),
             chunks: Chunks::default(),
-            deserted: false,
-            unheard: false,
+            app_closed: false,
+            host_takes_nothing: false,
             taken: 0,
         }
     }
 
     /// Notes that the application has closed its socket.
-    pub fn desert(&mut self) {
-        self.deserted = true;
+    pub fn note_close(&mut self) {
+        self.app_closed = true;
     }
 
     /// Whether everything of the application's has gone to the host.
@@ -176,14 +176,14 @@ impl Stream {
             }
         }
         let up_over = self.up == Direction::Ended;
-        if up_over && (self.down == Direction::Ended || self.deserted) {
+        if up_over && (self.down == Direction::Ended || self.app_closed) {
             return Progress::Over;
         }
         if more { Progress::More } else { Progress::Waiting }
     }
 
     /// Cuts the application off: its socket reports a reset.
-    pub fn break_off(self) {
+    pub fn reset(self) {
         // Nothing is left to say to a socket that cannot even be closed hard.
         let _ = net::reset_on_close(&self.tcp);
     }
@@ -224,7 +224,7 @@ impl Stream {
     }
 
     fn write_up(&mut self, bytes: &[u8]) -> Step {
-        if self.unheard {
+        if self.host_takes_nothing {
             return Step::Moved;
         }
         match write(&self.vsock, bytes) {
@@ -235,11 +235,11 @@ impl Stream {
                 if len == bytes.len() { Step::Moved } else { Step::Blocked }
             }
             // What it has sent was read to its end: there is nobody to say more.
-            Err(_) if self.down == Direction::Ended && !self.deserted => Step::Failed,
+            Err(_) if self.down == Direction::Ended && !self.app_closed => Step::Failed,
             Err(_) => {
                 // The host's socket takes nothing more. What it has sent, and how it ended, is
                 // still to be read.
-                self.unheard = true;
+                self.host_takes_nothing = true;
                 Step::Moved
             }
         }
@@ -294,7 +294,7 @@ impl Stream {
             Err(_) => {
                 // The application reads no more: as after its close.
                 self.down = Direction::Ended;
-                self.deserted = true;
+                self.app_closed = true;
                 Step::End
             }
         }
@@ -424,7 +424,7 @@ mod tests {
                 }
             };
             assert_eq!(outcome, Progress::Broken);
-            f.stream.break_off();
+            f.stream.reset();
             let mut bytes = Vec::new();
             let error = f.app.read_to_end(&mut bytes).expect_err("a reset");
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -474,11 +474,11 @@ mod tests {
     }
 
     #[test]
-    fn a_deserted_connection_is_over_once_all_was_sent() {
+    fn a_closed_connection_is_over_once_all_was_sent() {
         let mut f = Fixture::new();
         f.app.write_all(b"last words").expect("written");
         drop(f.app);
-        f.stream.desert();
+        f.stream.note_close();
         loop {
             f.stream.tcp_ready = Ready::UNKNOWN;
             match f.stream.pump(&mut f.scratch) {

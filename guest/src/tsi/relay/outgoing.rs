@@ -101,7 +101,7 @@ impl Outgoing {
             let mut spliced = Spliced::new(Stream::new(vsock, tcp), id);
             if shared.programs.original(id).is_none() {
                 // The application has closed its socket already.
-                spliced.desert();
+                spliced.note_close();
             }
             self.flows.put(key, Connection::Spliced(spliced));
             self.advance(key, shared);
@@ -149,7 +149,7 @@ impl Outgoing {
         let Some(&key) = self.by_id.get(&id) else { return };
         match self.flows.get_mut(key) {
             Some(Connection::Spliced(spliced)) => {
-                spliced.desert();
+                spliced.note_close();
                 self.advance(key, shared);
             }
             Some(Connection::Asking(_)) => self.forget(key, id),

@@ -34,8 +34,8 @@ impl Spliced {
     }
 
     /// Notes that the application has closed its socket.
-    pub fn desert(&mut self) {
-        self.stream.desert();
+    pub fn note_close(&mut self) {
+        self.stream.note_close();
     }
 
     /// Has it served after the others.
@@ -68,7 +68,7 @@ impl Spliced {
             Progress::More => self.queue_turn(key, shared),
             Progress::Over => return None,
             Progress::Broken => {
-                self.stream.break_off();
+                self.stream.reset();
                 return None;
             }
         }
