@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * TSI's part in the guest's kernel: what applications of the box send to the outside is sent to the
- * agent instead, and shown to them as what they asked for (design.md section 3).
+ * agent instead, and shown to them as what they asked for.
  *
  * A destination is replaced by an address that only names the flow:
  *

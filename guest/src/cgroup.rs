@@ -70,7 +70,7 @@ impl BoxCgroup {
         }
         let directory = File::open(at(NAME)).map_err(failed("open it"))?;
         let procs = sys::open_below(&directory, "cgroup.procs").map_err(failed("open it"))?;
-        // A namespace's root is where its maker is: go in, and come back.
+        // A cgroup namespace's root is the cgroup that its creator is in: enter the box's, then leave.
         let outside = open_for_writing(&at("cgroup.procs")).map_err(failed("open cgroup.procs"))?;
         (&procs).write_all(b"0").map_err(failed("enter it"))?;
         sys::new_cgroup_namespace().map_err(failed("create its namespace"))?;

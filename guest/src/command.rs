@@ -211,8 +211,8 @@ impl Command {
         }
     }
 
-    /// Whether the client is heard: not while it waits for the command to take input, nor while it
-    /// takes no output, to which its own frames can add.
+    /// Whether frames are read from the client: not while the command has yet to take earlier input,
+    /// nor while the client is behind with output, to which answers to its frames would add.
     fn wants_frames(&self, connection: &Connection) -> bool {
         self.input.len() < INPUT_FULL && !connection.is_full()
     }

@@ -10,8 +10,8 @@ use mote_agent::frame::{Decoder, Frame};
 
 use crate::sys::{self, Interest, net, until};
 
-/// How long a client may take over its next byte of a request, or over taking the next byte of a
-/// reply that nobody can wait for any longer.
+/// How long a client may take to send the next byte of a request, or, once the command is over, to
+/// take the next byte of the reply.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often to look whether a client that has ended its input is still there: its full close is no
@@ -176,7 +176,7 @@ impl Connection {
             if limit.is_zero() {
                 break;
             }
-            // In steps: that the client is gone altogether need not be an event.
+            // In steps: a client that goes away altogether may cause no event.
             let limit = limit.min(HANG_UP_CHECK);
             let _ = sys::poll(&[Interest::write(self.socket.as_fd())], Some(limit));
         }

@@ -24,7 +24,7 @@ pub enum Received {
     Message(FromHost),
     /// Nothing for now.
     Nothing,
-    /// The host is gone or talks nonsense: there is nobody left to run for.
+    /// The host is gone or does not follow the protocol: there is nobody left to run for.
     Lost,
 }
 

@@ -1,5 +1,6 @@
 //! The instance configuration: what the host asks of the guest, written by the VMM as one JSON
-//! file in a second initramfs archive (design §2, "no handshake to configure the guest").
+//! file in a second initramfs archive. It is in memory before the agent starts, so that the start does
+//! not wait for messages about it.
 //!
 //! Everything here has been checked by the host's `Plan`; the agent only reports what the guest's
 //! own file system makes impossible.

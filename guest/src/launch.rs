@@ -1,5 +1,5 @@
-//! Starting a program of the box, be it the entrypoint or an exec'd command: user, limits, working
-//! directory, environment, standard streams, and a reason a person can act on when it cannot be
+//! Starting a program of the box, the entrypoint or an exec'd command: user, limits, working
+//! directory, environment, standard streams, and a reason that a person can act on when it cannot be
 //! started.
 
 use std::ffi::CString;
@@ -17,9 +17,12 @@ use crate::spawn::{self, Spawn, SpawnError, Step};
 use crate::sys;
 use crate::user::{self, Identity};
 
-/// Exit codes of a program that never ran (design §5).
-const SETUP_FAILED: u8 = 125;
+/// Exit code of a program that could not be set up; this and the next two are those of shells and
+/// container runtimes.
+pub const SETUP_FAILED: u8 = 125;
+/// Exit code of a program that is not executable.
 const NOT_EXECUTABLE: u8 = 126;
+/// Exit code of a program that is not there.
 const NOT_FOUND: u8 = 127;
 
 /// `PATH` of a program whose environment names none.

@@ -34,7 +34,7 @@ use mote_agent::protocol::{
 };
 
 use crate::host::{Control, OutputPump, Received};
-use crate::launch::Program;
+use crate::launch::{Program, SETUP_FAILED};
 use crate::prepare::{Prepared, prepare};
 use crate::supervisor::Supervisor;
 use crate::sys::{Interest, net};
@@ -62,7 +62,7 @@ fn run() -> Result<(), String> {
     control.send(&FromGuest::Reached { mark: Mark::AgentStarted, at_ns: started_ns });
 
     let started = prepared
-        .map_err(|reason| EntrypointEnd::NotStarted { code: 125, reason })
+        .map_err(|reason| EntrypointEnd::NotStarted { code: SETUP_FAILED, reason })
         .and_then(|prepared| Ok((start_entrypoint(&prepared)?, prepared)));
     let (end, outputs) = match started {
         Ok((entrypoint, mut prepared)) => {
@@ -106,7 +106,7 @@ struct Running {
 fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
     let setup = |doing: &'static str| {
         move |e: std::io::Error| EntrypointEnd::NotStarted {
-            code: 125,
+            code: SETUP_FAILED,
             reason: format!("{doing} of the entrypoint: {e}"),
         }
     };
@@ -127,7 +127,7 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
     let stdio = [stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
     let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|refusal| {
         // Set-up failures name their own field of the spec.
-        let field = if refusal.code == 125 { "" } else { "entrypoint: " };
+        let field = if refusal.code == SETUP_FAILED { "" } else { "entrypoint: " };
         let reason = format!("{field}{}", refusal.reason);
         EntrypointEnd::NotStarted { code: refusal.code, reason }
     })?;

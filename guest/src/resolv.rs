@@ -1,6 +1,6 @@
-//! `/etc/resolv.conf`: where the guest is to see another than the image's, a file of the initramfs is
-//! mounted over it. The image's own is on the host, and stays as it is; where it lacks one, it gets an
-//! empty file to mount on.
+//! `/etc/resolv.conf`. If the guest is to see another text than the image's, a file of the initramfs is
+//! mounted over the image's, which is the host's and stays as it is. An image without one gets an empty
+//! file to mount on.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};

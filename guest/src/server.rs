@@ -113,7 +113,7 @@ impl Server {
         pending.chain(listeners).map(|socket| Interest::read(socket.as_fd()))
     }
 
-    /// When the first connection's time is over, or a rest.
+    /// When the time of the first pending client is over, or a rest.
     pub fn next_deadline(&self) -> Option<Instant> {
         // In order of arrival, and all have the same time.
         let first = self.pending.first().map(|client| client.deadline);

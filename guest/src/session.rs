@@ -1,5 +1,5 @@
-//! What every session has in common, be it for a command or for a terminal: the box that it works
-//! in, what a request's members come to there, and the exit code that its client is told.
+//! What sessions for commands and for terminals have in common: the box that they work in, the
+//! program that a request asks for, and the exit code that the client is told.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ pub struct Context<'a> {
     pub session: u64,
 }
 
-/// What a request's `env`, `working_dir` and the like come to.
+/// The program that a request asks for, with what the box has for all of them.
 pub fn program<'a>(
     cmd: &'a [String],
     env: &'a [(String, String)],

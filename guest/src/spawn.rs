@@ -26,11 +26,11 @@ pub struct Spawn<'a> {
     pub workdir: &'a CStr,
     /// Limits, set in order before privileges are dropped.
     pub rlimits: &'a [Rlimit],
-    /// User, group and supplementary groups.
+    /// User id.
     pub uid: u32,
-    /// See `uid`.
+    /// Primary group id.
     pub gid: u32,
-    /// See `uid`.
+    /// Ids of the supplementary groups.
     pub groups: &'a [u32],
     /// Standard input, output and error.
     pub stdio: [BorrowedFd<'a>; 3],
@@ -54,7 +54,7 @@ pub enum Step {
     Fork = 0,
     /// Entering the working directory.
     Workdir = 1,
-    /// Setting this many-th limit (`at`).
+    /// Setting the limit with the index `at`.
     Rlimit = 2,
     /// Switching user, group or supplementary groups.
     User = 3,
@@ -182,8 +182,8 @@ unsafe fn child(
         let set = |resource, soft, hard| {
             libc::setrlimit(resource, &libc::rlimit { rlim_cur: soft, rlim_max: hard })
         };
-        // The process limit comes after the switch of user: the kernel holds what a user runs
-        // already against the switch, and would refuse execve.
+        // The process limit comes after the switch of user: at the switch, the kernel compares it
+        // with what the user runs already, and would refuse execve.
         let mut processes = None;
         for (at, limit) in spawn.rlimits.iter().enumerate() {
             let (soft, hard) = if limit.resource == libc::RLIMIT_NPROC {

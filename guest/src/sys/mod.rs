@@ -1,8 +1,10 @@
 //! Thin, safe wrappers over the system calls the agent needs, those of networking in [`net`]; with
 //! [`crate::spawn`] the agent's only unsafe code.
 //!
-//! Each wrapper does one call (or one inseparable group) and returns `io::Error` unchanged: callers
-//! add what was being done and to what.
+//! Each wrapper does one call (or one inseparable group).
+//!
+//! # Errors
+//! All return the call's `io::Error` unchanged: callers add what was being done and to what.
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
@@ -236,7 +238,8 @@ pub fn raise_open_file_limit(limit: u64) -> io::Result<()> {
 }
 
 /// Continues as two processes; the new one runs `work` and ends. In it only the descriptors of
-/// `keep` and the standard streams are open, all signals wait for ever, and its `comm` is `name`.
+/// `keep` and the standard streams are open, all signals are blocked, and its `comm` is `name`.
+/// Returns the new process's id.
 pub fn fork(keep: &[BorrowedFd<'_>], name: &CStr, work: impl FnOnce()) -> io::Result<i32> {
     // SAFETY: the agent has one thread, so the child is a whole copy of it and may do anything. It
     // never returns: nothing of the parent's is dropped in it, and descriptors of the parent's that

@@ -1,5 +1,5 @@
-//! Sockets, and the loopback interface's addresses and routes: the system calls of networking, each
-//! wrapped as in [`crate::sys`].
+//! Sockets, and the addresses and routes of interfaces: the system calls of networking, each
+//! wrapped as in [`crate::sys`], errors unchanged.
 
 #![allow(unsafe_code, reason = "the module that talks to libc about networking")]
 
@@ -175,12 +175,12 @@ pub fn tcp_listen(port: u16) -> io::Result<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
-/// How long a server of the box's may be silent before its kernel is asked whether it is still there.
+/// How long a connection to a server of the box may be idle before the kernel probes it.
 const KEEPALIVE_IDLE_S: libc::c_int = 90;
 
 /// Starts a TCP connection from one of the machine's addresses, or one that is only routed to it. It
-/// becomes writable when there is an answer. A server that has closed its end, and is forgotten a minute
-/// later, answers nothing any more; being asked, its kernel says so by a reset.
+/// becomes writable when there is an answer. The kernel forgets the server's end a minute after its
+/// close, without a packet; the answer to a probe is then a reset.
 pub fn tcp_connect(from: IpAddr, to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = ip_socket(family, libc::SOCK_STREAM, 0)?;

@@ -29,12 +29,12 @@ use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
 use crate::sys::{self, ExitStatus, Reaped, net};
 
-/// What the box needs of this.
+/// What the box needs of TSI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Needs {
     /// Its sockets reach the outside.
     pub outgoing: bool,
-    /// So does IPv6, as far as can be told.
+    /// Its programs look IPv6 addresses up: the host has one that the outside may know.
     pub outgoing_ip6: bool,
     /// How often the host repeats a SYN, if not as often as usual.
     pub syn_retries: Option<u8>,
@@ -62,9 +62,9 @@ pub struct Tsi {
 #[derive(Debug)]
 struct Process {
     pid: i32,
-    /// Its end asks the process to finish; `None` once it was asked.
+    /// Closing it asks the process to finish; `None` once that was done.
     lifeline: Option<OwnedFd>,
-    /// What its set-up came to: [`READY`], or the reason why not.
+    /// Where it tells how its set-up went: [`READY`], or the reason why it failed.
     outcome: File,
 }
 
@@ -112,8 +112,8 @@ impl Tsi {
         }
     }
 
-    /// Takes note of a child's end, which may be the process's. One that was killed, as a box's root
-    /// may, has a successor; its connections are lost.
+    /// Takes note of a child's end, which may be the process's. If it was killed, which the box's root
+    /// may do, another is started; its connections are lost.
     pub fn child_ended(&mut self, child: Reaped) {
         if let Some(ended) = self.process.take_if(|process| process.pid == child.pid)
             && ended.lifeline.is_some()
@@ -150,7 +150,7 @@ fn serve(
         Ok(made) => made,
         Err(reason) => {
             let reason = format!("set up the box's connections: {reason}");
-            // Nobody to tell: the box is over already.
+            // If nobody reads this, the box is over already.
             let _ = outcome.write(reason.as_bytes());
             return;
         }
@@ -175,8 +175,8 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     net::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
     if needs.outgoing {
-        // Not having these, getaddrinfo() finds no addresses of a family that is asked for
-        // (`AI_ADDRCONFIG`): loopback's own do not count.
+        // getaddrinfo() finds addresses only of families of which the guest has one itself, other than
+        // loopback's (`AI_ADDRCONFIG`).
         net::add_address(OWN_IP4.into(), "lo").map_err(failed("add an IPv4 address"))?;
         if needs.outgoing_ip6 {
             net::add_address(OWN_IP6.into(), "lo").map_err(failed("add an IPv6 address"))?;
@@ -197,8 +197,8 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     Ok(SetUp { programs, sockets, published })
 }
 
-/// Sets how often SYNs are repeated, at intervals that double from the first on. Once more than the
-/// host does: what it says in the end comes before the guest's own time-out.
+/// Sets how often SYNs are repeated, at intervals that double from the first on: once more than the
+/// host does, so that the host's answer comes before the guest's own time-out.
 fn set_syn_retries(hosts: u8) -> io::Result<()> {
     fs::write("/proc/sys/net/ipv4/tcp_syn_linear_timeouts", "0")?;
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", hosts.saturating_add(1).min(127).to_string())

@@ -130,8 +130,9 @@ pub fn reset(syn: &[u8]) -> Option<Packet> {
     complete_tcp(&bytes)
 }
 
-/// The error that tells the sender of a packet, quoted whole, that it has not arrived. For a SYN, Linux wakes who
-/// waits for the socket a moment before it sets the errno, so [`reset`] is better where it will do.
+/// The error that tells the sender of a packet, quoted whole, that it has not arrived. For a SYN, Linux
+/// wakes those who wait for the socket a moment before it sets the errno, so [`reset`] is better where
+/// it says the same.
 pub fn unreachable(packet: &[u8], why: Unreachable) -> Option<Packet> {
     let IpHeader { source: sender, destination: receiver, .. } = parse_ip_header(packet)?;
     let (protocol, kind, code) = match sender {

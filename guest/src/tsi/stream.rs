@@ -26,7 +26,7 @@ pub enum Progress {
     More,
     /// Both directions have ended in order, or nobody is left to read.
     Over,
-    /// It was cut off on one side and shall be on the other.
+    /// One side was cut off, so the other is to be too.
     Broken,
 }
 
@@ -234,7 +234,8 @@ impl Stream {
                 self.vsock_ready.writable = len == bytes.len();
                 if len == bytes.len() { Step::Moved } else { Step::Blocked }
             }
-            // What it has sent was read to its end: there is nobody to say more.
+            // The host's direction has ended in order, so nothing that is still to be read would tell
+            // the application.
             Err(_) if self.down == Direction::Ended && !self.app_closed => Step::Failed,
             Err(_) => {
                 // The host's socket takes nothing more. What it has sent, and how it ended, is
