@@ -45,6 +45,9 @@ struct Controllers {
 
 impl BoxCgroup {
     /// Creates it, and mounts the hierarchy as the box shall see it.
+    ///
+    /// # Errors
+    /// If the kernel lacks cgroup-v2 or a part of it that is needed, or refuses the limit.
     pub fn set_up(pids_limit: Option<u64>) -> Result<Self, String> {
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -112,11 +115,17 @@ impl BoxCgroup {
     }
 
     /// Kills everything in the box.
+    ///
+    /// # Errors
+    /// If the kernel lacks `cgroup.kill`, or there are no descriptors left.
     pub fn kill(&self) -> io::Result<()> {
         sys::open_below(&self.directory, "cgroup.kill")?.write_all(b"1")
     }
 
     /// Creates the cgroup of the command that a session runs.
+    ///
+    /// # Errors
+    /// If there is no room for another cgroup, or there are no descriptors left.
     pub fn create_command(&self, session: u64) -> io::Result<CommandCgroup> {
         let name = command_name(session);
         sys::create_directory_below(&self.directory, &name)?;
@@ -134,6 +143,9 @@ impl BoxCgroup {
     }
 
     /// Kills what the command of a session left behind.
+    ///
+    /// # Errors
+    /// If it has no cgroup any more, or there are no descriptors left.
     pub fn kill_command(&self, session: u64) -> io::Result<()> {
         sys::open_below(&self.directory, &format!("{}/cgroup.kill", command_name(session)))?
             .write_all(b"1")

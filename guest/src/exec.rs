@@ -203,6 +203,9 @@ pub fn to_base64(bytes: &[u8]) -> String {
 }
 
 /// The contents that a file request or response carries.
+///
+/// # Errors
+/// If the text is not base64; the message says so and where.
 pub fn from_base64(text: &str) -> Result<Vec<u8>, String> {
     STANDARD.decode(text).map_err(|error| format!("data is not base64: {error}"))
 }

@@ -69,12 +69,18 @@ impl Decoder {
     }
 
     /// The next whole frame, `None` when more bytes are needed.
+    ///
+    /// # Errors
+    /// If the next frame's payload is longer than the decoder allows. The stream cannot go on then.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, TooLong> {
         let frame = self.next_slice()?;
         Ok(frame.map(|(kind, payload)| Frame { kind, payload: payload.to_vec() }))
     }
 
     /// The same without a copy: type and payload.
+    ///
+    /// # Errors
+    /// As [`Decoder::next_frame`].
     pub fn next_slice(&mut self) -> Result<Option<(u8, &[u8])>, TooLong> {
         let Some((header, rest)) = self.bytes[self.start..].split_first_chunk() else {
             return Ok(None);

@@ -63,6 +63,9 @@ fn refusal(code: u8, reason: String) -> Refusal {
 }
 
 /// Starts a program in the cgroup whose `cgroup.procs` is given; returns its process id.
+///
+/// # Errors
+/// The exit code that tells of it, and the reason, which names the spec's field or the program.
 pub fn start(
     program: &Program<'_>,
     stdio: [BorrowedFd<'_>; 3],

@@ -48,6 +48,9 @@ const KERNEL_FILE_SYSTEMS: [KernelFileSystem; 6] = [
 ];
 
 /// Mounts the root share and makes it `/`.
+///
+/// # Errors
+/// If the host serves no such share, or it cannot become the root directory.
 pub fn root() -> Result<(), String> {
     fs::create_dir_all(NEW_ROOT).map_err(|e| format!("create {NEW_ROOT} in the initramfs: {e}"))?;
     sys::mount(ROOT_TAG, NEW_ROOT, "virtiofs", 0, "")
@@ -61,6 +64,9 @@ pub fn root() -> Result<(), String> {
 }
 
 /// Mounts the kernel file systems and makes the usual links in `/dev`.
+///
+/// # Errors
+/// If the image lacks a mount point and has no room for one, or the kernel refuses to mount.
 pub fn kernel_file_systems() -> Result<(), String> {
     for KernelFileSystem { fstype, target, flags, options } in KERNEL_FILE_SYSTEMS {
         ensure_directory(target).map_err(|e| {
@@ -81,6 +87,9 @@ pub fn kernel_file_systems() -> Result<(), String> {
 }
 
 /// Mounts what the spec asks for; then the root is made read-only, if it shall be.
+///
+/// # Errors
+/// If a mount point cannot be made, or the kernel refuses a mount or its options.
 pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
     for mount in &instance.mounts {
         match mount {

@@ -11,6 +11,10 @@ use crate::sys::net;
 const NAME: &str = "eth0";
 
 /// Configures the interface. An init of the image's own that does the same again finds it done.
+///
+/// # Errors
+/// If the kernel refuses the address, the route, or to bring the interface up; there may be no such
+/// device.
 pub fn set_up(interface: &Interface) -> Result<(), String> {
     let Interface { address, prefix_len, gateway } = *interface;
     net::set_interface_address(NAME, address, mask(prefix_len))

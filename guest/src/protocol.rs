@@ -260,11 +260,17 @@ impl Decoder {
     }
 
     /// The next whole message from the guest, `None` when more bytes are needed.
+    ///
+    /// # Errors
+    /// If the bytes are no message. The stream cannot go on then.
     pub fn next_from_guest(&mut self) -> Result<Option<FromGuest>, Malformed> {
         self.next_with(FromGuest::decode)
     }
 
     /// The next whole message from the host, `None` when more bytes are needed.
+    ///
+    /// # Errors
+    /// As [`Decoder::next_from_guest`].
     pub fn next_from_host(&mut self) -> Result<Option<FromHost>, Malformed> {
         self.next_with(FromHost::decode)
     }

@@ -27,6 +27,9 @@ pub struct NameServers<'a> {
 
 impl<'a> NameServers<'a> {
     /// Writes the text down; to be called while the initramfs is still the root.
+    ///
+    /// # Errors
+    /// If the initramfs cannot be written to.
     pub fn stage(wanted: &'a ResolvConf) -> Result<Self, String> {
         let (ResolvConf::Always(text) | ResolvConf::IfUnserved(text)) = wanted;
         let file = fs::write(STAGED, text).and_then(|()| File::open(STAGED));
@@ -35,6 +38,9 @@ impl<'a> NameServers<'a> {
     }
 
     /// Lets the guest see the text, if it shall. Returns what it sees.
+    ///
+    /// # Errors
+    /// If a text that the guest must see cannot be put in place.
     pub fn provide(self) -> Result<String, String> {
         let path = Path::new(PATH);
         match self.wanted {

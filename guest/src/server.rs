@@ -86,6 +86,9 @@ pub struct Server {
 
 impl Server {
     /// Starts to listen.
+    ///
+    /// # Errors
+    /// If the kernel refuses a socket or its port.
     pub fn listen() -> Result<Self, String> {
         let listen = |service, port| {
             let socket = net::vsock_listen(port)

@@ -78,6 +78,10 @@ pub struct SpawnError {
 }
 
 /// Starts a process in its own session and returns its pid once `execve` has succeeded.
+///
+/// # Errors
+/// The step that failed and the kernel's reason. A process that was created has ended then; its status
+/// is yet to be collected ([`crate::sys::reap`]).
 pub fn spawn(spawn: &Spawn<'_>) -> Result<i32, SpawnError> {
     let at_fork = |error| SpawnError { step: Step::Fork, at: 0, error };
     let argv = pointers(spawn.argv);

@@ -23,6 +23,9 @@ impl Identity {
 }
 
 /// Resolves `user` with the files of the running system. `None` and `""` are root.
+///
+/// # Errors
+/// If the user or the group is not in the guest's files, or these cannot be read.
 pub fn resolve(user: Option<&str>) -> Result<Identity, String> {
     match user {
         None | Some("") => Ok(Identity::ROOT),

@@ -70,6 +70,9 @@ impl Datagrams {
     }
 
     /// Sends a datagram to the host, or loses it.
+    ///
+    /// # Errors
+    /// If the host has ended the flow.
     pub fn send(&mut self, datagram: &[u8], now: Instant) -> io::Result<()> {
         self.last_use = now;
         let Ok(len) = u16::try_from(datagram.len()) else { return Ok(()) };
@@ -82,6 +85,9 @@ impl Datagrams {
     }
 
     /// Gives the vsock what is kept, as far as it takes it.
+    ///
+    /// # Errors
+    /// As [`Datagrams::send`].
     pub fn flush(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
             match self.vsock.write(&self.unsent) {
@@ -96,7 +102,10 @@ impl Datagrams {
     }
 
     /// Reads from the host and hands on what is whole; `scratch` holds a read. `true` if there may be
-    /// more, after others' turn. An error is the flow's end.
+    /// more, after others' turn.
+    ///
+    /// # Errors
+    /// If the host has ended the flow or refused it.
     pub fn receive(
         &mut self,
         scratch: &mut [u8],

@@ -189,6 +189,9 @@ pub struct Programs {
 impl Programs {
     /// Loads the programs and attaches them to a cgroup. `resolvers` are the loopback addresses that
     /// stand for the host's resolver (IPv4 as IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not.
+    ///
+    /// # Errors
+    /// If the kernel refuses the programs or their maps, or to attach them.
     pub fn attach(
         cgroup: BorrowedFd<'_>,
         extent: Extent,
