@@ -1,8 +1,11 @@
-//! What host and guest agree on, compiled into both sides: [`instance`] is the configuration that
-//! the VMM places in the initramfs, [`protocol`] the messages on the control channel, [`exec`] and
-//! [`pty`] what clients of the box's sockets say, all in the frames of [`frame`]; [`flow`] is how
-//! network connections travel. The agent itself (`main.rs` and the modules below it) is only in the
-//! `mote-agent` binary.
+//! What host and guest agree on, compiled into both sides. The agent itself (`main.rs` and its modules)
+//! is only in the `mote-agent` binary. Each module uses only those above it:
+//!
+//! - [`instance`]: the configuration that the VMM places in the initramfs
+//! - [`frame`]: the framing of all channels
+//! - [`protocol`]: the messages on the control channel, and the vsock ports
+//! - [`exec`], [`pty`]: what clients of the box's sockets say
+//! - [`flow`]: how network connections travel
 
 pub mod exec;
 pub mod flow;

@@ -1,9 +1,25 @@
 //! `mote-agent`: PID 1 of the guest. Read [`run`] from top to bottom for what a guest does between
-//! kernel and power-off; everything it is asked to do is in `/mote/instance.json`.
+//! kernel and power-off, and [`prepare`] for what precedes the entrypoint; everything it is asked to
+//! do is in `/mote/instance.json`.
 //!
-//! One thread, one poll loop; clients' requests are served by processes of their own ([`server`]).
-//! Nothing here may end the process by accident: PID 1's death is a
-//! kernel panic, so failures become a message to the host and a power-off.
+//! One thread, one poll loop; clients' requests are served by processes of their own ([`server`]), and
+//! so are network connections ([`tsi`]). Nothing here may end the process by accident: PID 1's death
+//! is a kernel panic, so failures become a message to the host and a power-off.
+//!
+//! Each module uses only those above it, and of this crate's library what it likes:
+//!
+//! - [`sys`]: the system calls
+//! - [`sys::net`]: those of networking
+//! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box finds in its kernel and its files
+//! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
+//! - [`launch`]: starting a program, from all of these
+//! - [`host`], [`connection`]: the connections to the VMM, and to a client
+//! - [`session`], [`transfer`]: what sessions have in common, and files in and out
+//! - [`command`], [`terminal`]: the two kinds of sessions
+//! - [`server`]: takes clients, and gives each a session
+//! - [`tsi`]: carries the connections of the box's programs
+//! - [`prepare`]: everything before the entrypoint
+//! - [`supervisor`]: everything after
 
 mod cgroup;
 mod command;
@@ -35,7 +51,7 @@ use mote_agent::protocol::{
 
 use crate::host::{Control, OutputPump, Received};
 use crate::launch::{Program, SETUP_FAILED};
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::Prepared;
 use crate::supervisor::Supervisor;
 use crate::sys::{Interest, net};
 
@@ -54,7 +70,7 @@ fn run() -> Result<(), String> {
     let started_ns = sys::monotonic_ns();
     // The three connections are under way while the root is being mounted.
     let [control, stdout, stderr] = connect_to_host()?;
-    let prepared = prepare();
+    let prepared = prepare::prepare();
     wait_until_connected([&control, &stdout, &stderr])?;
 
     let mut control = Control::new(control);

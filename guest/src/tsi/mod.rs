@@ -7,9 +7,13 @@
 //!   server of the box ◀── connect() ──────────────────┴── vsock ◀── client of a published port
 //! ```
 //!
-//! [`program`] redirects, [`relay`] serves the flows in a process of its own, with [`stream`] and
-//! [`datagrams`] for what one flow does and [`packet`] for what sockets are told. This file sets all
-//! that up and looks after the process.
+//! This file sets all that up and looks after the process that serves the flows. Each module uses only
+//! those above it:
+//!
+//! - [`program`]: what redirects applications, and knows where they want to go
+//! - [`packet`]: what applications' sockets are told
+//! - [`stream`], [`datagrams`]: what one flow does
+//! - [`relay`]: serves all flows
 
 mod datagrams;
 mod packet;
@@ -71,6 +75,9 @@ struct Process {
 impl Tsi {
     /// Starts the process, if the box needs it, and does not wait for it. `cgroup` is the box's,
     /// `resolv_conf` what its resolver reads.
+    ///
+    /// # Errors
+    /// If the process cannot be created. How its own set-up went, [`Tsi::wait_until_ready`] tells.
     pub fn start(
         needs: Needs,
         cgroup: BorrowedFd<'_>,
@@ -101,6 +108,9 @@ impl Tsi {
     }
 
     /// Waits until connections are carried. Nothing of the box may run before.
+    ///
+    /// # Errors
+    /// If the process could not set itself up, or was killed.
     pub fn wait_until_ready(&mut self) -> Result<(), String> {
         let Some(Process { outcome, .. }) = &mut self.process else { return Ok(()) };
         let mut said = [0; libc::PIPE_BUF];

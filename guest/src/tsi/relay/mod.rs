@@ -1,10 +1,13 @@
 //! The process that serves the box's flows: one thread around one epoll, apart from PID 1, so that
 //! a box's traffic never keeps it from its other work, nor takes it along.
 //!
-//! Each kind of flow keeps its own table and knows its own states: [`outgoing`] TCP, [`udp`] and
-//! clients of [`published`] ports. TCP of either direction ends as [`spliced`] sockets; [`flows`] is
-//! what the tables are made of, [`shared`] what all of them use. This file waits for events and says
-//! whose they are.
+//! This file waits for events and says whose they are. Each kind of flow keeps its own table and knows
+//! its own states. Each module uses only those above it:
+//!
+//! - [`flows`]: the table of one kind of flow, and the keys that name flows
+//! - [`shared`]: what all flows are served with
+//! - [`spliced`]: the last state of TCP in either direction
+//! - [`outgoing`], [`udp`], [`published`]: the kinds of flows
 
 mod flows;
 mod outgoing;
