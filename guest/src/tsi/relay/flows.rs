@@ -1,7 +1,9 @@
 //! Where flows are kept. Each has a key, by which events, indexes and turns name it; a key that has
 //! outlived its flow names nothing.
 
-/// Which protocol's table a flow is in.
+use std::ops::Range;
+
+/// Which table a flow is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// An application's TCP connection to the outside.
@@ -12,15 +14,48 @@ pub enum Kind {
     Published,
 }
 
-/// Names a flow. A later flow in the same slot has another generation.
+/// Names a flow: its table, its slot there, and the slot's generation, which tells it from earlier and
+/// later flows there. The lower half is below [`Key::END`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Key {
-    /// The table.
-    pub kind: Kind,
-    /// The place in it.
-    pub slot: u32,
-    /// How many flows have been there before.
-    pub generation: u32,
+pub struct Key(u64);
+
+impl Key {
+    /// Above the table and the slot of every key.
+    pub const END: u64 = 3 << Key::KIND_SHIFT;
+    const KIND_SHIFT: u32 = 29;
+    const GENERATION_SHIFT: u32 = 32;
+
+    fn new(kind: Kind, slot: usize, generation: u32) -> Self {
+        let generation = u64::from(generation) << Key::GENERATION_SHIFT;
+        Key(generation | (kind as u64) << Key::KIND_SHIFT | slot as u64)
+    }
+
+    /// The key as a number, from which [`Key::from_data`] makes it again.
+    pub fn to_data(self) -> u64 {
+        self.0
+    }
+
+    /// The key that was this number.
+    pub fn from_data(data: u64) -> Self {
+        Key(data)
+    }
+
+    /// Which table the flow is in.
+    pub fn kind(self) -> Kind {
+        match self.0 >> Key::KIND_SHIFT & 3 {
+            0 => Kind::Outgoing,
+            1 => Kind::Udp,
+            _ => Kind::Published,
+        }
+    }
+
+    fn slot(self) -> usize {
+        (self.0 & ((1 << Key::KIND_SHIFT) - 1)) as usize
+    }
+
+    fn generation(self) -> u32 {
+        (self.0 >> Key::GENERATION_SHIFT) as u32
+    }
 }
 
 /// Which of a flow's sockets is meant.
@@ -37,7 +72,7 @@ pub enum Side {
 pub struct Flows<F> {
     kind: Kind,
     slots: Vec<Slot<F>>,
-    free: Vec<u32>,
+    free: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -56,13 +91,13 @@ impl<F> Flows<F> {
     pub fn reserve(&mut self) -> Key {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { generation: 0, flow: None });
-            self.slots.len() as u32 - 1
+            self.slots.len() - 1
         });
-        Key { kind: self.kind, slot, generation: self.slots[slot as usize].generation }
+        self.key(slot)
     }
 
     fn slot(&mut self, key: Key) -> Option<&mut Slot<F>> {
-        self.slots.get_mut(key.slot as usize).filter(|slot| slot.generation == key.generation)
+        self.slots.get_mut(key.slot()).filter(|slot| slot.generation == key.generation())
     }
 
     /// The flow with this key, if it is there.
@@ -87,17 +122,23 @@ impl<F> Flows<F> {
         if let Some(slot) = self.slot(key) {
             slot.flow = None;
             slot.generation = slot.generation.wrapping_add(1);
-            self.free.push(key.slot);
+            self.free.push(key.slot());
         }
     }
 
-    /// All flows, and their keys.
-    pub fn iter(&self) -> impl Iterator<Item = (Key, &F)> {
-        let kind = self.kind;
-        self.slots.iter().enumerate().filter_map(move |(slot, Slot { generation, flow })| {
-            let key = Key { kind, slot: slot as u32, generation: *generation };
-            Some((key, flow.as_ref()?))
-        })
+    /// All flows.
+    pub fn iter(&self) -> impl Iterator<Item = &F> {
+        self.slots.iter().filter_map(|slot| slot.flow.as_ref())
+    }
+
+    /// All places, with or without a flow.
+    pub fn slots(&self) -> Range<usize> {
+        0..self.slots.len()
+    }
+
+    /// The key of what is in one of the places now.
+    pub fn key(&self, slot: usize) -> Key {
+        Key::new(self.kind, slot, self.slots[slot].generation)
     }
 }
 
@@ -116,10 +157,19 @@ mod tests {
         flows.remove(first);
         let third = flows.reserve();
         flows.put(third, "third");
-        assert_eq!((third.slot, flows.take(first)), (first.slot, None));
+        assert_eq!((third.slot(), flows.take(first)), (first.slot(), None));
         flows.put(first, "too late");
         flows.remove(first);
-        let all: Vec<_> = flows.iter().collect();
-        assert_eq!(all, [(third, &"third"), (second, &"second")]);
+        assert_eq!(flows.iter().collect::<Vec<_>>(), [&"third", &"second"]);
+        assert_eq!(flows.slots().map(|slot| flows.key(slot)).collect::<Vec<_>>(), [third, second]);
+    }
+
+    #[test]
+    fn keys_have_room_for_all_their_parts() {
+        for kind in [Kind::Outgoing, Kind::Udp, Kind::Published] {
+            let key = Key::new(kind, (1 << Key::KIND_SHIFT) - 1, u32::MAX);
+            assert_eq!((key.kind(), key.generation()), (kind, u32::MAX));
+            assert!(key.to_data() & u64::from(u32::MAX) < Key::END);
+        }
     }
 }

@@ -99,26 +99,21 @@ impl Relay {
             }
             None => (None, None, None),
         };
-        let shared = Shared::new(programs, Injector(raw))?;
-        if let (Some(listener), Some(datagrams)) = (&listener, &datagrams) {
-            shared.watch(shared.programs.events(), EventSet::IN, Token::Events)?;
-            shared.watch(listener.as_raw_fd(), EventSet::IN, Token::Listener)?;
-            shared.watch(datagrams.as_raw_fd(), EventSet::IN, Token::Datagrams)?;
-        }
-        if let Some(published) = &published {
-            shared.watch(published.as_raw_fd(), EventSet::IN, Token::Published)?;
-        }
-        // Once: its end would stay readable.
-        let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        shared.watch(lifeline.as_raw_fd(), once, Token::Lifeline)?;
-        Ok(Relay {
-            shared,
+        let relay = Relay {
+            shared: Shared::new(programs, Injector(raw))?,
             outgoing: Outgoing::new(listener),
             udp: Udp::new(datagrams),
             clients: Clients::new(published),
             draining: false,
             progress: None,
-        })
+        };
+        relay.outgoing.watch(&relay.shared)?;
+        relay.udp.watch(&relay.shared)?;
+        relay.clients.watch(&relay.shared)?;
+        // Once: its end would stay readable.
+        let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        relay.shared.watch(lifeline.as_raw_fd(), once, Token::Lifeline)?;
+        Ok(relay)
     }
 
     /// Serves until PID 1 closes its end of the lifeline, and then until everything that
@@ -175,7 +170,7 @@ impl Relay {
     }
 
     fn wake(&mut self, key: Key, wake: Wake) {
-        match key.kind {
+        match key.kind() {
             Kind::Outgoing => self.outgoing.wake(key, wake, &mut self.shared),
             Kind::Udp => self.udp.wake(key, wake, &mut self.shared),
             Kind::Published => self.clients.wake(key, wake, &mut self.shared),

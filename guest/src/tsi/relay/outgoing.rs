@@ -12,9 +12,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use mote_agent::flow::{FLOW_PORT, Request, STATUS_LEN};
+use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind, Side};
-use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Wake, fill};
+use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Token, Wake, fill};
 use super::spliced::Spliced;
 use crate::sys::net;
 use crate::tsi::packet::{self, Unreachable};
@@ -65,6 +66,16 @@ impl Outgoing {
     /// With the listener that applications are redirected to, if they are.
     pub fn new(listener: Option<TcpListener>) -> Self {
         Outgoing { listener, flows: Flows::new(Kind::Outgoing), by_id: HashMap::new() }
+    }
+
+    /// Has what comes to the listener reported, and what the BPF programs report.
+    ///
+    /// # Errors
+    /// As [`Shared::watch`].
+    pub fn watch(&self, shared: &Shared) -> io::Result<()> {
+        let Some(listener) = &self.listener else { return Ok(()) };
+        shared.watch(shared.programs.events(), EventSet::IN, Token::Events)?;
+        shared.watch(listener.as_raw_fd(), EventSet::IN, Token::Listener)
     }
 
     /// Begins to ask the host for a connection. `syn` is the application's, from its IP header on.
@@ -169,25 +180,22 @@ impl Outgoing {
 
     /// Gives up what has taken too long.
     pub fn sweep(&mut self, now: Instant, shared: &mut Shared) {
-        let mut expired = Vec::new();
-        for (key, connection) in self.flows.iter() {
-            if let Connection::Answered(Answered { since, .. }) = connection {
+        for slot in self.flows.slots() {
+            let key = self.flows.key(slot);
+            if let Some(Connection::Answered(Answered { id, since, .. })) = self.flows.get_mut(key)
+            {
                 shared.limit_time();
                 if now >= *since + HANDSHAKE_LIMIT {
-                    expired.push(key);
+                    let id = *id;
+                    self.forget(key, id);
                 }
-            }
-        }
-        for key in expired {
-            if let Some(connection) = self.flows.take(key) {
-                self.forget(key, connection.id());
             }
         }
     }
 
     /// The connections over which bytes flow.
     pub fn streams(&self) -> impl Iterator<Item = &Stream> {
-        self.flows.iter().filter_map(|(_, connection)| match connection {
+        self.flows.iter().filter_map(|connection| match connection {
             Connection::Spliced(spliced) => Some(spliced.stream()),
             _ => None,
         })
@@ -195,7 +203,7 @@ impl Outgoing {
 
     /// Whether a connection that the host has made is still to be accepted.
     pub fn has_answered(&self) -> bool {
-        self.flows.iter().any(|(_, connection)| matches!(connection, Connection::Answered(_)))
+        self.flows.iter().any(|connection| matches!(connection, Connection::Answered(_)))
     }
 }
 

@@ -6,14 +6,16 @@
 //! ```
 
 use std::fs::File;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use mote_agent::flow::{PUBLISHED_LEN, Published};
+use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind, Side};
-use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Wake, fill};
+use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Token, Wake, fill};
 use super::spliced::Spliced;
 use crate::sys::net;
 use crate::tsi::program::Id;
@@ -76,6 +78,15 @@ impl Clients {
         Clients { listener, flows: Flows::new(Kind::Published), named: 0 }
     }
 
+    /// Has what comes to the listener reported.
+    ///
+    /// # Errors
+    /// As [`Shared::watch`].
+    pub fn watch(&self, shared: &Shared) -> io::Result<()> {
+        let Some(listener) = &self.listener else { return Ok(()) };
+        shared.watch(listener.as_raw_fd(), EventSet::IN, Token::Published)
+    }
+
     /// Takes clients, as many as have their turn.
     pub fn accept(&mut self, shared: &mut Shared) {
         for _ in 0..BATCH {
@@ -119,23 +130,20 @@ impl Clients {
 
     /// Gives up clients that were not named in time.
     pub fn sweep(&mut self, now: Instant, shared: &mut Shared) {
-        let mut expired = Vec::new();
-        for (key, client) in self.flows.iter() {
-            if let Client::Greeting(Greeting { since, .. }) = client {
+        for slot in self.flows.slots() {
+            let key = self.flows.key(slot);
+            if let Some(Client::Greeting(Greeting { since, .. })) = self.flows.get_mut(key) {
                 shared.limit_time();
                 if now >= *since + HANDSHAKE_LIMIT {
-                    expired.push(key);
+                    self.flows.remove(key);
                 }
             }
-        }
-        for key in expired {
-            self.flows.remove(key);
         }
     }
 
     /// The connections over which bytes flow.
     pub fn streams(&self) -> impl Iterator<Item = &Stream> {
-        self.flows.iter().filter_map(|(_, client)| match client {
+        self.flows.iter().filter_map(|client| match client {
             Client::Spliced(spliced) => Some(spliced.stream()),
             _ => None,
         })

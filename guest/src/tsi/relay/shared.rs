@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::flows::{Flows, Key, Kind, Side};
+use super::flows::{Flows, Key, Side};
 use crate::sys::net::RawSockets;
 use crate::tsi::packet::Packet;
 use crate::tsi::program::Programs;
@@ -40,54 +40,34 @@ pub enum Token {
     Flow(Key, Side),
 }
 
-/// The layout of a token: generation (32 bits), side (1), table (2), slot (29).
-const SIDE_BIT: u64 = 1 << 31;
-const KIND_SHIFT: u32 = 29;
-const SLOT_MASK: u64 = (1 << KIND_SHIFT) - 1;
-/// In the place of a flow's table: the slot says which of the fixed tokens it is.
-const FIXED: u64 = 3;
+/// Set in addition to a flow's key: the event is about its TCP side. Keys do not use this bit.
+const TCP_BIT: u64 = 1 << 31;
 
 impl Token {
     /// As epoll keeps it.
     pub fn to_data(self) -> u64 {
-        let fixed = |number: u64| FIXED << KIND_SHIFT | number;
         match self {
-            Token::Events => fixed(0),
-            Token::Listener => fixed(1),
-            Token::Datagrams => fixed(2),
-            Token::Published => fixed(3),
-            Token::Lifeline => fixed(4),
-            Token::Flow(Key { kind, slot, generation }, side) => {
-                let side = if side == Side::Tcp { SIDE_BIT } else { 0 };
-                let kind = match kind {
-                    Kind::Outgoing => 0,
-                    Kind::Udp => 1,
-                    Kind::Published => 2,
-                };
-                u64::from(generation) << 32 | side | kind << KIND_SHIFT | u64::from(slot)
-            }
+            Token::Events => Key::END,
+            Token::Listener => Key::END + 1,
+            Token::Datagrams => Key::END + 2,
+            Token::Published => Key::END + 3,
+            Token::Lifeline => Key::END + 4,
+            Token::Flow(key, Side::Vsock) => key.to_data(),
+            Token::Flow(key, Side::Tcp) => key.to_data() | TCP_BIT,
         }
     }
 
     /// From epoll, which returns what it was given.
     pub fn from_data(data: u64) -> Self {
-        let (slot, generation) = ((data & SLOT_MASK) as u32, (data >> 32) as u32);
-        let kind = match data >> KIND_SHIFT & FIXED {
-            0 => Kind::Outgoing,
-            1 => Kind::Udp,
-            2 => Kind::Published,
-            _ => {
-                return match slot {
-                    0 => Token::Events,
-                    1 => Token::Listener,
-                    2 => Token::Datagrams,
-                    3 => Token::Published,
-                    _ => Token::Lifeline,
-                };
-            }
-        };
-        let side = if data & SIDE_BIT != 0 { Side::Tcp } else { Side::Vsock };
-        Token::Flow(Key { kind, slot, generation }, side)
+        match data.wrapping_sub(Key::END) {
+            0 => Token::Events,
+            1 => Token::Listener,
+            2 => Token::Datagrams,
+            3 => Token::Published,
+            4 => Token::Lifeline,
+            _ if data & TCP_BIT != 0 => Token::Flow(Key::from_data(data & !TCP_BIT), Side::Tcp),
+            _ => Token::Flow(Key::from_data(data), Side::Vsock),
+        }
     }
 }
 
@@ -231,20 +211,21 @@ pub fn fill(from: &mut File, bytes: &mut Vec<u8>, len: usize) -> io::Result<bool
 
 #[cfg(test)]
 mod tests {
+    use super::super::flows::Kind;
     use super::*;
 
     #[test]
     fn tokens_come_back_as_they_were() {
-        let key = |kind, slot, generation| Key { kind, slot, generation };
+        let mut flows = Flows::<()>::new(Kind::Published);
+        let key = flows.reserve();
         for token in [
             Token::Events,
             Token::Listener,
             Token::Datagrams,
             Token::Published,
             Token::Lifeline,
-            Token::Flow(key(Kind::Outgoing, 0, 0), Side::Vsock),
-            Token::Flow(key(Kind::Udp, SLOT_MASK as u32, 7), Side::Tcp),
-            Token::Flow(key(Kind::Published, 4, u32::MAX), Side::Vsock),
+            Token::Flow(key, Side::Vsock),
+            Token::Flow(key, Side::Tcp),
         ] {
             assert_eq!(Token::from_data(token.to_data()), token);
         }

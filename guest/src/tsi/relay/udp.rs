@@ -3,14 +3,16 @@
 //! carried for some time.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use mote_agent::flow::{FLOW_PORT, Request};
+use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind};
-use super::shared::{BATCH, Injector, Shared, Wake};
+use super::shared::{BATCH, Injector, Shared, Token, Wake};
 use crate::sys::net::{self, ReceivedDatagram};
 use crate::tsi::datagrams::{Datagrams, Received};
 use crate::tsi::packet::{self, Unreachable};
@@ -58,6 +60,15 @@ impl Udp {
             by_ends: HashMap::new(),
             by_cookie: HashMap::new(),
         }
+    }
+
+    /// Has what comes to the socket reported.
+    ///
+    /// # Errors
+    /// As [`Shared::watch`].
+    pub fn watch(&self, shared: &Shared) -> io::Result<()> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        shared.watch(socket.as_raw_fd(), EventSet::IN, Token::Datagrams)
     }
 
     /// Takes applications' datagrams; `false` once none is left.
@@ -162,21 +173,20 @@ impl Udp {
 
     /// Gives up what has not been used for long.
     pub fn sweep(&mut self, now: Instant, shared: &mut Shared) {
-        let mut expired = Vec::new();
-        for (key, flow) in self.flows.iter() {
-            shared.limit_time();
-            if now >= flow.datagrams.idle_at() {
-                expired.push(key);
+        for slot in self.flows.slots() {
+            let key = self.flows.key(slot);
+            if let Some(flow) = self.flows.get_mut(key) {
+                shared.limit_time();
+                if now >= flow.datagrams.idle_at() {
+                    self.forget(key);
+                }
             }
-        }
-        for key in expired {
-            self.forget(key);
         }
     }
 
     /// Whether everything that applications have sent has gone to the host.
     pub fn has_sent_all(&self) -> bool {
-        self.flows.iter().all(|(_, flow)| flow.datagrams.has_sent_all())
+        self.flows.iter().all(|flow| flow.datagrams.has_sent_all())
     }
 }
 
