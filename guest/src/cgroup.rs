@@ -49,19 +49,20 @@ impl BoxCgroup {
     /// # Errors
     /// If the kernel lacks cgroup-v2 or a part of it that is needed, or refuses the limit.
     pub fn set_up(pids_limit: Option<u64>) -> Result<Self, String> {
-        let failed = |what: &str| {
-            let what = what.to_owned();
+        let failed = |what: &'static str| {
             move |e: io::Error| format!("set up the box's cgroup: {what}: {e}")
         };
         mount()?;
         let at = |path: &str| format!("{MOUNT_POINT}/{path}");
         let available = fs::read_to_string(at("cgroup.controllers"))
             .map_err(failed("read cgroup.controllers"))?;
-        let wanted: Vec<String> = CONTROLLERS
-            .into_iter()
-            .filter(|name| available.split_whitespace().any(|word| word == *name))
-            .map(|name| format!("+{name}"))
-            .collect();
+        let mut names = String::new();
+        for name in CONTROLLERS {
+            if available.split_whitespace().any(|word| word == name) {
+                names.push_str(if names.is_empty() { "+" } else { " +" });
+                names.push_str(name);
+            }
+        }
         let mut control = open_for_writing(&at("cgroup.subtree_control"))
             .map_err(failed("open cgroup.subtree_control"))?;
         fs::create_dir(at(NAME)).map_err(failed("create it"))?;
@@ -80,7 +81,7 @@ impl BoxCgroup {
         (&outside).write_all(b"0").map_err(failed("leave it"))?;
         sys::unmount(MOUNT_POINT).map_err(failed("mount its view"))?;
         mount()?;
-        let controllers = RefCell::new(Some(Controllers { names: wanted.join(" "), control }));
+        let controllers = RefCell::new(Some(Controllers { names, control }));
         Ok(BoxCgroup { directory, procs, controllers })
     }
 

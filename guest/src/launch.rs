@@ -248,15 +248,16 @@ fn elf_machine(head: &[u8]) -> Option<u16> {
 }
 
 fn machine_name(machine: u16) -> String {
-    match machine {
-        libc::EM_386 => "x86 (32-bit)".into(),
-        libc::EM_ARM => "ARM (32-bit)".into(),
-        libc::EM_AARCH64 => "ARM (aarch64)".into(),
-        libc::EM_RISCV => "RISC-V".into(),
-        libc::EM_PPC64 => "PowerPC".into(),
-        libc::EM_S390 => "S390".into(),
-        other => format!("another architecture (ELF machine {other})"),
-    }
+    let name = match machine {
+        libc::EM_386 => "x86 (32-bit)",
+        libc::EM_ARM => "ARM (32-bit)",
+        libc::EM_AARCH64 => "ARM (aarch64)",
+        libc::EM_RISCV => "RISC-V",
+        libc::EM_PPC64 => "PowerPC",
+        libc::EM_S390 => "S390",
+        other => return format!("another architecture (ELF machine {other})"),
+    };
+    name.to_owned()
 }
 
 #[cfg(test)]
