@@ -6,11 +6,11 @@
 //! so are network connections ([`tsi`]). Nothing here may end the process by accident: PID 1's death
 //! is a kernel panic, so failures become a message to the host and a power-off.
 //!
-//! Each module uses only those above it, and of this crate's library what it likes:
+//! Each module uses only those above it, and the library ([`mote_agent`]):
 //!
 //! - [`sys`]: the system calls
 //! - [`sys::net`]: those of networking
-//! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box finds in its kernel and its files
+//! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
 //! - [`launch`]: starting a program, from all of these
 //! - [`host`], [`connection`]: the connections to the VMM, and to a client

@@ -101,7 +101,7 @@ impl Outgoing {
             let Some(Ok(tcp)) = self.listener.as_ref().map(net::accept) else { return false };
             let tcp = TcpStream::from(OwnedFd::from(tcp));
             let Some((key, Answered { vsock, id, .. })) = self.take_answered(&tcp) else {
-                // Nobody was asked for this one.
+                // No flow waits for it.
                 let _ = net::reset_on_close(&tcp);
                 continue;
             };
