@@ -32,6 +32,7 @@ tools:
 	resources/tools.sh test
 
 check:
+	tests/structure.py
 	cargo fmt --all --check
 	cargo clippy --locked --release --workspace --all-targets -- -D warnings
 

@@ -34,6 +34,9 @@ const RNG_SEED_LEN: usize = 32;
 
 /// Loads everything and returns the kernel's entry point. `devices` is the number of virtio-mmio
 /// devices.
+///
+/// # Errors
+/// The kernel is no vmlinux, or does not fit into the memory with what belongs to it.
 pub fn load(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<u64> {
     let kernel = Elf::load(
         ram,

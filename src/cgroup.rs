@@ -122,6 +122,9 @@ pub struct Cgroup {
 
 impl Cgroup {
     /// A cgroup for a box. The error says what is wrong with the box's identity as a name.
+    ///
+    /// # Errors
+    /// The box's id is no name for a directory.
     pub fn new(box_id: &str, limits: Vec<Limit>) -> Result<Cgroup, String> {
         let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if !(1..=MAX_NAME).contains(&box_id.len())
@@ -140,6 +143,9 @@ impl Cgroup {
     ///
     /// Fails when the host has no cgroup v2 or not the controllers, when this user may not use them,
     /// or when the box is running already.
+    ///
+    /// # Errors
+    /// The host has no cgroup v2, or does not let this user make one with these limits.
     pub fn create(&self) -> Result<(Remains, Lock)> {
         let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
         offer(&self.root, &controllers)?;
@@ -172,6 +178,9 @@ impl Cgroup {
     }
 
     /// Sets the limits of the cgroup, which exists and is locked, and moves this process into it.
+    ///
+    /// # Errors
+    /// The host refuses to move this process.
     pub fn join(&self, _locked: Lock) -> Result<()> {
         let dir = self.dir();
         for limit in &self.limits {

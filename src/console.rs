@@ -41,6 +41,9 @@ pub struct Sinks {
 
 impl Sinks {
     /// Opens `console_output` (created 0600, or emptied; contract §2.5) or mote's own streams.
+    ///
+    /// # Errors
+    /// The file cannot be created or emptied, or the host has no descriptor.
     pub fn open(console_output: Option<&Path>) -> Result<Sinks> {
         match console_output {
             Some(path) => {

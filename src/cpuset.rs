@@ -14,6 +14,9 @@ pub struct CpuSet(BTreeSet<u16>);
 
 impl CpuSet {
     /// Reads a list like `0-3,6` (contract §1.4); the error says what it must be.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
     pub fn parse(text: &str) -> Result<CpuSet, String> {
         let malformed = || format!("is \"{text}\", must be a list of CPUs like \"0-3,6\"");
         let number = |text: &str| {
@@ -37,6 +40,9 @@ impl CpuSet {
     }
 
     /// The online CPUs that this process may run on.
+    ///
+    /// # Errors
+    /// The host does not tell.
     pub fn available() -> Result<CpuSet> {
         sys::process::cpu_affinity()
             .map(CpuSet)
@@ -49,6 +55,9 @@ impl CpuSet {
     }
 
     /// Binds the calling thread, and all threads and processes that it will start, to these CPUs.
+    ///
+    /// # Errors
+    /// The host refuses these CPUs.
     pub fn bind(&self) -> Result<()> {
         sys::process::set_cpu_affinity(&self.0).with_context(|| {
             format!("bind mote to the CPUs {self} (change resource_limits.cpuset_cpus)")

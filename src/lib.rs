@@ -237,7 +237,7 @@ fn run_to_end(
     })
 }
 
-/// Takes the box's place on the host, runs it, and leaves the place as it was.
+/// Has the box's resources on the host made, runs it, and has them removed.
 fn run_on_host(
     plan: &Plan,
     inherited: &[RawFd],

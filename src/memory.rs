@@ -30,6 +30,9 @@ pub type GuestRam = GuestMemoryMmap<()>;
 const HUGE_PAGE: u64 = 2 << 20;
 
 /// Creates and maps the guest's RAM.
+///
+/// # Errors
+/// The host has no memory, or no address space, for it.
 pub fn create_ram(memory_bytes: u64) -> Result<GuestRam> {
     let file = memory_file(memory_bytes)
         .with_context(|| format!("create {} MiB of guest memory", memory_bytes >> 20))?;
@@ -106,6 +109,9 @@ fn map_aligned(file: &File, len: u64, offset: u64) -> io::Result<*mut u8> {
 }
 
 /// Gives the VM its RAM. Returns the number of the first free slot.
+///
+/// # Errors
+/// KVM refuses.
 pub fn add_ram(vm: &VmFd, ram: &GuestRam) -> Result<u32> {
     let mut slot = 0;
     for region in ram.iter() {
@@ -133,6 +139,9 @@ pub struct RegisterPages {
 
 impl RegisterPages {
     /// Maps `count` pages and shows them to the guest, using memory slot `slot`.
+    ///
+    /// # Errors
+    /// The host has no memory for the pages, or KVM refuses them.
     pub fn new(vm: &VmFd, slot: u32, count: usize) -> Result<Self> {
         let len = count * layout::MMIO_PAGE as usize;
         let region = GuestRegionMmap::from_range(GuestAddress(layout::MMIO), len, None)

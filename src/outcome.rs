@@ -121,6 +121,9 @@ impl Outcome {
     }
 
     /// Writes [`Outcome::to_json`] to a file, as a line.
+    ///
+    /// # Errors
+    /// The writer fails.
     pub fn write_to(&self, mut to: impl Write) -> io::Result<()> {
         to.write_all(format!("{}\n", self.to_json()).as_bytes())
     }

@@ -57,6 +57,9 @@ pub struct Signals {
 
 impl Signals {
     /// Blocks them. To be called before any thread is started, so that all inherit it.
+    ///
+    /// # Errors
+    /// The host refuses a descriptor for signals.
     pub fn block() -> Result<Signals> {
         let file = |signals: &[i32]| sys::signal_file(signals).context("watch for signals");
         Ok(Signals { stop: file(&STOP_SIGNALS)?, continued: file(&[libc::SIGCONT])? })

@@ -45,6 +45,9 @@ pub enum Reply {
 
 impl Channel {
     /// Connects to a Unix socket.
+    ///
+    /// # Errors
+    /// Those of connect(2).
     pub fn connect(path: &Path) -> io::Result<Self> {
         let socket = UnixStream::connect(path)?;
         socket.set_nonblocking(true)?;
@@ -89,6 +92,9 @@ impl Channel {
     }
 
     /// Reads once. `false` when nothing will come any more.
+    ///
+    /// # Errors
+    /// The host fails the read for a reason that is no end of the connection.
     pub fn receive(&mut self) -> Result<bool, Stop> {
         match self.socket.read(&mut self.buffer) {
             Ok(0) => Ok(false),
@@ -120,6 +126,9 @@ impl Channel {
     }
 
     /// Waits for one frame, sending what is queued. A signal from `signals` ends it.
+    ///
+    /// # Errors
+    /// The connection fails, a frame is too long, or a signal has come.
     pub fn reply(
         &mut self,
         deadline: Option<Instant>,

@@ -68,6 +68,9 @@ impl Exec {
 }
 
 /// Waits until the guest answers on its exec socket.
+///
+/// # Errors
+/// There is no box, or it does not answer in time.
 pub fn knock(target: &Target) -> Result<(), Stop> {
     let answer = target.knock(kind::HEARTBEAT, b"")?;
     if answer.kind == kind::HEARTBEAT {

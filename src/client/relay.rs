@@ -36,6 +36,9 @@ pub struct Stdio {
 
 impl Stdio {
     /// The process's own.
+    ///
+    /// # Errors
+    /// The host has no descriptor for them.
     pub fn of_process() -> io::Result<Self> {
         Ok(Stdio {
             input: File::from(io::stdin().as_fd().try_clone_to_owned()?),
@@ -83,6 +86,9 @@ impl Sink {
     }
 
     /// Writes some of these bytes, and says how many.
+    ///
+    /// # Errors
+    /// The reader has gone, or the file cannot be written.
     pub fn write(&self, bytes: &[u8]) -> Result<usize, Stop> {
         match (&self.file).write(&bytes[..bytes.len().min(self.piece)]) {
             Ok(written) => Ok(written),
@@ -97,6 +103,9 @@ impl Sink {
     }
 
     /// Writes all of these bytes, however long that takes.
+    ///
+    /// # Errors
+    /// As for [`Sink::write`].
     pub fn write_all(&self, mut bytes: &[u8]) -> Result<(), Stop> {
         while !bytes.is_empty() {
             sys::poll([Interest::write(&self.file)], None).context("wait to write")?;

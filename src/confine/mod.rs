@@ -134,6 +134,9 @@ pub struct Sandbox {
 impl Sandbox {
     /// Steps 2 to 5, for a process with one thread that has opened all it needs. `inherited` are the
     /// descriptors that it was started with, of which nothing is left.
+    ///
+    /// # Errors
+    /// The host refuses a step that it had permitted when the plan was made.
     pub fn enter(&self, inherited: &[RawFd]) -> Result<()> {
         if self.isolation == Isolation::Off {
             log::warn("MOTE_NO_SANDBOX is set: this box's mote is not confined at all");
@@ -178,6 +181,9 @@ impl Sandbox {
     }
 
     /// Step 6 for the main thread.
+    ///
+    /// # Errors
+    /// The host refuses the filter.
     pub fn confine_main(&self) -> Result<()> {
         self.confine("main", ThreadKind::Main(self.network))
     }
@@ -191,6 +197,9 @@ impl Sandbox {
 
     /// Starts a thread that takes step 6, says in `ready` how that went, and does its work. It is never
     /// joined: the process's exit stops it wherever it is, which no other way can promise.
+    ///
+    /// # Errors
+    /// The host refuses a thread. Its filter is reported in `ready`.
     pub fn spawn(
         self,
         name: String,

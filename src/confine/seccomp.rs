@@ -58,6 +58,9 @@ impl ThreadKind {
 }
 
 /// Limits the calling thread, for good, to the system calls of its kind.
+///
+/// # Errors
+/// The host refuses the filter.
 pub fn confine_thread(name: &str, kind: ThreadKind) -> Result<()> {
     sudden_end::name_thread(name);
     seccompiler::apply_filter(&kind.program())

@@ -29,6 +29,9 @@ static EXIT_CODE: AtomicI32 = AtomicI32::new(outcome::BROKEN as i32);
 /// Prepares the process for filters: what they refuse, and everything else that ends it where it is, is
 /// reported on stderr, and to this descriptor if there is one, which must stay open. To be called before
 /// there are threads.
+///
+/// # Errors
+/// The host refuses a signal handler.
 pub fn report(outcome_file: Option<RawFd>) -> Result<()> {
     OUTCOME_FILE.store(outcome_file.unwrap_or(NO_FILE), Ordering::Relaxed);
     fatal::on_fatal(end_fatally).context("watch for fatal signals")

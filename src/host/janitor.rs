@@ -1,17 +1,17 @@
-//! The janitor: the one process of a box that stays outside of its confinement. It makes the box's place
-//! on the host and clears it, does what needs the host's file system while the box runs, and runs nothing
+//! The janitor: the one process of a box that stays outside of its confinement. It makes the box's cgroup
+//! and sockets on the host and removes them, connects to passt again while the box runs, and runs nothing
 //! that a guest or a client has sent.
 //!
 //! ```text
-//! mote      start ┐             ┌ confined, runs the guest ── line closed, reap ── end
-//! janitor         └ make place ─┘ connect to passt when asked …… sockets, virtiofsd …… cgroup
+//! mote      start ┐                 ┌ confined, runs the guest ── line closed, reap ── end
+//! janitor         └ make resources ─┘ connect to passt when asked …… sockets, virtiofsd …… cgroup
 //! ```
 //!
 //! Whatever happens to mote, SIGKILL at any moment included, the line between the two closes and the
-//! process ends, and the janitor removes what it has made, and kills the box's virtiofsd: one that has
-//! been broken into may not end with mote. A mote that has been broken into can have it connect to the
-//! box's passt and do some of that early, and nothing else: a cgroup is a limit, and stays until mote is
-//! gone.
+//! process ends. The janitor then removes what it has made, and kills the box's virtiofsd: one that has
+//! been broken into may not end with mote. A mote that has been broken into can make the janitor connect
+//! to the box's passt, and remove the sockets early. It cannot make it remove the cgroup, which limits
+//! mote: that stays until mote is gone.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -48,8 +48,8 @@ const CLEANING_LIMIT: Duration = Duration::from_secs(1);
 
 /// The byte that comes with a descriptor.
 const GIVEN: u8 = 0;
-/// The byte before the text that says why there is no place for the box.
-const NO_PLACE: u8 = 1;
+/// The byte before the text that says why the resources could not be made.
+const NO_RESOURCES: u8 = 1;
 
 /// What the janitor is to do for a box.
 #[derive(Debug, Default)]
@@ -72,7 +72,7 @@ impl<'a> From<&'a Plan> for Duties<'a> {
     }
 }
 
-/// A box's place on the host, as mote gets it.
+/// What the janitor has made for a box, as mote gets it.
 #[derive(Debug)]
 pub struct HostResources {
     /// For joining the cgroup.
@@ -116,11 +116,12 @@ pub struct Janitor {
 }
 
 impl Janitor {
-    /// Starts the janitor, and waits until it has made the box's place, but no longer once `stop` is
+    /// Starts the janitor, and waits until it has made the box's resources, but no longer once `stop` is
     /// readable. To be called before there are threads, whose locks it would inherit.
     ///
-    /// Fails with what has kept the janitor from making the place; nothing is left of it then, or will be
-    /// once this process has ended.
+    /// # Errors
+    /// What has kept the janitor from making them. Nothing is left of them then, or will be once this
+    /// process has ended.
     pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, HostResources)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
         let mote =
@@ -132,9 +133,9 @@ impl Janitor {
         drop(theirs);
         let janitor = Janitor { line, ends_first: duties.cgroup.is_none().then_some(pid) };
         match HostResources::take(&duties, &janitor.line, stop) {
-            Ok(place) => {
+            Ok(resources) => {
                 janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
-                Ok((janitor, place))
+                Ok((janitor, resources))
             }
             Err(error) => {
                 janitor.dismiss();
@@ -144,6 +145,9 @@ impl Janitor {
     }
 
     /// Has the janitor kill these processes once the line closes.
+    ///
+    /// # Errors
+    /// The janitor has ended.
     pub fn kill_at_end<'a>(&self, processes: impl IntoIterator<Item = &'a OwnedFd>) -> Result<()> {
         for process in processes {
             self.line
@@ -155,6 +159,9 @@ impl Janitor {
     }
 
     /// A way to ask for connections to passt.
+    ///
+    /// # Errors
+    /// The host has no descriptor for it.
     pub fn passt_line(&self) -> Result<PasstLine> {
         Ok(PasstLine(self.line.try_clone().context("duplicate the janitor's line")?))
     }
@@ -173,8 +180,8 @@ impl Janitor {
 fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     let mut leftovers = Leftovers::default();
     match HostResources::make(duties, line, &mut leftovers) {
-        Ok(place) => {
-            match place.give(line).context("hand a descriptor to mote") {
+        Ok(resources) => {
+            match resources.give(line).context("hand a descriptor to mote") {
                 Ok(()) => serve(line, mote, duties.passt, &mut leftovers.processes),
                 Err(error) => refuse(line, &error),
             }
@@ -193,9 +200,9 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     }
 }
 
-/// Tells mote why there is no place for the box. The end of the line is the end of the reason.
+/// Tells mote why the resources could not be made. The end of the line is the end of the reason.
 fn refuse(mut line: &UnixStream, error: &anyhow::Error) {
-    let _ = line.write_all(&[NO_PLACE]);
+    let _ = line.write_all(&[NO_RESOURCES]);
     let _ = line.write_all(format!("{error:#}").as_bytes());
 }
 
@@ -316,6 +323,9 @@ pub struct PasstLine(UnixStream);
 impl PasstLine {
     /// A new connection to the box's passt, if that listens at this moment. Waits for the janitor, not
     /// for passt.
+    ///
+    /// # Errors
+    /// Nobody listens, or the janitor does not answer in time.
     pub fn connect(&mut self) -> io::Result<UnixStream> {
         let mut byte = [0];
         // The answer to an earlier request that came too late is an old connection.

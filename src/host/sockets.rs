@@ -45,6 +45,9 @@ impl SocketFile {
 
 /// Everything that the plan wants clients to be accepted on: its sockets, which are `bound` in the
 /// plan's order, and its ports, which become open with this.
+///
+/// # Errors
+/// A port is in use, or may not be used by this user.
 pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>> {
     for socket in &bound {
         // So that clients see the box's process at the other end, and not its janitor.
@@ -70,6 +73,9 @@ pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>>
 }
 
 /// Binds a socket, mode 0600, replacing one that a dead process left behind.
+///
+/// # Errors
+/// Another process listens there, or the file cannot be made.
 pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     let path = &plan.path;
     let bind = || -> Result<(UnixListener, SocketFile)> {
@@ -122,6 +128,9 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
 }
 
 /// Listens on a host port for IPv4 and, where the host has it, IPv6. Two boxes cannot share a port.
+///
+/// # Errors
+/// The port is in use, or may not be used by this user.
 pub fn publish(port: &PublishedPort) -> Result<Vec<TcpListener>> {
     let mut listeners = Vec::new();
     for ip in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {

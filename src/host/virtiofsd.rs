@@ -65,6 +65,9 @@ pub struct Virtiofsd {
 impl Virtiofsd {
     /// Starts the daemon for a share, for a guest with this much memory. Returns it with the vhost-user
     /// connection, on which it may not have begun to listen yet.
+    ///
+    /// # Errors
+    /// The program cannot be started, or the host cannot confine it.
     pub fn spawn(
         program: &Path,
         share: &Share,
@@ -118,7 +121,7 @@ impl Virtiofsd {
         }
     }
 
-    /// All its processes, for who is to see to their end should this process not.
+    /// All its processes, for the janitor: it kills them if this process cannot.
     pub fn processes(&self) -> impl Iterator<Item = &OwnedFd> {
         self.server.iter().chain([&self.ended])
     }
@@ -276,6 +279,9 @@ fn describe(share: &Share) -> String {
 /// Talks on connections to back-ends that may hang: past the limit, or once `stop` is readable, they are
 /// shut down, and with that every wait on them fails. A time-out of the sockets' own would not do: the
 /// vhost crate takes it for an interruption and goes on waiting.
+///
+/// # Errors
+/// `talk` fails, or has taken too long, or mote was told to stop.
 pub fn talk_in_time<T>(
     connections: Vec<UnixStream>,
     stop: &File,

@@ -95,6 +95,9 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
 }
 
 /// Model-specific registers that differ from their reset value.
+///
+/// # Errors
+/// There are more than KVM takes at once, which does not happen.
 pub fn boot_msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     let entries = [

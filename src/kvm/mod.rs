@@ -28,6 +28,9 @@ const REQUIRED: [(Cap, &str); 8] = [
 ];
 
 /// Opens KVM and checks its version and capabilities.
+///
+/// # Errors
+/// There is no KVM, this user may not use it, or it lacks something.
 pub fn open() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| {
         let error = io::Error::from_raw_os_error(error.errno());
@@ -63,6 +66,9 @@ pub fn open() -> Result<Kvm> {
 }
 
 /// Creates a VM with interrupt controllers in the kernel.
+///
+/// # Errors
+/// KVM refuses.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     let vm = loop {
         match kvm.create_vm() {
@@ -79,6 +85,9 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 }
 
 /// CPUID that KVM supports on this host.
+///
+/// # Errors
+/// KVM refuses.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("read the CPUID that KVM supports")
 }

@@ -69,12 +69,18 @@ const EFER_SCE: u64 = 1;
 
 /// Runs the self-test on a vCPU that has this CPUID, in the first MiB of `ram`, before it is set up for
 /// the kernel. May never return: a KVM can hang in KVM_RUN; see [`wait`].
+///
+/// # Errors
+/// This KVM cannot run Linux; the message says what to change.
 pub fn run(vcpu: &mut VcpuFd, cpuid: &CpuId, ram: &GuestRam) -> Result<()> {
     prepare(vcpu, cpuid, ram).context("set up the KVM self-test")?;
     run_program(vcpu).map_err(unfit)
 }
 
 /// Waits for the result of a self-test that another thread runs, at most as long as it may take.
+///
+/// # Errors
+/// That of the self-test, or that it did not end in time.
 pub fn wait(result: &Receiver<Result<()>>) -> Result<()> {
     result.recv_timeout(SELF_TEST_LIMIT).unwrap_or_else(|_| {
         Err(unfit(format!("it did not finish in {} s", SELF_TEST_LIMIT.as_secs())))

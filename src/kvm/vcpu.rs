@@ -29,6 +29,9 @@ pub enum Exit {
 }
 
 /// Creates the `index`-th vCPU with its CPUID.
+///
+/// # Errors
+/// KVM refuses.
 pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd> {
     let vcpu = vm.create_vcpu(u64::from(index)).with_context(|| format!("create vCPU {index}"))?;
     vcpu.set_cpuid2(cpuid).with_context(|| format!("set CPUID of vCPU {index}"))?;

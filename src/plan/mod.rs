@@ -233,7 +233,7 @@ impl fmt::Display for Plan {
 /// The descriptors that a box may need at once: for every connection one, for what there is from the
 /// start a few each.
 fn open_files(vcpus: u8, shares: &[Share], sockets: &[HostSocket], ports: &[PublishedPort]) -> u64 {
-    /// Standard streams, KVM, memory, the main loop, the control channel, vsock, rng and net.
+    /// Standard streams, KVM, memory, the main loop with its devices, the control channel.
     const FIXED: usize = 64;
     const PER_VCPU: usize = 4;
     /// Connection, process, its stderr, two queues and their copies, the interrupt.

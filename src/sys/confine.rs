@@ -16,6 +16,9 @@ pub type Namespaces = libc::c_int;
 
 /// Leaves these namespaces for new ones. With a user namespace among them the process must have one
 /// thread, and has every capability in the new one afterwards; its user and group stay what they are.
+///
+/// # Errors
+/// Those of unshare(2); the maps of a user namespace cannot be written.
 pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
     // SAFETY: plain system calls.
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
@@ -32,6 +35,9 @@ pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
 }
 
 /// Keeps what this mount namespace does from others that got their mounts from the same place.
+///
+/// # Errors
+/// Those of mount(2).
 pub fn detach_mounts() -> io::Result<()> {
     let flags = libc::MS_REC | libc::MS_PRIVATE;
     // SAFETY: the path is NUL-terminated; null is what this kind of mount(2) takes for the rest.
@@ -42,6 +48,9 @@ pub fn detach_mounts() -> io::Result<()> {
 /// Makes an empty, read-only directory the root and working directory of this process, in a mount
 /// namespace of its own in which, where that can be, nothing else is left. Open descriptors stay as they
 /// are.
+///
+/// # Errors
+/// Those of the mount calls, pivot_root(2) and chroot(2).
 pub fn enter_empty_root() -> io::Result<()> {
     detach_mounts()?;
     // Where /dev/kvm has just been opened there is a /dev.
@@ -72,6 +81,9 @@ pub fn enter_empty_root() -> io::Result<()> {
 /// Puts a copy of the mounts at a directory in its place, with less allowed: no device files, no
 /// set-user-ID, no programs and, if so wanted, no writing. Only async-signal-safe calls: for a child
 /// before it executes its program, in a mount namespace of its own.
+///
+/// # Errors
+/// Those of open_tree(2), mount_setattr(2) and move_mount(2); ENOSYS before Linux 5.12.
 pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result<()> {
     let mut attributes: libc::mount_attr = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
@@ -104,6 +116,9 @@ pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result
 }
 
 /// Sees to it that no program executed from here on has more privileges than this one.
+///
+/// # Errors
+/// Those of prctl(2).
 pub fn no_new_privileges() -> io::Result<()> {
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
@@ -153,6 +168,9 @@ pub fn may_chroot() -> bool {
 }
 
 /// Gives up every capability, now and in programs executed later.
+///
+/// # Errors
+/// Those of prctl(2) and capset(2).
 pub fn drop_capabilities() -> io::Result<()> {
     if effective_capabilities() & 1 << CAP_SETPCAP != 0 {
         for capability in 0.. {
@@ -174,6 +192,9 @@ pub fn drop_capabilities() -> io::Result<()> {
 }
 
 /// Keeps other processes of this user from reading this one's memory, and the kernel from dumping it.
+///
+/// # Errors
+/// Those of prctl(2).
 pub fn hide_memory() -> io::Result<()> {
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) })?;
@@ -204,6 +225,9 @@ pub enum Resource {
 
 /// Limits a resource of this process, and of programs it starts, for good. A limit that is lower
 /// already stays.
+///
+/// # Errors
+/// Those of setrlimit(2).
 pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
     let resource = match resource {
         Resource::CoreDump => libc::RLIMIT_CORE,
@@ -225,6 +249,9 @@ pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
 
 /// Limits the open files of this process and programs that it starts to a number that may be beyond what
 /// it is allowed now, as far as it may raise that. Only async-signal-safe calls.
+///
+/// # Errors
+/// Those of setrlimit(2).
 pub fn limit_open_files_anew(most: u64) -> io::Result<()> {
     let wanted = libc::rlimit { rlim_cur: most, rlim_max: most };
     // SAFETY: plain system call with a pointer to a valid rlimit.
@@ -235,6 +262,9 @@ pub fn limit_open_files_anew(most: u64) -> io::Result<()> {
 }
 
 /// Bytes of address space that this process has.
+///
+/// # Errors
+/// /proc/self/statm cannot be read.
 pub fn address_space() -> io::Result<u64> {
     // proc_pid_statm(5): the first number, in pages.
     let statm = fs::read_to_string("/proc/self/statm")?;
@@ -247,6 +277,9 @@ pub fn address_space() -> io::Result<u64> {
 /// The descriptors that this process was started with, beyond the standard streams; from now on
 /// programs that it starts do not get them. To be called before it has opened any of its own that
 /// shall live.
+///
+/// # Errors
+/// /proc/self/fd cannot be read.
 pub fn inherited_descriptors() -> io::Result<Vec<RawFd>> {
     let listing = fs::read_dir("/proc/self/fd")?;
     let numbers = listing.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -267,6 +300,9 @@ pub fn close_inherited(fds: &[RawFd]) {
 }
 
 /// Gives this descriptor's file the number of standard input.
+///
+/// # Errors
+/// Those of dup2(2).
 pub fn replace_stdin(file: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system call; nothing in this process keeps standard input's buffer after it has
     // read the spec.

@@ -30,6 +30,9 @@ static FATAL_HANDLER: OnceLock<FatalHandler> = OnceLock::new();
 
 /// Has the signals for what is fatal end in `handler`. To be called once, before the first filter:
 /// std's own handlers make system calls that those refuse.
+///
+/// # Errors
+/// Those of sigaction(2).
 pub fn on_fatal(handler: FatalHandler) -> io::Result<()> {
     FATAL_HANDLER.get_or_init(|| handler);
     for signal in [libc::SIGSYS, libc::SIGBUS, libc::SIGSEGV] {

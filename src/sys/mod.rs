@@ -30,6 +30,9 @@ fn owned(fd: RawFd) -> OwnedFd {
 
 /// An anonymous memory file of a fixed size: sealed against growing and shrinking, so that no
 /// process it is shared with can pull pages away from under the others.
+///
+/// # Errors
+/// Those of memfd_create(2), ftruncate(2) and fcntl(2).
 pub fn sealed_memory_file(len: u64) -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a NUL-terminated literal.
@@ -44,6 +47,9 @@ pub fn sealed_memory_file(len: u64) -> io::Result<File> {
 
 /// A memory file of a fixed size on a tmpfs of its own that is mounted nowhere and uses huge pages,
 /// whatever the host's setting for memfds. Needs CAP_SYS_ADMIN, and cannot be sealed.
+///
+/// # Errors
+/// Those of fsopen(2) and what follows it; EPERM without the capability.
 pub fn huge_memory_file(len: u64) -> io::Result<File> {
     // include/uapi/linux/mount.h
     const FSOPEN_CLOEXEC: libc::c_int = 1;
@@ -99,6 +105,9 @@ pub fn exists_in_root(root: &Path, path: &str) -> bool {
 }
 
 /// Fills `buffer` from the kernel's random number generator.
+///
+/// # Errors
+/// Those of getrandom(2).
 pub fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
     while !buffer.is_empty() {
         // SAFETY: pointer and length describe `buffer`.
@@ -118,6 +127,9 @@ pub fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
 
 /// Blocks these signals for the calling thread and those it starts, and returns a non-blocking
 /// descriptor to read them from.
+///
+/// # Errors
+/// Those of sigprocmask(2) and signalfd(2).
 pub fn signal_file(signals: &[libc::c_int]) -> io::Result<File> {
     // SAFETY: an all-zero sigset is a valid argument of sigemptyset, which initialises it.
     unsafe {
@@ -145,6 +157,9 @@ pub fn next_signal(file: &File) -> Option<i32> {
 
 /// A non-blocking timer that is readable at every `interval`, and when the wall clock is set or
 /// makes a jump, as after the host's sleep (timerfd_create(2), `TFD_TIMER_CANCEL_ON_SET`).
+///
+/// # Errors
+/// Those of timerfd_create(2).
 pub fn wall_clock_file(interval: Duration) -> io::Result<File> {
     let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
     // SAFETY: plain system call.
@@ -156,6 +171,9 @@ pub fn wall_clock_file(interval: Duration) -> io::Result<File> {
 
 /// Starts a [`wall_clock_file`] anew, which after a jump of the clock may have stopped, or be due at
 /// a time far away.
+///
+/// # Errors
+/// Those of timerfd_settime(2).
 pub fn set_wall_clock_file(file: &File, interval: Duration) -> io::Result<()> {
     // SAFETY: plain system calls; the structures live on this stack, and all-zero ones are valid.
     unsafe {
@@ -170,6 +188,9 @@ pub fn set_wall_clock_file(file: &File, interval: Duration) -> io::Result<()> {
 }
 
 /// Keeps a descriptor from programs that are started.
+///
+/// # Errors
+/// Those of fcntl(2).
 pub fn close_on_exec(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) })?;
@@ -177,6 +198,9 @@ pub fn close_on_exec(fd: &impl AsRawFd) -> io::Result<()> {
 }
 
 /// Makes reads and writes on a descriptor return instead of waiting.
+///
+/// # Errors
+/// Those of fcntl(2).
 pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: plain system calls on an open descriptor.
     unsafe {
@@ -214,6 +238,9 @@ impl<'a> Interest<'a> {
 
 /// Waits until one of the descriptors is ready or the time is over (`None`: no limit). Says which
 /// are ready.
+///
+/// # Errors
+/// Those of poll(2), but for EINTR.
 pub fn poll<const N: usize>(
     interests: [Interest<'_>; N],
     limit: Option<Duration>,

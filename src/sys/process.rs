@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 use super::{check, owned};
 
 /// A descriptor that becomes readable when the process ends.
+///
+/// # Errors
+/// Those of pidfd_open(2).
 pub fn process_file(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: plain system call.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
@@ -71,6 +74,9 @@ pub fn kill_process(process: &impl AsRawFd) {
 
 /// Makes the orphans of this process's children its own children, so that [`reap`] sees them:
 /// virtiofsd forks.
+///
+/// # Errors
+/// Those of prctl(2).
 pub fn adopt_orphans() -> io::Result<()> {
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) })?;
@@ -115,6 +121,9 @@ pub fn raise_open_file_limit() {
 ///
 /// `work` must not panic and must not take a lock that another thread may hold: threads are not
 /// copied.
+///
+/// # Errors
+/// Those of fork(2).
 pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::Result<u32> {
     let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| *fd as libc::c_uint).collect();
     keep.sort_unstable();
@@ -155,6 +164,9 @@ pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::R
 pub const MAX_CPUS: u16 = libc::CPU_SETSIZE as u16;
 
 /// The online CPUs that the calling thread may run on (sched_getaffinity(2)).
+///
+/// # Errors
+/// Those of sched_getaffinity(2).
 pub fn cpu_affinity() -> io::Result<BTreeSet<u16>> {
     // SAFETY: an all-zero cpu_set_t is valid and of the size given; the numbers looked up are below
     // CPU_SETSIZE.
@@ -167,6 +179,9 @@ pub fn cpu_affinity() -> io::Result<BTreeSet<u16>> {
 
 /// Limits the calling thread, and what it starts, to these CPUs below [`MAX_CPUS`]
 /// (sched_setaffinity(2)). The kernel may take fewer: see [`cpu_affinity`].
+///
+/// # Errors
+/// Those of sched_setaffinity(2).
 pub fn set_cpu_affinity(cpus: &BTreeSet<u16>) -> io::Result<()> {
     // SAFETY: an all-zero cpu_set_t is valid and of the size given; libc's CPU_SET checks the
     // number's bounds.

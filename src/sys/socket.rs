@@ -13,6 +13,9 @@ use std::ptr;
 use super::{check, fill_random, owned, set_nonblocking};
 
 /// Limits who may connect to a socket that is about to be bound to a path: its file gets this mode.
+///
+/// # Errors
+/// Those of fchmod(2).
 pub fn set_socket_mode(socket: &impl AsRawFd, mode: libc::mode_t) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::fchmod(socket.as_raw_fd(), mode) })?;
@@ -20,6 +23,9 @@ pub fn set_socket_mode(socket: &impl AsRawFd, mode: libc::mode_t) -> io::Result<
 }
 
 /// An unbound Unix stream socket.
+///
+/// # Errors
+/// Those of socket(2).
 pub fn unix_stream_socket() -> io::Result<OwnedFd> {
     // SAFETY: plain system call.
     Ok(owned(check(unsafe {
@@ -42,6 +48,9 @@ fn unix_address(path: &[u8]) -> io::Result<(libc::sockaddr_un, libc::socklen_t)>
 }
 
 /// Binds a Unix socket to a path of at most 107 bytes and listens.
+///
+/// # Errors
+/// Those of bind(2) and listen(2).
 pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int) -> io::Result<()> {
     let (address, len) = unix_address(path)?;
     // SAFETY: pointer and length describe `address`.
@@ -51,6 +60,9 @@ pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int)
 
 /// Listens on a socket that is bound, or listens already. Clients of a Unix socket see this process as
 /// their peer (`SO_PEERCRED`).
+///
+/// # Errors
+/// Those of listen(2).
 pub fn listen(socket: &impl AsRawFd, backlog: libc::c_int) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
@@ -60,6 +72,9 @@ pub fn listen(socket: &impl AsRawFd, backlog: libc::c_int) -> io::Result<()> {
 /// A non-blocking TCP socket that listens on this address. One of IPv6 takes no clients of IPv4, for
 /// whom there is another. The port may have connections of an earlier listener that linger
 /// (`SO_REUSEADDR`), but no second listener.
+///
+/// # Errors
+/// Those of socket(2), setsockopt(2), bind(2) and listen(2).
 pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpListener> {
     let listener = TcpListener::from(inet_socket(libc::SOCK_STREAM, address)?);
     set_option(&listener, libc::SOL_SOCKET, libc::SO_REUSEADDR, &ON)?;
@@ -76,11 +91,17 @@ pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpLi
 
 /// A non-blocking TCP socket that is being connected, or is. Its first readiness to write, or its
 /// first error, says how that went.
+///
+/// # Errors
+/// Those of socket(2) and connect(2), but for EINPROGRESS.
 pub fn connect_tcp(destination: SocketAddr) -> io::Result<TcpStream> {
     connect(libc::SOCK_STREAM, destination).map(TcpStream::from)
 }
 
 /// A non-blocking UDP socket, connected.
+///
+/// # Errors
+/// Those of socket(2) and connect(2).
 pub fn connect_udp(destination: SocketAddr) -> io::Result<UdpSocket> {
     connect(libc::SOCK_DGRAM, destination).map(UdpSocket::from)
 }
@@ -137,6 +158,9 @@ fn raw_address(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t)
 
 /// Whether closing a TCP socket resets its connection, and drops what is still to be sent, rather
 /// than ending it in order (socket(7), `SO_LINGER` of zero).
+///
+/// # Errors
+/// Those of setsockopt(2).
 pub fn set_reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
     let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
     set_option(stream, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
@@ -147,6 +171,9 @@ const ON: libc::c_int = 1;
 
 /// Has a TCP socket ask a silent peer whether it is there (`SO_KEEPALIVE`, tcp(7)): after `idle_s`
 /// seconds, every `interval_s`, and give the connection up after `probes` without an answer.
+///
+/// # Errors
+/// Those of setsockopt(2).
 pub fn set_keepalive(
     socket: &impl AsRawFd,
     idle_s: libc::c_int,
@@ -183,6 +210,9 @@ pub fn interface_index(name: &str) -> Option<u32> {
 /// A listening Unix socket with one connection waiting in its queue, and that connection. Nobody else can
 /// connect to it, neither before nor after. There is no file: the name is an abstract one, and lives as
 /// long as the socket (unix(7)).
+///
+/// # Errors
+/// Those of socket(2), bind(2), listen(2) and connect(2).
 pub fn connected_listener() -> io::Result<(OwnedFd, UnixStream)> {
     let mut tries = 0;
     loop {
@@ -227,6 +257,9 @@ const CONNECT_TRIES: usize = 16;
 
 /// A non-blocking connection to the Unix stream socket at a path of at most 107 bytes. A listener
 /// with a full backlog is an error (`WouldBlock`), not a wait.
+///
+/// # Errors
+/// Those of socket(2) and connect(2); EAGAIN when the queue of clients is full.
 pub fn connect_unix(path: &[u8]) -> io::Result<UnixStream> {
     let (address, len) = unix_address(path)?;
     let socket = unix_stream_socket()?;
@@ -252,6 +285,9 @@ pub fn is_unix_stream(fd: RawFd) -> bool {
 }
 
 /// A duplicate of a Unix stream socket that this process was started with, closed on exec.
+///
+/// # Errors
+/// The descriptor is not open.
 pub fn inherited_stream(fd: RawFd) -> io::Result<UnixStream> {
     if !is_unix_stream(fd) {
         return Err(io::ErrorKind::InvalidInput.into());

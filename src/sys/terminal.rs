@@ -14,6 +14,9 @@ pub struct TerminalMode(libc::termios);
 
 impl TerminalMode {
     /// The settings that a terminal has.
+    ///
+    /// # Errors
+    /// Those of tcgetattr(3); ENOTTY for what is no terminal.
     pub fn of(terminal: &impl AsRawFd) -> io::Result<Self> {
         let mut mode = MaybeUninit::uninit();
         // SAFETY: tcgetattr fills the structure when it succeeds, and only then is it looked at.
@@ -31,6 +34,9 @@ impl TerminalMode {
     }
 
     /// Gives a terminal these settings.
+    ///
+    /// # Errors
+    /// Those of tcsetattr(3).
     pub fn apply(&self, terminal: &impl AsRawFd) -> io::Result<()> {
         // SAFETY: tcsetattr reads a termios, which the pointer is to.
         check(unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &self.0) })?;
@@ -48,6 +54,9 @@ pub fn terminal_size(terminal: &impl AsRawFd) -> Option<(u16, u16)> {
 }
 
 /// Both ends of a new pseudo-terminal: the keyboard and screen, and what programs use.
+///
+/// # Errors
+/// Those of openpty(3).
 #[cfg(test)]
 pub fn pseudo_terminal(cols: u16, rows: u16) -> io::Result<(std::fs::File, std::fs::File)> {
     let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };

@@ -54,6 +54,9 @@ pub struct ConfigSpace {
 
 impl ConfigSpace {
     /// Changes bytes of the configuration and tells the driver (2.5, 4.2.2.1).
+    ///
+    /// # Errors
+    /// The interrupt cannot be raised.
     pub fn change(&self, offset: u32, bytes: &[u8]) -> Result<()> {
         let page = &self.page;
         page.set_bytes(u64::from(VIRTIO_MMIO_CONFIG + offset), bytes);
@@ -89,6 +92,9 @@ pub trait VirtioDevice: Send + std::fmt::Debug {
     /// The device's configuration space, as it is before the first activation.
     fn config(&self) -> &[u8];
     /// Takes over the queues.
+    ///
+    /// # Errors
+    /// The device cannot start; its driver is told to reset it.
     fn activate(&mut self, activation: Activation) -> Result<()>;
     /// Gives the queues up.
     fn reset(&mut self);

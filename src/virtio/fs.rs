@@ -40,6 +40,9 @@ impl std::fmt::Debug for Connection {
 
 impl Fs {
     /// Negotiates with the back-end: waits until it is up.
+    ///
+    /// # Errors
+    /// The back-end does not answer, or lacks something.
     pub fn connect(tag: &str, connection: UnixStream, ram: &GuestRam) -> Result<Self> {
         let mut frontend = Frontend::from_stream(connection, QUEUE_SIZES.len() as u64);
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();

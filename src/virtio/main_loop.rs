@@ -49,14 +49,26 @@ pub trait MainLoopDevice: Debug {
     /// What the driver finds.
     fn properties(&self) -> Properties;
     /// Starts watching what the device has on the host.
+    ///
+    /// # Errors
+    /// The host refuses to watch it: the box does not start.
     fn register(&mut self, _watcher: &mut Watcher<'_, '_>) -> Result<()> {
         Ok(())
     }
     /// Takes the queues over.
+    ///
+    /// # Errors
+    /// The device cannot start: the box ends.
     fn activate(&mut self, activation: Activation, watcher: &mut Watcher<'_, '_>) -> Result<()>;
     /// Gives the queues back, if it has any.
+    ///
+    /// # Errors
+    /// The queues cannot be unwatched: the box ends.
     fn reset(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()>;
     /// Handles an event of what was watched as `source`.
+    ///
+    /// # Errors
+    /// What the host refuses; for vsock, also that its driver broke it.
     fn handle(
         &mut self,
         source: u32,
@@ -68,6 +80,9 @@ pub trait MainLoopDevice: Debug {
         None
     }
     /// Ends a round of events: does what is due by `now`.
+    ///
+    /// # Errors
+    /// As for [`handle`](Self::handle).
     fn end_round(&mut self, _now: Instant, _watcher: &mut Watcher<'_, '_>) -> Result<()> {
         Ok(())
     }

@@ -78,6 +78,9 @@ impl State {
 impl MmioDevice {
     /// Puts a device behind the `index`-th register page and connects its interrupt and
     /// notifications to the VM.
+    ///
+    /// # Errors
+    /// The host has no descriptor, or KVM refuses one.
     pub fn attach(
         device: Box<dyn VirtioDevice>,
         index: usize,

@@ -25,6 +25,9 @@ pub struct ServedQueue {
 
 impl ServedQueue {
     /// Takes a queue into service.
+    ///
+    /// # Errors
+    /// The host has no descriptor for it.
     pub fn new(ready: ReadyQueue, features: u64, interrupt: &EventFd) -> Result<Self> {
         let mut queue = ready.queue;
         queue.set_event_idx(features & F_EVENT_IDX != 0);
@@ -33,6 +36,9 @@ impl ServedQueue {
     }
 
     /// Takes all queues of a device into service, of which there are `N`.
+    ///
+    /// # Errors
+    /// There are not `N`, or the host has no descriptor.
     pub fn take_over<const N: usize>(
         queues: Vec<ReadyQueue>,
         features: u64,
@@ -85,11 +91,17 @@ impl ServedQueue {
     }
 
     /// Returns a chain to the driver with `len` bytes written into it.
+    ///
+    /// # Errors
+    /// The used ring is not in RAM.
     pub fn push(&mut self, ram: &GuestRam, head: u16, len: u32) -> Result<()> {
         self.queue.add_used(ram, head, len).map_err(|e| anyhow!("return a buffer: {e}"))
     }
 
     /// Interrupts the driver if it wants to know of what was returned.
+    ///
+    /// # Errors
+    /// The rings are not in RAM, or the interrupt cannot be raised.
     pub fn notify(&mut self, ram: &GuestRam) -> Result<()> {
         let wanted = self.queue.needs_notification(ram).map_err(|e| anyhow!("notify: {e}"))?;
         if wanted {
@@ -101,6 +113,9 @@ impl ServedQueue {
     /// Pops and returns every available chain, `handle` saying how many bytes it wrote. Stops after
     /// `limit` chains, so that a driver that never stops feeding cannot keep the caller from its
     /// other work; the rest waits for the next kick, which this gives itself.
+    ///
+    /// # Errors
+    /// The ring contradicts itself, or the interrupt cannot be raised.
     pub fn serve(
         &mut self,
         ram: &GuestRam,

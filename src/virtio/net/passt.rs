@@ -36,6 +36,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const CONNECT_STEP: Duration = Duration::from_millis(10);
 
 /// Connects to passt's socket, which may yet have to appear. Waits no longer once `stop` is readable.
+///
+/// # Errors
+/// Nobody listens in time, or mote was told to stop.
 pub fn connect(path: &Path, stop: &File) -> Result<UnixStream> {
     let deadline = Instant::now() + CONNECT_LIMIT;
     loop {
@@ -59,6 +62,9 @@ pub fn connect(path: &Path, stop: &File) -> Result<UnixStream> {
 }
 
 /// Connects to passt's socket if somebody listens on it at this moment.
+///
+/// # Errors
+/// Nobody listens.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     sys::socket::connect_unix(path.as_os_str().as_bytes())
 }
@@ -103,6 +109,9 @@ pub struct Connection {
 
 impl Connection {
     /// Takes a connected socket. Nothing is read or written before epoll has spoken of it.
+    ///
+    /// # Errors
+    /// The host refuses to adjust the socket.
     pub fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Connection {
@@ -130,6 +139,9 @@ impl Connection {
     }
 
     /// The frame that came first and was not taken; `None` when none is here as a whole.
+    ///
+    /// # Errors
+    /// passt has ended, or what it sent is no frame.
     pub fn frame(&mut self) -> Result<Option<&[u8]>, Lost> {
         while self.readable && first_frame(self.incoming.filled())?.is_none() {
             self.read()?;
@@ -169,6 +181,9 @@ impl Connection {
 
     /// Adds a frame of a length in [`FRAME_LEN`], which `fill` writes; a failure of `fill` takes it
     /// back. To be called while there is [room](Self::has_room).
+    ///
+    /// # Errors
+    /// `fill` fails; nothing is added then.
     pub fn put_frame<E>(
         &mut self,
         len: usize,
@@ -183,6 +198,9 @@ impl Connection {
     }
 
     /// Writes what was put. `false` when the socket is full: epoll will speak of it.
+    ///
+    /// # Errors
+    /// passt has ended.
     pub fn flush(&mut self) -> Result<bool, Lost> {
         while !self.outgoing.filled().is_empty() {
             if !self.writable {

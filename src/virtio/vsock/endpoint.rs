@@ -133,12 +133,18 @@ impl Endpoint {
     }
 
     /// A Unix socket, whose bytes and ends are passed on as they are.
+    ///
+    /// # Errors
+    /// The host refuses to adjust the socket.
     pub fn unix(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Endpoint::new(Socket::Unix(socket), Rest::default()))
     }
 
     /// A client of a published port.
+    ///
+    /// # Errors
+    /// The host refuses to adjust the socket, for instance because the client has gone.
     pub fn published(socket: TcpStream, header: Published) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         prepare_tcp(&socket)?;
@@ -182,6 +188,9 @@ impl Endpoint {
     }
 
     /// Starts connecting to where the guest wants to go.
+    ///
+    /// # Errors
+    /// The host refuses at once; what it refuses later is found by [`Endpoint::check_connecting`].
     pub fn connect(&mut self, protocol: Protocol, destination: SocketAddr) -> io::Result<()> {
         match protocol {
             Protocol::Tcp => {

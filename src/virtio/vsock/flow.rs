@@ -84,6 +84,9 @@ pub fn status(errno: i32) -> [u8; STATUS_LEN] {
 pub struct TooLong;
 
 /// The first datagram in what the guest has sent, once it is complete.
+///
+/// # Errors
+/// Its length is none that a datagram can have.
 pub fn first_datagram(bytes: &[u8]) -> Result<Option<&[u8]>, TooLong> {
     let Some((header, rest)) = bytes.split_first_chunk::<DATAGRAM_HEADER_LEN>() else {
         return Ok(None);

@@ -107,6 +107,9 @@ impl Mux {
     }
 
     /// The guest's servers listen: asks for the connections of all clients that wait.
+    ///
+    /// # Errors
+    /// The queues are broken, or the host has no room to watch a listener.
     pub fn guest_is_ready(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         if std::mem::replace(&mut self.guest_ready, true) {
             return Ok(());
@@ -165,6 +168,9 @@ impl Mux {
     /// Gives up on reserved ports that the guest has not taken, and on everything else: each host socket is
     /// closed once it has been given all the guest had sent; TCP connections that the guest has not
     /// ended are reset. Later clients find nobody.
+    ///
+    /// # Errors
+    /// A connection cannot be unwatched.
     pub fn close(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         // What is left in a ring that is broken stays there.
         let _ = self.transmit(watcher);

@@ -89,6 +89,9 @@ pub enum Foreign {
 
 impl Header {
     /// Reads a header sent by the guest.
+    ///
+    /// # Errors
+    /// It is none that this device serves; says what becomes of it.
     pub fn from_guest(bytes: &[u8; HEADER_LEN]) -> Result<Header, Foreign> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
