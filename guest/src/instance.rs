@@ -39,11 +39,8 @@ pub struct Instance {
     pub exec_env: Vec<(String, String)>,
     /// Directory that exec'd commands start in unless their requests name one.
     pub exec_workdir: String,
-    /// Whether sockets of the box reach the outside through the host's (TSI, contract §8).
-    pub outgoing: bool,
-    /// Whether the host has an IPv6 address that the outside may know: programs then look IPv6
-    /// addresses up.
-    pub outgoing_ip6: bool,
+    /// How the box is on the network.
+    pub networking: Networking,
     /// How often the host repeats a SYN, where that is not Linux's default: connect(2) times out in
     /// the guest when it does on the host (tcp(7), `tcp_syn_retries`).
     pub syn_retries: Option<u8>,
@@ -51,10 +48,21 @@ pub struct Instance {
     pub published: bool,
     /// What every program of the box gives up.
     pub security: Security,
-    /// The box's own network; `None` is the host's, by way of sockets.
-    pub interface: Option<Interface>,
     /// Name servers.
     pub resolv_conf: ResolvConf,
+}
+
+/// How a box is on the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Networking {
+    /// By an interface of its own.
+    Own(Interface),
+    /// Its sockets reach the outside through the host's (TSI, contract §8).
+    Hosts {
+        /// Whether the host has an IPv6 address that the outside may know: programs then look IPv6
+        /// addresses up.
+        ip6: bool,
+    },
 }
 
 /// The network interface `eth0`. Its MTU is the device's.

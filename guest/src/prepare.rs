@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 
-use mote_agent::instance::{self, Instance};
+use mote_agent::instance::{self, Instance, Networking};
 
 use crate::cgroup::BoxCgroup;
 use crate::resolv::NameServers;
@@ -51,14 +51,14 @@ pub fn prepare() -> Result<Prepared, String> {
     // The routes of what starts next go through it.
     net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.
-    let Instance { outgoing, outgoing_ip6, syn_retries, published, .. } = instance;
-    let needs = Needs { outgoing, outgoing_ip6, syn_retries, published };
+    let Instance { networking, syn_retries, published, .. } = instance;
+    let needs = Needs { networking, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
-    if let Some(interface) = &instance.interface {
+    if let Networking::Own(interface) = &networking {
         network::set_up(interface)?;
     }
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;

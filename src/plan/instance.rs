@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use mote_agent::instance::{Entrypoint, Instance, Security};
+use mote_agent::instance::{self, Entrypoint, Instance, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
 use super::limits;
@@ -87,12 +87,13 @@ pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) ->
         user: user.filter(|_| !image_init),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
-        outgoing: networking.own().is_none(),
-        outgoing_ip6: host_has_global_ip6(),
+        networking: match networking {
+            Networking::Own(network) => instance::Networking::Own(network.interface),
+            Networking::Hosts(_) => instance::Networking::Hosts { ip6: host_has_global_ip6() },
+        },
         syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
-        interface: networking.own().map(|network| network.interface),
         resolv_conf: name_servers::plan(spec),
     }
 }

@@ -28,6 +28,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use mote_agent::flow::PUBLISH_PORT;
+use mote_agent::instance::Networking;
 
 use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
@@ -36,14 +37,19 @@ use crate::sys::{self, ExitStatus, Reaped, net};
 /// What the box needs of TSI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Needs {
-    /// Its sockets reach the outside.
-    pub outgoing: bool,
-    /// Its programs look IPv6 addresses up: the host has one that the outside may know.
-    pub outgoing_ip6: bool,
+    /// How it is on the network.
+    pub networking: Networking,
     /// How often the host repeats a SYN, if not as often as usual.
     pub syn_retries: Option<u8>,
     /// It has published ports.
     pub published: bool,
+}
+
+impl Needs {
+    /// Whether its sockets reach the outside.
+    fn is_outgoing(&self) -> bool {
+        matches!(self.networking, Networking::Hosts { .. })
+    }
 }
 
 /// The guest's own address beside loopback's: one that is nobody's elsewhere (RFC 7600).
@@ -83,7 +89,7 @@ impl Tsi {
         cgroup: BorrowedFd<'_>,
         resolv_conf: &str,
     ) -> io::Result<Option<Self>> {
-        if !needs.outgoing && !needs.published {
+        if !needs.is_outgoing() && !needs.published {
             return Ok(None);
         }
         let cgroup = cgroup.try_clone_to_owned()?;
@@ -184,24 +190,24 @@ struct SetUp {
 fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<SetUp, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     net::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
-    if needs.outgoing {
+    if let Networking::Hosts { ip6 } = needs.networking {
         // getaddrinfo() finds addresses only of families of which the guest has one itself, other than
         // loopback's (`AI_ADDRCONFIG`).
         net::add_address(OWN_IP4.into(), "lo").map_err(failed("add an IPv4 address"))?;
-        if needs.outgoing_ip6 {
+        if ip6 {
             net::add_address(OWN_IP6.into(), "lo").map_err(failed("add an IPv6 address"))?;
         }
     }
     if let Some(retries) = needs.syn_retries {
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
-    let sockets = needs.outgoing.then(Sockets::open).transpose().map_err(failed("listen"))?;
+    let sockets = needs.is_outgoing().then(Sockets::open).transpose().map_err(failed("listen"))?;
     let published = needs
         .published
         .then(|| net::vsock_listen(PUBLISH_PORT))
         .transpose()
         .map_err(failed("listen for clients of published ports"))?;
-    let extent = if needs.outgoing { Extent::Everything } else { Extent::Clients };
+    let extent = if needs.is_outgoing() { Extent::Everything } else { Extent::Clients };
     // Last, so that whatever is redirected finds its listener.
     let programs = Programs::attach(cgroup, extent, resolvers)?;
     Ok(SetUp { programs, sockets, published })
