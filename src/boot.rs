@@ -158,8 +158,8 @@ fn write_boot_params(plan: &Plan, ram: &GuestRam, initramfs: Initramfs) -> Resul
     params.hdr.ramdisk_image = u32::try_from(initramfs.start).context("place the initramfs")?;
     params.hdr.ramdisk_size = u32::try_from(initramfs.len).context("place the initramfs")?;
     params.hdr.setup_data = write_rng_seed(ram).context("write the random seed")?;
-    for (entry, (addr, size)) in params.e820_table.iter_mut().zip(e820(plan.memory_bytes)) {
-        *entry = boot_e820_entry { addr, size, r#type: E820_RAM };
+    for (to, entry) in params.e820_table.iter_mut().zip(e820(plan.memory_bytes)) {
+        *to = entry;
         params.e820_entries += 1;
     }
     LinuxBootConfigurator::write_bootparams(
@@ -170,11 +170,12 @@ fn write_boot_params(plan: &Plan, ram: &GuestRam, initramfs: Initramfs) -> Resul
 }
 
 /// RAM as the kernel shall use it: without the MP table's page and the legacy hole.
-fn e820(memory_bytes: u64) -> Vec<(u64, u64)> {
-    let mut map = vec![(0, layout::MP_TABLE)];
+fn e820(memory_bytes: u64) -> Vec<boot_e820_entry> {
+    let ram = |addr, size| boot_e820_entry { addr, size, r#type: E820_RAM };
+    let mut map = vec![ram(0, layout::MP_TABLE)];
     for RamRange { start, len, .. } in layout::ram_ranges(memory_bytes) {
         let usable = start.max(layout::HIGH_MEMORY);
-        map.push((usable, start + len - usable));
+        map.push(ram(usable, start + len - usable));
     }
     map
 }
@@ -290,8 +291,9 @@ mod tests {
 
     #[test]
     fn e820_leaves_out_table_and_holes() {
+        let map = e820(6 << 30);
         assert_eq!(
-            e820(6 << 30),
+            map.iter().map(|entry| (entry.addr, entry.size)).collect::<Vec<_>>(),
             [
                 (0, layout::MP_TABLE),
                 (layout::HIGH_MEMORY, layout::MMIO - layout::HIGH_MEMORY),

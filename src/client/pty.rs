@@ -16,10 +16,10 @@ use super::relay::{Output, Session, Stdio, relay};
 use super::stop::Stop;
 use super::target::Target;
 use crate::sys;
-use crate::sys::terminal::TerminalMode;
+use crate::sys::terminal::{TerminalMode, TerminalSize};
 
 /// The size of a terminal that nobody looks at.
-const DEFAULT_SIZE: (u16, u16) = (80, 24);
+const DEFAULT_SIZE: TerminalSize = TerminalSize { cols: 80, rows: 24 };
 
 /// The character that ends a terminal's input at the start of a line (Ctrl-D).
 const END_OF_INPUT: u8 = 0x04;
@@ -74,7 +74,7 @@ impl Pty {
         Err(Stop::Failed(anyhow!("{path} wants no terminal: it is not a box's pty socket")))
     }
 
-    fn request(&self, (cols, rows): (u16, u16), term: Option<&str>) -> PtyRequest {
+    fn request(&self, TerminalSize { cols, rows }: TerminalSize, term: Option<&str>) -> PtyRequest {
         let program = self.program.clone();
         let mut env = program.env;
         if let Some(term) = term
@@ -93,12 +93,12 @@ impl Pty {
     }
 }
 
-fn terminal_size(stdio: &Stdio) -> Option<(u16, u16)> {
+fn terminal_size(stdio: &Stdio) -> Option<TerminalSize> {
     sys::terminal::terminal_size(&stdio.input)
         .or_else(|| sys::terminal::terminal_size(stdio.output.file()))
 }
 
-fn resize((cols, rows): (u16, u16)) -> Vec<u8> {
+fn resize(TerminalSize { cols, rows }: TerminalSize) -> Vec<u8> {
     serde_json::to_vec(&PtyResize { cols, rows }).unwrap_or_default()
 }
 
@@ -244,7 +244,7 @@ mod tests {
         for (input, expected) in [("", "\x04"), ("ls\n", "ls\n\x04"), ("ls", "ls\x04\x04")] {
             let agent = Agent::answering("piped", kind::ERROR, move |mut client| {
                 let request = request(&mut client);
-                assert_eq!((request.cols, request.rows), DEFAULT_SIZE);
+                assert_eq!((request.cols, request.rows), (80, 24));
                 assert!(request.env.is_empty());
                 let mut keys = Vec::new();
                 while keys.len() < expected.len() {
@@ -266,7 +266,7 @@ mod tests {
         let target = Target { socket: "s".into(), wait: crate::client::DEFAULT_WAIT };
         let mut pty = pty(&target);
         pty.program.env = vec!["TERM=dumb".into()];
-        assert_eq!(pty.request((1, 1), Some("vt100")).env, ["TERM=dumb"]);
+        assert_eq!(pty.request(DEFAULT_SIZE, Some("vt100")).env, ["TERM=dumb"]);
     }
 
     #[test]

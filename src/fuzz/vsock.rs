@@ -64,7 +64,7 @@ pub fn run(data: &[u8]) {
     let clients = (0..early).map(|number| bench.connect(number % 2)).collect();
     bench.activate();
     let known = vec![
-        Ports { host: OFFER, guest: 2000 },
+        Ports { host: RESERVED, guest: 2000 },
         Ports { host: 9, guest: 8 },
         Ports { host: 1024, guest: SERVER },
         Ports { host: 1024, guest: LONE_SERVER },
@@ -127,8 +127,8 @@ impl Fuzz {
     }
 
     fn open_link(&mut self, input: &mut Input<'_>) {
-        let host = if input.flag() { OFFER } else { OTHER_OFFER };
-        let Some(far) = self.bench.offers.remove(&host) else { return };
+        let host = if input.flag() { RESERVED } else { OTHER_RESERVED };
+        let Some(far) = self.bench.reserved.remove(&host) else { return };
         self.next_guest_port += 1;
         let ports = Ports { host, guest: self.next_guest_port };
         let buf_alloc = input.edge();
@@ -346,14 +346,14 @@ impl Fuzz {
 
     fn taint_all(&mut self) {
         self.links.iter_mut().for_each(|link| link.tainted = true);
-        for host in [OFFER, OTHER_OFFER] {
+        for host in [RESERVED, OTHER_RESERVED] {
             self.give_up_offer(host);
         }
     }
 
     /// The device may or may not have it any more.
     fn give_up_offer(&mut self, host: u32) {
-        self.clients.extend(self.bench.offers.remove(&host));
+        self.clients.extend(self.bench.reserved.remove(&host));
     }
 
     fn note(&mut self, ports: Ports) {

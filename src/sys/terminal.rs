@@ -44,13 +44,23 @@ impl TerminalMode {
     }
 }
 
-/// A terminal's columns and rows; `None` for anything else, and for a terminal that does not know.
-pub fn terminal_size(terminal: &impl AsRawFd) -> Option<(u16, u16)> {
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TerminalSize {
+    /// Columns.
+    pub cols: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+/// A terminal's size; `None` for anything else, and for a terminal that does not know.
+pub fn terminal_size(terminal: &impl AsRawFd) -> Option<TerminalSize> {
     // SAFETY: an all-zero winsize is valid.
     let mut size: libc::winsize = unsafe { zeroed() };
     // SAFETY: TIOCGWINSZ writes a winsize, which the pointer is to.
     check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) }).ok()?;
-    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+    (size.ws_col > 0 && size.ws_row > 0)
+        .then_some(TerminalSize { cols: size.ws_col, rows: size.ws_row })
 }
 
 /// Both ends of a new pseudo-terminal: the keyboard and screen, and what programs use.

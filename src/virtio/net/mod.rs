@@ -89,6 +89,15 @@ struct Queues {
     header_flags: u8,
 }
 
+/// A receive buffer that a frame has filled.
+#[derive(Debug, Clone, Copy)]
+struct Filled {
+    /// Its descriptor chain.
+    head: u16,
+    /// How many bytes were written into it.
+    len: u32,
+}
+
 /// Who is at fault when something cannot go on.
 #[derive(Debug)]
 enum Fault {
@@ -139,8 +148,8 @@ pub struct Net {
     pause: Duration,
     /// What the driver's configuration space says.
     shown_up: bool,
-    /// Receive buffers that the frame at hand has filled, and how far.
-    filled: Vec<(u16, u32)>,
+    /// Receive buffers that the frame at hand has filled.
+    filled: Vec<Filled>,
     /// Of the driver's faults.
     complaint: LogOnce,
 }
@@ -358,7 +367,7 @@ impl Queues {
     fn receive_from(
         &mut self,
         passt: &mut Connection,
-        filled: &mut Vec<(u16, u32)>,
+        filled: &mut Vec<Filled>,
     ) -> Result<(), Fault> {
         for _ in 0..RECEIVE_BATCH {
             let Some(frame) = passt.frame()? else { return Ok(()) };
@@ -400,7 +409,7 @@ impl Queues {
 
     /// Copies a frame into receive buffers. `false` when there are not enough of them yet. One that
     /// is too long for the single buffer it may have is dropped.
-    fn deliver(&mut self, frame: &[u8], filled: &mut Vec<(u16, u32)>) -> Result<bool> {
+    fn deliver(&mut self, frame: &[u8], filled: &mut Vec<Filled>) -> Result<bool> {
         let Queues { ram, receive, .. } = self;
         filled.clear();
         let mut rest = frame;
@@ -431,7 +440,7 @@ impl Queues {
             }
             let written = writer.write(rest)?;
             rest = &rest[written..];
-            filled.push((head, (len + written) as u32));
+            filled.push(Filled { head, len: (len + written) as u32 });
         }
         let mut bytes = [0; HEADER_LEN];
         bytes[0] = self.header_flags;
@@ -439,7 +448,7 @@ impl Queues {
         if let Some(mut header) = header {
             header.write_all(&bytes)?;
         }
-        for (head, len) in filled.drain(..) {
+        for Filled { head, len } in filled.drain(..) {
             receive.push(ram, head, len)?;
         }
         Ok(true)

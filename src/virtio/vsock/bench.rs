@@ -32,8 +32,8 @@ use crate::virtio::device::{ConfigSpace, ReadyQueue};
 /// The device's number.
 const DEVICE: u8 = 0;
 /// A host port that takes one connection, and another.
-pub const OFFER: u32 = 7000;
-pub const OTHER_OFFER: u32 = 7001;
+pub const RESERVED: u32 = 7000;
+pub const OTHER_RESERVED: u32 = 7001;
 /// The guest port of the first listener; what it falls back to; and that of the second listener,
 /// which falls back to nothing.
 pub const SERVER: u32 = 4089;
@@ -337,14 +337,14 @@ pub struct Bench {
     ram: GuestRam,
     pub tx: Ring,
     pub rx: Ring,
-    /// The other ends of the offers.
-    pub offers: HashMap<u32, UnixStream>,
+    /// The other ends of the reserved.
+    pub reserved: HashMap<u32, UnixStream>,
     addresses: Vec<SocketAddr>,
     next_guest_port: u32,
 }
 
 impl Bench {
-    /// A device with both offers and both listeners, not activated.
+    /// A device with both reserved and both listeners, not activated.
     pub fn new() -> Self {
         Bench::new_with(Some(Policy::with_loopback()))
     }
@@ -352,7 +352,7 @@ impl Bench {
     /// The same, with flows to where `policy` says, if there are any.
     pub fn new_with(policy: Option<Policy>) -> Self {
         let (mut ours, mut theirs) = (HashMap::new(), HashMap::new());
-        for port in [OFFER, OTHER_OFFER] {
+        for port in [RESERVED, OTHER_RESERVED] {
             let (near, far) = UnixStream::pair().expect("a pair");
             near.set_nonblocking(true).expect("non-blocking");
             ours.insert(port, near);
@@ -371,30 +371,30 @@ impl Bench {
 
     /// A device with these sockets only.
     pub fn with(
-        offers: HashMap<u32, UnixStream>,
+        reserved: HashMap<u32, UnixStream>,
         listeners: Vec<Listener>,
         ours: HashMap<u32, UnixStream>,
         addresses: Vec<SocketAddr>,
     ) -> Self {
-        Bench::with_policy(Some(Policy::with_loopback()), offers, listeners, ours, addresses)
+        Bench::with_policy(Some(Policy::with_loopback()), reserved, listeners, ours, addresses)
     }
 
     /// The same, with flows to where `policy` says, if there are any.
     pub fn with_policy(
         policy: Option<Policy>,
-        offers: HashMap<u32, UnixStream>,
+        reserved: HashMap<u32, UnixStream>,
         listeners: Vec<Listener>,
         ours: HashMap<u32, UnixStream>,
         addresses: Vec<SocketAddr>,
     ) -> Self {
-        let mux = Mux::new(offers, listeners, policy);
+        let mux = Mux::new(reserved, listeners, policy);
         let device = Rc::new(RefCell::new(Device { mux, failure: None }));
         let mut events = EventManager::new().expect("an event loop");
         let id = events.add_subscriber(Rc::clone(&device));
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM)]).expect("RAM");
         let (rx, tx) = rings(&ram);
         let next_guest_port = 1024;
-        Bench { device, events, id, ram, tx, rx, offers: ours, addresses, next_guest_port }
+        Bench { device, events, id, ram, tx, rx, reserved: ours, addresses, next_guest_port }
     }
 
     /// A device in service, with a ready guest and no receive buffers.
@@ -577,7 +577,7 @@ impl Bench {
         let ports = Ports { host, guest: self.next_guest_port };
         self.tell(Packet::new(Op::Request, ports), &[]);
         assert_eq!(self.collect(), [(Op::Response as u16, ports, vec![])]);
-        (ports, self.offers.remove(&host).expect("not taken yet"))
+        (ports, self.reserved.remove(&host).expect("not taken yet"))
     }
 
     /// A connection from the guest for an outgoing flow, accepted.

@@ -84,7 +84,7 @@ fn resets_for_unknown_connections_get_silence() {
 #[test]
 fn packets_with_other_addresses_get_silence() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     for cid in [0, 1, 2, 4, u64::from(u32::MAX), 3 << 32 | 3, u64::MAX] {
         bench.tell(Packet { from: (cid, ports.guest), ..data(ports) }, b"forged");
     }
@@ -99,7 +99,7 @@ fn packets_with_other_addresses_get_silence() {
 #[test]
 fn unknown_types_and_operations_get_a_reset_and_harm_nobody() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     for kind in [0, 2, 3, u16::MAX] {
         bench.tell(Packet { kind, ..Packet::new(Op::Request, STRAY) }, &[]);
     }
@@ -113,8 +113,8 @@ fn unknown_types_and_operations_get_a_reset_and_harm_nobody() {
 #[test]
 fn requests_to_host_ports_that_take_none_are_reset() {
     let mut bench = Bench::started();
-    let (taken, mut client) = bench.open_offer(OFFER);
-    for host in [4089, 4090, 4091, 0, 1024, u32::MAX, OFFER] {
+    let (taken, mut client) = bench.open_offer(RESERVED);
+    for host in [4089, 4090, 4091, 0, 1024, u32::MAX, RESERVED] {
         let ports = Ports { host, guest: 1 };
         bench.tell(Packet::new(Op::Request, ports), &[]);
         assert_eq!(bench.collect(), [(RST, ports, vec![])], "port {host}");
@@ -127,7 +127,7 @@ fn requests_to_host_ports_that_take_none_are_reset() {
 #[test]
 fn a_guest_that_overruns_its_credit_loses_that_connection_only() {
     let mut bench = Bench::started();
-    let (greedy, mut first) = bench.open_offer(OFFER);
+    let (greedy, mut first) = bench.open_offer(RESERVED);
     let (modest, mut second) = bench.open_client();
     // Nobody reads `first`: what its socket does not hold, the device must.
     let mut refused = Vec::new();
@@ -151,7 +151,7 @@ fn a_guest_that_overruns_its_credit_loses_that_connection_only() {
 #[test]
 fn a_guest_that_keeps_to_its_credit_loses_nothing_to_a_slow_reader() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let (mut sent, mut taken, mut read) = (0usize, 0usize, 0usize);
     let pattern: Vec<u8> = (0..=250).cycle().take(1 << 20).collect();
     for _ in 0..1000 {
@@ -181,7 +181,7 @@ fn a_guest_that_keeps_to_its_credit_loses_nothing_to_a_slow_reader() {
 #[test]
 fn the_guest_gets_no_more_than_it_says_it_has_room_for() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let mut sent = 0_u32;
     for (buf_alloc, fwd_cnt) in [
         (0, 0),
@@ -242,7 +242,7 @@ fn a_guest_without_room_is_asked_for_it_once() {
 #[test]
 fn packets_may_be_split_over_descriptors_in_any_way() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let packet = [Packet { len: 5, ..data(ports) }.bytes(), b"hello".to_vec()].concat();
     for size in [1, 2, 43, 44, 45, 100] {
         let buffers: Vec<Buffer<'_>> = packet.chunks(size).map(Buffer::Full).collect();
@@ -264,7 +264,7 @@ fn packets_may_be_split_over_descriptors_in_any_way() {
 #[test]
 fn chains_without_a_whole_header_are_returned_and_forgotten() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let packet = data(ports).bytes();
     let beyond = 1 << 40;
     let cases: [&[Buffer<'_>]; 11] = [
@@ -304,8 +304,8 @@ fn chains_without_all_their_data_end_their_connection_only() {
     ];
     for (case, (len, buffers)) in cases.iter().enumerate() {
         let mut bench = Bench::started();
-        let (victim, mut client) = bench.open_offer(OFFER);
-        let (other, mut bystander) = bench.open_offer(OTHER_OFFER);
+        let (victim, mut client) = bench.open_offer(RESERVED);
+        let (other, mut bystander) = bench.open_offer(OTHER_RESERVED);
         let header = Packet { len: *len, ..data(victim) }.bytes();
         bench.tx.add(&[&[Buffer::Full(&header)], *buffers].concat());
         bench.run();
@@ -318,8 +318,8 @@ fn chains_without_all_their_data_end_their_connection_only() {
 #[test]
 fn control_packets_that_claim_data_end_their_connection_only() {
     let mut bench = Bench::started();
-    let (victim, mut client) = bench.open_offer(OFFER);
-    let (other, mut bystander) = bench.open_offer(OTHER_OFFER);
+    let (victim, mut client) = bench.open_offer(RESERVED);
+    let (other, mut bystander) = bench.open_offer(OTHER_RESERVED);
     bench.tell(Packet::new(Op::CreditUpdate, victim), b"surprise");
     assert_eq!(bench.collect(), [(RST, victim, vec![])]);
     assert_eq!(read_all(&mut client), (vec![], Tail::End));
@@ -341,7 +341,7 @@ fn indirect_chains_are_served_and_strange_ones_survived() {
     const TABLE: u64 = 1 << 20;
     const BYTES: u64 = 2 << 20;
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let packet = [Packet { len: 5, ..data(ports) }.bytes(), b"hello".to_vec()].concat();
     bench.ram().write_slice(&packet, GuestAddress(BYTES)).expect("in RAM");
     let next = VRING_DESC_F_NEXT;
@@ -377,7 +377,7 @@ fn chains_longer_than_their_queue_are_not_served() {
     const TABLE: u64 = 1 << 20;
     const BYTES: u64 = 2 << 20;
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let packet = Packet { len: 212, ..data(ports) }.bytes();
     bench.ram().write_slice(&packet, GuestAddress(BYTES)).expect("in RAM");
     // A byte each: as long as the queue, then longer, then with each descriptor leading to itself.
@@ -411,7 +411,7 @@ fn chains_longer_than_their_queue_are_not_served() {
 #[test]
 fn chains_that_loop_end() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     // A header's worth of bytes that is no header for us, over and over.
     let slot = 1 << 20;
     for (len, flags) in [(44, 0), (0, 0), (1 << 20, 0), (44, VRING_DESC_F_WRITE)] {
@@ -434,7 +434,7 @@ fn chains_that_loop_end() {
 #[test]
 fn receive_buffers_that_hold_no_packet_come_back_empty() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     bench.use_up_buffers();
     client.write_all(b"wait for me").expect("written");
     bench.run();
@@ -458,7 +458,7 @@ fn receive_buffers_that_hold_no_packet_come_back_empty() {
 #[test]
 fn a_receive_buffer_without_room_for_data_holds_nobody_up() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     bench.use_up_buffers();
     client.write_all(b"wait for me").expect("written");
     bench.post(1, 44);
@@ -470,7 +470,7 @@ fn a_receive_buffer_without_room_for_data_holds_nobody_up() {
 fn a_broken_transmit_ring_ends_the_device_after_what_was_sent() {
     for broken in 0..2 {
         let mut bench = Bench::started();
-        let (ports, mut client) = bench.open_offer(OFFER);
+        let (ports, mut client) = bench.open_offer(RESERVED);
         bench.send(data(ports), b"last words");
         match broken {
             0 => bench.tx.announce(RING),
@@ -506,7 +506,7 @@ fn a_device_that_ended_serves_its_next_driver() {
     bench.run();
     assert!(bench.failure().is_some());
     bench.activate();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     assert_serves(&mut bench, ports, &mut client);
 }
 
@@ -550,7 +550,7 @@ fn clients_beyond_the_limit_are_closed_and_the_guest_keeps_its_own() {
     assert_eq!(bench.look().connections, MAX_CLIENTS);
     // The agent's own streams must not depend on how many clients there are.
     bench.activate();
-    let (ports, mut stream) = bench.open_offer(OFFER);
+    let (ports, mut stream) = bench.open_offer(RESERVED);
     assert_serves(&mut bench, ports, &mut stream);
 
     bench.let_requests_expire();
@@ -651,7 +651,7 @@ fn a_client_that_dies_with_unread_bytes_is_announced_and_forgotten() {
 #[test]
 fn what_a_guest_sent_before_its_reset_is_delivered() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let mut sent = Vec::new();
     // More than the socket holds at once.
     while bench.look().most_bytes == 0 || sent.len() % 4 != 0 {
@@ -671,7 +671,7 @@ fn what_a_guest_sent_before_its_reset_is_delivered() {
 
 /// A connection that the guest has reset while its client has not read everything.
 fn forgotten_with_bytes_left(bench: &mut Bench) -> (Ports, UnixStream, usize) {
-    let (ports, client) = bench.open_offer(OFFER);
+    let (ports, client) = bench.open_offer(RESERVED);
     let mut sent = 0;
     while bench.look().most_bytes == 0 {
         bench.tell(data(ports), &[5; 65_536]);
@@ -708,7 +708,7 @@ fn a_client_that_dies_takes_its_forgotten_connection_along() {
 #[test]
 fn a_device_reset_ends_streams_after_what_was_sent() {
     let mut bench = Bench::started();
-    let (ports, mut client) = bench.open_offer(OFFER);
+    let (ports, mut client) = bench.open_offer(RESERVED);
     let (_, mut other) = bench.open_client();
     other.write_all(b"lost on the way").expect("written");
     bench.tell(data(ports), b"delivered ");
@@ -723,7 +723,7 @@ fn a_device_reset_ends_streams_after_what_was_sent() {
     assert_eq!(bench.ops(), [0; 0], "the new driver hears nothing of the old connections");
     let (ports, mut client) = bench.open_client();
     assert_serves(&mut bench, ports, &mut client);
-    bench.tell(data(Ports { host: OFFER, guest: 1025 }), b"from before");
+    bench.tell(data(Ports { host: RESERVED, guest: 1025 }), b"from before");
     assert_eq!(bench.ops(), [RST]);
 }
 
@@ -755,13 +755,13 @@ fn a_second_activation_without_a_reset_is_a_reset() {
 #[test]
 fn closing_the_device_closes_everything_after_what_was_sent() {
     let mut bench = Bench::started();
-    let (ports, mut stream) = bench.open_offer(OFFER);
+    let (ports, mut stream) = bench.open_offer(RESERVED);
     let mut waiting = bench.connect(0);
     bench.send(data(ports), b"the end");
     bench.call(Mux::close);
     assert_eq!(read_all(&mut stream), (b"the end".to_vec(), Tail::End));
     assert_ne!(read_all(&mut waiting).1, Tail::More, "nobody will accept it");
-    let mut offer = bench.offers.remove(&OTHER_OFFER).expect("not taken");
+    let mut offer = bench.reserved.remove(&OTHER_RESERVED).expect("not taken");
     assert_eq!(read_all(&mut offer), (vec![], Tail::End));
 }
 
@@ -930,7 +930,7 @@ fn clients_of_a_guest_that_is_not_ready_wait_and_are_then_requested_in_order() {
     }
     bench.activate();
     bench.collect();
-    let (ports, mut stream) = bench.open_offer(OFFER);
+    let (ports, mut stream) = bench.open_offer(RESERVED);
     assert_serves(&mut bench, ports, &mut stream);
     assert_eq!(bench.ops(), [0; 0], "nothing before the guest is ready");
 
@@ -1148,7 +1148,7 @@ fn exchange(seed: u64) {
     let largest = [45, 64, 1500, 4096][seed as usize % 4];
     let mut bench = Bench::started();
     let mut streams = Vec::new();
-    for host in [OFFER, OTHER_OFFER] {
+    for host in [RESERVED, OTHER_RESERVED] {
         let stream = bench.open_offer(host);
         streams.push(Stream::new(&mut dice, largest, stream));
     }
@@ -1205,7 +1205,7 @@ fn streams_arrive_exactly_however_they_are_cut() {
 fn odd_packet(dice: &mut Dice, known: &[Ports]) -> Packet {
     let any = |dice: &mut Dice, values: &[u32]| values[dice.next() as usize % values.len()];
     let ports = match dice.next() % 8 {
-        0 => Ports { host: any(dice, &[OFFER, OTHER_OFFER, 4089, 9]), guest: 1 },
+        0 => Ports { host: any(dice, &[RESERVED, OTHER_RESERVED, 4089, 9]), guest: 1 },
         _ => known.get(dice.next() as usize % known.len().max(1)).copied().unwrap_or(STRAY),
     };
     let ops = [Op::Response, Op::Response, Op::Data, Op::Data, Op::Shutdown, Op::CreditUpdate];
@@ -1284,7 +1284,7 @@ fn disturb(seed: u64) {
     bench.call(Mux::guest_is_ready);
     bench.call(Mux::reset);
     bench.let_requests_expire();
-    bench.offers.clear();
+    bench.reserved.clear();
     bench.run();
     assert_eq!(bench.look().connections, 0, "seed {seed}");
     bench.activate();
