@@ -35,6 +35,7 @@ check:
 	tests/structure.py
 	cargo fmt --all --check
 	cargo clippy --locked --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --release --workspace --no-deps --document-private-items
 
 unit:
 	cargo test --locked --release --workspace --lib --bins

@@ -337,14 +337,14 @@ pub struct Bench {
     ram: GuestRam,
     pub tx: Ring,
     pub rx: Ring,
-    /// The other ends of the reserved.
+    /// The other ends of the reserved ports.
     pub reserved: HashMap<u32, UnixStream>,
     addresses: Vec<SocketAddr>,
     next_guest_port: u32,
 }
 
 impl Bench {
-    /// A device with both reserved and both listeners, not activated.
+    /// A device with both reserved ports and both listeners, not activated.
     pub fn new() -> Self {
         Bench::new_with(Some(Policy::with_loopback()))
     }
