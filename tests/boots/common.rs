@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::network::Network;
+use crate::processes::{kill, processes_with};
 
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
@@ -398,61 +399,6 @@ pub fn eventually_nothing(of: &str, left: impl Fn() -> Vec<String>) {
         assert!(started.elapsed() < Duration::from_secs(30), "left {of}: {left:?}");
         std::thread::yield_now();
     }
-}
-
-/// Sends a signal.
-pub fn kill(pid: u32, signal: i32) {
-    let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
-    assert!(status.expect("kill runs").success());
-}
-
-/// Command lines of running processes that mention a path.
-pub fn processes_with(path: &Path) -> Vec<String> {
-    let path = path.to_str().expect("text");
-    let pids = fs::read_dir("/proc").expect("proc").flatten();
-    pids.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
-        .map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " "))
-        .filter(|line| line.contains(path))
-        .collect()
-}
-
-/// The numbers of all processes.
-fn pids() -> impl Iterator<Item = u32> {
-    let entries = fs::read_dir("/proc").expect("proc").flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
-/// The numbers of a process's children.
-pub fn children_of(pid: u32) -> Vec<u32> {
-    let line = format!("\nPPid:\t{pid}\n");
-    let status = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    pids().filter(|pid| status(pid).contains(&line)).collect()
-}
-
-/// What a process is called; nothing when it has ended.
-pub fn name_of(pid: u32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
-}
-
-/// Pids of the virtiofsd processes that serve a directory.
-pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
-    let path = path.to_str().expect("text").to_owned();
-    pids()
-        .filter(|pid: &u32| {
-            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|bytes| {
-                let line = String::from_utf8_lossy(&bytes).replace('\0', " ");
-                line.contains("virtiofsd") && line.contains(&path) && !line.contains("--config")
-            })
-        })
-        .collect()
-}
-
-/// Memory of a process's own, in KiB: a box's memory is shared and does not count. One that has ended, and
-/// has not been waited for, has none.
-pub fn own_memory_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-    let Some(line) = status.lines().find(|line| line.starts_with("RssAnon:")) else { return 0 };
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
 }
 
 /// Writes an executable file.

@@ -15,11 +15,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use crate::client::{self, HEARTBEAT};
-use crate::common::{
-    Ran, Started, TestBox, children_of, eventually, eventually_nothing, executable, kill, mote,
-    name_of, own_memory_kib, processes_with, virtiofsd_of,
-};
+use crate::common::{Ran, Started, TestBox, eventually, eventually_nothing, executable, mote};
 use crate::passt::{accept, assert_frames_pass, small_box};
+use crate::processes::{
+    children_of, has_vcpu, is_frozen, kill, name_of, own_memory_kib, processes_with, virtiofsd_of,
+};
 use crate::traced::confined_before;
 
 /// A box that runs this script, on mote's own streams.
@@ -148,12 +148,6 @@ fn started_on_back_end(test: &TestBox, script: &str) -> Started {
     let program = test.path("out/virtiofsd");
     executable(&program, script.as_bytes());
     test.start_within(&["env", &format!("MOTE_VIRTIOFSD={}", program.display())])
-}
-
-/// Whether a process is stopped.
-fn is_frozen(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"))
 }
 
 #[test]
@@ -808,14 +802,6 @@ fn others_lock(parent: &Path) -> fs::File {
 
 fn cgroup_of(test: &TestBox) -> PathBuf {
     Path::new("/sys/fs/cgroup/a3s-box").join(test.spec["box_id"].as_str().expect("text"))
-}
-
-/// Whether a process has the thread of a vCPU.
-fn has_vcpu(pid: u32) -> bool {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks
-        .filter_map(|task| fs::read_to_string(task.path().join("comm")).ok())
-        .any(|name| name.trim_end() == "vcpu0")
 }
 
 // ---- clock -------------------------------------------------------------------------------------

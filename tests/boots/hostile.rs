@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::common::{Ran, Started, TestBox, eventually, mote, own_memory_kib};
+use crate::common::{Ran, Started, TestBox, eventually, mote};
+use crate::processes::own_memory_kib;
 
 /// mote's own memory whatever its guest does, in KiB: it starts with some 3 MiB, and what a guest
 /// can make it hold without a peer outside is a few hundred bytes for each of 4,096 connections.

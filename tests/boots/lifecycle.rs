@@ -5,7 +5,8 @@ use std::os::unix::net::UnixListener;
 use serde_json::json;
 
 use crate::client;
-use crate::common::{TestBox, eventually, kill, mote, processes_with, virtiofsd_of};
+use crate::common::{TestBox, eventually, mote};
+use crate::processes::{kill, processes_with, virtiofsd_of};
 
 /// A box that says `ready` and then goes on.
 fn ready_then(script: &str) -> TestBox {

@@ -8,7 +8,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::client;
-use crate::common::{TestBox, eventually, mote, processes_with, virtiofsd_of};
+use crate::common::{TestBox, eventually, mote};
+use crate::processes::{processes_with, virtiofsd_of};
 
 /// A box with limits that says `ready` and then waits for its end.
 fn waiting(limits: Value) -> TestBox {

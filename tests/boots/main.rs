@@ -24,6 +24,7 @@ mod network;
 mod outcomes;
 mod passt;
 mod ports;
+mod processes;
 mod sandbox;
 mod shares;
 mod sockets;

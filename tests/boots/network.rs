@@ -126,7 +126,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         // `timeout` passes this on, which it cannot do with SIGKILL.
-        crate::common::kill(self.child.id(), libc::SIGTERM);
+        crate::processes::kill(self.child.id(), libc::SIGTERM);
         let _ = self.child.wait();
     }
 }

@@ -10,9 +10,8 @@ use std::process::{Child, Command, Stdio};
 use serde_json::json;
 
 use crate::client;
-use crate::common::{
-    Ran, Started, TestBox, children_of, executable, mote, name_of, processes_with, virtiofsd_of,
-};
+use crate::common::{Ran, Started, TestBox, executable, mote};
+use crate::processes::{children_of, name_of, processes_with, virtiofsd_of};
 use crate::traced;
 
 /// A box of two vCPUs that has said `ready`.

@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::client;
-use crate::common::{TestBox, own_memory_kib};
+use crate::common::TestBox;
+use crate::processes::own_memory_kib;
 
 /// Serves vsock port 4089: sends everything back in capitals, and `tail` after end of file.
 const AGENT: &str = r#"

@@ -7,8 +7,9 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::common::{TestBox, eventually, own_memory_kib};
+use crate::common::{TestBox, eventually};
 use crate::network::{Network, python, run, shell};
+use crate::processes::own_memory_kib;
 
 /// HTTP and HTTPS in both families, and the digest of what comes on port 7010.
 const WEB: &str = r#"
