@@ -1,0 +1,289 @@
+//! Back-ends that die, freeze or flood: virtiofsd and passt.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use super::{assert_not_started, box_that, finished};
+use crate::client;
+use crate::common::{Started, TestBox, eventually, eventually_nothing, executable};
+use crate::passt::{accept, assert_frames_pass, small_box};
+use crate::processes::{has_vcpu, is_frozen, own_memory_kib, processes_with, virtiofsd_of};
+
+// ---- virtiofsd ----------------------------------------------------------------------------------
+
+/// As much of a vhost-user back-end as mote's start needs (vhost-user.rst), until the message KIND
+/// arrives; then a signal of its own hits it.
+const BACK_END: &str = r#"#!/usr/bin/python3
+import os, signal, socket, struct
+conn, _ = socket.socket(fileno=3).accept()
+while True:
+    kind, _, size = struct.unpack("<III", conn.recv(12, socket.MSG_WAITALL))
+    if size:
+        conn.recv(size, socket.MSG_WAITALL)
+    if kind == KIND:
+        os.kill(os.getpid(), signal.SIGNAL)
+    answer = {1: 1 << 30 | 1 << 32, 15: 1}.get(kind)
+    if answer is not None:
+        conn.sendall(struct.pack("<IIIQ", kind, 5, 8, answer))
+"#;
+/// The kinds of message: the first that is answered, the last before the guest runs, and the first
+/// that the guest's driver causes.
+pub const GET_FEATURES: u32 = 1;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+
+/// A box whose virtiofsd is this script, and the command that runs it.
+fn on_back_end(test: &TestBox, script: &str) -> Command {
+    let program = test.path("out/virtiofsd");
+    executable(&program, script.as_bytes());
+    let mut command = test.command();
+    command.env("MOTE_VIRTIOFSD", program);
+    command
+}
+
+pub fn dies_at(kind: u32, signal: &str) -> String {
+    BACK_END.replace("KIND", &kind.to_string()).replace("SIGNAL", signal)
+}
+
+#[test]
+fn a_virtiofsd_killed_before_the_guest_runs_is_named() {
+    for script in ["#!/bin/sh\nkill -9 $$\n", &dies_at(GET_FEATURES, "SIGKILL")] {
+        let test = box_that("exit 0");
+        let ran = finished(&test, &mut on_back_end(&test, script));
+        let root = format!("virtiofsd for the root file system ({}", test.path("root").display());
+        assert_not_started(&ran, &[&root, "ended (signal: 9 (SIGKILL))"]);
+        assert_eq!(ran.outcome["kind"], "not-started");
+    }
+}
+
+#[test]
+fn a_virtiofsd_killed_while_the_guest_boots_is_named() {
+    for kind in [SET_MEM_TABLE, SET_VRING_NUM] {
+        let test = box_that("exit 0");
+        let ran = finished(&test, &mut on_back_end(&test, &dies_at(kind, "SIGKILL")));
+        assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+        let last = ran.stderr.lines().last().unwrap_or_default();
+        assert!(last.starts_with("mote: virtiofsd for the root file system ("), "{}", ran.stderr);
+        assert!(last.ends_with("ended (signal: 9 (SIGKILL))"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn a_virtiofsd_that_freezes_at_its_start_is_given_up() {
+    for script in ["#!/bin/sh\nkill -STOP $$\n", &dies_at(GET_FEATURES, "SIGSTOP")] {
+        let test = box_that("exit 0");
+        let ran = finished(&test, &mut on_back_end(&test, script));
+        assert_not_started(
+            &ran,
+            &["virtiofsd for the root file system (", "ended (it did not answer)"],
+        );
+    }
+}
+
+#[test]
+fn a_box_whose_virtiofsd_froze_while_it_booted_can_be_stopped() {
+    let test = box_that("exit 0");
+    let started = started_on_back_end(&test, &dies_at(SET_VRING_NUM, "SIGSTOP"));
+    eventually("it is frozen", || virtiofsd_of(&test.dir).into_iter().any(is_frozen));
+    started.signal(libc::SIGTERM);
+    started.signal(libc::SIGINT);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+}
+
+/// A box whose virtiofsd is this script, in the background.
+pub fn started_on_back_end(test: &TestBox, script: &str) -> Started {
+    let program = test.path("out/virtiofsd");
+    executable(&program, script.as_bytes());
+    test.start_within(&["env", &format!("MOTE_VIRTIOFSD={}", program.display())])
+}
+
+#[test]
+fn a_virtiofsd_that_has_been_taken_over_ends_with_its_box() {
+    // It serves in a child, as the real one does, which heeds no signal and no end of its connection.
+    let serving = BACK_END.replace("if kind == KIND:", "if False:").replace("SIGNAL", "SIGKILL");
+    let (imports, serve) = serving.split_once("conn, _").expect("a script");
+    let script = format!(
+        "{imports}if os.fork():\n    os.wait()\n    os._exit(0)\nfor number in (1, 2, 3, 15):\n    signal.signal(number, signal.SIG_IGN)\ntry:\n    conn, _{}\nfinally:\n    signal.pause()\n",
+        serve.trim_end().replace('\n', "\n    ")
+    );
+    for signals in [[libc::SIGKILL].as_slice(), &[libc::SIGTERM, libc::SIGINT]] {
+        let test = box_that("exit 0");
+        let started = started_on_back_end(&test, &script);
+        eventually("the guest boots", || has_vcpu(started.child.id()));
+        assert_eq!(virtiofsd_of(&test.dir).len(), 2);
+        signals.iter().for_each(|signal| started.signal(*signal));
+        let status = started.finish().status;
+        assert!(status.signal() == Some(libc::SIGKILL) || status.code() == Some(121), "{status}");
+        eventually_nothing("of its virtiofsd", || processes_with(&test.dir));
+    }
+}
+
+/// Kills all processes of the box's virtiofsd, or stops them.
+fn hit_virtiofsd(test: &TestBox, signal: i32) {
+    let pids = virtiofsd_of(&test.dir);
+    assert!(!pids.is_empty());
+    for pid in pids {
+        // It is two processes, and one may take the other along.
+        let mut kill = Command::new("kill");
+        let _ = kill.arg(format!("-{signal}")).arg(pid.to_string()).stderr(Stdio::null()).status();
+    }
+}
+
+#[test]
+fn a_virtiofsd_killed_under_load_ends_the_box() {
+    let test = box_that(
+        "echo ready; while :; do dd if=/dev/zero of=/file bs=64k count=64 2>/dev/null; cat /file >/dev/null; done",
+    );
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    eventually("the guest writes", || test.path("root/file").exists());
+    hit_virtiofsd(&test, libc::SIGKILL);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+    assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+    assert!(ran.stderr.contains("virtiofsd for the root file system ("), "{}", ran.stderr);
+}
+
+#[test]
+fn a_virtiofsd_killed_while_the_box_stops_ends_it() {
+    let test =
+        box_that("trap 'echo stopping; sleep 1000' TERM; echo ready; while :; do sleep 1; done");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    started.signal(libc::SIGTERM);
+    // The shell runs its trap when the sleep, which the signal has hit as well, has ended.
+    started.wait_for_line("stopping");
+    hit_virtiofsd(&test, libc::SIGKILL);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+}
+
+/// Lines of output, together more than a pipe holds and less than all buffers on the way.
+const LINES: usize = 20_000;
+
+fn lines() -> String {
+    (1..=LINES).map(|n| format!("{n}\n")).collect()
+}
+
+#[test]
+fn output_from_before_virtiofsds_death_arrives() {
+    let test = box_that(&format!("seq {LINES}; touch /written; sleep 1000"));
+    let started = test.start();
+    eventually("all is written", || test.path("root/written").exists());
+    // The output is on its way, and goes no further than to mote: nobody reads it. Whoever is asked
+    // answers after it.
+    for _ in 0..3 {
+        assert_eq!(client::shell(&test, "echo there"), "there\n");
+    }
+    hit_virtiofsd(&test, libc::SIGKILL);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")), "{}", ran.stderr);
+    assert!(ran.stdout == lines(), "{} bytes of {}", ran.stdout.len(), lines().len());
+}
+
+#[test]
+fn a_box_on_a_frozen_virtiofsd_can_be_stopped() {
+    // One that waits for the file system, and one that does not.
+    for script in ["while :; do cat /etc/passwd >/dev/null; done", "exec sleep 1000"] {
+        for signals in [&[libc::SIGTERM][..], &[libc::SIGTERM, libc::SIGINT]] {
+            let test = box_that(&format!("echo ready; {script}"));
+            let mut started = test.start();
+            started.wait_for_line("ready");
+            hit_virtiofsd(&test, libc::SIGSTOP);
+            for signal in signals {
+                started.signal(*signal);
+            }
+            let ran = test.finished(started.finish());
+            assert_eq!(
+                (ran.code, &ran.outcome["kind"]),
+                (121, &json!("stopped")),
+                "{}",
+                ran.stderr
+            );
+            let why =
+                if signals.len() == 1 { "stop within 8 s of SIGTERM" } else { "second signal" };
+            assert!(ran.stderr.contains(why), "{}", ran.stderr);
+        }
+    }
+}
+
+#[test]
+fn a_virtiofsd_frozen_for_a_while_costs_only_time() {
+    let test = box_that("echo ready; until [ -e /over ]; do sleep 0.1; done; exit 8");
+    let mut started = test.start();
+    started.wait_for_line("ready");
+    hit_virtiofsd(&test, libc::SIGSTOP);
+    fs::write(test.path("root/over"), "").expect("file");
+    hit_virtiofsd(&test, libc::SIGCONT);
+    assert_eq!(test.finished(started.finish()).code, 8);
+}
+
+// ---- passt --------------------------------------------------------------------------------------
+
+#[test]
+fn a_frozen_passt_holds_up_nothing_else() {
+    let (dir, test) = small_box();
+    let listener = UnixListener::bind(dir.socket()).expect("binds");
+    // The gateway's address is known when it has asked; then large packets go out all the time.
+    let script = "echo ready; until [ -e /go ]; do sleep 0.1; done
+        for i in $(seq 40); do busybox ping -s 60000 10.88.0.1 >/dev/null & done; wait";
+    let test = test.shell(script).with("console_output", json!(null));
+    let mut started = test.start();
+    let mut passt = accept(&listener);
+    started.wait_for_line("ready");
+    assert_frames_pass(&mut passt);
+    fs::write(test.path("root/go"), "").expect("file");
+    // From here on it reads nothing: what fits in the socket has left the guest, and no more will.
+    let stuck = "sent() { cat /sys/class/net/eth0/statistics/tx_bytes; }
+        before=$(sent); sleep 3; [ $before -gt 100000 ] && [ $before = $(sent) ] && echo stuck";
+    eventually("nothing is sent any more", || client::shell(&test, stuck) == "stuck\n");
+    assert_eq!(client::shell(&test, "echo served"), "served\n");
+    let own_kib = own_memory_kib(started.child.id());
+    assert!(own_kib < 16 * 1024, "{own_kib} KiB of memory");
+    started.signal(libc::SIGTERM);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
+}
+
+#[test]
+fn a_flooding_passt_holds_up_nothing_else() {
+    let (dir, test) = small_box();
+    let listener = UnixListener::bind(dir.socket()).expect("binds");
+    let test = test.shell("echo ready; exec sleep 10000").with("console_output", json!(null));
+    let mut started = test.start();
+    let mut passt = accept(&listener);
+    started.wait_for_line("ready");
+    assert_frames_pass(&mut passt);
+    // Broadcasts of all sizes, until mote ends.
+    let flood = std::thread::spawn(move || {
+        let mut frames = Vec::new();
+        for len in [60usize, 1514, 14, 65535, 9000] {
+            frames.extend((len as u32).to_be_bytes());
+            frames.extend([0xff; 6]);
+            frames.resize(frames.len() + len - 6, 0x88);
+        }
+        let mut floods = 0u64;
+        while passt.write_all(&frames).is_ok() {
+            floods += 1;
+        }
+        floods
+    });
+    let received = || client::shell(&test, "cat /sys/class/net/eth0/statistics/rx_packets");
+    let first = received();
+    eventually("frames come in", || received() != first);
+    for _ in 0..5 {
+        assert_eq!(client::shell(&test, "echo served"), "served\n");
+    }
+    let own_kib = own_memory_kib(started.child.id());
+    assert!(own_kib < 16 * 1024, "{own_kib} KiB of memory");
+    started.signal(libc::SIGTERM);
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
+    assert!(flood.join().expect("ends") > 0);
+}

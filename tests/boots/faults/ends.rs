@@ -1,0 +1,198 @@
+//! A mote that is killed or told to stop at any moment of its life.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::back_ends::{GET_FEATURES, dies_at, started_on_back_end};
+use super::box_that;
+use crate::common::{Started, TestBox, eventually, eventually_nothing};
+use crate::passt::small_box;
+use crate::processes::{children_of, has_vcpu, is_frozen, name_of, processes_with, virtiofsd_of};
+use crate::traced::confined_before;
+
+// ---- SIGKILL ------------------------------------------------------------------------------------
+
+/// Namespaces that a box's processes have and this process has not.
+fn namespaces_of(test: &TestBox) -> BTreeSet<PathBuf> {
+    let path = test.dir.to_str().expect("text");
+    let pids = fs::read_dir("/proc").expect("proc").flatten();
+    let of_box = pids.filter(|entry| {
+        fs::read(entry.path().join("cmdline"))
+            .is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(path))
+    });
+    let own = namespaces_in(Path::new("/proc/self"));
+    of_box.flat_map(|entry| namespaces_in(&entry.path())).filter(|ns| !own.contains(ns)).collect()
+}
+
+fn namespaces_in(process: &Path) -> BTreeSet<PathBuf> {
+    let links = fs::read_dir(process.join("ns")).into_iter().flatten().flatten();
+    links.filter_map(|link| fs::read_link(link.path()).ok()).collect()
+}
+
+fn all_namespaces() -> BTreeSet<PathBuf> {
+    let pids = fs::read_dir("/proc").expect("proc").flatten();
+    pids.flat_map(|entry| namespaces_in(&entry.path())).collect()
+}
+
+#[test]
+fn a_mote_killed_at_any_stage_leaves_nothing() {
+    type Stage = (&'static str, fn(&TestBox, &Started) -> bool);
+    let stages: [Stage; 7] = [
+        ("at once", |_, _| true),
+        ("in its cgroup", |test, _| cgroup_of(test).exists()),
+        ("socket bound", |test, _| test.path("sock/exec.sock").exists()),
+        ("virtiofsd started", |test, _| !virtiofsd_of(&test.dir).is_empty()),
+        ("guest boots", |_, started| has_vcpu(started.child.id())),
+        ("entrypoint runs", |test, _| test.path("root/up").exists()),
+        ("box stops", |test, started| {
+            if !test.path("root/up").exists() {
+                return false;
+            }
+            if !test.path("root/told").exists() {
+                fs::write(test.path("root/told"), "").expect("file");
+                started.signal(libc::SIGTERM);
+            }
+            test.path("root/stopping").exists()
+        }),
+    ];
+    for (stage, reached) in stages {
+        let script =
+            "trap 'touch /stopping; sleep 1000' TERM; touch /up; while :; do sleep 1; done";
+        let test = box_that(script).with("resource_limits", json!({"cpu_shares": 1024}));
+        let started = test.start();
+        eventually(stage, || reached(&test, &started));
+        let namespaces = namespaces_of(&test);
+        started.signal(libc::SIGKILL);
+        let status = started.finish().status;
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "{stage}");
+        let left = || {
+            let mut left = left_of(&test);
+            let all = all_namespaces();
+            let held = namespaces.iter().filter(|ns| all.contains(*ns));
+            left.extend(held.map(|ns| ns.display().to_string()));
+            left
+        };
+        eventually_nothing(&format!("of a mote killed {stage}"), left);
+    }
+}
+
+/// The box's processes, files and cgroup that are still there.
+fn left_of(test: &TestBox) -> Vec<String> {
+    let mut left = processes_with(&test.dir);
+    for sub in ["sock", "tmp"] {
+        let files = fs::read_dir(test.path(sub)).expect("directory").flatten();
+        left.extend(files.map(|file| file.path().display().to_string()));
+    }
+    left.extend(cgroup_of(test).exists().then(|| "a cgroup".into()));
+    left
+}
+
+/// A box with everything that is on the host beside its processes: two sockets and a cgroup.
+fn box_with_a_place() -> TestBox {
+    let test = box_that("exit 0").with("resource_limits", json!({"cpu_shares": 1024}));
+    let pty = test.path("sock/pty.sock");
+    test.with("pty_socket_path", json!(pty))
+}
+
+#[test]
+fn a_mote_killed_anywhere_in_its_start_leaves_nothing() {
+    let test = box_with_a_place();
+    let mut calls = 0;
+    while !confined_before(&mut test.mote(), calls) {
+        eventually_nothing(&format!("of a mote killed after {calls} calls"), || left_of(&test));
+        calls += CALLS_STEP;
+    }
+    eventually_nothing("of a mote killed at its filter", || left_of(&test));
+    assert!(calls > 100, "confined after {calls} calls already");
+}
+
+/// How many system calls one mote that is killed gets further than the one before it: whatever it might
+/// leave behind is there for longer.
+const CALLS_STEP: usize = 3;
+
+#[test]
+fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() {
+    let test = box_with_a_place();
+    // As another box that is being started.
+    let parent = Path::new("/sys/fs/cgroup/a3s-box");
+    let _ = fs::create_dir(parent);
+    let busy = others_lock(parent);
+    let started = test.start();
+    eventually("its janitor is there", || {
+        children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
+    });
+    started.signal(libc::SIGKILL);
+    assert_eq!(started.finish().status.signal(), Some(libc::SIGKILL));
+    assert!(!test.path("sock/exec.sock").exists() && !cgroup_of(&test).exists());
+    drop(busy);
+    let again = test.run();
+    assert_eq!((again.code, again.stderr.as_str()), (0, ""));
+    eventually_nothing("of both", || left_of(&test));
+}
+
+// ---- a signal to stop, before there is a guest --------------------------------------------------
+
+#[test]
+fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
+    let has_socket = |test: &TestBox, _: &Started| test.path("sock/exec.sock").exists();
+    let has_janitor = |_: &TestBox, started: &Started| {
+        children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
+    };
+    let virtiofsd_is_frozen =
+        |test: &TestBox, _: &Started| virtiofsd_of(&test.dir).into_iter().any(is_frozen);
+    type Waits = fn(&TestBox, &Started) -> bool;
+    let stopped = |test: TestBox, started: Started, waits: Waits| {
+        eventually("it waits", || waits(&test, &started));
+        started.signal(libc::SIGTERM);
+        let ran = test.finished(started.finish());
+        assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
+        assert_eq!(ran.outcome, json!({"kind": "signaled", "exit_code": 143, "signal": 15}));
+    };
+
+    // For other boxes' cgroups.
+    let test = box_with_a_place();
+    let parent = Path::new("/sys/fs/cgroup/a3s-box");
+    let _ = fs::create_dir(parent);
+    let others = others_lock(parent);
+    let started = test.start();
+    eventually("it waits", || has_janitor(&test, &started));
+    started.signal(libc::SIGTERM);
+    let output = started.finish();
+    assert_eq!(output.status.code(), Some(143));
+    drop(others);
+    test.finished(output);
+
+    let (_passt, test) = small_box();
+    let started = test.start();
+    stopped(test, started, has_socket);
+
+    // By a second signal hard, as ever.
+    let (_passt, test) = small_box();
+    let started = test.start();
+    eventually("it waits", || has_socket(&test, &started));
+    for signal in [libc::SIGSTOP, libc::SIGINT, libc::SIGHUP, libc::SIGCONT] {
+        started.signal(signal);
+    }
+    let ran = test.finished(started.finish());
+    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+
+    let test = box_that("exit 0");
+    let started = started_on_back_end(&test, &dies_at(GET_FEATURES, "SIGSTOP"));
+    stopped(test, started, virtiofsd_is_frozen);
+}
+
+/// The lock that a box holds while its cgroup comes or goes.
+fn others_lock(parent: &Path) -> fs::File {
+    let file = fs::OpenOptions::new().write(true).open(parent.join("cgroup.kill"));
+    let file = file.expect("Linux 5.14");
+    file.lock().expect("locked");
+    file
+}
+
+fn cgroup_of(test: &TestBox) -> PathBuf {
+    Path::new("/sys/fs/cgroup/a3s-box").join(test.spec["box_id"].as_str().expect("text"))
+}
