@@ -6,22 +6,16 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::common::{Ran, TestBox, executable, mote};
+use crate::common::{TestBox, executable, mote};
 
 /// Runs a box that cannot start and checks the form of the refusal: one line on stderr.
 fn refused(test: &TestBox, code: i32) -> String {
     let ran = test.run();
-    assert_one_line(&ran);
+    ran.assert_one_line();
     assert_eq!(ran.code, code, "{}", ran.stderr);
     assert_eq!(ran.outcome["exit_code"], code);
     assert_ne!(ran.outcome["kind"], "exited");
     ran.stderr.trim_end().trim_start_matches("mote: ").to_owned()
-}
-
-fn assert_one_line(ran: &Ran) {
-    assert_eq!(ran.stdout, "");
-    assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
-    assert!(ran.stderr.starts_with("mote: "), "{}", ran.stderr);
 }
 
 #[test]
@@ -129,31 +123,22 @@ fn a_published_port_that_is_taken_is_named() {
 
 #[test]
 fn two_boxes_cannot_publish_one_port() {
-    let (first, running) = TestBox::busybox().with("port_map", json!(["4322:80"])).idle();
+    let (_first, running) = TestBox::busybox().with("port_map", json!(["4322:80"])).idle();
     let second = TestBox::busybox().with("port_map", json!(["4322:8080"]));
     let message = refused(&second, 125);
     assert!(message.starts_with("port_map[0]: host port 4322 is in use"), "{message}");
-    running.stop(&first);
+    running.stop();
     assert_eq!(second.run().code, 0);
 }
 
 #[test]
 fn a_privileged_port_says_what_to_change() {
     let test = TestBox::busybox().with("port_map", json!(["81:80"]));
-    let output = Command::new("setpriv")
-        .arg("--bounding-set=-net_bind_service")
-        .arg(mote())
-        .args(["--config", &test.spec.to_string(), "--outcome"])
-        .arg(test.path("out/outcome.json"))
-        .env("TMPDIR", test.path("tmp"))
-        .output()
-        .expect("setpriv runs");
-    let ran = test.finished(output);
-    assert_one_line(&ran);
-    assert_eq!(ran.code, 125);
-    let message =
-        "port_map[0]: host port 81 may not be used by this user; choose a port above 1023,";
-    assert!(ran.stderr.contains(message), "{}", ran.stderr);
+    let user = ["setpriv", "--bounding-set=-net_bind_service"];
+    let ran = test.run_by(&mut test.mote_within(&user));
+    ran.assert_not_started(&[
+        "port_map[0]: host port 81 may not be used by this user; choose a port above 1023,",
+    ]);
 }
 
 #[test]
@@ -168,7 +153,7 @@ fn unknown_fields_are_warned_of_and_ignored() {
 
 #[test]
 fn entrypoints_that_cannot_run_say_why() {
-    let test = TestBox::busybox();
+    let mut test = TestBox::busybox();
     let root = test.path("root");
     fs::create_dir(root.join("directory")).expect("directory");
     fs::write(root.join("plain"), "data").expect("file");
@@ -178,7 +163,6 @@ fn entrypoints_that_cannot_run_say_why() {
     let mut arm = fs::read("/bin/busybox").expect("busybox");
     arm[18..20].copy_from_slice(&183u16.to_le_bytes());
     executable(&root.join("arm"), &arm);
-    let mut test = test;
     for (program, code, expected) in [
         ("/missing", 127, "entrypoint: '/missing' is not in the root file system"),
         ("missing", 127, "entrypoint: 'missing' is in no directory of PATH (/usr/local/sbin:"),
@@ -236,12 +220,8 @@ fn a_root_that_is_no_system_is_explained() {
 
 #[test]
 fn virtiofsd_missing_or_dying_is_explained() {
-    let with_virtiofsd = |test: &TestBox, program: &str| {
-        let output = test.command().env("MOTE_VIRTIOFSD", program).output().expect("mote runs");
-        test.finished(output)
-    };
     let test = TestBox::busybox();
-    let ran = with_virtiofsd(&test, "/no/virtiofsd");
+    let ran = test.run_by(test.command().env("MOTE_VIRTIOFSD", "/no/virtiofsd"));
     assert_eq!(
         (ran.code, ran.stderr.as_str()),
         (125, "mote: spec: MOTE_VIRTIOFSD: /no/virtiofsd is not an executable file\n")
@@ -249,18 +229,13 @@ fn virtiofsd_missing_or_dying_is_explained() {
 
     let script = test.path("out/virtiofsd");
     executable(&script, b"#!/bin/sh\necho cannot do this >&2\nexit 9\n");
-    let ran = with_virtiofsd(&test, script.to_str().expect("text"));
-    assert_one_line(&ran);
-    assert_eq!(ran.code, 125);
-    assert!(
-        ran.stderr.contains("virtiofsd for the root file system (")
-            && ran.stderr.contains("(exit status: 9): cannot do this"),
-        "{}",
-        ran.stderr
-    );
+    let ran = test.run_by(test.command().env("MOTE_VIRTIOFSD", script));
+    ran.assert_not_started(&[
+        "virtiofsd for the root file system (",
+        "(exit status: 9): cannot do this",
+    ]);
 
-    let output = test.command().env("PATH", "/usr/bin:/bin").output().expect("mote runs");
-    let ran = test.finished(output);
+    let ran = test.run_by(test.command().env("PATH", "/usr/bin:/bin"));
     assert_eq!(ran.code, 125);
     assert!(
         ran.stderr.contains("virtiofsd: is not installed: it is in no directory of PATH"),
@@ -272,15 +247,8 @@ fn virtiofsd_missing_or_dying_is_explained() {
 #[test]
 fn a_kernel_that_is_none_is_named() {
     let test = TestBox::busybox();
-    let output = test.command().env("MOTE_KERNEL", "/etc/passwd").output().expect("mote runs");
-    let ran = test.finished(output);
-    assert_one_line(&ran);
-    assert_eq!(ran.code, 125);
-    assert!(
-        ran.stderr.contains("load the guest kernel (/etc/passwd) as an uncompressed ELF vmlinux"),
-        "{}",
-        ran.stderr
-    );
+    let ran = test.run_by(test.command().env("MOTE_KERNEL", "/etc/passwd"));
+    ran.assert_not_started(&["load the guest kernel (/etc/passwd) as an uncompressed ELF vmlinux"]);
 }
 
 #[test]
@@ -292,18 +260,9 @@ fn kvm_missing_or_unreadable_is_explained() {
     ] {
         let script = format!("{setup} && exec \"$0\" \"$@\"");
         let test = TestBox::busybox();
-        let output = Command::new("unshare")
-            .args(["--mount", "sh", "-c", &script])
-            .arg(mote())
-            .args(["--config", &test.spec.to_string(), "--outcome"])
-            .arg(test.path("out/outcome.json"))
-            .env("TMPDIR", test.path("tmp"))
-            .output()
-            .expect("unshare runs");
-        let ran = test.finished(output);
-        assert_one_line(&ran);
-        assert_eq!(ran.code, 125);
-        assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+        let within = ["unshare", "--mount", "sh", "-c", &script];
+        let ran = test.run_by(&mut test.mote_within(&within));
+        ran.assert_not_started(&[expected]);
     }
 }
 

@@ -9,9 +9,10 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::client;
-use crate::common::{TestBox, eventually, mote};
+use crate::common::{TestBox, eventually, mote, sha256};
 
-fn exec(test: &TestBox, options: &[&str], cmd: &[&str]) -> Command {
+/// The command that runs `cmd` in the box, with no input.
+pub fn exec(test: &TestBox, options: &[&str], cmd: &[&str]) -> Command {
     let mut command = Command::new(mote());
     command.arg("exec").args(options).arg(test.path("sock/exec.sock")).arg("--").args(cmd);
     command.stdin(Stdio::null());
@@ -27,11 +28,6 @@ fn cp(test: &TestBox, from: &str, to: &str) -> Output {
 fn texts(output: &Output) -> (i32, String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
-}
-
-fn sha256(path: &Path) -> String {
-    let output = Command::new("sha256sum").arg(path).output().expect("sha256sum runs");
-    texts(&output).1[..64].to_owned()
 }
 
 /// 100 MB that no compression or repetition explains away.
@@ -77,7 +73,7 @@ fn exec_is_like_the_command_itself() {
         texts(&child.wait_with_output().expect("ends")),
         (0, "xtail\n".into(), String::new())
     );
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -96,7 +92,7 @@ fn a_hundred_megabytes_cross_in_each_direction() {
     let input = File::open(&out).expect("file");
     let sum = exec(&test, &[], &["sha256sum"]).stdin(input).output().expect("mote runs");
     assert_eq!(texts(&sum), (0, format!("{expected}  -\n"), String::new()));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -113,8 +109,7 @@ fn failures_are_explained_in_one_line() {
     let child =
         exec(&test, &[], &["sleep", "9191"]).stderr(Stdio::piped()).spawn().expect("mote starts");
     eventually("the command runs", || client::shell(&test, "ps").contains("sleep 9191"));
-    started.signal(libc::SIGKILL);
-    started.finish();
+    started.kill();
     let (code, _, said) = texts(&child.wait_with_output().expect("ends"));
     assert_eq!(code, 125);
     assert!(said.contains("the box ended"), "{said}");
@@ -135,7 +130,7 @@ fn exec_waits_for_a_box_that_starts() {
     eventually("the file appears", || test.path("sock/exec.sock").exists());
     let ran = exec(&test, &["--wait", "60"], &["echo", "hi"]).output().expect("mote runs");
     assert_eq!(texts(&ran), (0, "hi\n".into(), String::new()));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -163,7 +158,7 @@ fn files_are_copied_both_ways() {
     let (code, _, said) = texts(&cp(&test, ":/no/such", &text(&back)));
     assert!(code == 1 && said.contains("/no/such: No such file"), "{said}");
     assert_eq!(sha256(&back), sha256(&local), "a failed copy leaves the destination alone");
-    started.stop(&test);
+    started.stop();
 }
 
 /// Far longer than any program takes to draw.
@@ -262,5 +257,5 @@ fn full_screen_programs_work_on_a_terminal() {
     // The terminal is as it was: it echoes.
     tmux.wait_for(|screen| screen.contains("\ncode 3\n echo"));
     drop(tmux);
-    started.stop(&test);
+    started.stop();
 }

@@ -3,10 +3,11 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -16,59 +17,11 @@ use crate::processes::{kill, processes_with};
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
 
-const APPLETS: [&str; 51] = [
-    "sh",
-    "cat",
-    "echo",
-    "ls",
-    "mkdir",
-    "mount",
-    "umount",
-    "sleep",
-    "kill",
-    "pwd",
-    "env",
-    "id",
-    "hostname",
-    "head",
-    "tail",
-    "wc",
-    "seq",
-    "dd",
-    "grep",
-    "touch",
-    "rm",
-    "true",
-    "false",
-    "ip",
-    "ps",
-    "uname",
-    "nproc",
-    "free",
-    "sha256sum",
-    "stat",
-    "test",
-    "date",
-    "awk",
-    "sync",
-    "chmod",
-    "cut",
-    "tr",
-    "printf",
-    "readlink",
-    "setsid",
-    "stty",
-    "df",
-    "less",
-    "top",
-    "vi",
-    "clear",
-    "ifconfig",
-    "nc",
-    "nslookup",
-    "timeout",
-    "wget",
-];
+const APPLETS: &str = "\
+    sh cat echo ls mkdir mount umount sleep kill pwd env id hostname head tail wc seq dd \
+    grep touch rm true false ip ps uname nproc free sha256sum stat test date awk sync chmod \
+    cut tr printf readlink setsid stty df less top vi clear ifconfig nc nslookup timeout \
+    wget";
 
 /// The binary under test.
 pub fn mote() -> PathBuf {
@@ -86,14 +39,37 @@ pub struct TestBox {
     mounted: bool,
 }
 
-/// What a finished run left.
-pub struct Ran {
+/// What a box left that has ended.
+pub struct Finished {
     pub code: i32,
     pub stdout: String,
     pub stderr: String,
     pub console: String,
     pub outcome: Value,
     pub timeline: Value,
+}
+
+impl Finished {
+    /// Fails unless the box ended with this code, and in this way by its outcome file.
+    pub fn assert_ended(&self, code: i32, kind: &str) {
+        assert_eq!((self.code, &self.outcome["kind"]), (code, &json!(kind)), "{}", self.stderr);
+    }
+
+    /// Fails unless the box did not start, and one line on stderr, with these parts, says why.
+    pub fn assert_not_started(&self, parts: &[&str]) {
+        assert_eq!(self.code, 125, "{}", self.stderr);
+        self.assert_one_line();
+        for part in parts {
+            assert!(self.stderr.contains(part), "{part}: {}", self.stderr);
+        }
+    }
+
+    /// Fails unless one line on stderr, by mote, is all output.
+    pub fn assert_one_line(&self) {
+        assert_eq!(self.stdout, "");
+        assert_eq!(self.stderr.lines().count(), 1, "{}", self.stderr);
+        assert!(self.stderr.starts_with("mote: "), "{}", self.stderr);
+    }
 }
 
 impl TestBox {
@@ -128,7 +104,7 @@ impl TestBox {
             fs::create_dir(root.join(sub)).expect("directory");
         }
         fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
-        for applet in APPLETS {
+        for applet in APPLETS.split(' ') {
             symlink("busybox", root.join("bin").join(applet)).expect("link");
         }
         fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\napp:x:1000:1000::/:/bin/sh\n")
@@ -163,6 +139,23 @@ impl TestBox {
         self.spec["entrypoint"]["executable"] = json!("/bin/sh");
         self.spec["entrypoint"]["args"] = json!(["-c", script]);
         self
+    }
+
+    /// A small box that runs this shell script, with its output on mote's own streams.
+    pub fn streaming(script: &str) -> Self {
+        Self::busybox().shell(script).without_console_file()
+    }
+
+    /// Runs this python script as the entrypoint.
+    pub fn python(mut self, script: &str) -> Self {
+        self.spec["entrypoint"]["executable"] = json!("python3");
+        self.spec["entrypoint"]["args"] = json!(["-u", "-c", script]);
+        self
+    }
+
+    /// Puts the output on mote's own streams.
+    pub fn without_console_file(self) -> Self {
+        self.with("console_output", json!(null))
     }
 
     /// Sets a field of the spec.
@@ -229,48 +222,14 @@ impl TestBox {
         command
     }
 
-    /// Runs the box to its end, and checks that it left nothing behind.
-    pub fn run(&self) -> Ran {
-        let output = self.command().output().expect("mote runs");
-        self.finished(output)
-    }
-
-    /// What a run left, given its output; fails if it left a process, socket or temporary file.
-    pub fn finished(&self, output: Output) -> Ran {
-        self.assert_nothing_left();
-        let text = |name: &str| {
-            let bytes = fs::read(self.path(name)).unwrap_or_default();
-            String::from_utf8_lossy(&bytes).into_owned()
-        };
-        let json = |name: &str| serde_json::from_str(&text(name)).unwrap_or(Value::Null);
-        Ran {
-            code: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-            console: text("out/console.log"),
-            outcome: json("out/outcome.json"),
-            timeline: json("out/timeline.json"),
-        }
-    }
-
-    /// Starts the box in the background.
-    pub fn start(&self) -> Started {
-        let words: Vec<&str> = self.within.iter().map(String::as_str).collect();
-        self.start_within(&words)
-    }
-
     /// mote itself, for the box, with its output on pipes.
     pub fn mote(&self) -> Command {
         self.mote_within(&[])
     }
 
-    /// Starts the box in the background, with these words in front of mote's own.
-    pub fn start_within(&self, words: &[&str]) -> Started {
-        Started::of(self.mote_within(words).spawn().expect("mote starts"))
-    }
-
-    fn mote_within(&self, words: &[&str]) -> Command {
-        // Not under `timeout`: signals and the pid are mote's own.
+    /// The same with these words in front of mote's own. Not under `timeout`: signals and the process
+    /// number are mote's own.
+    pub fn mote_within(&self, words: &[&str]) -> Command {
         let mut command = Command::new(words.first().map_or_else(mote, PathBuf::from));
         if let [_, words @ ..] = words {
             command.args(words).arg(mote());
@@ -288,29 +247,70 @@ impl TestBox {
         command
     }
 
+    /// Runs the box to its end, and checks that it left nothing behind.
+    pub fn run(&self) -> Finished {
+        self.run_by(&mut self.command())
+    }
+
+    /// The same by a command of the test's own.
+    pub fn run_by(&self, command: &mut Command) -> Finished {
+        self.finished(command.output().expect("mote runs"))
+    }
+
+    /// What a run left, given its output; fails if it left a process, socket or temporary file.
+    pub fn finished(&self, output: Output) -> Finished {
+        self.traces().finished(output)
+    }
+
+    /// Starts the box in the background.
+    pub fn start(&self) -> Started {
+        let words: Vec<&str> = self.within.iter().map(String::as_str).collect();
+        self.start_within(&words)
+    }
+
+    /// Starts the box in the background, with these words in front of mote's own.
+    pub fn start_within(&self, words: &[&str]) -> Started {
+        self.start_by(&mut self.mote_within(words))
+    }
+
+    /// Starts the box in the background, by a command of the test's own.
+    pub fn start_by(&self, command: &mut Command) -> Started {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("mote starts");
+        let stdout = child.stdout.take().map(BufReader::new);
+        Started { child, stdout, traces: self.traces() }
+    }
+
+    /// Starts the box and waits until its script has said `ready`.
+    pub fn ready(&self) -> Started {
+        let mut started = self.start();
+        started.wait_for_line("ready");
+        started
+    }
+
     /// Starts a box that does nothing, with both servers' sockets, and waits until it is up.
     pub fn idle(self) -> (TestBox, Started) {
         let pty = self.path("sock/pty.sock");
         let test = self
             .shell("echo ready; exec sleep 10000")
-            .with("console_output", json!(null))
+            .without_console_file()
             .with("pty_socket_path", json!(pty));
-        let mut started = test.start();
-        started.wait_for_line("ready");
+        let started = test.ready();
         (test, started)
     }
 
-    /// Fails if anything that belongs to this box is still there. Only the janitor of a box with a cgroup
-    /// ends after mote does, and after the cgroup.
+    /// The box's cgroup, which it has if its spec has limits for it.
+    pub fn cgroup(&self) -> PathBuf {
+        Path::new("/sys/fs/cgroup/a3s-box").join(self.spec["box_id"].as_str().expect("text"))
+    }
+
+    /// Fails if anything that belongs to this box is still there.
     pub fn assert_nothing_left(&self) {
-        if !self.spec["resource_limits"].is_null() {
-            eventually("the janitor ends", || processes_with(&self.dir).is_empty());
-        }
-        assert_eq!(processes_with(&self.dir), Vec::<String>::new(), "processes left");
-        for sub in ["tmp", "sock"] {
-            let left: Vec<_> = fs::read_dir(self.path(sub)).expect("directory").flatten().collect();
-            assert!(left.is_empty(), "left in {sub}: {left:?}");
-        }
+        self.traces().assert_nothing_left();
+    }
+
+    fn traces(&self) -> Traces {
+        Traces { dir: self.dir.clone(), limited: !self.spec["resource_limits"].is_null() }
     }
 }
 
@@ -323,50 +323,124 @@ impl Drop for TestBox {
     }
 }
 
+/// Where a box leaves what there is to see of it.
+#[derive(Clone)]
+struct Traces {
+    dir: PathBuf,
+    /// Whether it has a cgroup.
+    limited: bool,
+}
+
+impl Traces {
+    fn finished(&self, output: Output) -> Finished {
+        self.assert_nothing_left();
+        let text = |name: &str| {
+            let bytes = fs::read(self.dir.join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let json = |name: &str| serde_json::from_str(&text(name)).unwrap_or(Value::Null);
+        Finished {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            console: text("out/console.log"),
+            outcome: json("out/outcome.json"),
+            timeline: json("out/timeline.json"),
+        }
+    }
+
+    fn assert_nothing_left(&self) {
+        // A janitor that has a cgroup to remove ends a moment after mote.
+        if self.limited {
+            eventually("the janitor ends", || processes_with(&self.dir).is_empty());
+        }
+        assert_eq!(processes_with(&self.dir), Vec::<String>::new(), "processes left");
+        for sub in ["tmp", "sock"] {
+            let left = fs::read_dir(self.dir.join(sub)).expect("directory").flatten();
+            let left: Vec<_> = left.collect();
+            assert!(left.is_empty(), "left in {sub}: {left:?}");
+        }
+    }
+}
+
 /// A box that runs in the background; killed when dropped.
 pub struct Started {
     pub child: Child,
-    pub stdout: BufReader<std::process::ChildStdout>,
+    stdout: Option<BufReader<ChildStdout>>,
+    traces: Traces,
 }
 
 impl Started {
-    /// A mote that was started with pipes for its output.
-    pub fn of(mut child: Child) -> Self {
-        let stdout = BufReader::new(child.stdout.take().expect("stdout"));
-        Started { child, stdout }
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
-    /// Waits until the guest has written this line to stdout (the spec needs `console_output` null).
-    pub fn wait_for_line(&mut self, wanted: &str) {
+    /// How many descriptors mote has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("a process").count()
+    }
+
+    /// The next line that the guest writes to stdout (the spec needs `console_output` null); `None` at
+    /// the end.
+    pub fn line(&mut self) -> Option<String> {
         let mut line = String::new();
-        while self.stdout.read_line(&mut line).expect("stdout") > 0 {
-            if line.trim_end() == wanted {
+        let stdout = self.stdout.as_mut().expect("not closed");
+        (stdout.read_line(&mut line).expect("stdout") > 0).then(|| line.trim_end().to_owned())
+    }
+
+    /// Waits until the guest has written this line to stdout.
+    pub fn wait_for_line(&mut self, wanted: &str) {
+        while let Some(line) = self.line() {
+            if line == wanted {
                 return;
             }
-            line.clear();
         }
         let mut stderr = String::new();
         let _ = self.child.stderr.take().expect("stderr").read_to_string(&mut stderr);
         panic!("the guest ended before it said {wanted:?}; stderr: {stderr}");
     }
 
+    /// Closes the ends of mote's output that the test holds.
+    pub fn close_output(&mut self) {
+        drop(self.stdout.take());
+        drop(self.child.stderr.take());
+    }
+
+    /// Sends mote a signal.
     pub fn signal(&self, signal: i32) {
-        kill(self.child.id(), signal);
+        kill(self.pid(), signal);
     }
 
-    /// Ends an idle box.
-    pub fn stop(self, test: &TestBox) {
+    /// Ends, by SIGTERM, a box whose entrypoint ends by that signal.
+    pub fn stop(self) -> Finished {
         self.signal(libc::SIGTERM);
-        let ran = test.finished(self.finish());
+        let ran = self.wait();
         assert_eq!(ran.code, 143, "{}", ran.stderr);
+        ran
     }
 
-    /// Waits for the end.
-    pub fn finish(mut self) -> Output {
-        let mut stdout = Vec::new();
-        self.stdout.read_to_end(&mut stdout).expect("stdout");
-        let mut stderr = Vec::new();
-        self.child.stderr.take().expect("stderr").read_to_end(&mut stderr).expect("stderr");
+    /// Kills mote. What it leaves, for a moment, is the test's to wait for.
+    pub fn kill(self) {
+        self.signal(libc::SIGKILL);
+        let output = self.wait_with_output();
+        assert_eq!(output.status.signal(), Some(libc::SIGKILL), "{output:?}");
+    }
+
+    /// Waits for the end, and checks that the box left nothing behind.
+    pub fn wait(self) -> Finished {
+        let traces = self.traces.clone();
+        traces.finished(self.wait_with_output())
+    }
+
+    /// Waits for the end, whatever the box leaves.
+    pub fn wait_with_output(mut self) -> Output {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        if let Some(mut stream) = self.stdout.take() {
+            stream.read_to_end(&mut stdout).expect("stdout");
+        }
+        if let Some(mut stream) = self.child.stderr.take() {
+            stream.read_to_end(&mut stderr).expect("stderr");
+        }
         let status = self.child.wait().expect("waits");
         Output { status, stdout, stderr }
     }
@@ -405,4 +479,32 @@ pub fn eventually_nothing(of: &str, left: impl Fn() -> Vec<String>) {
 pub fn executable(path: &Path, contents: &[u8]) {
     fs::write(path, contents).expect("file");
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("mode");
+}
+
+/// Compiles one of the programs in C beside the tests.
+pub fn compile(compiler: &str, options: &str, source: &str, output: &Path) {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots");
+    let status = Command::new(compiler)
+        .args(options.split_whitespace())
+        .arg("-o")
+        .args([output, &sources.join(source)])
+        .status();
+    let status = status.unwrap_or_else(|error| panic!("{compiler}: {error}"));
+    assert!(status.success(), "{compiler} {source}");
+}
+
+/// The digest of a file's bytes.
+pub fn sha256(path: &Path) -> String {
+    let output = Command::new("sha256sum").arg(path).output().expect("sha256sum runs");
+    String::from_utf8_lossy(&output.stdout)[..64].to_owned()
+}
+
+/// The numbers from 1 on, one a line, as seq(1) says them.
+pub fn seq(last: usize) -> String {
+    (1..=last).map(|number| format!("{number}\n")).collect()
+}
+
+/// The host's time in seconds.
+pub fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
 }

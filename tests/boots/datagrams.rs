@@ -1,12 +1,10 @@
 //! Datagrams with `network` null, names above all, and what is not carried.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 
 use serde_json::json;
 
-use crate::common::{TestBox, eventually};
+use crate::common::{TestBox, compile, eventually};
 use crate::network::{Network, Server, python, run, shell};
 
 /// Echoes datagrams on two ports of both families, each with the port's last digit in front.
@@ -71,7 +69,7 @@ for family, host, longest in (
     assert sorted(s.recv(9) for _ in range(20)) == sorted((b"1%02d" % n)[:2] for n in range(20))
 "#,
     );
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -93,7 +91,7 @@ for family, host in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:d
         pass
 "#,
     );
-    started.stop(&test);
+    started.stop();
 }
 
 /// Resolves names below mote.test, on UDP and TCP, at the addresses in `WHERE`; says each question.
@@ -160,14 +158,8 @@ fn asks(test: &TestBox, server: &str) {
 
 /// A static program with musl's resolver, which asks from unconnected sockets; glibc connects its own.
 fn install_musl_client(test: &TestBox) {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/musl.c");
-    let status = Command::new("musl-gcc")
-        .args(["-O1", "-static", "-Wall", "-Werror", "-o"])
-        .arg(test.path("root/bin/resolve"))
-        .arg(source)
-        .status()
-        .expect("musl-tools is installed");
-    assert!(status.success());
+    let program = test.path("root/bin/resolve");
+    compile("musl-gcc", "-O1 -static -Wall -Werror", "musl.c", &program);
 }
 
 #[test]
@@ -219,7 +211,7 @@ fn names_resolve_at_once_or_fail_at_once() {
     assert_eq!(done.code, 6, "curl could not resolve it, in time: {}", done.stderr);
     asks(&test, "203.0.113.53");
     assert_eq!(getent("hosts", "host.mote.test"), not_found, "no route to the resolver");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -235,7 +227,7 @@ fn busybox_resolves() {
         assert!(said.contains(&format!("Address: {address}\n")), "{said}");
     }
     assert_eq!(shell(&test, "timeout 25 resolve host.mote.test"), "2001:db8::1\n198.51.100.1\n");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -262,7 +254,7 @@ fn a_loopback_resolver_in_the_box_means_the_hosts() {
         // That is all of the host's loopback that there is, by whatever name.
         let done = run(&test, &["curl", "-sS", "--max-time", "60", "http://inside.mote.test:53/"]);
         assert_eq!(done.code, 7, "{place}: refused: {}", done.stderr);
-        started.stop(&test);
+        started.stop();
     }
 }
 
@@ -271,9 +263,7 @@ fn five_hundred_questions_leave_nothing_behind() {
     let network = Network::new();
     let _server = network.serve(ECHO);
     let (test, started) = TestBox::debian().inside(&network).idle();
-    let descriptors =
-        || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
-    let before = descriptors();
+    let before = started.descriptors();
     python(
         &test,
         r#"
@@ -297,8 +287,8 @@ for s in many:
     assert s.recv(9) == b"1a"
 "#,
     );
-    eventually("their descriptors go", || descriptors() <= before + 8);
-    started.stop(&test);
+    eventually("their descriptors go", || started.descriptors() <= before + 8);
+    started.stop();
 }
 
 /// Says what comes.
@@ -326,10 +316,7 @@ for number in range(20):
         else:
             s.sendto(b"%d" % number, ("198.51.100.1", 9003))
 "#;
-    let test = TestBox::debian()
-        .inside(&network)
-        .with_entrypoint("executable", json!("python3"))
-        .with_entrypoint("args", json!(["-c", script]));
+    let test = TestBox::debian().inside(&network).python(script);
     assert_eq!(test.run().code, 0);
     // Each has a port of its own, so only the order may be another.
     let mut numbers: Vec<u32> = (0..20).map(|_| server.line().parse().expect("a number")).collect();
@@ -390,5 +377,5 @@ for family, level, address in (
             assert e.errno == errno.ENETUNREACH, e
 "#,
     );
-    started.stop(&test);
+    started.stop();
 }

@@ -56,7 +56,7 @@ fn the_contracts_bytes() {
         );
     }
     assert_eq!(std::fs::read(test.path("root/tmp/f")).expect("uploaded"), b"hi\n");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn requests_shape_their_command() {
         assert!(refused.stderr.starts_with(&start), "{refused:?}");
         assert!(refused.stderr.contains(said) && refused.code == 127, "{refused:?}");
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn input_streams_in_and_output_streams_out() {
         }
     }
     assert_eq!((out.as_str(), err.as_str()), ("twotail\n", "err\n"));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn a_timeout_kills_everything_the_command_started() {
     // What a command leaves behind on purpose stays, and holds up nobody.
     assert_eq!(shell(&test, "sleep 4343 & echo left"), "left\n");
     assert!(shell(&test, "ps").contains("sleep 4343"));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_client_that_goes_takes_its_command_along() {
         drop(client);
         eventually("the command ends", || !shell(&test, "ps").contains(&running));
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn a_hundred_commands_at_once() {
         }
     });
     drop(long);
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn a_thousand_connections_are_open_at_once() {
     for client in &mut clients {
         assert_eq!(client.rest(), [(HEARTBEAT, vec![])]);
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -218,8 +218,7 @@ fn a_client_is_served_however_early_it_connects() {
         end.is_ok() && answer == [HEARTBEAT, 0, 0, 0, 0]
     };
     eventually("an early client is answered", answered);
-    started.signal(libc::SIGKILL);
-    started.finish();
+    started.kill();
 }
 
 #[test]
@@ -258,7 +257,7 @@ fn bad_clients_harm_nobody_else() {
     silent.send(HEARTBEAT, b"");
     assert_eq!(silent.rest(), [(HEARTBEAT, vec![])]);
     drop((half_a_frame, deaf));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -274,7 +273,7 @@ fn output_beyond_a_frame_is_cut_and_said_to_be() {
     let expected = "],\"stderr\":[101,110,100,10],\"exit_code\":0,\"truncated\":true}";
     assert!(tail.ends_with(expected), "{tail}");
     assert!(payload.len() > 14 << 20, "{}", payload.len());
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -287,7 +286,7 @@ fn commands_of_a_box_that_ends_get_their_answer() {
     let frames = client.rest();
     let expected = br#"{"stdout":[],"stderr":[],"exit_code":143}"#.to_vec();
     assert_eq!(frames, [(DATA, expected)]);
-    assert_eq!(test.finished(started.finish()).code, 143);
+    assert_eq!(started.wait().code, 143);
 }
 
 #[test]
@@ -305,5 +304,5 @@ fn files_that_cannot_be_moved_say_why() {
         let error = value["error"].as_str().expect("an error");
         assert!(error.starts_with(expected), "{error}");
     }
-    started.stop(&test);
+    started.stop();
 }

@@ -4,18 +4,14 @@ use std::fs;
 
 use serde_json::json;
 
-use crate::common::TestBox;
+use crate::common::{TestBox, now_s, sha256};
 
 #[test]
 fn all_vcpus_are_up() {
     for vcpus in [1, 2, 4] {
         let ran = TestBox::debian()
             .with("vcpus", json!(vcpus))
-            .with_entrypoint("executable", json!("python3"))
-            .with_entrypoint(
-                "args",
-                json!(["-c", "import os,platform;print(os.cpu_count(),platform.release())"]),
-            )
+            .python("import os,platform;print(os.cpu_count(),platform.release())")
             .run();
         assert_eq!(ran.code, 0, "{} {}", ran.stderr, ran.console);
         let words: Vec<&str> = ran.console.split_whitespace().collect();
@@ -152,14 +148,10 @@ fn random_numbers_are_ready_at_once() {
 
 #[test]
 fn the_clock_is_the_hosts() {
-    let seconds = || {
-        let now = std::time::SystemTime::now();
-        now.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs()
-    };
-    let before = seconds();
+    let before = now_s();
     let ran = TestBox::busybox().shell("date +%s").run();
     let guest: u64 = ran.console.trim().parse().expect("a time");
-    assert!((before..=seconds()).contains(&guest), "{guest} is not since {before}");
+    assert!((before..=now_s()).contains(&guest), "{guest} is not since {before}");
 }
 
 #[test]
@@ -172,7 +164,5 @@ fn a_large_file_is_the_same_on_both_sides() {
     assert_eq!(ran.code, 0, "{} {}", ran.stderr, ran.console);
     let big = test.path("root/big");
     assert_eq!(fs::metadata(&big).expect("there").len(), 200 << 20);
-    let host = std::process::Command::new("sha256sum").arg(&big).output().expect("sha256sum runs");
-    let host = String::from_utf8_lossy(&host.stdout).into_owned();
-    assert_eq!(ran.console.trim(), host.split_whitespace().next().expect("a digest"));
+    assert_eq!(ran.console.trim(), sha256(&big));
 }

@@ -7,15 +7,15 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::process::Command;
 use std::sync::OnceLock;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::common::{Ran, Started, TestBox, eventually, mote};
+use crate::commands::exec;
+use crate::common::{Finished, Started, TestBox, compile, eventually};
+use crate::passt::network;
 use crate::processes::own_memory_kib;
 
 /// mote's own memory whatever its guest does, in KiB: it starts with some 3 MiB, and what a guest
@@ -48,20 +48,13 @@ impl std::fmt::Display for Order {
 fn kernel() -> &'static [u8] {
     static KERNEL: OnceLock<Vec<u8>> = OnceLock::new();
     KERNEL.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/hostile.c");
         let output = std::env::temp_dir().join(format!("mote-hostile-{}", std::process::id()));
         // At 16 MiB, where mote's page tables reach. No loop becomes a call of the function that it
         // is the body of, and there is no SSE.
         let options = "-O1 -static -nostdlib -ffreestanding -fno-stack-protector -mno-red-zone \
             -mgeneral-regs-only -fno-pie -no-pie -fno-tree-loop-distribute-patterns \
             -fcf-protection=none -Wl,-Ttext=0x1000000 -Wl,--build-id=none -Wall -Werror";
-        let status = Command::new("gcc")
-            .args(options.split_whitespace())
-            .arg("-o")
-            .args([&output, &source])
-            .status()
-            .expect("gcc runs");
-        assert!(status.success());
+        compile("gcc", options, "hostile.c", &output);
         let bytes = fs::read(&output).expect("compiled");
         let _ = fs::remove_file(&output);
         bytes
@@ -84,15 +77,11 @@ impl Peer {
     fn of(test: TestBox) -> (TestBox, Peer) {
         let socket = test.path("passt.sock");
         let listener = UnixListener::bind(&socket).expect("binds");
-        let network = json!({
-            "passt_socket_path": socket, "ip_address": "10.88.0.2", "gateway": "10.88.0.1",
-            "prefix_len": 24, "mac_address": [2, 66, 10, 88, 0, 2], "dns_servers": ["192.0.2.2"],
-        });
         let peer = thread::spawn(move || {
             let (stream, _) = listener.accept().expect("mote connects");
             serve(stream);
         });
-        (test.with("network", network), Peer(peer))
+        (test.with("network", network(&socket)), Peer(peer))
     }
 
     /// Waits until mote has gone.
@@ -113,12 +102,12 @@ fn serve(mut stream: UnixStream) {
 }
 
 /// What the guest and mote are to be judged by.
-fn report(order: Order, ran: &Ran) -> String {
+fn report(order: Order, ran: &Finished) -> String {
     format!("{order}: code {}, outcome {}, stderr: {}", ran.code, ran.outcome, ran.stderr)
 }
 
 /// That mote has ended with one of these codes, and said why in one line.
-fn assert_ended(order: Order, ran: &Ran, codes: &[i32]) {
+fn assert_ended(order: Order, ran: &Finished, codes: &[i32]) {
     let report = report(order, ran);
     assert!(codes.contains(&ran.code), "{report}");
     assert_eq!(ran.outcome["exit_code"], ran.code, "{report}");
@@ -157,7 +146,7 @@ impl Running {
     }
 
     fn pid(&self) -> u32 {
-        self.started.child.id()
+        self.started.pid()
     }
 
     /// Waits until mote has ended, has used so much more processor time (in clock ticks), or has used none
@@ -187,9 +176,9 @@ impl Running {
     }
 
     /// What a box left that ended by itself.
-    fn over(self, codes: &[i32]) -> Ran {
-        let Running { order, test, started } = self;
-        let ran = test.finished(started.finish());
+    fn over(self, codes: &[i32]) -> Finished {
+        let Running { order, started, .. } = self;
+        let ran = started.wait();
         assert_ended(order, &ran, codes);
         ran
     }
@@ -246,7 +235,7 @@ fn assert_ends(orders: &[Order]) {
 }
 
 /// Waits for a guest's own end, which has one of these codes; stops one that hangs.
-fn end_of(order: Order, test: TestBox, codes: &[i32]) -> Option<Ran> {
+fn end_of(order: Order, test: TestBox, codes: &[i32]) -> Option<Finished> {
     let mut running = Running::start(order, test);
     if running.watch(HANGS_TICKS) == Life::Over {
         return Some(running.over(codes));
@@ -381,29 +370,18 @@ fn mote_stays_small_and_heeds_signals_whatever_its_guest_does() {
 fn commands_are_served_while_a_program_floods_the_host() {
     let test = TestBox::busybox()
         .with("vcpus", json!(2))
-        .with("console_output", json!(null))
+        .without_console_file()
         .with_entrypoint("executable", json!("/bin/flood"));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/flood.c");
-    let status = Command::new("musl-gcc")
-        .args(["-O1", "-static", "-Wall", "-Werror", "-o"])
-        .arg(test.path("root/bin/flood"))
-        .arg(source)
-        .status()
-        .expect("musl-tools is installed");
-    assert!(status.success());
+    let program = test.path("root/bin/flood");
+    compile("musl-gcc", "-O1 -static -Wall -Werror", "flood.c", &program);
     let mut started = test.start();
     started.wait_for_line("flooding");
     for turn in 0..5 {
-        let output = Command::new(mote())
-            .arg("exec")
-            .arg(test.path("sock/exec.sock"))
-            .args(["--", "echo", "served"])
-            .output()
-            .expect("mote runs");
+        let output = exec(&test, &[], &["echo", "served"]).output().expect("mote runs");
         assert_eq!(output.stdout, b"served\n", "command {turn}: {output:?}");
         assert_eq!(output.status.code(), Some(0));
-        let kib = own_memory_kib(started.child.id());
+        let kib = own_memory_kib(started.pid());
         assert!(kib < MEMORY_LIMIT_KIB, "mote's own memory is {kib} KiB");
     }
-    started.stop(&test);
+    started.stop();
 }

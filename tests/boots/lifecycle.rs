@@ -5,25 +5,19 @@ use std::os::unix::net::UnixListener;
 use serde_json::json;
 
 use crate::client;
-use crate::common::{TestBox, eventually, mote};
+use crate::common::{TestBox, eventually, mote, now_s};
 use crate::processes::{kill, processes_with, virtiofsd_of};
-
-/// A box that says `ready` and then goes on.
-fn ready_then(script: &str) -> TestBox {
-    TestBox::busybox().shell(script).with("console_output", json!(null))
-}
 
 #[test]
 fn a_stop_signal_reaches_the_entrypoint() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let name = if signal == libc::SIGTERM { "TERM" } else { "INT" };
-        let test = ready_then(&format!(
+        let test = TestBox::streaming(&format!(
             "trap 'echo got {name}; exit 9' {name}; echo ready; while :; do sleep 1; done"
         ));
-        let mut started = test.start();
-        started.wait_for_line("ready");
+        let started = test.ready();
         started.signal(signal);
-        let ran = test.finished(started.finish());
+        let ran = started.wait();
         assert_eq!(
             (ran.code, ran.stdout.as_str()),
             (9, format!("got {name}\n").as_str()),
@@ -35,44 +29,40 @@ fn a_stop_signal_reaches_the_entrypoint() {
 
 #[test]
 fn an_entrypoint_that_ignores_the_signal_is_killed_after_the_grace() {
-    let test = ready_then("trap '' TERM; echo ready; while :; do sleep 1; done");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming("trap '' TERM; echo ready; while :; do sleep 1; done");
+    let started = test.ready();
     started.signal(libc::SIGTERM);
-    assert_eq!(test.finished(started.finish()).code, 137);
+    assert_eq!(started.wait().code, 137);
 }
 
 #[test]
 fn a_second_signal_stops_hard() {
-    let test = ready_then("trap '' TERM; echo ready; while :; do sleep 1; done");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming("trap '' TERM; echo ready; while :; do sleep 1; done");
+    let started = test.ready();
     started.signal(libc::SIGTERM);
     started.signal(libc::SIGINT);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")));
+    let ran = started.wait();
+    ran.assert_ended(121, "stopped");
     assert!(ran.stderr.contains("stopped hard by a second signal"), "{}", ran.stderr);
 }
 
 #[test]
 fn a_signal_during_boot_is_not_lost() {
-    let test = ready_then("echo ready; while :; do sleep 1; done");
+    let test = TestBox::streaming("echo ready; while :; do sleep 1; done");
     let started = test.start();
     // The socket is bound before the guest runs.
     eventually("the file appears", || test.path("sock/exec.sock").exists());
     started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
+    let ran = started.wait();
     assert_eq!(ran.code, 143, "{}", ran.stderr);
 }
 
 #[test]
 fn a_killed_mote_leaves_nothing() {
-    let test = ready_then("echo ready; while :; do sleep 1; done");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming("echo ready; while :; do sleep 1; done");
+    let started = test.ready();
     assert!(!virtiofsd_of(&test.dir).is_empty());
-    started.signal(libc::SIGKILL);
-    started.finish();
+    started.kill();
     // Its children get their signal at its death and go at their own pace.
     eventually("its processes end", || processes_with(&test.dir).is_empty());
     test.assert_nothing_left();
@@ -84,40 +74,32 @@ fn a_killed_mote_leaves_nothing() {
 
 #[test]
 fn a_killed_back_end_ends_the_box_with_its_name() {
-    let test = ready_then("echo ready; while :; do sleep 1; done");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming("echo ready; while :; do sleep 1; done");
+    let started = test.ready();
     kill(virtiofsd_of(&test.dir)[0], libc::SIGKILL);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+    let ran = started.wait();
+    ran.assert_ended(124, "backend-died");
     assert!(ran.stderr.contains("virtiofsd for the root file system ("), "{}", ran.stderr);
 }
 
 #[test]
 fn a_paused_box_goes_on() {
-    let test = ready_then("echo ready; sleep 1; echo alive; exit 6");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming("echo ready; sleep 1; echo alive; exit 6");
+    let started = test.ready();
     started.signal(libc::SIGSTOP);
     started.signal(libc::SIGCONT);
-    let ran = test.finished(started.finish());
+    let ran = started.wait();
     assert_eq!((ran.code, ran.stdout.as_str()), (6, "alive\n"));
 }
 
 #[test]
 fn the_clock_is_right_at_the_start_and_after_a_pause() {
-    let test = ready_then("date +%s; echo ready; exec sleep 10000");
-    let now = || {
-        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        since.expect("after 1970").as_secs()
-    };
-    let before = now();
+    let test = TestBox::streaming("date +%s; echo ready; exec sleep 10000");
+    let before = now_s();
     let mut started = test.start();
-    let mut line = String::new();
-    std::io::BufRead::read_line(&mut started.stdout, &mut line).expect("a line");
-    let at_start: u64 = line.trim().parse().expect("seconds");
+    let at_start: u64 = started.line().expect("a line").parse().expect("seconds");
     // Cut to whole seconds on either side.
-    assert!((before..=now() + 1).contains(&at_start), "{before} {at_start}");
+    assert!((before..=now_s() + 1).contains(&at_start), "{before} {at_start}");
     started.wait_for_line("ready");
 
     let date = |script: &str| client::shell(&test, script).trim().parse::<u64>().expect("seconds");
@@ -125,15 +107,13 @@ fn the_clock_is_right_at_the_start_and_after_a_pause() {
     assert!(wrong < before - 3600);
     started.signal(libc::SIGSTOP);
     started.signal(libc::SIGCONT);
-    eventually("the clock is right again", || date("date +%s").abs_diff(now()) <= 1);
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    eventually("the clock is right again", || date("date +%s").abs_diff(now_s()) <= 1);
+    started.stop();
 }
 
 #[test]
 fn twenty_boxes_in_a_row() {
-    let test = TestBox::busybox();
-    let mut test = test;
+    let mut test = TestBox::busybox();
     for code in 0..20 {
         test = test.shell(&format!("echo run {code}; exit {code}"));
         let ran = test.run();

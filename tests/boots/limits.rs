@@ -2,25 +2,17 @@
 //! cgroup v2 at /sys/fs/cgroup.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::{Value, json};
 
 use crate::client;
-use crate::common::{TestBox, eventually, mote};
+use crate::common::{TestBox, eventually};
 use crate::processes::{processes_with, virtiofsd_of};
 
 /// A box with limits that says `ready` and then waits for its end.
 fn waiting(limits: Value) -> TestBox {
-    TestBox::busybox()
-        .shell("trap 'exit 5' TERM; echo ready; while :; do sleep 1; done")
-        .with("console_output", json!(null))
+    TestBox::streaming("trap 'exit 5' TERM; echo ready; while :; do sleep 1; done")
         .with("resource_limits", limits)
-}
-
-fn cgroup_of(test: &TestBox) -> PathBuf {
-    Path::new("/sys/fs/cgroup/a3s-box").join(test.spec["box_id"].as_str().expect("text"))
 }
 
 fn all_limits() -> Value {
@@ -33,11 +25,10 @@ fn all_limits() -> Value {
 #[test]
 fn a_cpuset_binds_every_thread() {
     let test = waiting(json!({"cpuset_cpus": "1"})).with("vcpus", json!(2));
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     let mut pids = virtiofsd_of(&test.dir);
     assert!(!pids.is_empty());
-    pids.push(started.child.id());
+    pids.push(started.pid());
     for pid in pids {
         let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
         // A thread may end meanwhile.
@@ -46,16 +37,15 @@ fn a_cpuset_binds_every_thread() {
         }
     }
     started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
+    let ran = started.wait();
     assert_eq!(ran.code, 5, "{}", ran.stderr);
 }
 
 #[test]
 fn a_cgroup_holds_the_box_while_it_runs() {
     let test = waiting(all_limits());
-    let cgroup = cgroup_of(&test);
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let cgroup = test.cgroup();
+    let started = test.ready();
     let read = |name: &str| fs::read_to_string(cgroup.join(name)).expect(name);
     for (name, value) in [
         ("cpu.weight", "39\n"),
@@ -72,7 +62,7 @@ fn a_cgroup_holds_the_box_while_it_runs() {
     let inside: Vec<u32> =
         read("cgroup.procs").lines().map(|pid| pid.parse().expect("a pid")).collect();
     let backends = virtiofsd_of(&test.dir);
-    assert!(!backends.is_empty() && inside.contains(&started.child.id()), "{inside:?}");
+    assert!(!backends.is_empty() && inside.contains(&started.pid()), "{inside:?}");
     assert!(backends.iter().all(|pid| inside.contains(pid)), "{backends:?} in {inside:?}");
 
     let second = test.command().output().expect("mote runs");
@@ -81,7 +71,7 @@ fn a_cgroup_holds_the_box_while_it_runs() {
     assert!(stderr.contains("is this box running already?"), "{stderr}");
 
     started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
+    let ran = started.wait();
     assert_eq!(ran.code, 5, "{}", ran.stderr);
     eventually("the cgroup goes", || !cgroup.exists());
 }
@@ -89,13 +79,11 @@ fn a_cgroup_holds_the_box_while_it_runs() {
 #[test]
 fn a_killed_mote_leaves_no_cgroup() {
     let test = waiting(all_limits());
-    let cgroup = cgroup_of(&test);
+    let cgroup = test.cgroup();
     let kill = || {
-        let mut started = test.start();
-        started.wait_for_line("ready");
+        let started = test.ready();
         assert!(cgroup.exists());
-        started.signal(libc::SIGKILL);
-        started.finish();
+        started.kill();
     };
     kill();
     eventually("its processes and cgroup go", || {
@@ -112,11 +100,10 @@ fn a_killed_mote_leaves_no_cgroup() {
 #[test]
 fn a_box_that_does_not_start_leaves_no_cgroup() {
     let test = waiting(all_limits());
-    let output = test.command().env("MOTE_VIRTIOFSD", "/bin/false").output().expect("mote runs");
-    let ran = test.finished(output);
+    let ran = test.run_by(test.command().env("MOTE_VIRTIOFSD", "/bin/false"));
     assert_eq!(ran.code, 125, "{}", ran.stderr);
     assert!(ran.stderr.contains("virtiofsd for the root file system ("), "{}", ran.stderr);
-    eventually("the cgroup goes", || !cgroup_of(&test).exists());
+    eventually("the cgroup goes", || !test.cgroup().exists());
 }
 
 #[test]
@@ -142,14 +129,8 @@ fn limits_that_cannot_be_are_named() {
 #[test]
 fn a_host_without_cgroup_v2_is_explained() {
     let test = waiting(all_limits());
-    let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c"])
-        .arg("mount -t tmpfs none /sys/fs/cgroup && exec \"$0\" \"$@\"")
-        .arg(mote())
-        .args(["--config", &test.spec.to_string()])
-        .output()
-        .expect("unshare runs");
-    let ran = test.finished(output);
+    let script = "mount -t tmpfs none /sys/fs/cgroup && exec \"$0\" \"$@\"";
+    let ran = test.run_by(&mut test.mote_within(&["unshare", "--mount", "sh", "-c", script]));
     assert_eq!((ran.code, ran.stderr.lines().count()), (125, 1), "{}", ran.stderr);
     assert!(
         ran.stderr.starts_with("mote: read /sys/fs/cgroup/cgroup.controllers (limits on CPU time"),
@@ -160,12 +141,9 @@ fn a_host_without_cgroup_v2_is_explained() {
 
 #[test]
 fn pids_limit_holds_against_a_fork_bomb_and_the_box_still_answers() {
-    let test = TestBox::busybox()
-        .shell("echo ready; bomb() { bomb | bomb & }; bomb; exec sleep 10000")
-        .with("console_output", json!(null))
+    let test = TestBox::streaming("echo ready; bomb() { bomb | bomb & }; bomb; exec sleep 10000")
         .with("resource_limits", json!({"pids_limit": 50}));
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     // As root, whom RLIMIT_NPROC does not bind.
     for _ in 0..5 {
         let said = client::run(&test, &["cat", "/sys/fs/cgroup/pids.max"]);
@@ -181,24 +159,19 @@ fn pids_limit_holds_against_a_fork_bomb_and_the_box_still_answers() {
     let forks = "for i in $(seq 60); do sleep 10000 & done";
     let refused = client::run(&test, &["sh", "-c", forks]);
     assert!(refused.stderr.contains("can't fork"), "{refused:?}");
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop();
 }
 
 #[test]
 fn pids_limit_binds_users_by_rlimit_too() {
-    let test = TestBox::busybox()
-        .shell("echo ready; exec sleep 10000")
-        .with("console_output", json!(null))
+    let test = TestBox::streaming("echo ready; exec sleep 10000")
         .with("user", json!("app"))
         .with("resource_limits", json!({"pids_limit": 50}));
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     for user in ["app", "root"] {
         let limits = client::run_with(&test, &["cat", "/proc/self/limits"], json!({"user": user}));
         let line = limits.stdout.lines().find(|l| l.starts_with("Max processes")).expect("a line");
         assert_eq!(line.split_whitespace().nth(2), Some("50"), "{line}");
     }
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop();
 }

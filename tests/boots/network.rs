@@ -63,7 +63,8 @@ impl Network {
         vec!["nsenter".into(), format!("--net=/run/netns/{}", self.name)]
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    /// A command that is to run here.
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("timeout");
         command
             .args(["--signal=KILL", DEADLINE_S])

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::common::TestBox;
+use crate::common::{TestBox, seq};
 
 #[test]
 fn output_and_exit_code_reach_the_caller() {
@@ -17,10 +17,7 @@ fn output_and_exit_code_reach_the_caller() {
 
 #[test]
 fn without_a_console_file_the_streams_stay_apart() {
-    let ran = TestBox::busybox()
-        .shell("echo out; echo err >&2")
-        .with("console_output", json!(null))
-        .run();
+    let ran = TestBox::streaming("echo out; echo err >&2").run();
     assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (0, "out\n", "err\n"));
 }
 
@@ -43,12 +40,9 @@ fn a_killed_entrypoint_is_128_plus_signal() {
 #[test]
 fn output_of_the_last_instruction_is_not_lost() {
     // More than every buffer on the way holds together.
-    let ran = TestBox::busybox()
-        .shell("seq 1 400000; seq 1 400000 >&2; printf end")
-        .with("console_output", json!(null))
-        .run();
+    let ran = TestBox::streaming("seq 1 400000; seq 1 400000 >&2; printf end").run();
     assert_eq!(ran.code, 0);
-    let numbers: String = (1..=400_000).map(|n| format!("{n}\n")).collect();
+    let numbers = seq(400_000);
     assert!(ran.stdout == format!("{numbers}end"), "{} bytes of stdout", ran.stdout.len());
     assert!(ran.stderr == numbers, "{} bytes of stderr", ran.stderr.len());
 }

@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client;
-use crate::common::{Started, TestBox, eventually};
+use crate::common::{TestBox, eventually};
 use crate::network::Network;
 use crate::{ports, tsi};
 
 const MAC: [u8; 6] = [2, 66, 10, 88, 0, 2];
 
-fn network(socket: &Path) -> Value {
+/// A spec's `network` on this socket.
+pub fn network(socket: &Path) -> Value {
     json!({
         "passt_socket_path": socket, "ip_address": "10.88.0.2", "gateway": "10.88.0.1",
         "prefix_len": 24, "mac_address": MAC, "dns_servers": ["192.0.2.2"],
@@ -159,9 +160,7 @@ impl Outside {
     }
 
     fn debian(&self) -> TestBox {
-        TestBox::debian()
-            .with("console_output", json!(null))
-            .with("network", network(&self.dir.socket()))
+        TestBox::debian().without_console_file().with("network", network(&self.dir.socket()))
     }
 }
 
@@ -263,7 +262,7 @@ fn usual_clients_fetch_while_a_server_stands_a_load() {
         // Without half-closes: a passt of 2023 closes its socket with the answer to one unread.
         tsi::two_hundred_connections(&test, &["198.51.100.1"], "pass");
     });
-    started.stop(&test);
+    started.stop();
     passt.kill().expect("kills");
     passt.wait().expect("waits");
 }
@@ -285,8 +284,7 @@ print(conn.recv(5, socket.MSG_WAITALL).decode())'";
     outside.start_passt();
     eventually("the link is up", || carrier() == "1\n");
     assert_eq!(client::shell(&test, fetch), "xxxxx\n");
-    started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
+    let ran = started.stop();
     let socket = outside.dir.socket();
     let socket = socket.display();
     assert_eq!(
@@ -369,7 +367,7 @@ done";
 fn a_peer_that_breaks_the_protocol_takes_the_link_down_and_no_more() {
     let (dir, test) = small_box();
     let listener = UnixListener::bind(dir.socket()).expect("binds");
-    let test = test.shell(WATCH).with("console_output", json!(null));
+    let test = test.shell(WATCH).without_console_file();
     let mut started = test.start();
     let mut passt = accept(&listener);
     started.wait_for_line("link 1");
@@ -399,8 +397,7 @@ fn a_peer_that_breaks_the_protocol_takes_the_link_down_and_no_more() {
         started.wait_for_line("link 1");
         assert_frames_pass(&mut passt);
     }
-    started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
+    let ran = started.stop();
     let told: Vec<&str> = ran.stderr.lines().filter(|line| line.contains("net: ")).collect();
     assert_eq!(told.len(), 2 * breaches.len(), "{told:?}");
     for (lines, (_, breach)) in told.chunks(2).zip(breaches) {
@@ -428,43 +425,31 @@ fn a_box_without_passt_does_not_start() {
 #[test]
 fn a_passt_that_is_late_is_waited_for() {
     let (dir, test) = small_box();
-    let test = test.shell(WATCH).with("console_output", json!(null));
+    let test = test.shell(WATCH).without_console_file();
     let mut started = test.start();
     std::thread::sleep(Duration::from_millis(1500));
     let listener = UnixListener::bind(dir.socket()).expect("binds");
     let mut passt = accept(&listener);
     started.wait_for_line("link 1");
     assert_frames_pass(&mut passt);
-    started.signal(libc::SIGTERM);
-    assert_eq!(test.finished(started.finish()).stderr, "");
+    assert_eq!(started.stop().stderr, "");
 }
 
 #[test]
 fn a_socket_that_mote_is_started_with_is_passts() {
     let (ours, mut passt) = UnixStream::pair().expect("a pair");
     passt.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
-    let mut test = TestBox::busybox().shell(WATCH).with("console_output", json!(null));
+    let mut test = TestBox::busybox().shell(WATCH).without_console_file();
     test.spec["network"] = network(Path::new(""));
     test.spec["network"]["net_socket_fd"] = json!(3);
     // From standard input to number 3.
-    let mut child = Command::new("sh")
-        .args(["-c", "exec \"$@\" 3<&0 </dev/null", "sh"])
-        .arg(crate::common::mote())
-        .args(["--config", &test.spec.to_string()])
-        .env("TMPDIR", test.path("tmp"))
-        .stdin(OwnedFd::from(ours))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let stdout = std::io::BufReader::new(child.stdout.take().expect("stdout"));
-    let mut started = Started { child, stdout };
+    let words = ["sh", "-c", "exec \"$@\" 3<&0 </dev/null", "sh"];
+    let mut started = test.start_by(test.mote_within(&words).stdin(OwnedFd::from(ours)));
     started.wait_for_line("link 1");
     assert_frames_pass(&mut passt);
     drop(passt);
     started.wait_for_line("link 0");
-    started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
+    let ran = started.stop();
     assert!(ran.stderr.contains("the link is down for good"), "{}", ran.stderr);
 }
 

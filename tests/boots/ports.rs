@@ -1,8 +1,5 @@
 //! Published ports: `port_map` with `network` null.
 
-use std::fs;
-use std::process::Command;
-
 use serde_json::json;
 
 use crate::common::{Started, TestBox, eventually};
@@ -43,18 +40,16 @@ fn serving(network: &Network) -> TestBox {
     let map: Vec<String> = (8001..=8006).map(|port| format!("1{port}:{port}")).collect();
     TestBox::debian()
         .inside(network)
-        .with("console_output", json!(null))
+        .without_console_file()
         .with("port_map", json!(map))
-        .with_entrypoint("executable", json!("python3"))
-        .with_entrypoint("args", json!(["-u", "-c", SERVERS]))
+        .python(SERVERS)
 }
 
 #[test]
 fn a_server_sees_the_real_client_wherever_it_listens() {
     let network = Network::new();
     let test = serving(&network);
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     // From an address of its own, and from the host's loopback.
     let seen = network.python(
         r#"
@@ -73,15 +68,14 @@ for source, host in (("198.51.100.2", "198.51.100.1"), ("127.0.0.1", "127.0.0.1"
         })
         .collect();
     assert_eq!(seen, expected);
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
 fn published_ports_are_there_for_ipv6_clients() {
     let network = Network::new();
     let test = serving(&network);
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     let seen = network.python(
         r#"
 import socket
@@ -97,15 +91,14 @@ for port in (18001, 18003):
 "#,
     );
     assert_eq!(seen, "18002 2001:db8::2\n18004 2001:db8::2\n18001 ABCtail\n18003 ABCtail\n");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
 fn halves_close_on_their_own_and_resets_cross() {
     let network = Network::new();
     let test = serving(&network);
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     network.python(
         r#"
 import errno, socket
@@ -179,7 +172,7 @@ conn.close()
         );
         assert_eq!(server.join().expect("serves"), "listening\n1048576\nECONNRESET\n");
     });
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -192,17 +185,15 @@ fn nginx_stands_a_load() {
     // 4000, the one before, and what ab had opened when it stopped.
     let all_from_here = lines.len() == 2 && lines[1] == "198.51.100.1";
     assert!(all_from_here && lines[0].parse::<u32>().expect("a count") > 4000, "{log}");
-    started.stop(&test);
+    started.stop();
 }
 
 /// Starts a box whose nginx is published on port 18080.
 pub fn nginx(test: TestBox) -> (TestBox, Started) {
-    let test =
-        test.with("console_output", json!(null)).with("port_map", json!(["18080:80"])).shell(
-            "echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait",
-        );
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = test.without_console_file().with("port_map", json!(["18080:80"])).shell(
+        "echo 'load me' >/var/www/html/index.html; echo ready; nginx -g 'daemon off;' & wait",
+    );
+    let started = test.ready();
     (test, started)
 }
 
@@ -223,10 +214,8 @@ pub fn assert_stands_a_load(network: &Network, requests: u32) {
 fn until_answered(network: &Network, port: u16) {
     let url = format!("http://198.51.100.1:{port}/");
     eventually("the server answers", || {
-        let mut words = network.enter();
-        words.extend(["curl", "-sf", "--max-time", "60", "-o", "/dev/null"].map(String::from));
-        let status = Command::new(&words[0]).args(&words[1..]).arg(&url).status();
-        status.expect("curl runs").success()
+        let curl = ["curl", "-sf", "--max-time", "60", "-o", "/dev/null", &url];
+        network.command(&curl).status().expect("curl runs").success()
     });
 }
 
@@ -234,11 +223,8 @@ fn until_answered(network: &Network, port: u16) {
 fn five_hundred_clients_at_once() {
     let network = Network::new();
     let test = serving(&network);
-    let mut started = test.start();
-    started.wait_for_line("ready");
-    let descriptors =
-        || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
-    let before = descriptors();
+    let started = test.ready();
+    let before = started.descriptors();
     network.python(
         r#"
 import asyncio
@@ -258,8 +244,8 @@ async def main():
 asyncio.run(main())
 "#,
     );
-    eventually("their descriptors go", || descriptors() <= before);
-    started.stop(&test);
+    eventually("their descriptors go", || started.descriptors() <= before);
+    started.stop();
 }
 
 #[test]
@@ -294,15 +280,12 @@ while True:
         let pid = shell(&test, serve);
         until_answered(&network, 18080);
         shell(&test, &format!("kill -9 {pid}"));
-        let mut words = network.enter();
-        words.extend(
-            ["curl", "-s", "--max-time", "60", "http://198.51.100.1:18080/"].map(String::from),
-        );
-        let status = Command::new(&words[0]).args(&words[1..]).status().expect("curl runs");
+        let curl = ["curl", "-s", "--max-time", "60", "http://198.51.100.1:18080/"];
+        let status = network.command(&curl).status().expect("curl runs");
         // Refused, an empty reply, or a reset before the request was sent or after: no silence (28).
         assert!(matches!(status.code(), Some(7 | 52 | 55 | 56)), "{status}");
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -310,8 +293,7 @@ fn only_mapped_ports_are_published() {
     let network = Network::new();
     for (map, expected) in [(json!([]), ""), (json!(["18003:8001"]), "18003")] {
         let test = serving(&network).with("port_map", map);
-        let mut started = test.start();
-        started.wait_for_line("ready");
+        let started = test.ready();
         let listening = network.run(&["ss", "-H", "--listening", "--tcp", "--udp", "--numeric"]);
         let ports: Vec<&str> = listening
             .lines()
@@ -319,7 +301,7 @@ fn only_mapped_ports_are_published() {
             .collect();
         assert!(ports.iter().all(|&port| port == expected), "{listening}");
         assert_eq!(ports.is_empty(), expected.is_empty(), "{listening}");
-        started.stop(&test);
+        started.stop();
         // And nothing stays.
         assert_eq!(network.run(&["ss", "-H", "--listening", "--tcp", "--numeric"]), "");
     }
@@ -329,17 +311,16 @@ fn only_mapped_ports_are_published() {
 fn a_port_that_is_taken_is_named() {
     let network = Network::new();
     let test = serving(&network);
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     let second =
         TestBox::busybox().inside(&network).with("port_map", json!(["18009:1", "18003:80"]));
     let ran = second.run();
-    assert_eq!((ran.code, ran.stderr.lines().count()), (125, 1), "{}", ran.stderr);
-    assert!(ran.stderr.contains("18003") && !ran.stderr.contains("18009"), "{}", ran.stderr);
+    ran.assert_not_started(&["18003"]);
+    assert!(!ran.stderr.contains("18009"), "{}", ran.stderr);
     // The first one is none the worse, and after it the port is free at once.
     let greet = "import socket; print(socket.create_connection(('127.0.0.1', 18003), 60).recv(99).decode())";
     assert_eq!(network.python(greet).trim(), "127.0.0.1");
-    started.stop(&test);
+    started.stop();
     assert_eq!(second.run().code, 0);
 }
 
@@ -427,5 +408,5 @@ fn large_transfers_go_both_ways_on_both_kinds_of_connections() {
         published.join().expect("published");
     });
     assert_eq!(run(&test, &["true"]).code, 0);
-    started.stop(&test);
+    started.stop();
 }

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use serde_json::json;
 
 use crate::client;
-use crate::common::{Ran, Started, TestBox, executable, mote};
+use crate::common::{Finished, Started, TestBox, eventually, executable, mote};
 use crate::processes::{children_of, name_of, processes_with, virtiofsd_of};
 use crate::traced;
 
@@ -89,13 +89,13 @@ fn assert_in_an_empty_root(pid: u32) {
 #[test]
 fn a_running_box_is_confined() {
     let (test, started) = ready();
-    let pid = started.child.id();
+    let pid = started.pid();
     assert_confined(pid);
     assert_in_an_empty_root(pid);
     // Its connections are made in the host's network.
     assert_eq!(namespace(&pid.to_string(), "net"), namespace("self", "net"));
     assert_eq!(client::shell(&test, "echo served"), "served\n");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -140,29 +140,21 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
             assert!(mounts.lines().all(|line| line.contains(option)), "{mounts}");
         }
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
 fn nothing_inherited_is_kept() {
     let test = TestBox::busybox()
         .shell("ls /proc/self/fd | wc -l; env; echo ready; exec sleep 10000")
-        .with("console_output", json!(null));
+        .without_console_file();
     let secret = test.path("secret");
     fs::write(&secret, "").expect("file");
     let script = format!("exec 7<{0} 200<{0} <{0}; exec \"$@\"", secret.display());
-    let child = Command::new("bash")
-        .args(["-c", &script, "bash"])
-        .arg(mote())
-        .args(["--config", &test.spec.to_string()])
-        .env("TMPDIR", test.path("tmp"))
-        .env("SECRET", "host")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut started = Started::of(child.expect("mote starts"));
+    let words = ["bash", "-c", &script, "bash"];
+    let mut started = test.start_by(test.mote_within(&words).env("SECRET", "host"));
     started.wait_for_line("ready");
-    for line in processes_of(&test, &started.child) {
+    for line in processes_of(&test, &started) {
         let (pid, name) = line;
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").flatten();
         let open: Vec<PathBuf> = fds.flat_map(|fd| fs::read_link(fd.path())).collect();
@@ -171,13 +163,13 @@ fn nothing_inherited_is_kept() {
     }
     let environment = client::shell(&test, "env");
     assert!(!environment.contains("SECRET"), "{environment}");
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop();
 }
 
 /// A box's processes, by number and command: mote, its janitor and virtiofsd.
-fn processes_of(test: &TestBox, mote: &Child) -> Vec<(u32, String)> {
-    let pids = [mote.id()].into_iter().chain(children_of(mote.id())).chain(virtiofsd_of(&test.dir));
+fn processes_of(test: &TestBox, mote: &Started) -> Vec<(u32, String)> {
+    let pids =
+        [mote.pid()].into_iter().chain(children_of(mote.pid())).chain(virtiofsd_of(&test.dir));
     let all: Vec<_> = pids.map(|pid| (pid, name_of(pid))).collect();
     for name in ["mote", "mote-janitor", "virtiofsd"] {
         assert!(all.iter().any(|(_, found)| found == name), "no {name} in {all:?}");
@@ -186,13 +178,13 @@ fn processes_of(test: &TestBox, mote: &Child) -> Vec<(u32, String)> {
 }
 
 /// Runs a box, makes its thread of this name call the system, and says how it all ended.
-fn broken(thread: &str, number: i64, arguments: [u64; 3]) -> Ran {
+fn broken(thread: &str, number: i64, arguments: [u64; 3]) -> Finished {
     let (test, started) = ready();
-    let threads = threads(started.child.id());
+    let threads = threads(started.pid());
     let (tid, _) = threads.iter().find(|(_, name)| name == thread).expect("the thread");
     traced::call(*tid, number, arguments);
-    let output = started.finish();
-    crate::common::eventually("its processes end", || processes_with(&test.dir).is_empty());
+    let output = started.wait_with_output();
+    eventually("its processes end", || processes_with(&test.dir).is_empty());
     test.finished(output)
 }
 
@@ -224,8 +216,7 @@ fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
 #[test]
 fn the_sandbox_can_be_left_out_aloud() {
     let test = TestBox::busybox().shell("exit 3");
-    let output = test.command().env("MOTE_NO_SANDBOX", "1").output().expect("mote runs");
-    let ran = test.finished(output);
+    let ran = test.run_by(test.command().env("MOTE_NO_SANDBOX", "1"));
     assert_eq!(ran.code, 3);
     let expected =
         "mote: warning: MOTE_NO_SANDBOX is set: this box's mote is not confined at all\n";
@@ -276,33 +267,29 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
     for namespaces in [true, false] {
         let test = TestBox::busybox()
             .shell("echo written >/file; cat /file; echo ready; exec sleep 10000")
-            .with("console_output", json!(null))
+            .without_console_file()
             .with("vcpus", json!(2));
         // Where the user may look for the binary.
         let binary = test.path("mote");
         executable(&binary, &fs::read(mote()).expect("the binary"));
         let words = unprivileged(&test, namespaces);
-        let child = Command::new(&words[0])
+        let mut command = Command::new(&words[0]);
+        command
             .args(&words[1..])
             .arg(&binary)
             .args(["--config", &test.spec.to_string()])
             .env("TMPDIR", test.path("tmp"))
-            .env("MOTE_VIRTIOFSD", copied_virtiofsd(&test))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut started = Started::of(child.expect("mote starts"));
+            .env("MOTE_VIRTIOFSD", copied_virtiofsd(&test));
+        let mut started = test.start_by(&mut command);
         started.wait_for_line("written");
         started.wait_for_line("ready");
-        let pid = started.child.id();
+        let pid = started.pid();
         assert_confined(pid);
         if namespaces {
             assert_in_an_empty_root(pid);
         }
         assert_eq!(client::shell(&test, "echo served"), "served\n");
-        started.signal(libc::SIGTERM);
-        let ran = test.finished(started.finish());
-        assert_eq!((ran.code, ran.stderr.as_str()), (143, ""), "namespaces: {namespaces}");
+        assert_eq!(started.stop().stderr, "", "namespaces: {namespaces}");
         assert_eq!(fs::read_to_string(test.path("root/file")).expect("there"), "written\n");
     }
 }

@@ -120,16 +120,14 @@ fn a_share_that_disappears_gives_errors_and_nothing_hangs() {
     let test = test
         .with("fs_mounts", json!([{"tag": "vol0", "host_path": host, "read_only": false}]))
         .with_entrypoint("env", json!([["BOX_VOL_0", "vol0:/data"]]))
-        .with("console_output", json!(null))
+        .without_console_file()
         .shell("cat /data/dir/file; echo; echo ready; exec sleep 10000");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     fs::remove_dir_all(&host).expect("removed");
     let tried = client::run(&test, &["sh", "-c", "echo y >/data/dir/new"]);
     assert_ne!(tried.code, 0, "{tried:?}");
     let tried = client::run(&test, &["cat", "/data/dir/other"]);
     assert_ne!(tried.code, 0, "{tried:?}");
     assert_eq!(client::shell(&test, "echo alive"), "alive\n");
-    started.signal(libc::SIGTERM);
-    assert_eq!(test.finished(started.finish()).code, 143);
+    started.stop();
 }

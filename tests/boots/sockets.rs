@@ -1,6 +1,6 @@
 //! The box's Unix sockets on the host, with an agent of the image's own behind them.
 
-use std::io::{BufRead, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -30,10 +30,7 @@ while True:
 "#;
 
 fn with_agent() -> TestBox {
-    TestBox::debian()
-        .with("console_output", json!(null))
-        .with_entrypoint("executable", json!("python3"))
-        .with_entrypoint("args", json!(["-u", "-c", AGENT]))
+    TestBox::debian().without_console_file().python(AGENT)
 }
 
 fn connect(test: &TestBox) -> UnixStream {
@@ -77,22 +74,18 @@ fn bytes_and_ends_of_file_cross_in_both_directions() {
             });
         }
     });
-    started.signal(libc::SIGTERM);
-    assert_eq!(test.finished(started.finish()).code, 143);
+    started.stop();
 }
 
 #[test]
 fn a_port_nobody_serves_closes_promptly() {
-    let test =
-        TestBox::busybox().shell("echo ready; sleep 1000").with("console_output", json!(null));
+    let test = TestBox::streaming("echo ready; sleep 1000");
     let attest = test.path("sock/attest.sock");
     let test = test.with("attest_socket_path", json!(attest));
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     let mut stream = UnixStream::connect(&attest).expect("connects");
     assert_eq!(stream.read(&mut [0]).expect("the end, not a time-out"), 0);
-    started.signal(libc::SIGTERM);
-    test.finished(started.finish());
+    started.stop();
 }
 
 #[test]
@@ -152,18 +145,13 @@ while True:
 
 #[test]
 fn a_hostile_guest_gets_nothing_and_holds_up_nobody() {
-    let test = TestBox::debian()
-        .with("console_output", json!(null))
-        .with("vcpus", json!(2))
-        .with_entrypoint("executable", json!("python3"))
-        .with_entrypoint("args", json!(["-u", "-c", HOSTILE]));
+    let test = TestBox::debian().without_console_file().with("vcpus", json!(2)).python(HOSTILE);
     let mut started = test.start();
-    let mut line = String::new();
     let mut said = String::new();
-    while !line.starts_with("flooded") {
-        line.clear();
-        assert!(started.stdout.read_line(&mut line).expect("stdout") > 0, "{said}");
-        said += &line;
+    while !said.ends_with("flooded\n") {
+        let line = started.line();
+        said += &line.unwrap_or_else(|| panic!("it ended: {said}"));
+        said += "\n";
     }
     for port in ["0x6d6f7465", "0x6d6f7466", "0x6d6f7467", "0xff9", "0x16", "0xfffffffe"] {
         assert!(said.contains(&format!("host {port} ECONNRESET\n")), "{port}: {said}");
@@ -174,7 +162,6 @@ fn a_hostile_guest_gets_nothing_and_holds_up_nobody() {
     for _ in 0..5 {
         assert_eq!(client::shell(&test, "echo served"), "served\n");
     }
-    assert!(own_memory_kib(started.child.id()) < 16 * 1024, "mote's own memory stays small");
-    started.signal(libc::SIGTERM);
-    assert_eq!(test.finished(started.finish()).code, 143);
+    assert!(own_memory_kib(started.pid()) < 16 * 1024, "mote's own memory stays small");
+    started.stop();
 }

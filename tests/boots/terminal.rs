@@ -55,7 +55,7 @@ fn a_shell_on_a_terminal() {
     client.send(DATA, b"\x03");
     client.send(DATA, b"exit 5\r");
     assert_eq!(client.rest().last(), Some(&exit(5)));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn the_last_output_precedes_the_exit() {
     let expected: String = (1..=5000).map(|n| format!("{n}\r\n")).collect();
     assert_eq!(String::from_utf8_lossy(&shown), expected);
     assert!(output.iter().all(|(kind, bytes)| *kind == DATA && bytes.len() <= 4096));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn what_is_no_session() {
         client.send(kind, &payload);
         assert_eq!(client.rest(), []);
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -112,5 +112,5 @@ fn a_client_that_goes_hangs_up() {
     assert!(shell(&test, "ps").contains("sleep 8181"));
     drop((polite, stubborn));
     eventually("the command ends", || !shell(&test, "ps").contains("sleep 8"));
-    started.stop(&test);
+    started.stop();
 }

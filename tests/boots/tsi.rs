@@ -2,12 +2,11 @@
 //! servers see of the programs.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::json;
 
-use crate::common::{TestBox, eventually};
+use crate::common::{TestBox, compile, eventually};
 use crate::network::{Network, python, run, shell};
 use crate::processes::own_memory_kib;
 
@@ -162,7 +161,7 @@ fn usual_clients_fetch_over_http_and_https() {
     usual_clients_fetch(&test, &["198.51.100.1", "2001:db8::1"]);
     let mapped = "curl -sS --max-time 60 http://[::ffff:198.51.100.1]/curl";
     assert_eq!(shell(&test, mapped), "hello /curl");
-    started.stop(&test);
+    started.stop();
 }
 
 /// Has curl, python's clients and netcat fetch from these addresses of [`web`]. The certificate is the
@@ -217,7 +216,7 @@ fn busybox_fetches() {
     }
     let netcat = r"printf 'GET /nc HTTP/1.0\r\n\r\n' | nc -w 60 198.51.100.1 80 | tail -n 1";
     assert_eq!(shell(&test, netcat), "hello /nc");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -236,15 +235,8 @@ fn a_program_that_makes_its_own_system_calls_connects() {
     let network = Network::new();
     let _servers = network.serve(SERVERS);
     let test = TestBox::busybox().inside(&network);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots/raw.c");
-    let status = Command::new("gcc")
-        .args("-O1 -static -nostdlib -ffreestanding -fno-stack-protector -Wall -Werror".split(' '))
-        .arg("-o")
-        .arg(test.path("root/bin/raw"))
-        .arg(source)
-        .status()
-        .expect("gcc runs");
-    assert!(status.success());
+    let options = "-O1 -static -nostdlib -ffreestanding -fno-stack-protector -Wall -Werror";
+    compile("gcc", options, "raw.c", &test.path("root/bin/raw"));
     let (test, started) = test.idle();
     let done = run(&test, &["/bin/raw"]);
     let expected = "\
@@ -254,7 +246,7 @@ refused: errno 111
 refused, non-blocking: errno 115, then 111
 ";
     assert_eq!((done.stdout.as_str(), done.code), (expected, 0));
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -279,7 +271,7 @@ for family, address in (
 "#,
     );
     assert_eq!(said, "198.51.100.1 7001\n2001:db8::1 7001\n::ffff:198.51.100.1 7001\n");
-    started.stop(&test);
+    started.stop();
 }
 
 /// Prints the error of a connect to each destination, blocking and not.
@@ -358,7 +350,7 @@ fn a_failed_connect_says_why() {
 ::ffff:203.0.113.1 80 ENETUNREACH ENETUNREACH
 ";
     assert_eq!(said, expected);
-    started.stop(&test);
+    started.stop();
 }
 
 /// Errors travel as ICMP, which has no word for these over IPv4: the nearest is said.
@@ -372,7 +364,7 @@ fn a_forbidden_destination_is_named_as_such() {
     let destinations = [("198.51.100.67", 80), ("2001:db8::67", 80), ("198.51.100.68", 80)];
     let expected = "198.51.100.67 80 EHOSTUNREACH EHOSTUNREACH\n2001:db8::67 80 EACCES EACCES\n198.51.100.68 80 ENETUNREACH ENETUNREACH\n";
     assert_eq!(errors_of(&test, &destinations), expected);
-    started.stop(&test);
+    started.stop();
 }
 
 /// Serves on the host's loopback and on its outside address, and says so when somebody comes.
@@ -449,7 +441,7 @@ assert socket.create_connection(("198.51.100.1", 7777)).recv(9) == b"host"
 "#,
     );
     assert_eq!(server.line(), "reached ('198.51.100.1', 7777)", "and nobody else was");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -487,7 +479,7 @@ for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
     assert client.recvfrom(100) == (b"ping", server.getsockname())
 "#,
     );
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -511,7 +503,7 @@ fn ends_and_resets_cross_as_they_are() {
             assert_eq!(servers.line(), reported, "{host}: {body}");
         }
     }
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -519,10 +511,7 @@ fn the_last_words_of_a_box_arrive() {
     let network = Network::new();
     let mut servers = network.serve(SERVERS);
     let script = format!("{ENDS}\nHOST = '198.51.100.1'\nconnect(7002).sendall(bytes(8 << 20))");
-    let test = TestBox::debian()
-        .inside(&network)
-        .with_entrypoint("executable", json!("python3"))
-        .with_entrypoint("args", json!(["-c", script]));
+    let test = TestBox::debian().inside(&network).python(&script);
     assert_eq!(test.run().code, 0);
     assert_eq!(servers.line(), "end 8388608");
 }
@@ -599,7 +588,7 @@ fn large_transfers_arrive_whole_in_flat_memory() {
     let (network, _server) = web();
     let (test, started) = TestBox::debian().inside(&network).idle();
     let expected = shell(&test, "curl -sS http://198.51.100.1/sha256/128");
-    let mote = started.child.id();
+    let mote = started.pid();
     let (before, available) = (own_memory_kib(mote), available_kib(&test));
     let most = most_memory_kib(mote, || {
         let digest = shell(
@@ -627,7 +616,7 @@ print(conn.recv(64, socket.MSG_WAITALL).decode() == digest.hexdigest())
     assert!(most < before + 16 * 1024, "mote's memory grew from {before} to {most} KiB");
     let left = available_kib(&test);
     assert!(left > available - 16 * 1024, "the guest's memory went from {available} to {left} KiB");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -635,7 +624,7 @@ fn a_reader_that_stops_holds_up_its_writer_and_nobody_else() {
     let network = Network::new();
     let mut servers = network.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
-    let mote = started.child.id();
+    let mote = started.pid();
     let mut sent = String::new();
     let most = most_memory_kib(mote, || {
         sent = python(
@@ -683,7 +672,7 @@ print(sent + 7, received)
     assert_eq!(reports, [format!("end {}", counts[0]), format!("sent {}", counts[1])]);
     assert!(counts.iter().all(|&count| count < 64 << 20), "bounded: {counts:?}");
     assert!(most < 32 * 1024, "mote's memory: {most} KiB");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
@@ -691,12 +680,10 @@ fn two_hundred_connections_live_side_by_side() {
     let network = Network::new();
     let _servers = network.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
-    let descriptors =
-        || fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("a process").count();
-    let before = descriptors();
+    let before = started.descriptors();
     two_hundred_connections(&test, &["198.51.100.1", "2001:db8::1"], HALF_CLOSE);
-    eventually("their descriptors go", || descriptors() <= before);
-    started.stop(&test);
+    eventually("their descriptors go", || started.descriptors() <= before);
+    started.stop();
 }
 
 /// Ends one direction of a connection, and waits for what comes of that.
@@ -759,7 +746,7 @@ except OSError as e:
     );
     let expected = "own ('127.0.0.1', 7001)\nENETUNREACH\nENETUNREACH\n";
     assert_eq!((done.stdout.as_str(), done.code), (expected, 0), "{}", done.stderr);
-    started.stop(&test);
+    started.stop();
 }
 
 /// Where commands' cgroup is in the guest, with slashes around.
@@ -774,10 +761,10 @@ fn who_kills_all_processes_keeps_the_network() {
     let test = TestBox::debian()
         .inside(&network)
         .shell("kill -9 -1; curl -sS --max-time 60 http://198.51.100.1/survivor; echo; echo ready; exec sleep 10000")
-        .with("console_output", json!(null));
+        .without_console_file();
     let mut started = test.start();
     started.wait_for_line("hello /survivor");
     started.wait_for_line("ready");
     assert_eq!(shell(&test, "curl -sS --max-time 60 http://198.51.100.1/later"), "hello /later");
-    started.stop(&test);
+    started.stop();
 }

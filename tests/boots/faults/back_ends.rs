@@ -6,11 +6,8 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
-use serde_json::json;
-
-use super::{assert_not_started, box_that, finished};
 use crate::client;
-use crate::common::{Started, TestBox, eventually, eventually_nothing, executable};
+use crate::common::{Started, TestBox, eventually, eventually_nothing, executable, seq};
 use crate::passt::{accept, assert_frames_pass, small_box};
 use crate::processes::{has_vcpu, is_frozen, own_memory_kib, processes_with, virtiofsd_of};
 
@@ -53,10 +50,10 @@ pub fn dies_at(kind: u32, signal: &str) -> String {
 #[test]
 fn a_virtiofsd_killed_before_the_guest_runs_is_named() {
     for script in ["#!/bin/sh\nkill -9 $$\n", &dies_at(GET_FEATURES, "SIGKILL")] {
-        let test = box_that("exit 0");
-        let ran = finished(&test, &mut on_back_end(&test, script));
+        let test = TestBox::streaming("exit 0");
+        let ran = test.run_by(&mut on_back_end(&test, script));
         let root = format!("virtiofsd for the root file system ({}", test.path("root").display());
-        assert_not_started(&ran, &[&root, "ended (signal: 9 (SIGKILL))"]);
+        ran.assert_not_started(&[&root, "ended (signal: 9 (SIGKILL))"]);
         assert_eq!(ran.outcome["kind"], "not-started");
     }
 }
@@ -64,9 +61,9 @@ fn a_virtiofsd_killed_before_the_guest_runs_is_named() {
 #[test]
 fn a_virtiofsd_killed_while_the_guest_boots_is_named() {
     for kind in [SET_MEM_TABLE, SET_VRING_NUM] {
-        let test = box_that("exit 0");
-        let ran = finished(&test, &mut on_back_end(&test, &dies_at(kind, "SIGKILL")));
-        assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+        let test = TestBox::streaming("exit 0");
+        let ran = test.run_by(&mut on_back_end(&test, &dies_at(kind, "SIGKILL")));
+        ran.assert_ended(124, "backend-died");
         let last = ran.stderr.lines().last().unwrap_or_default();
         assert!(last.starts_with("mote: virtiofsd for the root file system ("), "{}", ran.stderr);
         assert!(last.ends_with("ended (signal: 9 (SIGKILL))"), "{}", ran.stderr);
@@ -76,24 +73,24 @@ fn a_virtiofsd_killed_while_the_guest_boots_is_named() {
 #[test]
 fn a_virtiofsd_that_freezes_at_its_start_is_given_up() {
     for script in ["#!/bin/sh\nkill -STOP $$\n", &dies_at(GET_FEATURES, "SIGSTOP")] {
-        let test = box_that("exit 0");
-        let ran = finished(&test, &mut on_back_end(&test, script));
-        assert_not_started(
-            &ran,
-            &["virtiofsd for the root file system (", "ended (it did not answer)"],
-        );
+        let test = TestBox::streaming("exit 0");
+        let ran = test.run_by(&mut on_back_end(&test, script));
+        ran.assert_not_started(&[
+            "virtiofsd for the root file system (",
+            "ended (it did not answer)",
+        ]);
     }
 }
 
 #[test]
 fn a_box_whose_virtiofsd_froze_while_it_booted_can_be_stopped() {
-    let test = box_that("exit 0");
+    let test = TestBox::streaming("exit 0");
     let started = started_on_back_end(&test, &dies_at(SET_VRING_NUM, "SIGSTOP"));
     eventually("it is frozen", || virtiofsd_of(&test.dir).into_iter().any(is_frozen));
     started.signal(libc::SIGTERM);
     started.signal(libc::SIGINT);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+    let ran = started.wait();
+    ran.assert_ended(121, "stopped");
 }
 
 /// A box whose virtiofsd is this script, in the background.
@@ -113,12 +110,12 @@ fn a_virtiofsd_that_has_been_taken_over_ends_with_its_box() {
         serve.trim_end().replace('\n', "\n    ")
     );
     for signals in [[libc::SIGKILL].as_slice(), &[libc::SIGTERM, libc::SIGINT]] {
-        let test = box_that("exit 0");
+        let test = TestBox::streaming("exit 0");
         let started = started_on_back_end(&test, &script);
-        eventually("the guest boots", || has_vcpu(started.child.id()));
+        eventually("the guest boots", || has_vcpu(started.pid()));
         assert_eq!(virtiofsd_of(&test.dir).len(), 2);
         signals.iter().for_each(|signal| started.signal(*signal));
-        let status = started.finish().status;
+        let status = started.wait_with_output().status;
         assert!(status.signal() == Some(libc::SIGKILL) || status.code() == Some(121), "{status}");
         eventually_nothing("of its virtiofsd", || processes_with(&test.dir));
     }
@@ -137,43 +134,37 @@ fn hit_virtiofsd(test: &TestBox, signal: i32) {
 
 #[test]
 fn a_virtiofsd_killed_under_load_ends_the_box() {
-    let test = box_that(
+    let test = TestBox::streaming(
         "echo ready; while :; do dd if=/dev/zero of=/file bs=64k count=64 2>/dev/null; cat /file >/dev/null; done",
     );
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let started = test.ready();
     eventually("the guest writes", || test.path("root/file").exists());
     hit_virtiofsd(&test, libc::SIGKILL);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
+    let ran = started.wait();
+    ran.assert_ended(124, "backend-died");
     assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
     assert!(ran.stderr.contains("virtiofsd for the root file system ("), "{}", ran.stderr);
 }
 
 #[test]
 fn a_virtiofsd_killed_while_the_box_stops_ends_it() {
-    let test =
-        box_that("trap 'echo stopping; sleep 1000' TERM; echo ready; while :; do sleep 1; done");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming(
+        "trap 'echo stopping; sleep 1000' TERM; echo ready; while :; do sleep 1; done",
+    );
+    let mut started = test.ready();
     started.signal(libc::SIGTERM);
     // The shell runs its trap when the sleep, which the signal has hit as well, has ended.
     started.wait_for_line("stopping");
     hit_virtiofsd(&test, libc::SIGKILL);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")));
-}
-
-/// Lines of output, together more than a pipe holds and less than all buffers on the way.
-const LINES: usize = 20_000;
-
-fn lines() -> String {
-    (1..=LINES).map(|n| format!("{n}\n")).collect()
+    let ran = started.wait();
+    ran.assert_ended(124, "backend-died");
 }
 
 #[test]
 fn output_from_before_virtiofsds_death_arrives() {
-    let test = box_that(&format!("seq {LINES}; touch /written; sleep 1000"));
+    // Together more than a pipe holds, and less than all buffers on the way.
+    const LINES: usize = 20_000;
+    let test = TestBox::streaming(&format!("seq {LINES}; touch /written; sleep 1000"));
     let started = test.start();
     eventually("all is written", || test.path("root/written").exists());
     // The output is on its way, and goes no further than to mote: nobody reads it. Whoever is asked
@@ -182,9 +173,9 @@ fn output_from_before_virtiofsds_death_arrives() {
         assert_eq!(client::shell(&test, "echo there"), "there\n");
     }
     hit_virtiofsd(&test, libc::SIGKILL);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (124, &json!("backend-died")), "{}", ran.stderr);
-    assert!(ran.stdout == lines(), "{} bytes of {}", ran.stdout.len(), lines().len());
+    let ran = started.wait();
+    ran.assert_ended(124, "backend-died");
+    assert!(ran.stdout == seq(LINES), "{} bytes of {}", ran.stdout.len(), seq(LINES).len());
 }
 
 #[test]
@@ -192,20 +183,14 @@ fn a_box_on_a_frozen_virtiofsd_can_be_stopped() {
     // One that waits for the file system, and one that does not.
     for script in ["while :; do cat /etc/passwd >/dev/null; done", "exec sleep 1000"] {
         for signals in [&[libc::SIGTERM][..], &[libc::SIGTERM, libc::SIGINT]] {
-            let test = box_that(&format!("echo ready; {script}"));
-            let mut started = test.start();
-            started.wait_for_line("ready");
+            let test = TestBox::streaming(&format!("echo ready; {script}"));
+            let started = test.ready();
             hit_virtiofsd(&test, libc::SIGSTOP);
             for signal in signals {
                 started.signal(*signal);
             }
-            let ran = test.finished(started.finish());
-            assert_eq!(
-                (ran.code, &ran.outcome["kind"]),
-                (121, &json!("stopped")),
-                "{}",
-                ran.stderr
-            );
+            let ran = started.wait();
+            ran.assert_ended(121, "stopped");
             let why =
                 if signals.len() == 1 { "stop within 8 s of SIGTERM" } else { "second signal" };
             assert!(ran.stderr.contains(why), "{}", ran.stderr);
@@ -215,13 +200,12 @@ fn a_box_on_a_frozen_virtiofsd_can_be_stopped() {
 
 #[test]
 fn a_virtiofsd_frozen_for_a_while_costs_only_time() {
-    let test = box_that("echo ready; until [ -e /over ]; do sleep 0.1; done; exit 8");
-    let mut started = test.start();
-    started.wait_for_line("ready");
+    let test = TestBox::streaming("echo ready; until [ -e /over ]; do sleep 0.1; done; exit 8");
+    let started = test.ready();
     hit_virtiofsd(&test, libc::SIGSTOP);
     fs::write(test.path("root/over"), "").expect("file");
     hit_virtiofsd(&test, libc::SIGCONT);
-    assert_eq!(test.finished(started.finish()).code, 8);
+    assert_eq!(started.wait().code, 8);
 }
 
 // ---- passt --------------------------------------------------------------------------------------
@@ -233,7 +217,7 @@ fn a_frozen_passt_holds_up_nothing_else() {
     // The gateway's address is known when it has asked; then large packets go out all the time.
     let script = "echo ready; until [ -e /go ]; do sleep 0.1; done
         for i in $(seq 40); do busybox ping -s 60000 10.88.0.1 >/dev/null & done; wait";
-    let test = test.shell(script).with("console_output", json!(null));
+    let test = test.shell(script).without_console_file();
     let mut started = test.start();
     let mut passt = accept(&listener);
     started.wait_for_line("ready");
@@ -244,18 +228,16 @@ fn a_frozen_passt_holds_up_nothing_else() {
         before=$(sent); sleep 3; [ $before -gt 100000 ] && [ $before = $(sent) ] && echo stuck";
     eventually("nothing is sent any more", || client::shell(&test, stuck) == "stuck\n");
     assert_eq!(client::shell(&test, "echo served"), "served\n");
-    let own_kib = own_memory_kib(started.child.id());
+    let own_kib = own_memory_kib(started.pid());
     assert!(own_kib < 16 * 1024, "{own_kib} KiB of memory");
-    started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
+    assert_eq!(started.stop().stderr, "");
 }
 
 #[test]
 fn a_flooding_passt_holds_up_nothing_else() {
     let (dir, test) = small_box();
     let listener = UnixListener::bind(dir.socket()).expect("binds");
-    let test = test.shell("echo ready; exec sleep 10000").with("console_output", json!(null));
+    let test = test.shell("echo ready; exec sleep 10000").without_console_file();
     let mut started = test.start();
     let mut passt = accept(&listener);
     started.wait_for_line("ready");
@@ -280,10 +262,8 @@ fn a_flooding_passt_holds_up_nothing_else() {
     for _ in 0..5 {
         assert_eq!(client::shell(&test, "echo served"), "served\n");
     }
-    let own_kib = own_memory_kib(started.child.id());
+    let own_kib = own_memory_kib(started.pid());
     assert!(own_kib < 16 * 1024, "{own_kib} KiB of memory");
-    started.signal(libc::SIGTERM);
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
+    assert_eq!(started.stop().stderr, "");
     assert!(flood.join().expect("ends") > 0);
 }

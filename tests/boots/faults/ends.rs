@@ -2,13 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::back_ends::{GET_FEATURES, dies_at, started_on_back_end};
-use super::box_that;
 use crate::common::{Started, TestBox, eventually, eventually_nothing};
 use crate::passt::small_box;
 use crate::processes::{children_of, has_vcpu, is_frozen, name_of, processes_with, virtiofsd_of};
@@ -43,10 +41,10 @@ fn a_mote_killed_at_any_stage_leaves_nothing() {
     type Stage = (&'static str, fn(&TestBox, &Started) -> bool);
     let stages: [Stage; 7] = [
         ("at once", |_, _| true),
-        ("in its cgroup", |test, _| cgroup_of(test).exists()),
+        ("in its cgroup", |test, _| test.cgroup().exists()),
         ("socket bound", |test, _| test.path("sock/exec.sock").exists()),
         ("virtiofsd started", |test, _| !virtiofsd_of(&test.dir).is_empty()),
-        ("guest boots", |_, started| has_vcpu(started.child.id())),
+        ("guest boots", |_, started| has_vcpu(started.pid())),
         ("entrypoint runs", |test, _| test.path("root/up").exists()),
         ("box stops", |test, started| {
             if !test.path("root/up").exists() {
@@ -62,13 +60,11 @@ fn a_mote_killed_at_any_stage_leaves_nothing() {
     for (stage, reached) in stages {
         let script =
             "trap 'touch /stopping; sleep 1000' TERM; touch /up; while :; do sleep 1; done";
-        let test = box_that(script).with("resource_limits", json!({"cpu_shares": 1024}));
+        let test = TestBox::streaming(script).with("resource_limits", json!({"cpu_shares": 1024}));
         let started = test.start();
         eventually(stage, || reached(&test, &started));
         let namespaces = namespaces_of(&test);
-        started.signal(libc::SIGKILL);
-        let status = started.finish().status;
-        assert_eq!(status.signal(), Some(libc::SIGKILL), "{stage}");
+        started.kill();
         let left = || {
             let mut left = left_of(&test);
             let all = all_namespaces();
@@ -87,13 +83,13 @@ fn left_of(test: &TestBox) -> Vec<String> {
         let files = fs::read_dir(test.path(sub)).expect("directory").flatten();
         left.extend(files.map(|file| file.path().display().to_string()));
     }
-    left.extend(cgroup_of(test).exists().then(|| "a cgroup".into()));
+    left.extend(test.cgroup().exists().then(|| "a cgroup".into()));
     left
 }
 
 /// A box with everything that is on the host beside its processes: two sockets and a cgroup.
 fn box_with_a_place() -> TestBox {
-    let test = box_that("exit 0").with("resource_limits", json!({"cpu_shares": 1024}));
+    let test = TestBox::streaming("exit 0").with("resource_limits", json!({"cpu_shares": 1024}));
     let pty = test.path("sock/pty.sock");
     test.with("pty_socket_path", json!(pty))
 }
@@ -123,11 +119,10 @@ fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() 
     let busy = others_lock(parent);
     let started = test.start();
     eventually("its janitor is there", || {
-        children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
+        children_of(started.pid()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
     });
-    started.signal(libc::SIGKILL);
-    assert_eq!(started.finish().status.signal(), Some(libc::SIGKILL));
-    assert!(!test.path("sock/exec.sock").exists() && !cgroup_of(&test).exists());
+    started.kill();
+    assert!(!test.path("sock/exec.sock").exists() && !test.cgroup().exists());
     drop(busy);
     let again = test.run();
     assert_eq!((again.code, again.stderr.as_str()), (0, ""));
@@ -140,7 +135,7 @@ fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() 
 fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     let has_socket = |test: &TestBox, _: &Started| test.path("sock/exec.sock").exists();
     let has_janitor = |_: &TestBox, started: &Started| {
-        children_of(started.child.id()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
+        children_of(started.pid()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
     };
     let virtiofsd_is_frozen =
         |test: &TestBox, _: &Started| virtiofsd_of(&test.dir).into_iter().any(is_frozen);
@@ -148,7 +143,7 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     let stopped = |test: TestBox, started: Started, waits: Waits| {
         eventually("it waits", || waits(&test, &started));
         started.signal(libc::SIGTERM);
-        let ran = test.finished(started.finish());
+        let ran = started.wait();
         assert_eq!((ran.code, ran.stderr.as_str()), (143, ""));
         assert_eq!(ran.outcome, json!({"kind": "signaled", "exit_code": 143, "signal": 15}));
     };
@@ -161,7 +156,7 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     let started = test.start();
     eventually("it waits", || has_janitor(&test, &started));
     started.signal(libc::SIGTERM);
-    let output = started.finish();
+    let output = started.wait_with_output();
     assert_eq!(output.status.code(), Some(143));
     drop(others);
     test.finished(output);
@@ -177,10 +172,10 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     for signal in [libc::SIGSTOP, libc::SIGINT, libc::SIGHUP, libc::SIGCONT] {
         started.signal(signal);
     }
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (121, &json!("stopped")), "{}", ran.stderr);
+    let ran = started.wait();
+    ran.assert_ended(121, "stopped");
 
-    let test = box_that("exit 0");
+    let test = TestBox::streaming("exit 0");
     let started = started_on_back_end(&test, &dies_at(GET_FEATURES, "SIGSTOP"));
     stopped(test, started, virtiofsd_is_frozen);
 }
@@ -191,8 +186,4 @@ fn others_lock(parent: &Path) -> fs::File {
     let file = file.expect("Linux 5.14");
     file.lock().expect("locked");
     file
-}
-
-fn cgroup_of(test: &TestBox) -> PathBuf {
-    Path::new("/sys/fs/cgroup/a3s-box").join(test.spec["box_id"].as_str().expect("text"))
 }

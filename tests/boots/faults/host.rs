@@ -11,9 +11,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
-use super::{assert_not_started, box_that, finished};
 use crate::client::{self, HEARTBEAT};
-use crate::common::{Ran, TestBox, eventually, mote};
+use crate::common::{Finished, TestBox, eventually, mote, seq};
 use crate::processes::processes_with;
 
 // ---- full disks ---------------------------------------------------------------------------------
@@ -44,19 +43,19 @@ fn a_full_disk_under_console_output_costs_output_only() {
     let log = test.path("small/console.log");
     let test = test.with("console_output", json!(log));
     let ran = test.run();
-    assert_eq!((ran.code, &ran.outcome["kind"]), (6, &json!("exited")));
+    ran.assert_ended(6, "exited");
     assert_eq!(
         ran.stderr,
         "mote: stdout: write the guest's output: No space left on device (os error 28); the rest of it is lost\n"
     );
-    let all: String = (1..=100_000).map(|n| format!("{n}\n")).collect();
+    let all = seq(100_000);
     let kept = fs::read_to_string(log).expect("there");
     assert!(kept.len() >= 60 * 1024 && all.starts_with(&kept), "{} bytes", kept.len());
 }
 
 #[test]
 fn a_full_root_share_is_the_guests_to_handle() {
-    let test = box_that(
+    let test = TestBox::streaming(
         "dd if=/dev/zero of=/small/big bs=64k 2>&1 | grep -o 'No space.*'
          rm /small/big; echo again >/small/file && cat /small/file; exit 6",
     );
@@ -70,15 +69,15 @@ fn a_full_root_share_is_the_guests_to_handle() {
 }
 
 /// Runs the box with its outcome in this file.
-fn reporting_to(test: &TestBox, file: &Path) -> Ran {
+fn reporting_to(test: &TestBox, file: &Path) -> Finished {
     let mut command = Command::new(mote());
     command.args(["--config", &test.spec.to_string(), "--outcome"]).arg(file);
-    finished(test, command.env("TMPDIR", test.path("tmp")))
+    test.run_by(command.env("TMPDIR", test.path("tmp")))
 }
 
 #[test]
 fn an_outcome_file_that_cannot_be_written_costs_one_line() {
-    let test = box_that("exit 6");
+    let test = TestBox::streaming("exit 6");
     let _disk = SmallDisk::on(&test.path("small"), "size=4k,nr_inodes=3");
     fs::write(test.path("small/all"), [0; 4096]).expect("room for this");
     let file = test.path("small/outcome.json");
@@ -90,7 +89,7 @@ fn an_outcome_file_that_cannot_be_written_costs_one_line() {
 
 #[test]
 fn an_outcome_file_that_cannot_be_created_is_said_before_anything_runs() {
-    let test = box_that("exit 6");
+    let test = TestBox::streaming("exit 6");
     let file = test.path("no/outcome.json");
     let ran = reporting_to(&test, &file);
     let expected = format!("mote: create the outcome file {}: No such file", file.display());
@@ -99,24 +98,24 @@ fn an_outcome_file_that_cannot_be_created_is_said_before_anything_runs() {
 
 #[test]
 fn a_socket_directory_that_is_full_is_named() {
-    let test = box_that("exit 0");
+    let test = TestBox::streaming("exit 0");
     let _disk = SmallDisk::on(&test.path("full"), "size=4k,nr_inodes=1");
     let socket = test.path("full/exec.sock");
     let ran = test.with("exec_socket_path", json!(socket)).run();
     let said = format!("listen on {}: No space left on device", socket.display());
-    assert_not_started(&ran, &[&said]);
+    ran.assert_not_started(&[&said]);
 }
 
 // ---- files and memory ---------------------------------------------------------------------------
 
 /// Runs the box under a limit of prlimit(1).
-fn under_limit(test: &TestBox, limit: &str) -> Ran {
-    test.finished(test.start_within(&["prlimit", limit]).finish())
+fn under_limit(test: &TestBox, limit: &str) -> Finished {
+    test.start_within(&["prlimit", limit]).wait()
 }
 
 #[test]
 fn with_too_few_open_files_a_box_does_not_start_or_runs() {
-    let test = box_that("exit 9");
+    let test = TestBox::streaming("exit 9");
     let mut refused = 0;
     for files in (8..).step_by(3) {
         let ran = under_limit(&test, &format!("--nofile={files}"));
@@ -124,7 +123,7 @@ fn with_too_few_open_files_a_box_does_not_start_or_runs() {
             assert_eq!(ran.stderr, "", "{files} files");
             break;
         }
-        assert_not_started(&ran, &["Too many open files"]);
+        ran.assert_not_started(&["Too many open files"]);
         assert!(files < 128, "it never runs");
         refused += 1;
     }
@@ -133,7 +132,7 @@ fn with_too_few_open_files_a_box_does_not_start_or_runs() {
 
 #[test]
 fn clients_beyond_the_open_file_limit_harm_nobody() {
-    let test = box_that("echo ready; exec sleep 10000");
+    let test = TestBox::streaming("echo ready; exec sleep 10000");
     let mut started = test.start_within(&["prlimit", "--nofile=64"]);
     started.wait_for_line("ready");
     // More than there is room for: they wait in the socket's queue, or are closed.
@@ -148,14 +147,14 @@ fn clients_beyond_the_open_file_limit_harm_nobody() {
     }
     assert!(served > 10, "{served} of 100");
     assert_eq!(client::shell(&test, "echo served"), "served\n");
-    started.stop(&test);
+    started.stop();
 }
 
 #[test]
 fn no_room_for_the_guests_memory_is_said() {
-    let test = box_that("exit 0");
+    let test = TestBox::streaming("exit 0");
     let ran = under_limit(&test, &format!("--as={}", 200 << 20));
-    assert_not_started(&ran, &["map 256 MiB of guest memory: Cannot allocate memory"]);
+    ran.assert_not_started(&["map 256 MiB of guest memory: Cannot allocate memory"]);
 }
 
 /// The host's setting for huge pages of shared memory; set back at the end.
@@ -182,10 +181,9 @@ impl Drop for HugePagesSetting {
 fn memory_that_the_host_takes_away_ends_the_box_with_the_reason() {
     // A host that says `never` has mote use a file that is not sealed, which can be cut short.
     let _never = HugePagesSetting::never();
-    let test = box_that("echo ready; while :; do :; done");
-    let mut started = test.start();
-    started.wait_for_line("ready");
-    let files = fs::read_dir(format!("/proc/{}/fd", started.child.id())).expect("descriptors");
+    let test = TestBox::streaming("echo ready; while :; do :; done");
+    let started = test.ready();
+    let files = fs::read_dir(format!("/proc/{}/fd", started.pid())).expect("descriptors");
     let len = 256 << 20;
     let memory = files
         .flatten()
@@ -193,8 +191,8 @@ fn memory_that_the_host_takes_away_ends_the_box_with_the_reason() {
         .find(|path| fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == len));
     let memory = fs::OpenOptions::new().write(true).open(memory.expect("guest memory"));
     memory.and_then(|file| file.set_len(0)).expect("cut short");
-    let ran = test.finished(started.finish());
-    assert_eq!((ran.code, &ran.outcome["kind"]), (120, &json!("memory-gone")), "{}", ran.stderr);
+    let ran = started.wait();
+    ran.assert_ended(120, "memory-gone");
     assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
     assert!(ran.stderr.contains("found no memory behind guest memory"), "{}", ran.stderr);
 }
@@ -242,11 +240,11 @@ fn a_box_beyond_memory_max_ends_and_leaves_nothing() {
         (160, "echo ready; dd if=/dev/zero of=/dev/shm/all bs=1M count=200; exit 0"),
     ] {
         let cgroup = MemoryCgroup::new(max_mib);
-        let test = box_that(script).with("memory_mib", json!(512));
+        let test = TestBox::streaming(script).with("memory_mib", json!(512));
         let words = cgroup.enter();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let started = test.start_within(&words);
-        let output = started.finish();
+        let output = started.wait_with_output();
         // The host's kernel kills the largest process, which is mote: no code, and an outcome file as it
         // was at the start.
         assert_eq!(output.status.signal(), Some(libc::SIGKILL), "{:?}", output);
@@ -311,5 +309,5 @@ fn the_guests_clock_follows_the_hosts_jumps() {
             (clock.right().as_secs() as i64 + by_s).abs_diff(guest) <= 1
         });
     }
-    started.stop(&test);
+    started.stop();
 }
