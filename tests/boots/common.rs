@@ -146,10 +146,10 @@ impl TestBox {
         Self::busybox().shell(script).without_console_file()
     }
 
-    /// Runs this python script as the entrypoint.
-    pub fn python(mut self, script: &str) -> Self {
+    /// Runs this python script, with these arguments, as the entrypoint.
+    pub fn python(mut self, script: &str, arguments: &[&str]) -> Self {
         self.spec["entrypoint"]["executable"] = json!("python3");
-        self.spec["entrypoint"]["args"] = json!(["-u", "-c", script]);
+        self.spec["entrypoint"]["args"] = json!([&["-u", "-c", script], arguments].concat());
         self
     }
 

@@ -11,7 +11,7 @@ fn all_vcpus_are_up() {
     for vcpus in [1, 2, 4] {
         let ran = TestBox::debian()
             .with("vcpus", json!(vcpus))
-            .python("import os,platform;print(os.cpu_count(),platform.release())")
+            .python("import os,platform;print(os.cpu_count(),platform.release())", &[])
             .run();
         assert_eq!(ran.code, 0, "{} {}", ran.stderr, ran.console);
         let words: Vec<&str> = ran.console.split_whitespace().collect();
@@ -90,8 +90,7 @@ assert extra == {"HOME", "TERM", "PATH"}, extra
 print("intact")
 "#;
     let ran = TestBox::debian()
-        .with_entrypoint("executable", json!("python3"))
-        .with_entrypoint("args", json!(["-c", script, long, "quo\"te's $x `y` \\ \n tab\tü "]))
+        .python(script, &[&long, "quo\"te's $x `y` \\ \n tab\tü "])
         .with_entrypoint("env", json!(env))
         .run();
     assert_eq!((ran.code, ran.console.as_str()), (0, "intact\n"), "{}", ran.stderr);

@@ -84,13 +84,23 @@ impl Network {
 
     /// Runs a python script here, which must succeed; what it says.
     pub fn python(&self, script: &str) -> String {
-        self.run(&["/usr/bin/python3", "-c", script])
+        self.python_with(script, &[])
+    }
+
+    /// The same with arguments.
+    pub fn python_with(&self, script: &str, arguments: &[&str]) -> String {
+        self.run(&[&["/usr/bin/python3", "-c", script], arguments].concat())
     }
 
     /// Starts a python script that serves here, and waits until it says `ready`.
     pub fn serve(&self, script: &str) -> Server {
+        self.serve_with(script, &[])
+    }
+
+    /// The same with arguments.
+    pub fn serve_with(&self, script: &str, arguments: &[&str]) -> Server {
         let mut child = self
-            .command(&["/usr/bin/python3", "-u", "-c", script])
+            .command(&[&["/usr/bin/python3", "-u", "-c", script], arguments].concat())
             .current_dir(&self.dir)
             .stdout(Stdio::piped())
             .spawn()
@@ -146,7 +156,12 @@ pub fn shell(test: &TestBox, script: &str) -> String {
 
 /// Runs a python script in the box, which must succeed; what it says.
 pub fn python(test: &TestBox, script: &str) -> String {
-    let done = run(test, &["python3", "-c", script]);
+    python_with(test, script, &[])
+}
+
+/// The same with arguments.
+pub fn python_with(test: &TestBox, script: &str, arguments: &[&str]) -> String {
+    let done = run(test, &[&["python3", "-c", script], arguments].concat());
     assert_eq!(done.code, 0, "{}{}", done.stdout, done.stderr);
     done.stdout
 }

@@ -3,37 +3,12 @@
 use serde_json::json;
 
 use crate::common::{Started, TestBox, eventually};
-use crate::network::{Network, Server, python, run, shell};
+use crate::network::{Network, python, python_with, run, shell};
 
 /// Serves on every kind of address. Says whom it sees to whoever connects, then sends back what comes,
 /// in capitals, and `tail` after its end.
 ///   8001 0.0.0.0    8002 :: (and IPv4)    8003 127.0.0.1    8004 ::1    8005 ::ffff:127.0.0.1
-const SERVERS: &str = r#"
-import asyncio, socket
-async def serve(reader, writer):
-    writer.write(f"{writer.get_extra_info('peername')[0]}\n".encode())
-    while data := await reader.read(65536):
-        writer.write(data.upper())
-        await writer.drain()
-    writer.write(b"tail")
-    await writer.drain()
-    writer.close()
-async def main():
-    for port, family, address, dual in (
-        (8001, socket.AF_INET, "0.0.0.0", False), (8002, socket.AF_INET6, "::", True),
-        (8003, socket.AF_INET, "127.0.0.1", False), (8004, socket.AF_INET6, "::1", False),
-        (8005, socket.AF_INET6, "::ffff:127.0.0.1", True),
-    ):
-        s = socket.socket(family)
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
-        s.bind((address, port))
-        await asyncio.start_server(serve, sock=s, backlog=1024, limit=1 << 20)
-    print("ready", flush=True)
-    await asyncio.Event().wait()
-asyncio.run(main())
-"#;
+const SERVERS: &str = include_str!("python/published.py");
 
 /// Published 18001 to 18005 and, with nobody behind it, 18006.
 fn serving(network: &Network) -> TestBox {
@@ -42,7 +17,7 @@ fn serving(network: &Network) -> TestBox {
         .inside(network)
         .without_console_file()
         .with("port_map", json!(map))
-        .python(SERVERS)
+        .python(SERVERS, &[])
 }
 
 #[test]
@@ -348,62 +323,22 @@ fn a_port_map_that_cannot_be_is_explained() {
     }
 }
 
-/// Takes and gives a digest, as the guest's servers do in the test below.
-const PEER: &str = r#"
-import hashlib, socket, threading
-def pump(conn, seed, mib):
-    # 64 MiB each way at once, and what the other side says about it.
-    import random
-    block = random.Random(seed).randbytes(1 << 20)
-    sent, received = hashlib.sha256(), hashlib.sha256()
-    def send():
-        for number in range(mib):
-            data = number.to_bytes(8, "big") + block[8:]
-            sent.update(data)
-            conn.sendall(data)
-    sender = threading.Thread(target=send)
-    sender.start()
-    left = mib << 20
-    while left:
-        data = conn.recv(min(left, 1 << 18))
-        assert data, left
-        received.update(data)
-        left -= len(data)
-    sender.join()
-    conn.sendall(received.hexdigest().encode())
-    assert conn.recv(64, socket.MSG_WAITALL).decode() == sent.hexdigest()
-    assert conn.recv(1) == b"" if seed else conn.close() is None
-"#;
-
-fn digest_server(network: &Network) -> Server {
-    network.serve(&format!(
-        "{PEER}\nserver = socket.create_server(('198.51.100.1', 7010))\nprint('ready')\npump(server.accept()[0], 0, 64)"
-    ))
-}
+/// Sends and receives 64 MiB at once, as a client or as a server of one connection.
+const PUMP: &str = include_str!("python/pump.py");
 
 #[test]
 fn large_transfers_go_both_ways_on_both_kinds_of_connections() {
     let network = Network::new();
-    let _outside = digest_server(&network);
+    let _outside = network.serve_with(PUMP, &["serve", "198.51.100.1", "7010"]);
     let (test, started) =
         TestBox::debian().inside(&network).with("port_map", json!(["18010:8010"])).idle();
     std::thread::scope(|scope| {
-        let outbound = scope.spawn(|| {
-            python(
-                &test,
-                &format!("{PEER}\npump(socket.create_connection(('198.51.100.1', 7010)), 1, 64)"),
-            )
-        });
-        let published = scope.spawn(|| {
-            python(
-                &test,
-                &format!("{PEER}\nserver = socket.create_server(('0.0.0.0', 8010))\nopen('/listens', 'w')\npump(server.accept()[0], 0, 64)"),
-            )
-        });
+        let outbound =
+            scope.spawn(|| python_with(&test, PUMP, &["connect", "198.51.100.1", "7010"]));
+        let published =
+            scope.spawn(|| python_with(&test, PUMP, &["serve", "0.0.0.0", "8010", "/listens"]));
         eventually("the server listens", || test.path("root/listens").exists());
-        network.python(&format!(
-            "{PEER}\npump(socket.create_connection(('127.0.0.1', 18010)), 1, 64)"
-        ));
+        network.python_with(PUMP, &["connect", "127.0.0.1", "18010"]);
         outbound.join().expect("outbound");
         published.join().expect("published");
     });

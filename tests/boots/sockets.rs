@@ -13,24 +13,10 @@ use crate::common::TestBox;
 use crate::processes::own_memory_kib;
 
 /// Serves vsock port 4089: sends everything back in capitals, and `tail` after end of file.
-const AGENT: &str = r#"
-import socket, sys, threading
-server = socket.socket(socket.AF_VSOCK)
-server.bind((socket.VMADDR_CID_ANY, 4089))
-server.listen(64)
-print("listening", flush=True)
-def serve(conn):
-    while data := conn.recv(65536):
-        conn.sendall(data.upper())
-    conn.sendall(b"tail")
-    conn.close()
-while True:
-    conn, _ = server.accept()
-    threading.Thread(target=serve, args=(conn,), daemon=True).start()
-"#;
+const AGENT: &str = include_str!("python/vsock_agent.py");
 
 fn with_agent() -> TestBox {
-    TestBox::debian().without_console_file().python(AGENT)
+    TestBox::debian().without_console_file().python(AGENT, &[])
 }
 
 fn connect(test: &TestBox) -> UnixStream {
@@ -106,46 +92,12 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
 }
 
 /// Tries what a guest should not get, and then floods the host with requests.
-const HOSTILE: &str = r#"
-import errno, socket
-def attempt(cid, port):
-    s = socket.socket(socket.AF_VSOCK)
-    s.settimeout(20)
-    try:
-        s.connect((cid, port))
-        return "connected"
-    except OSError as e:
-        return errno.errorcode.get(e.errno, str(e))
-    finally:
-        s.close()
-# The agent's own ports are taken, the box's sockets are for clients, nothing else is offered.
-for port in (0x6d6f7465, 0x6d6f7466, 0x6d6f7467, 4089, 4090, 4091, 22, 1, 0xfffffffe):
-    print("host", hex(port), attempt(2, port))
-for cid in (0, 1, 3, 4, 77):
-    print("cid", cid, attempt(cid, 4089) != "connected")
-flood = []
-for i in range(3000):
-    s = socket.socket(socket.AF_VSOCK)
-    s.setblocking(False)
-    try:
-        s.connect((2, 5000 + i))
-    except OSError:
-        pass
-    flood.append(s)
-print("flooded", flush=True)
-while True:
-    try:
-        s = socket.socket(socket.AF_VSOCK)
-        s.setblocking(False)
-        s.connect((2, 9))
-    except OSError:
-        pass
-    s.close()
-"#;
+const HOSTILE: &str = include_str!("python/vsock_hostile.py");
 
 #[test]
 fn a_hostile_guest_gets_nothing_and_holds_up_nobody() {
-    let test = TestBox::debian().without_console_file().with("vcpus", json!(2)).python(HOSTILE);
+    let test =
+        TestBox::debian().without_console_file().with("vcpus", json!(2)).python(HOSTILE, &[]);
     let mut started = test.start();
     let mut said = String::new();
     while !said.ends_with("flooded\n") {

@@ -7,62 +7,11 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::common::{TestBox, compile, eventually};
-use crate::network::{Network, python, run, shell};
+use crate::network::{Network, python, python_with, run, shell};
 use crate::processes::own_memory_kib;
 
 /// HTTP and HTTPS in both families, and the digest of what comes on port 7010.
-const WEB: &str = r#"
-import hashlib, http.server, random, socket, ssl, threading
-BLOCK = random.Random(1).randbytes(1 << 20)
-def blocks(mib):
-    for number in range(mib):
-        yield number.to_bytes(8, "big") + BLOCK[8:]
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def do_GET(self):
-        kind, _, mib = self.path[1:].partition("/")
-        if kind == "mib":
-            body = blocks(int(mib))
-            length = int(mib) << 20
-        elif kind == "sha256":
-            digest = hashlib.sha256()
-            for block in blocks(int(mib)):
-                digest.update(block)
-            body = [digest.hexdigest().encode()]
-            length = 64
-        else:
-            body = [b"hello " + self.path.encode()]
-            length = len(body[0])
-        self.send_response(200)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        for block in body:
-            self.wfile.write(block)
-    def log_message(self, *_):
-        pass
-class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 256
-class Server6(Server):
-    address_family = socket.AF_INET6
-def digest(conn):
-    digest = hashlib.sha256()
-    while data := conn.recv(1 << 18):
-        digest.update(data)
-    conn.sendall(digest.hexdigest().encode())
-    conn.close()
-def digests(server):
-    while True:
-        threading.Thread(target=digest, args=(server.accept()[0],)).start()
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain("cert.pem", "key.pem")
-for make, address in ((Server, "198.51.100.1"), (Server6, "2001:db8::1")):
-    threading.Thread(target=make((address, 80), Handler).serve_forever).start()
-    secure = make((address, 443), Handler)
-    secure.socket = context.wrap_socket(secure.socket, server_side=True)
-    threading.Thread(target=secure.serve_forever).start()
-threading.Thread(target=digests, args=(socket.create_server(("198.51.100.1", 7010)),)).start()
-print("ready")
-"#;
+const WEB: &str = include_str!("python/web.py");
 
 /// A network with the web server; its certificate authority is `cert.pem` in its directory.
 pub fn web() -> (Network, crate::network::Server) {
@@ -79,78 +28,8 @@ pub fn web() -> (Network, crate::network::Server) {
     (network, server)
 }
 
-/// What a server may do with a connection, by port and in both families.
-///   7001 sends back what comes, in capitals, and `tail` after its end
-///   7002 reports how the client ends
-///   7003 sends `bye`, ends its own direction, then as 7002
-///   7004 resets at the first byte
-///   7005 resets at the end
-///   7006 reads nothing until somebody connects to 7007, then as 7002
-///   7008 sends without end until it cannot, and reports how far it came when 7007 is called
-pub const SERVERS: &str = r#"
-import errno, socket, struct, sys, threading
-called = threading.Event()
-def say(*words):
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
-def echo(conn):
-    while data := conn.recv(65536):
-        conn.sendall(data.upper())
-    conn.sendall(b"tail")
-    conn.close()
-def report(conn):
-    count = 0
-    try:
-        while data := conn.recv(65536):
-            count += len(data)
-        say("end", count)
-    except OSError as e:
-        say(errno.errorcode[e.errno])
-    conn.close()
-def bye(conn):
-    conn.sendall(b"bye")
-    try:
-        conn.shutdown(socket.SHUT_WR)
-    except OSError:  # the client is gone, which is reported below
-        pass
-    report(conn)
-def reset(conn):
-    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    conn.close()
-def reset_at_once(conn):
-    conn.recv(1)
-    reset(conn)
-def reset_at_end(conn):
-    while conn.recv(65536):
-        pass
-    reset(conn)
-def stall(conn):
-    called.wait()
-    report(conn)
-def call(conn):
-    called.set()
-    conn.close()
-def flood(conn):
-    sent = 0
-    conn.settimeout(3)
-    try:
-        while True:
-            sent += conn.send(bytes(65536))
-    except TimeoutError:
-        pass
-    called.wait()
-    conn.settimeout(60)
-    say("sent", sent)
-    conn.close()
-def serve(server, behaviour):
-    while True:
-        threading.Thread(target=behaviour, args=(server.accept()[0],), daemon=True).start()
-for port, behaviour in enumerate((echo, report, bye, reset_at_once, reset_at_end, stall, call, flood), 7001):
-    for family, address in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
-        server = socket.create_server((address, port), family=family, backlog=1024)
-        threading.Thread(target=serve, args=(server, behaviour), daemon=True).start()
-say("ready")
-threading.Event().wait()
-"#;
+/// What a server may do with a connection, on ports 7001 to 7008.
+pub const SERVERS: &str = include_str!("python/servers.py");
 
 #[test]
 fn usual_clients_fetch_over_http_and_https() {
@@ -163,6 +42,9 @@ fn usual_clients_fetch_over_http_and_https() {
     assert_eq!(shell(&test, mapped), "hello /curl");
     started.stop();
 }
+
+/// Has python's clients fetch from the addresses that it is given.
+const FETCH: &str = include_str!("python/fetch.py");
 
 /// Has curl, python's clients and netcat fetch from these addresses of [`web`]. The certificate is the
 /// box's `/ca.pem`.
@@ -178,26 +60,7 @@ pub fn usual_clients_fetch(test: &TestBox, addresses: &[&str]) {
         let curl = format!("curl -sS --max-time 60 --cacert /ca.pem https://{host}/tls");
         assert_eq!(shell(test, &curl), "hello /tls", "{host}");
     }
-    let script = r#"
-import asyncio, ssl, urllib.request, requests
-async def fetch(host, **tls):
-    reader, writer = await asyncio.open_connection(host, 443 if tls else 80, **tls)
-    writer.write(b"GET /asyncio HTTP/1.0\r\n\r\n")
-    body = (await reader.read()).split(b"\r\n\r\n")[1].decode()
-    writer.close()
-    return body
-async def fetch_all():
-    context = ssl.create_default_context(cafile="/ca.pem")
-    return await asyncio.gather(*(
-        fetch(host, **tls) for host in ADDRESSES for tls in ({}, {"ssl": context})))
-print(*asyncio.run(fetch_all()))
-for host in HOSTS:
-    print(urllib.request.urlopen(f"http://{host}/urllib", timeout=60).read().decode())
-    with requests.Session() as session:
-        for _ in range(3):
-            print(session.get(f"https://{host}/requests", verify="/ca.pem", timeout=60).text)
-"#;
-    let said = python(test, &format!("ADDRESSES = {addresses:?}\nHOSTS = {hosts:?}\n{script}"));
+    let said = python_with(test, FETCH, addresses);
     let together = vec!["hello /asyncio"; 2 * hosts.len()].join(" ");
     let each = "hello /urllib\nhello /requests\nhello /requests\nhello /requests\n";
     assert_eq!(said, format!("{together}\n{}", each.repeat(hosts.len())));
@@ -275,29 +138,14 @@ for family, address in (
 }
 
 /// Prints the error of a connect to each destination, blocking and not.
-const ATTEMPTS: &str = r#"
-import errno, select, socket
-def name(number):
-    return errno.errorcode.get(number, str(number))
-def attempt(address, port):
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as s:
-        blocking = name(s.connect_ex((address, port)))
-    with socket.socket(family) as s:
-        s.setblocking(False)
-        first = s.connect_ex((address, port))
-        if first == errno.EINPROGRESS:
-            poll = select.epoll()
-            poll.register(s, select.EPOLLOUT)
-            assert poll.poll(100), "silence"
-            first = s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    print(address, port, blocking, name(first))
-"#;
+const ATTEMPTS: &str = include_str!("python/attempts.py");
 
 /// The errors of connects to these, blocking and not.
 fn errors_of(test: &TestBox, destinations: &[(&str, u16)]) -> String {
-    let list = json!(destinations);
-    python(test, &format!("{ATTEMPTS}\nfor address, port in {list}: attempt(address, port)"))
+    let words =
+        destinations.iter().flat_map(|(address, port)| [(*address).into(), port.to_string()]);
+    let words: Vec<String> = words.collect();
+    python_with(test, ATTEMPTS, &words.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 #[test]
@@ -368,30 +216,7 @@ fn a_forbidden_destination_is_named_as_such() {
 }
 
 /// Serves on the host's loopback and on its outside address, and says so when somebody comes.
-const LOOPBACK_SERVERS: &str = r#"
-import socket, threading
-def serve(server):
-    while True:
-        conn, client = server.accept()
-        print("reached", server.getsockname(), flush=True)
-        conn.sendall(b"host")
-        conn.close()
-for family, address in (
-    (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET, "127.1.2.3"),
-    (socket.AF_INET, "198.51.100.1"),
-):
-    server = socket.create_server((address, 7777), family=family)
-    threading.Thread(target=serve, args=(server,)).start()
-    udp = socket.socket(family, socket.SOCK_DGRAM)
-    udp.bind((address, 7777))
-    def receive(udp=udp):
-        while True:
-            data, client = udp.recvfrom(100)
-            print("received", udp.getsockname(), flush=True)
-            udp.sendto(data, client)
-    threading.Thread(target=receive).start()
-print("ready")
-"#;
+const LOOPBACK_SERVERS: &str = include_str!("python/loopback_servers.py");
 
 #[test]
 fn the_hosts_loopback_is_out_of_reach() {
@@ -488,19 +313,18 @@ fn ends_and_resets_cross_as_they_are() {
     let mut servers = network.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
     for host in ["198.51.100.1", "2001:db8::1"] {
-        let script = |body: &str| format!("{ENDS}\nHOST = '{host}'\n{body}");
-        python(&test, &script("the_guest_ends_first()"));
-        python(&test, &script("the_server_ends_first()"));
+        python_with(&test, ENDS, &[host, "the_guest_ends_first"]);
+        python_with(&test, ENDS, &[host, "the_server_ends_first"]);
         assert_eq!(servers.line(), "end 1048576");
-        python(&test, &script("the_server_resets()"));
-        for (body, reported) in [
-            ("connect(7002).sendall(bytes(1000))", "end 1000"),
-            ("killed()", "end 1000"),
-            ("reset(connect(7002))", "ECONNRESET"),
-            ("leaves_something_unread()", "ECONNRESET"),
+        python_with(&test, ENDS, &[host, "the_server_resets"]);
+        for (end, reported) in [
+            ("sends", "end 1000"),
+            ("is_killed", "end 1000"),
+            ("resets", "ECONNRESET"),
+            ("leaves_something_unread", "ECONNRESET"),
         ] {
-            run(&test, &["python3", "-c", &script(body)]);
-            assert_eq!(servers.line(), reported, "{host}: {body}");
+            run(&test, &["python3", "-c", ENDS, host, end]);
+            assert_eq!(servers.line(), reported, "{host}: {end}");
         }
     }
     started.stop();
@@ -510,56 +334,14 @@ fn ends_and_resets_cross_as_they_are() {
 fn the_last_words_of_a_box_arrive() {
     let network = Network::new();
     let mut servers = network.serve(SERVERS);
-    let script = format!("{ENDS}\nHOST = '198.51.100.1'\nconnect(7002).sendall(bytes(8 << 20))");
-    let test = TestBox::debian().inside(&network).python(&script);
+    let test =
+        TestBox::debian().inside(&network).python(ENDS, &["198.51.100.1", "sends", "8388608"]);
     assert_eq!(test.run().code, 0);
     assert_eq!(servers.line(), "end 8388608");
 }
 
-const ENDS: &str = r#"
-import os, signal, socket, struct
-def connect(port):
-    return socket.create_connection((HOST, port), timeout=60)
-def rest(conn):
-    data = b""
-    while part := conn.recv(65536):
-        data += part
-    return data
-def the_guest_ends_first():
-    conn = connect(7001)
-    conn.sendall(b"abc" * 100000)
-    conn.shutdown(socket.SHUT_WR)
-    assert rest(conn) == b"ABC" * 100000 + b"tail"
-def the_server_ends_first():
-    conn = connect(7003)
-    assert rest(conn) == b"bye"
-    conn.sendall(bytes(1 << 20))
-    conn.close()
-def expect_reset(conn):
-    try:
-        assert False, rest(conn)
-    except ConnectionResetError:
-        pass
-def the_server_resets():
-    conn = connect(7004)
-    conn.sendall(b"x")
-    expect_reset(conn)
-    conn = connect(7005)
-    conn.sendall(b"x")
-    conn.shutdown(socket.SHUT_WR)
-    expect_reset(conn)
-def reset(conn):
-    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    conn.close()
-def killed():
-    conn = connect(7002)
-    conn.sendall(bytes(1000))
-    os.kill(os.getpid(), signal.SIGKILL)
-def leaves_something_unread():
-    conn = connect(7003)
-    conn.recv(3, socket.MSG_PEEK | socket.MSG_WAITALL)
-    conn.close()
-"#;
+/// How a client may end its connection, or see it end.
+const ENDS: &str = include_str!("python/ends.py");
 
 /// The most memory of its own that a process had while something was done.
 fn most_memory_kib(pid: u32, work: impl FnOnce() + Send) -> u64 {
@@ -681,36 +463,18 @@ fn two_hundred_connections_live_side_by_side() {
     let _servers = network.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
     let before = started.descriptors();
-    two_hundred_connections(&test, &["198.51.100.1", "2001:db8::1"], HALF_CLOSE);
+    two_hundred_connections(&test, &["198.51.100.1", "2001:db8::1"], "half-close");
     eventually("their descriptors go", || started.descriptors() <= before);
     started.stop();
 }
 
-/// Ends one direction of a connection, and waits for what comes of that.
-const HALF_CLOSE: &str = r#"writer.write_eof()
-        assert await reader.read() == b"tail""#;
+/// Talks over 200 connections at once.
+const TWO_HUNDRED: &str = include_str!("python/two_hundred.py");
 
-/// Has the box talk over 200 connections at once to these addresses of [`SERVERS`], each of which ends in
-/// this way.
+/// Has the box talk over 200 connections at once to these addresses of [`SERVERS`], each of which ends by
+/// `half-close` or by `close`.
 pub fn two_hundred_connections(test: &TestBox, addresses: &[&str], ending: &str) {
-    let script = r#"
-import asyncio
-async def main():
-    connections = await asyncio.gather(
-        *(asyncio.open_connection(HOSTS[i % len(HOSTS)], 7001) for i in range(200)))
-    async def talk(number, reader, writer):
-        data = f"number {number} ".encode() * 100
-        for _ in range(3):
-            writer.write(data)
-            assert await reader.readexactly(len(data)) == data.upper()
-        ENDING
-        writer.close()
-    await asyncio.gather(*(talk(number, *pair) for number, pair in enumerate(connections)))
-    print("all", len(connections))
-asyncio.run(main())
-"#;
-    let script = script.replace("ENDING", ending);
-    let said = python(test, &format!("HOSTS = {addresses:?}\n{script}"));
+    let said = python_with(test, TWO_HUNDRED, &[&[ending], addresses].concat());
     assert_eq!(said, "all 200\n");
 }
 

@@ -13,21 +13,8 @@ use crate::processes::{has_vcpu, is_frozen, own_memory_kib, processes_with, virt
 
 // ---- virtiofsd ----------------------------------------------------------------------------------
 
-/// As much of a vhost-user back-end as mote's start needs (vhost-user.rst), until the message KIND
-/// arrives; then a signal of its own hits it.
-const BACK_END: &str = r#"#!/usr/bin/python3
-import os, signal, socket, struct
-conn, _ = socket.socket(fileno=3).accept()
-while True:
-    kind, _, size = struct.unpack("<III", conn.recv(12, socket.MSG_WAITALL))
-    if size:
-        conn.recv(size, socket.MSG_WAITALL)
-    if kind == KIND:
-        os.kill(os.getpid(), signal.SIGNAL)
-    answer = {1: 1 << 30 | 1 << 32, 15: 1}.get(kind)
-    if answer is not None:
-        conn.sendall(struct.pack("<IIIQ", kind, 5, 8, answer))
-"#;
+/// As much of a vhost-user back-end as mote's start needs. It says what it wants to be told.
+const BACK_END: &str = include_str!("../python/back_end.py");
 /// The kinds of message: the first that is answered, the last before the guest runs, and the first
 /// that the guest's driver causes.
 pub const GET_FEATURES: u32 = 1;
@@ -43,8 +30,13 @@ fn on_back_end(test: &TestBox, script: &str) -> Command {
     command
 }
 
+/// A back-end that a signal hits when the message of this kind arrives.
 pub fn dies_at(kind: u32, signal: &str) -> String {
-    BACK_END.replace("KIND", &kind.to_string()).replace("SIGNAL", signal)
+    back_end(&format!("KIND, SIGNAL, STUBBORN = {kind}, '{signal}', False"))
+}
+
+fn back_end(settings: &str) -> String {
+    format!("#!/usr/bin/python3\n{settings}\n{BACK_END}")
 }
 
 #[test]
@@ -102,13 +94,7 @@ pub fn started_on_back_end(test: &TestBox, script: &str) -> Started {
 
 #[test]
 fn a_virtiofsd_that_has_been_taken_over_ends_with_its_box() {
-    // It serves in a child, as the real one does, which heeds no signal and no end of its connection.
-    let serving = BACK_END.replace("if kind == KIND:", "if False:").replace("SIGNAL", "SIGKILL");
-    let (imports, serve) = serving.split_once("conn, _").expect("a script");
-    let script = format!(
-        "{imports}if os.fork():\n    os.wait()\n    os._exit(0)\nfor number in (1, 2, 3, 15):\n    signal.signal(number, signal.SIG_IGN)\ntry:\n    conn, _{}\nfinally:\n    signal.pause()\n",
-        serve.trim_end().replace('\n', "\n    ")
-    );
+    let script = back_end("KIND, SIGNAL, STUBBORN = None, None, True");
     for signals in [[libc::SIGKILL].as_slice(), &[libc::SIGTERM, libc::SIGINT]] {
         let test = TestBox::streaming("exit 0");
         let started = started_on_back_end(&test, &script);
