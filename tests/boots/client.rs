@@ -1,5 +1,5 @@
-//! A client of the exec and terminal sockets, written from the contract (§4, §5) and sharing no code
-//! with mote.
+//! A client of the exec and terminal sockets, written from the description of the protocols and sharing
+//! no code with mote.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,7 +15,7 @@ pub const CONTROL: u8 = 2;
 pub const HEARTBEAT: u8 = 3;
 pub const ERROR: u8 = 4;
 
-/// A type and a payload.
+/// A frame's type and its payload.
 pub type Frame = (u8, Vec<u8>);
 
 /// A connection to one of a box's sockets.

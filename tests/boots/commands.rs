@@ -30,7 +30,7 @@ fn texts(output: &Output) -> (i32, String, String) {
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
-/// 100 MB that no compression or repetition explains away.
+/// Writes 100 MB of pseudo-random bytes: no part repeats, so none can take the place of another.
 fn big_file(path: &Path) {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let words = std::iter::repeat_with(|| {
@@ -62,7 +62,7 @@ fn exec_is_like_the_command_itself() {
     assert!(code == 127 && said.contains("'nothing' is in no directory of PATH"), "{said}");
     assert_eq!(run(&[], &["sh", "-c", "kill -15 $$"]).0, 143);
 
-    // The end of the input crosses, the answer after it comes back.
+    // The end of the input reaches the command, and its answer to that comes back.
     let mut child = exec(&test, &[], &["sh", "-c", "cat; echo tail"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -105,7 +105,7 @@ fn failures_are_explained_in_one_line() {
     assert_eq!(code, 125);
     assert!(said.contains("the box is not running, or the path is wrong"), "{said}");
 
-    // A box that ends takes its commands along, and they say so.
+    // A box that ends takes its commands with it, and they say so.
     let child =
         exec(&test, &[], &["sleep", "9191"]).stderr(Stdio::piped()).spawn().expect("mote starts");
     eventually("the command runs", || client::shell(&test, "ps").contains("sleep 9191"));
@@ -113,7 +113,7 @@ fn failures_are_explained_in_one_line() {
     let (code, _, said) = texts(&child.wait_with_output().expect("ends"));
     assert_eq!(code, 125);
     assert!(said.contains("the box ended"), "{said}");
-    // What a host that lost its power is left with.
+    // A socket file that nobody serves, as after a loss of power.
     let socket = test.path("sock/exec.sock");
     eventually("the box's socket goes", || !socket.exists());
     drop(UnixListener::bind(&socket).expect("bound"));
@@ -137,7 +137,7 @@ fn exec_waits_for_a_box_that_starts() {
 fn files_are_copied_both_ways() {
     let (test, started) = TestBox::busybox().idle();
     let (local, back) = (test.path("out/tool"), test.path("out/back"));
-    // More than one part.
+    // So large that it is copied in several parts.
     fs::write(&local, b"0123456789".repeat(900_000)).expect("written");
     fs::set_permissions(&local, fs::Permissions::from_mode(0o750)).expect("mode");
     let text = |path: &Path| path.to_str().expect("text").to_owned();
@@ -151,7 +151,7 @@ fn files_are_copied_both_ways() {
     );
     assert_eq!(sha256(&back), sha256(&local));
     assert_eq!(fs::metadata(&back).expect("there").permissions().mode() & 0o777, 0o750);
-    // A file that does not tell its size.
+    // A file that shows no size.
     let (code, version, _) = texts(&cp(&test, ":/proc/version", "-"));
     assert!(code == 0 && version.starts_with("Linux version 6.12"), "{version}");
 
@@ -164,7 +164,7 @@ fn files_are_copied_both_ways() {
 /// Far longer than any program takes to draw.
 const HANGING: Duration = Duration::from_secs(30);
 
-/// A terminal multiplexer as the terminal: what a person sees can be asked for.
+/// A terminal multiplexer as the terminal: it can be asked what a person would see.
 struct Tmux<'a> {
     test: &'a TestBox,
 }
@@ -248,13 +248,13 @@ fn full_screen_programs_work_on_a_terminal() {
     tmux.keys(&["vi /tmp/edited", "Enter"]);
     tmux.wait_for(|screen| screen.contains("/tmp/edited"));
     tmux.keys(&["i", "typed in a guest", "Escape"]);
-    // An escape that other keys follow at once would be one of theirs.
+    // Keys that follow an Escape at once would be taken for one key together with it.
     tmux.wait_for(|screen| screen.contains("- /tmp/edited"));
     tmux.keys(&[":wq", "Enter"]);
     tmux.keys(&["clear; cat /tmp/edited; exit 3", "Enter"]);
     tmux.wait_for(|screen| screen.contains("typed in a guest\nhost>"));
     tmux.keys(&["echo code $?; stty -a | grep -o ' echo '", "Enter"]);
-    // The terminal is as it was: it echoes.
+    // The terminal is as it was before: it echoes.
     tmux.wait_for(|screen| screen.contains("\ncode 3\n echo"));
     drop(tmux);
     started.stop();

@@ -1,4 +1,4 @@
-//! A box under test: a directory of its own, a spec to change, and what a run left behind.
+//! A box under test: a directory of its own, a spec to change, ways to run it, and how it ended.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -32,14 +32,14 @@ pub fn mote() -> PathBuf {
 pub struct TestBox {
     pub dir: PathBuf,
     pub spec: Value,
-    /// Words in front of mote's own: where it runs, if not right here.
+    /// Words in front of the command: the network or namespace that mote runs in, if not the test's.
     within: Vec<String>,
-    /// Environment variables of mote's own.
+    /// Environment variables for mote.
     env: Vec<(&'static str, PathBuf)>,
     mounted: bool,
 }
 
-/// What a box left that has ended.
+/// A box that has ended: its exit code, its output and its reports.
 pub struct Finished {
     pub code: i32,
     pub stdout: String,
@@ -50,12 +50,12 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// Fails unless the box ended with this code, and in this way by its outcome file.
+    /// Fails unless the box ended with this code, and its outcome file says this kind of end.
     pub fn assert_ended(&self, code: i32, kind: &str) {
         assert_eq!((self.code, &self.outcome["kind"]), (code, &json!(kind)), "{}", self.stderr);
     }
 
-    /// Fails unless the box did not start, and one line on stderr, with these parts, says why.
+    /// Fails unless the box did not start, and one line on stderr says why, with these parts.
     pub fn assert_not_started(&self, parts: &[&str]) {
         assert_eq!(self.code, 125, "{}", self.stderr);
         self.assert_one_line();
@@ -64,7 +64,7 @@ impl Finished {
         }
     }
 
-    /// Fails unless one line on stderr, by mote, is all output.
+    /// Fails unless the only output is one line of mote's on stderr.
     pub fn assert_one_line(&self) {
         assert_eq!(self.stdout, "");
         assert_eq!(self.stderr.lines().count(), 1, "{}", self.stderr);
@@ -76,8 +76,8 @@ impl TestBox {
     fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        // A tmpfs on every Linux, so that an overlay can be made on it.
-        // No name is the beginning of another: tests look for theirs in command lines.
+        // /run is a tmpfs on every Linux, so an overlay can be made there. No name is the beginning of
+        // another one, since tests look for theirs in command lines.
         let dir = PathBuf::from(format!("/run/mote-test-{}-{count:04}", std::process::id()));
         for sub in ["root", "tmp", "sock", "out"] {
             fs::create_dir_all(dir.join(sub)).expect("directory");
@@ -114,7 +114,7 @@ impl TestBox {
         new
     }
 
-    /// A box on the Debian tree, which stays as it is under an overlay.
+    /// A box on an overlay of the Debian tree, which itself stays as it is.
     pub fn debian() -> Self {
         let mut new = Self::new();
         let lower =
@@ -188,7 +188,7 @@ impl TestBox {
         self
     }
 
-    /// Gives mote, and nothing else, a host's resolv.conf of this text.
+    /// Shows mote, and no other process, this text as the host's resolv.conf.
     pub fn with_host_resolver(mut self, text: &str) -> Self {
         let file = self.path("host-resolv.conf");
         fs::write(&file, text).expect("file");
@@ -202,8 +202,8 @@ impl TestBox {
         self.dir.join(relative)
     }
 
-    /// The command that runs the box: with its reports in `out`, and with a TMPDIR
-    /// that shows whether it makes temporary files.
+    /// The command that runs the box. It ends at a deadline, its reports go to `out`, and its TMPDIR
+    /// shows whether it leaves temporary files.
     pub fn command(&self) -> Command {
         let mut command = Command::new("timeout");
         command
@@ -222,13 +222,13 @@ impl TestBox {
         command
     }
 
-    /// mote itself, for the box, with its output on pipes.
+    /// The command that is mote itself, with its output on pipes: its process is mote's, so it can get
+    /// signals.
     pub fn mote(&self) -> Command {
         self.mote_within(&[])
     }
 
-    /// The same with these words in front of mote's own. Not under `timeout`: signals and the process
-    /// number are mote's own.
+    /// The same with these words in front, which must exec mote.
     pub fn mote_within(&self, words: &[&str]) -> Command {
         let mut command = Command::new(words.first().map_or_else(mote, PathBuf::from));
         if let [_, words @ ..] = words {
@@ -252,7 +252,7 @@ impl TestBox {
         self.run_by(&mut self.command())
     }
 
-    /// The same by a command of the test's own.
+    /// The same by a command of the test's making.
     pub fn run_by(&self, command: &mut Command) -> Finished {
         self.finished(command.output().expect("mote runs"))
     }
@@ -273,7 +273,7 @@ impl TestBox {
         self.start_by(&mut self.mote_within(words))
     }
 
-    /// Starts the box in the background, by a command of the test's own.
+    /// Starts the box in the background, by a command of the test's making.
     pub fn start_by(&self, command: &mut Command) -> Started {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("mote starts");
@@ -323,7 +323,7 @@ impl Drop for TestBox {
     }
 }
 
-/// Where a box leaves what there is to see of it.
+/// Where a box leaves what can be seen of it.
 #[derive(Clone)]
 struct Traces {
     dir: PathBuf,
@@ -350,7 +350,7 @@ impl Traces {
     }
 
     fn assert_nothing_left(&self) {
-        // A janitor that has a cgroup to remove ends a moment after mote.
+        // The janitor of a box with a cgroup removes it after mote has ended, and then ends itself.
         if self.limited {
             eventually("the janitor ends", || processes_with(&self.dir).is_empty());
         }
@@ -419,7 +419,7 @@ impl Started {
         ran
     }
 
-    /// Kills mote. What it leaves, for a moment, is the test's to wait for.
+    /// Kills mote. Its janitor and its children need a moment to end, for which the test waits.
     pub fn kill(self) {
         self.signal(libc::SIGKILL);
         let output = self.wait_with_output();
@@ -432,7 +432,7 @@ impl Started {
         traces.finished(self.wait_with_output())
     }
 
-    /// Waits for the end, whatever the box leaves.
+    /// Waits for the end, and does not look at what the box left.
     pub fn wait_with_output(mut self) -> Output {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         if let Some(mut stream) = self.stdout.take() {
@@ -453,7 +453,7 @@ impl Drop for Started {
     }
 }
 
-/// Asks again until it is so; what never becomes so fails by name rather than by the lab's time limit.
+/// Asks again until it is so. What never becomes so fails here by its name, before the lab's time limit.
 pub fn eventually(what: &str, so: impl Fn() -> bool) {
     let started = Instant::now();
     while !so() {

@@ -1,4 +1,4 @@
-//! Datagrams with `network` null, names above all, and what is not carried.
+//! Datagrams with `network` null: UDP, name servers, and what is not carried.
 
 use std::fs;
 
@@ -79,7 +79,7 @@ for family, host in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:d
     started.stop();
 }
 
-/// Resolves names below mote.test, and says each question.
+/// Resolves names below mote.test, and prints each question.
 ///   host     198.51.100.1 and 2001:db8::1
 ///   inside   127.0.0.1
 ///   long     as host, but only over TCP: what fits into a datagram is cut
@@ -89,13 +89,15 @@ fn resolver(network: &Network, addresses: &[&str]) -> Server {
     network.serve_with(RESOLVER, addresses)
 }
 
-/// The box asks there. It asks again only after 30 s: what is answered before was answered at once.
+/// Makes this the box's name server. The box repeats a question after 30 s only, and the tests give
+/// each less than that: a name that resolves was answered at once.
 fn asks(test: &TestBox, server: &str) {
     let text = format!("nameserver {server}\noptions timeout:30 attempts:1\n");
     fs::write(test.path("root/etc/resolv.conf"), text).expect("resolv.conf");
 }
 
-/// A static program with musl's resolver, which asks from unconnected sockets; glibc connects its own.
+/// Gives the box a static program with musl's resolver. It asks from unconnected sockets; glibc's sockets
+/// are connected.
 fn install_musl_client(test: &TestBox) {
     let program = test.path("root/bin/resolve");
     compile("musl-gcc", "-O1 -static -Wall -Werror", "musl.c", &program);
@@ -141,7 +143,7 @@ fn names_resolve_at_once_or_fail_at_once() {
     );
     assert_eq!(said, "['198.51.100.1', '2001:db8::1']\n");
 
-    // By IPv6, and where nobody answers; resolvers read the file anew.
+    // Over IPv6, and at addresses where nobody answers. Resolvers read the file again for each question.
     asks(&test, "2001:db8::1");
     assert_eq!(getent("ahostsv4", "host.mote.test"), found("198.51.100.1"));
     asks(&test, "198.51.100.2");
@@ -171,7 +173,7 @@ fn busybox_resolves() {
 
 #[test]
 fn a_loopback_resolver_in_the_box_means_the_hosts() {
-    // As systemd-resolved has it, and with a resolver somewhere else.
+    // A resolver of the host's on loopback, like systemd-resolved, and one on another address.
     for (place, host) in [("127.0.0.53", "127.0.0.53"), ("198.51.100.1", "198.51.100.1")] {
         let network = Network::new();
         let mut server = resolver(&network, &[place]);
@@ -190,7 +192,7 @@ fn a_loopback_resolver_in_the_box_means_the_hosts() {
         let said = shell(&test, "timeout 25 getent ahostsv4 long.mote.test | head -n 1");
         assert!(said.starts_with("198.51.100.1 "), "{place}: {said}");
         assert_eq!(run(&test, &["timeout", "25", "getent", "hosts", "nobody.mote.test"]).code, 2);
-        // That is all of the host's loopback that there is, by whatever name.
+        // No other port of the host's loopback can be reached, by whatever name.
         let done = run(&test, &["curl", "-sS", "--max-time", "60", "http://inside.mote.test:53/"]);
         assert_eq!(done.code, 7, "{place}: refused: {}", done.stderr);
         started.stop();
@@ -230,7 +232,7 @@ for s in many:
     started.stop();
 }
 
-/// Says what comes.
+/// Prints what comes.
 const SINK: &str = r#"
 import socket
 server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -240,7 +242,7 @@ while True:
     print(server.recv(100).decode(), flush=True)
 "#;
 
-/// As syslog and statsd clients do, and then the box is over.
+/// Syslog and statsd clients send and close at once. Here the box ends as well.
 #[test]
 fn what_was_sent_before_a_close_arrives() {
     let network = Network::new();
@@ -257,7 +259,7 @@ for number in range(20):
 "#;
     let test = TestBox::debian().inside(&network).python(script, &[]);
     assert_eq!(test.run().code, 0);
-    // Each has a port of its own, so only the order may be another.
+    // Each has a port of its own on the host, so they may come in another order.
     let mut numbers: Vec<u32> = (0..20).map(|_| server.line().parse().expect("a number")).collect();
     numbers.sort_unstable();
     assert_eq!(numbers, Vec::from_iter(0..20));

@@ -1,4 +1,4 @@
-//! The built-in exec server, held against the contract (§4).
+//! The built-in exec server, held against the bytes of the box runtime's protocol.
 
 use std::net::Shutdown;
 
@@ -115,7 +115,7 @@ fn input_streams_in_and_output_streams_out() {
     );
     let start = (DATA, br#"{"stream":"Stdout","data":[115,116,97,114,116,10]}"#.to_vec());
     assert_eq!(client.receive(), Some(start));
-    // The command answers before its input has ended: nothing waits for anything.
+    // The command answers before its input has ended: no side waits for the other to finish.
     client.send(DATA, b"one");
     let one = (DATA, br#"{"stream":"Stdout","data":[111,110,101]}"#.to_vec());
     assert_eq!(client.receive(), Some(one));
@@ -139,11 +139,11 @@ fn input_streams_in_and_output_streams_out() {
 fn a_timeout_kills_everything_the_command_started() {
     let (test, started) = idle();
     let script = "setsid sleep 4242 & sleep 4242 & echo begun; sleep 4242";
-    // Enough for the shell to begin, on a host with much else to do.
+    // Enough time for the shell to begin, also on a busy host.
     let killed = run_with(&test, &["sh", "-c", script], json!({"timeout_ns": 5_000_000_000u64}));
     assert_eq!(killed, done("begun\n", "\nProcess killed: timeout exceeded", 137));
     assert!(!shell(&test, "ps").contains("sleep 4242"));
-    // What a command leaves behind on purpose stays, and holds up nobody.
+    // What a command leaves in the background stays, and delays nobody.
     assert_eq!(shell(&test, "sleep 4343 & echo left"), "left\n");
     assert!(shell(&test, "ps").contains("sleep 4343"));
     started.stop();
@@ -192,7 +192,7 @@ fn a_thousand_connections_are_open_at_once() {
     mote::sys::process::raise_open_file_limit();
     let (test, started) = idle();
     let mut clients: Vec<Client> = (0..1000).map(|_| Client::connect(&test, "exec")).collect();
-    // In either order: all are there.
+    // In reverse order, which works only if all of them are open.
     for client in clients.iter_mut().rev() {
         client.send(HEARTBEAT, b"");
     }
@@ -208,7 +208,7 @@ fn a_client_is_served_however_early_it_connects() {
     let started = test.start();
     let path = test.path("sock/exec.sock");
     eventually("the file appears", || path.exists());
-    // Held until the guest is ready, or closed after 2 s; never refused, never left waiting.
+    // mote holds the connection until the guest is ready, or closes it after 2 s. It never refuses it.
     let answered = || {
         let mut client = Client::connect(&test, "exec");
         client.send(HEARTBEAT, b"");

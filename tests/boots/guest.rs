@@ -36,7 +36,7 @@ fn memory_is_what_was_asked_for() {
         assert_eq!(ran.code, 0, "{mib} MiB: {} {}", ran.stderr, ran.console);
         let seen: u64 =
             ran.console.trim().parse().unwrap_or_else(|_| panic!("{mib} MiB: {}", ran.console));
-        // The kernel keeps its image and its page array for itself.
+        // The kernel's image and its array of pages take some of it.
         assert!(seen < mib && seen > mib - 40 - mib / 25, "{seen} of {mib} MiB");
     }
 }
@@ -123,7 +123,7 @@ fn limits_are_set() {
 
 #[test]
 fn signals_are_at_their_defaults() {
-    // A shell's pipe ends by SIGPIPE, which Rust programs ignore and must not hand down.
+    // Rust programs ignore SIGPIPE. A child that inherited that would not end with its pipe's reader.
     let ran = TestBox::busybox()
         .with_entrypoint("executable", json!("grep"))
         .with_entrypoint("args", json!(["-E", "Sig(Blk|Ign)", "/proc/self/status"]))

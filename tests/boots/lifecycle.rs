@@ -63,10 +63,10 @@ fn a_killed_mote_leaves_nothing() {
     let started = test.ready();
     assert!(!virtiofsd_of(&test.dir).is_empty());
     started.kill();
-    // Its children get their signal at its death and go at their own pace.
+    // The death of mote signals its children, which end a moment later.
     eventually("its processes end", || processes_with(&test.dir).is_empty());
     test.assert_nothing_left();
-    // What a host that lost its power is left with, the next start copes with.
+    // A socket file that nobody serves, as after a loss of power, does not hinder the next start.
     drop(UnixListener::bind(test.path("sock/exec.sock")).expect("bound"));
     let again = test.shell("exit 4");
     assert_eq!(again.run().code, 4);
@@ -98,7 +98,7 @@ fn the_clock_is_right_at_the_start_and_after_a_pause() {
     let before = now_s();
     let mut started = test.start();
     let at_start: u64 = started.line().expect("a line").parse().expect("seconds");
-    // Cut to whole seconds on either side.
+    // Both clocks are read in whole seconds.
     assert!((before..=now_s() + 1).contains(&at_start), "{before} {at_start}");
     started.wait_for_line("ready");
 

@@ -31,7 +31,7 @@ fn a_cpuset_binds_every_thread() {
     pids.push(started.pid());
     for pid in pids {
         let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
-        // A thread may end meanwhile.
+        // A thread may have ended by now.
         for status in tasks.flat_map(|task| fs::read_to_string(task.path().join("status"))) {
             assert!(status.contains("\nCpus_allowed_list:\t1\n"), "{status}");
         }
@@ -55,7 +55,7 @@ fn a_cgroup_holds_the_box_while_it_runs() {
     ] {
         assert_eq!(read(name), value, "{name}");
     }
-    // The kernel protects no more than the parent's setting covers.
+    // The kernel protects a cgroup's memory only as far as its parent's setting allows.
     let covered = fs::read_to_string("/sys/fs/cgroup/a3s-box/memory.low").expect("the parent's");
     assert!(covered.trim().parse::<u64>().is_ok_and(|bytes| bytes >= 64 << 20), "{covered}");
 
@@ -90,7 +90,8 @@ fn a_killed_mote_leaves_no_cgroup() {
         !cgroup.exists() && processes_with(&test.dir).is_empty()
     });
     kill();
-    // At once: what is being removed is not in the way, and its removal does not hit the new box.
+    // Without a wait: the old cgroup, which is being removed, does not hinder the new box, and its removal
+    // does not kill it.
     let test = test.shell("exit 4");
     let ran = test.run();
     assert_eq!((ran.code, ran.stderr.as_str()), (4, ""));
@@ -144,12 +145,12 @@ fn pids_limit_holds_against_a_fork_bomb_and_the_box_still_answers() {
     let test = TestBox::streaming("echo ready; bomb() { bomb | bomb & }; bomb; exec sleep 10000")
         .with("resource_limits", json!({"pids_limit": 50}));
     let started = test.ready();
-    // As root, whom RLIMIT_NPROC does not bind.
+    // These run as root, whom RLIMIT_NPROC does not limit.
     for _ in 0..5 {
         let said = client::run(&test, &["cat", "/sys/fs/cgroup/pids.max"]);
         assert_eq!((said.stdout.as_str(), said.code), ("50\n", 0), "{}", said.stderr);
         let count = client::run(&test, &["cat", "/sys/fs/cgroup/pids.current"]).stdout;
-        // Those that entered from outside come on top: this very command.
+        // A process that entered from outside is not refused, and counts: this very command.
         let count: u32 = count.trim().parse().expect("a number");
         assert!(count <= 51, "{count} processes");
     }

@@ -1,5 +1,5 @@
 //! A network of a test's own: a namespace where mote and the servers that the guest talks to run, with
-//! addresses that are not loopback and no route to anywhere else. It goes with everything in it.
+//! addresses that are not loopback and no route to anywhere else. When it is dropped, all of it goes.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -12,8 +12,8 @@ use serde_json::json;
 use crate::client::{self, Done};
 use crate::common::TestBox;
 
-/// Two addresses of the host that are not loopback, on a link with nobody else at its far end. The
-/// scripts name them as they are.
+/// Two addresses of the host that are not loopback, on a link with nobody at its other end. The python
+/// programs contain them literally.
 const SETUP: &str = "
 link set lo up
 link add outside type veth peer name beyond
@@ -58,7 +58,7 @@ impl Network {
         assert!(child.wait().expect("waits").success(), "{batch}");
     }
 
-    /// The words in front of a command that is to run here. They replace themselves by it.
+    /// The words in front of a command that is to run here. They exec it, so that its process is theirs.
     pub fn enter(&self) -> Vec<String> {
         vec!["nsenter".into(), format!("--net=/run/netns/{}", self.name)]
     }
@@ -74,7 +74,7 @@ impl Network {
         command
     }
 
-    /// Runs a command here, which must succeed; what it says.
+    /// Runs a command here, which must succeed, and returns its output.
     pub fn run(&self, words: &[&str]) -> String {
         let output = self.command(words).output().expect("runs");
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -82,7 +82,7 @@ impl Network {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Runs a python script here, which must succeed; what it says.
+    /// Runs a python script here, which must succeed, and returns its output.
     pub fn python(&self, script: &str) -> String {
         self.python_with(script, &[])
     }
@@ -92,7 +92,7 @@ impl Network {
         self.run(&[&["/usr/bin/python3", "-c", script], arguments].concat())
     }
 
-    /// Starts a python script that serves here, and waits until it says `ready`.
+    /// Starts a python script that serves here, and waits until it prints `ready`.
     pub fn serve(&self, script: &str) -> Server {
         self.serve_with(script, &[])
     }
@@ -126,7 +126,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// The next line that it says.
+    /// The next line that it prints.
     pub fn line(&mut self) -> String {
         let mut line = String::new();
         assert!(self.stdout.read_line(&mut line).expect("stdout") > 0, "the server ended");
@@ -136,7 +136,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // `timeout` passes this on, which it cannot do with SIGKILL.
+        // `timeout` passes this signal on to the server; it could not pass on SIGKILL.
         crate::processes::kill(self.child.id(), libc::SIGTERM);
         let _ = self.child.wait();
     }
@@ -147,14 +147,14 @@ pub fn run(test: &TestBox, cmd: &[&str]) -> Done {
     client::run_with(test, cmd, json!({"timeout_ns": 170_000_000_000u64}))
 }
 
-/// Runs a shell script in the box, which must succeed; what it says.
+/// Runs a shell script in the box, which must succeed, and returns its output.
 pub fn shell(test: &TestBox, script: &str) -> String {
     let done = run(test, &["sh", "-c", script]);
     assert_eq!(done.code, 0, "{script}: {}{}", done.stdout, done.stderr);
     done.stdout
 }
 
-/// Runs a python script in the box, which must succeed; what it says.
+/// Runs a python script in the box, which must succeed, and returns its output.
 pub fn python(test: &TestBox, script: &str) -> String {
     python_with(test, script, &[])
 }

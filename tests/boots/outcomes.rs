@@ -39,7 +39,7 @@ fn a_killed_entrypoint_is_128_plus_signal() {
 
 #[test]
 fn output_of_the_last_instruction_is_not_lost() {
-    // More than every buffer on the way holds together.
+    // More than all buffers on the way hold together.
     let ran = TestBox::streaming("seq 1 400000; seq 1 400000 >&2; printf end").run();
     assert_eq!(ran.code, 0);
     let numbers = seq(400_000);

@@ -1,5 +1,5 @@
-//! A network of the box's own: with the real passt between two network namespaces, and with peers
-//! that are late, dead or hostile in its place.
+//! A network of the box's own: on the real passt between two network namespaces, and on peers in its
+//! place that are late, dead or hostile.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -28,7 +28,7 @@ pub fn network(socket: &Path) -> Value {
     })
 }
 
-/// What passt is told of the same.
+/// The same network as options of passt.
 const PASSTS_OPTIONS: &str = "--address 10.88.0.2 --gateway 10.88.0.1 --netmask 255.255.255.0";
 
 /// A directory for passt's socket, where the user that passt becomes may create it.
@@ -57,16 +57,16 @@ impl Drop for SocketDir {
 
 // ---- the real passt ----------------------------------------------------------------------------
 
-/// Two namespaces, one cable: passt is in the first, everything that it reaches in the second, at
-/// 192.0.2.2 and, for those who ask for their gateway, 10.88.0.1.
+/// Two namespaces with a cable between them. passt runs in the first; the servers that it reaches are in
+/// the second, at 192.0.2.2 and at the gateway's address, 10.88.0.1.
 struct Outside {
     dir: SocketDir,
     names: [String; 2],
     children: Vec<Child>,
 }
 
-/// Serves the second namespace: TCP connections send a size and get so many bytes and a hash of what
-/// they sent, datagrams come back in capitals, and every name is 192.0.2.7.
+/// The servers: TCP connections send a size and get so many bytes and a hash of what they sent,
+/// datagrams come back in capitals, and every name is 192.0.2.7.
 const SERVERS: &str = include_str!("python/passt_servers.py");
 
 fn ip(arguments: &str) {
@@ -96,7 +96,7 @@ impl Outside {
             ip(&line);
         }
         let mut outside = Outside { dir, names, children: Vec::new() };
-        // For ICMP, which passt sends as a user.
+        // passt sends ICMP as an ordinary user, which this permits.
         let range = "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range";
         assert!(outside.spawn(0, &["sh", "-c", range]).wait().expect("waits").success());
         let mut servers = outside.spawn(1, &["python3", "-u", "-c", SERVERS]);
@@ -114,7 +114,7 @@ impl Outside {
         exec.spawn().expect("ip runs")
     }
 
-    /// As the box runtime does (contract §2.9), but for the pid file, which nobody reads here.
+    /// Starts passt as the box runtime does, except for the pid file, which nobody reads here.
     fn start_passt(&mut self) {
         let socket = self.dir.socket();
         let _ = fs::remove_file(&socket);
@@ -148,8 +148,7 @@ impl Drop for Outside {
     }
 }
 
-/// What a user of the box tries: a name, bytes to a server and back, datagrams. A resolver that gets
-/// no answer asks again after 5 s.
+/// What a user of the box tries: a name, bytes to a server and back, datagrams.
 const USER: &str = include_str!("python/passt_user.py");
 
 #[test]
@@ -211,7 +210,7 @@ fn usual_clients_fetch_while_a_server_stands_a_load() {
     std::thread::scope(|scope| {
         scope.spawn(|| ports::assert_stands_a_load(&outside, 300));
         tsi::usual_clients_fetch(&test, &["198.51.100.1"]);
-        // Without half-closes: a passt of 2023 closes its socket with the answer to one unread.
+        // Without half-closes: after one, a passt of 2023 closes its socket with the answer unread.
         tsi::two_hundred_connections(&test, &["198.51.100.1"], "close");
     });
     started.stop();
@@ -252,7 +251,7 @@ print(conn.recv(5, socket.MSG_WAITALL).decode())'";
 
 // ---- others in its place -----------------------------------------------------------------------
 
-/// A place for passt's socket, and the box that is to connect to it.
+/// A directory for passt's socket, and a box that is to connect to it.
 pub fn small_box() -> (SocketDir, TestBox) {
     let dir = SocketDir::new();
     let test = TestBox::busybox().with("network", network(&dir.socket()));
@@ -307,7 +306,7 @@ pub fn assert_frames_pass(passt: &mut UnixStream) {
     }
 }
 
-/// Tells of the link's changes.
+/// Prints each change of the link.
 const WATCH: &str = "while :; do
     now=$(cat /sys/class/net/eth0/carrier)
     [ \"$now\" = \"$was\" ] || echo link $now
@@ -325,11 +324,11 @@ fn a_peer_that_breaks_the_protocol_takes_the_link_down_and_no_more() {
     started.wait_for_line("link 1");
     assert_frames_pass(&mut passt);
 
-    // Half a length, and then nothing: everything else goes on.
+    // Half of a frame's length, and then nothing: everything else goes on.
     passt.write_all(&[0, 0]).expect("sent");
     assert_eq!(client::shell(&test, "echo alive; cat /sys/class/net/eth0/carrier"), "alive\n1\n");
 
-    // The rest of a length that no frame has; the box connects again each time.
+    // The other half makes it a length that no frame has. The box connects again each time.
     let breaches = [
         (&[0, 0][..], "announced a frame of 0 bytes"),
         (&[0, 0, 0, 13], "announced a frame of 13 bytes"),
@@ -338,7 +337,7 @@ fn a_peer_that_breaks_the_protocol_takes_the_link_down_and_no_more() {
         (&[], "closed its connection"),
     ];
     for (rest, _) in breaches {
-        // Nobody serves until the guest has seen it: it looks seldom.
+        // The guest looks at its link ten times a second: nobody serves until it has seen it down.
         fs::remove_file(dir.socket()).expect("removed");
         passt.write_all(rest).expect("sent");
         if rest.is_empty() {
@@ -394,7 +393,7 @@ fn a_socket_that_mote_is_started_with_is_passts() {
     let mut test = TestBox::busybox().shell(WATCH).without_console_file();
     test.spec["network"] = network(Path::new(""));
     test.spec["network"]["net_socket_fd"] = json!(3);
-    // From standard input to number 3.
+    // The socket is standard input at first, and descriptor 3 for mote.
     let words = ["sh", "-c", "exec \"$@\" 3<&0 </dev/null", "sh"];
     let mut started = test.start_by(test.mote_within(&words).stdin(OwnedFd::from(ours)));
     started.wait_for_line("link 1");

@@ -5,12 +5,12 @@ use serde_json::json;
 use crate::common::{Started, TestBox, eventually};
 use crate::network::{Network, python, python_with, run, shell};
 
-/// Serves on every kind of address. Says whom it sees to whoever connects, then sends back what comes,
+/// Serves on every kind of address. Sends each client the address it sees, then sends back what comes,
 /// in capitals, and `tail` after its end.
 ///   8001 0.0.0.0    8002 :: (and IPv4)    8003 127.0.0.1    8004 ::1    8005 ::ffff:127.0.0.1
 const SERVERS: &str = include_str!("python/published.py");
 
-/// Published 18001 to 18005 and, with nobody behind it, 18006.
+/// A box that runs these servers. Host ports 18001 to 18005 lead to them, and 18006 to nobody.
 fn serving(network: &Network) -> TestBox {
     let map: Vec<String> = (8001..=8006).map(|port| format!("1{port}:{port}")).collect();
     TestBox::debian()
@@ -25,7 +25,7 @@ fn a_server_sees_the_real_client_wherever_it_listens() {
     let network = Network::new();
     let test = serving(&network);
     let started = test.ready();
-    // From an address of its own, and from the host's loopback.
+    // Clients from another address of the host, and from its loopback.
     let seen = network.python(
         r#"
 import socket
@@ -91,7 +91,7 @@ except ConnectionResetError:
     pass
 "#,
     );
-    // The server ends first, and still hears what comes; then it resets.
+    // The server ends first, and still receives; the next connection it resets.
     let server = r#"
 import errno, socket, struct
 server = socket.create_server(("127.0.0.1", 8006))
@@ -157,7 +157,7 @@ fn nginx_stands_a_load() {
     assert_stands_a_load(&network, 2000);
     let log = shell(&test, "sort /var/log/nginx/access.log | cut -d' ' -f1 | uniq -c");
     let lines: Vec<_> = log.split_whitespace().collect();
-    // 4000, the one before, and what ab had opened when it stopped.
+    // 4000, the one of `until_answered`, and those that ab had open when it stopped.
     let all_from_here = lines.len() == 2 && lines[1] == "198.51.100.1";
     assert!(all_from_here && lines[0].parse::<u32>().expect("a count") > 4000, "{log}");
     started.stop();
@@ -185,7 +185,7 @@ pub fn assert_stands_a_load(network: &Network, requests: u32) {
     }
 }
 
-/// Waits until a published web server answers; before, connections end.
+/// Waits until a published web server answers. Until then, connections are closed.
 fn until_answered(network: &Network, port: u16) {
     let url = format!("http://198.51.100.1:{port}/");
     eventually("the server answers", || {
@@ -227,7 +227,7 @@ asyncio.run(main())
 fn a_server_may_come_late_and_come_again() {
     let network = Network::new();
     let test = TestBox::debian().inside(&network).with("port_map", json!(["18080:8080"]));
-    // Before the guest is up, its port is: who connects is never refused, and hears how it goes.
+    // The port is open before the guest is up: an early client is not refused, and its connection ends.
     let (test, started) = std::thread::scope(|scope| {
         let early = scope.spawn(|| {
             network.python(
@@ -257,7 +257,7 @@ while True:
         shell(&test, &format!("kill -9 {pid}"));
         let curl = ["curl", "-s", "--max-time", "60", "http://198.51.100.1:18080/"];
         let status = network.command(&curl).status().expect("curl runs");
-        // Refused, an empty reply, or a reset before the request was sent or after: no silence (28).
+        // Refused, an empty reply, or a reset before the request was sent or after it; not a time-out (28).
         assert!(matches!(status.code(), Some(7 | 52 | 55 | 56)), "{status}");
     }
     started.stop();
@@ -277,7 +277,7 @@ fn only_mapped_ports_are_published() {
         assert!(ports.iter().all(|&port| port == expected), "{listening}");
         assert_eq!(ports.is_empty(), expected.is_empty(), "{listening}");
         started.stop();
-        // And nothing stays.
+        // And no listener is left.
         assert_eq!(network.run(&["ss", "-H", "--listening", "--tcp", "--numeric"]), "");
     }
 }
@@ -292,7 +292,7 @@ fn a_port_that_is_taken_is_named() {
     let ran = second.run();
     ran.assert_not_started(&["18003"]);
     assert!(!ran.stderr.contains("18009"), "{}", ran.stderr);
-    // The first one is none the worse, and after it the port is free at once.
+    // The first box still works, and when it has ended the port is free at once.
     let greet = "import socket; print(socket.create_connection(('127.0.0.1', 18003), 60).recv(99).decode())";
     assert_eq!(network.python(greet).trim(), "127.0.0.1");
     started.stop();

@@ -33,12 +33,12 @@ pub fn children_of(pid: u32) -> Vec<u32> {
     pids().filter(|pid| status(pid).contains(&line)).collect()
 }
 
-/// What a process is called; nothing when it has ended.
+/// The name of a process; empty when it has ended.
 pub fn name_of(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
 }
 
-/// Pids of the virtiofsd processes that serve a directory.
+/// The numbers of the virtiofsd processes that serve a directory.
 pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
     let path = path.to_str().expect("text").to_owned();
     pids()
@@ -51,8 +51,8 @@ pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
         .collect()
 }
 
-/// Memory of a process's own, in KiB: a box's memory is shared and does not count. One that has ended, and
-/// has not been waited for, has none.
+/// Memory of a process's own, in KiB: guest memory is shared memory and does not count. A process that
+/// has ended and has not been waited for has none.
 pub fn own_memory_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let Some(line) = status.lines().find(|line| line.starts_with("RssAnon:")) else { return 0 };

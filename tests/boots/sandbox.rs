@@ -1,5 +1,5 @@
-//! What mote cannot do while it runs a guest: seen from outside, and tried out by making its own
-//! threads do it.
+//! What mote cannot do while it runs a guest: looked at from outside, and tried by making its own threads
+//! do it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +19,7 @@ fn ready() -> (TestBox, Started) {
     TestBox::busybox().with("vcpus", json!(2)).idle()
 }
 
-/// Number and name of every thread.
+/// The number and name of every thread of a process.
 fn threads(pid: u32) -> Vec<(i32, String)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
     tasks
@@ -37,7 +37,7 @@ fn namespace(pid: &str, kind: &str) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a namespace")
 }
 
-/// Checks all that a process of a confined box shows of its confinement, whatever else it may do.
+/// Checks the confinement that a mote has in any case, with or without namespaces.
 fn assert_confined(pid: u32) {
     let threads = threads(pid);
     let names: BTreeSet<&str> = threads.iter().map(|(_, name)| name.as_str()).collect();
@@ -53,7 +53,7 @@ fn assert_confined(pid: u32) {
             "CapBnd:\t0000000000000000",
             "CapAmb:\t0000000000000000",
         ] {
-            // The bounding set is root's to lower.
+            // Only root may lower the bounding set.
             if line.starts_with("CapBnd")
                 && fs::metadata(format!("/proc/{pid}/task")).expect("it").uid() != 0
             {
@@ -106,7 +106,7 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
     fs::write(data.join("file"), "precious").expect("file");
     let mounts = json!([{ "tag": "data", "host_path": data, "read_only": true }]);
     let (test, started) = test.with("fs_mounts", mounts).idle();
-    // The one that serves is a child of the one that was started.
+    // The process that serves is a child of the one that mote has started.
     let serving = |path: &Path| {
         let pids = virtiofsd_of(path).into_iter();
         pids.max_by_key(|pid| {
@@ -126,7 +126,7 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
         let inside = PathBuf::from(format!("/proc/{pid}/root"));
         let (seen, shared) = (fs::metadata(&inside).expect("it"), fs::metadata(&path).expect("it"));
         assert_eq!((seen.dev(), seen.ino()), (shared.dev(), shared.ino()));
-        // Whatever it may have become: written through its own mount, as this test's root can.
+        // Through its own mount, as a virtiofsd that was broken into might try. This test is root and may.
         let written = fs::write(inside.join("new"), "x");
         match read_only {
             true => {
@@ -158,7 +158,7 @@ fn nothing_inherited_is_kept() {
         let (pid, name) = line;
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").flatten();
         let open: Vec<PathBuf> = fds.flat_map(|fd| fs::read_link(fd.path())).collect();
-        // What the janitor may not know of is what it was started with, too.
+        // This holds for the janitor and virtiofsd too.
         assert!(!open.contains(&secret), "{name} has {open:?}");
     }
     let environment = client::shell(&test, "env");
@@ -177,7 +177,7 @@ fn processes_of(test: &TestBox, mote: &Started) -> Vec<(u32, String)> {
     all
 }
 
-/// Runs a box, makes its thread of this name call the system, and says how it all ended.
+/// Runs a box, makes its thread of this name do a system call, and returns how the box ended.
 fn broken(thread: &str, number: i64, arguments: [u64; 3]) -> Finished {
     let (test, started) = ready();
     let threads = threads(started.pid());
@@ -199,7 +199,7 @@ fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
         ("mote", "main", "prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0]),
         ("vcpu1", "vcpu1", "socket", libc::SYS_socket, [libc::AF_INET as u64, 1, 0]),
         ("vcpu0", "vcpu0", "ioctl", libc::SYS_ioctl, [0, 0xae01, 0]),
-        // A published port's listener that has been shut down could connect by this.
+        // By this call, the listener of a published port could connect after a shutdown.
         ("vcpu1", "vcpu1", "sendmsg", libc::SYS_sendmsg, [0, 0, libc::MSG_FASTOPEN as u64]),
         ("stdout", "stdout", "execve", libc::SYS_execve, [0, 0, 0]),
     ] {
@@ -226,8 +226,8 @@ fn the_sandbox_can_be_left_out_aloud() {
 /// A user of the group that owns /dev/kvm.
 const USER: u32 = 4711;
 
-/// Gives the box's directory to [`USER`], and returns words that make a command theirs. A shell script
-/// that executes its arguments may come between.
+/// Gives the box's directory to [`USER`], and returns words in front of a command that run it as that
+/// user, with or without the right to make namespaces.
 fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
     fn give(path: &Path) {
         chown(path, Some(USER), Some(USER))
@@ -242,7 +242,7 @@ fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
     give(&test.dir);
     let kvm = fs::metadata("/dev/kvm").expect("the device");
     if kvm.mode() & 0o60 != 0o60 {
-        // The lab's own device: a booted host has it so.
+        // The lab has not set the device's mode; on a booted host it is this.
         fs::set_permissions("/dev/kvm", fs::Permissions::from_mode(0o660)).expect("mode");
     }
     let mut words: Vec<String> = ["setpriv", "--clear-groups"].map(String::from).into();
@@ -252,7 +252,7 @@ fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
     words.push(format!("--groups={}", kvm.gid()));
     words.push("--no-new-privs".into());
     if !namespaces {
-        // A user namespace below which there can be no other, and in it no capability.
+        // A user namespace in which no further one can be made, without any capability.
         let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --ambient-caps=-all --inh-caps=-all \"$@\"";
         words.extend(
             ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c", script, "sh"]
@@ -269,7 +269,7 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
             .shell("echo written >/file; cat /file; echo ready; exec sleep 10000")
             .without_console_file()
             .with("vcpus", json!(2));
-        // Where the user may look for the binary.
+        // A place from which the user may execute the binary.
         let binary = test.path("mote");
         executable(&binary, &fs::read(mote()).expect("the binary"));
         let words = unprivileged(&test, namespaces);
@@ -294,7 +294,7 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
     }
 }
 
-/// virtiofsd where an unprivileged user can execute it.
+/// Copies virtiofsd to a place from which an unprivileged user can execute it.
 fn copied_virtiofsd(test: &TestBox) -> PathBuf {
     let path = std::env::var_os("PATH").expect("a path");
     let found = std::env::split_paths(&path)

@@ -40,7 +40,7 @@ fn bytes_and_ends_of_file_cross_in_both_directions() {
     stream.read_to_string(&mut reply).expect("reads");
     assert_eq!(reply, "ABCtail");
 
-    // Four clients with more than any buffer holds, at once.
+    // Four clients at once, each with more than any buffer holds.
     let payload = b"0123456789abcdef".repeat(256 * 1024);
     std::thread::scope(|scope| {
         for _ in 0..4 {
@@ -91,7 +91,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     test.assert_nothing_left();
 }
 
-/// Tries what a guest should not get, and then floods the host with requests.
+/// Tries to connect where no guest may, and then floods the host with requests.
 const HOSTILE: &str = include_str!("python/vsock_hostile.py");
 
 #[test]
@@ -110,7 +110,7 @@ fn a_hostile_guest_gets_nothing_and_holds_up_nobody() {
     }
     assert_eq!(said.matches("connected").count(), 0, "{said}");
     assert_eq!(said.matches(" True\n").count(), 5, "{said}");
-    // While it goes on flooding.
+    // The flood goes on during these commands.
     for _ in 0..5 {
         assert_eq!(client::shell(&test, "echo served"), "served\n");
     }

@@ -1,4 +1,4 @@
-//! The built-in terminal server, held against the contract (§5).
+//! The built-in terminal server, held against the box runtime's protocol.
 
 use serde_json::json;
 
@@ -42,8 +42,8 @@ fn a_shell_on_a_terminal() {
     client.send(DATA, b"stty size; echo $TERM; pwd\r");
     let shown = wait_for(&mut client, "/tmp\r\n");
     assert!(shown.contains("24 80\r\nxterm-256color\r\n"), "{shown}");
-    // The program is told of the new size, and sees it. Keystrokes as the 0.8.0 command line sends
-    // them.
+    // The program gets a signal for the new size, and sees it. These keystrokes go in a REQUEST frame, as
+    // the box runtime's command line of version 0.8.0 sends them.
     let watch = "sh -c 'trap \"stty size; exit\" WINCH; echo armed; while :; do sleep 1; done'\r";
     client.send(REQUEST, watch.as_bytes());
     wait_for(&mut client, "\narmed\r\n");
@@ -103,7 +103,7 @@ fn what_is_no_session() {
 #[test]
 fn a_client_that_goes_hangs_up() {
     let (test, started) = TestBox::busybox().idle();
-    // One that ends at the hang-up, and one that ignores it.
+    // A command that ends at the hang-up, and one that ignores it.
     let mut polite = open(&test, &["sh", "-c", "echo $$; sleep 8181"]);
     let mut stubborn = open(&test, &["sh", "-c", "trap '' HUP; echo $$; sleep 8282"]);
     for client in [&mut polite, &mut stubborn] {

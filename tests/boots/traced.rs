@@ -1,4 +1,4 @@
-//! ptrace(2): to make a thread of mote call the system, and to end mote between two calls.
+//! ptrace(2): makes a thread of mote do a system call, and kills mote between two calls.
 #![allow(unsafe_code, reason = "ptrace is not in std")]
 
 use std::io;
@@ -7,13 +7,13 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr::{null, null_mut};
 
-/// Has a thread that waits in a system call make this one instead.
+/// Makes a thread that waits in a system call do this one instead.
 pub fn call(tid: i32, number: i64, arguments: [u64; 3]) {
     request(libc::PTRACE_SEIZE, tid, null());
     request(libc::PTRACE_INTERRUPT, tid, null());
     wait(tid);
     let mut registers = registers(tid);
-    // Back onto the SYSCALL instruction, two bytes long, that it waits in.
+    // Back to the SYSCALL instruction, two bytes long, in which it waits.
     registers.rip -= 2;
     registers.rax = number as u64;
     registers.orig_rax = u64::MAX;
@@ -22,8 +22,8 @@ pub fn call(tid: i32, number: i64, arguments: [u64; 3]) {
     request(libc::PTRACE_DETACH, tid, null());
 }
 
-/// Runs a program and kills it by SIGKILL right after its first thread's system call of this index,
-/// counted from its execve, or before it installs a seccomp filter. Whether that came first.
+/// Runs a program and kills it right after its first thread's system call of this index, counted from
+/// its execve. If it is about to install a seccomp filter before that, kills it there and returns true.
 pub fn confined_before(program: &mut Command, index: usize) -> bool {
     // SAFETY: the closure makes one system call, which takes no pointers.
     let traced = unsafe {
@@ -43,7 +43,7 @@ pub fn confined_before(program: &mut Command, index: usize) -> bool {
     );
     let mut inside = false;
     let confined = loop {
-        // The trap of execve is not the program's to see, and those of system calls are none.
+        // The program gets neither the trap of its execve nor the stops at its system calls.
         let passed_on = if matches!(signal, libc::SIGTRAP | CALL_STOP) { 0 } else { signal };
         request(libc::PTRACE_SYSCALL, tid, passed_on as usize as *const _);
         signal = wait(tid);
@@ -64,8 +64,7 @@ pub fn confined_before(program: &mut Command, index: usize) -> bool {
     confined
 }
 
-/// How a stop at the entry to or the return from a system call differs from one by a signal
-/// (`PTRACE_O_TRACESYSGOOD`).
+/// The signal of a stop at the entry to or the return from a system call (`PTRACE_O_TRACESYSGOOD`).
 const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
 fn request(request: libc::c_uint, tid: i32, data: *const libc::c_void) {

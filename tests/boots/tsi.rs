@@ -10,7 +10,7 @@ use crate::common::{TestBox, compile, eventually};
 use crate::network::{Network, python, python_with, run, shell};
 use crate::processes::own_memory_kib;
 
-/// HTTP and HTTPS in both families, and the digest of what comes on port 7010.
+/// Serves HTTP and HTTPS in both families, and the digest of what comes on port 7010.
 const WEB: &str = include_str!("python/web.py");
 
 /// A network with the web server; its certificate authority is `cert.pem` in its directory.
@@ -137,7 +137,7 @@ for family, address in (
     started.stop();
 }
 
-/// Prints the error of a connect to each destination, blocking and not.
+/// Prints the errors of connects to each destination, blocking and not.
 const ATTEMPTS: &str = include_str!("python/attempts.py");
 
 /// The errors of connects to these, blocking and not.
@@ -152,12 +152,14 @@ fn errors_of(test: &TestBox, destinations: &[(&str, u16)]) -> String {
 fn a_failed_connect_says_why() {
     let network = Network::new();
     let _servers = network.serve(SERVERS);
-    // One answers no SYN, and one no question for its hardware address.
+    // To .9 and ::9, packets are sent and nobody answers. Others on the link do not answer the question for
+    // their hardware address.
     network.ip("neighbour add 198.51.100.9 lladdr 02:00:00:00:00:09 dev outside nud permanent
         neighbour add 2001:db8::9 lladdr 02:00:00:00:00:09 dev outside nud permanent
         route add unreachable 198.51.100.66
         route add unreachable 2001:db8::66");
-    // Three seconds instead of two minutes for a connect, one instead of three for an address.
+    // A connect gives up after seconds instead of two minutes, and a question for an address after one
+    // second instead of three.
     network.run(&[
         "sh",
         "-c",
@@ -201,7 +203,7 @@ fn a_failed_connect_says_why() {
     started.stop();
 }
 
-/// Errors travel as ICMP, which has no word for these over IPv4: the nearest is said.
+/// Errors travel as ICMP. Over IPv4 it has none for these two, and the program gets the nearest.
 #[test]
 fn a_forbidden_destination_is_named_as_such() {
     let network = Network::new();
@@ -215,14 +217,14 @@ fn a_forbidden_destination_is_named_as_such() {
     started.stop();
 }
 
-/// Serves on the host's loopback and on its outside address, and says so when somebody comes.
+/// Serves on the host's loopback and on its outside address, and prints whom a client has reached.
 const LOOPBACK_SERVERS: &str = include_str!("python/loopback_servers.py");
 
 #[test]
 fn the_hosts_loopback_is_out_of_reach() {
     let network = Network::new();
     let mut server = network.serve(LOOPBACK_SERVERS);
-    // It is there, for the host.
+    // The host itself reaches it.
     network.python(
         "import socket; assert socket.create_connection(('127.0.0.1', 7777)).recv(9) == b'host'",
     );
@@ -231,8 +233,8 @@ fn the_hosts_loopback_is_out_of_reach() {
     fs::write(test.path("root/etc/hosts"), "127.0.0.1 localhost itself\n::1 localhost itself6\n")
         .expect("hosts");
     let (test, started) = test.idle();
-    // Each of these is the guest itself, where nobody listens. So are the addresses that flows go
-    // by in the guest: nobody gets out by naming one.
+    // Each of these is the guest itself, where nobody listens. The addresses that stand for connections
+    // inside the guest lead nowhere when a program names one.
     python(
         &test,
         r#"
@@ -271,7 +273,7 @@ assert socket.create_connection(("198.51.100.1", 7777)).recv(9) == b"host"
 
 #[test]
 fn the_guests_loopback_stays_its_own() {
-    // With nothing outside: these never leave the guest.
+    // Nobody serves outside: these connections never leave the guest.
     let network = Network::new();
     let test = TestBox::debian().inside(&network);
     fs::write(test.path("root/etc/hosts"), "127.0.0.1 localhost\n").expect("hosts");
@@ -343,7 +345,7 @@ fn the_last_words_of_a_box_arrive() {
 /// How a client may end its connection, or see it end.
 const ENDS: &str = include_str!("python/ends.py");
 
-/// The most memory of its own that a process had while something was done.
+/// The most memory of its own, in KiB, that a process had during some work.
 fn most_memory_kib(pid: u32, work: impl FnOnce() + Send) -> u64 {
     std::thread::scope(|scope| {
         let work = scope.spawn(work);
@@ -490,7 +492,7 @@ fn namespaces_of_the_guests_own_are_respected() {
         "mkdir /sys/fs/cgroup/box/own; echo $$ >/sys/fs/cgroup/box/own/cgroup.procs; {curl}"
     );
     assert_eq!(shell(&test, &child.replace("/box/", &box_cgroup(&test))), "hello /inside");
-    // Another network namespace is its owner's: its loopback works, and nothing leads out of it.
+    // A network namespace made in the guest has a loopback of its own that works, and no way out.
     let script = r#"
 import errno, socket
 server = socket.create_server(("127.0.0.1", 7001))
@@ -513,7 +515,7 @@ except OSError as e:
     started.stop();
 }
 
-/// Where commands' cgroup is in the guest, with slashes around.
+/// The path of commands' cgroup in the guest, with a slash at each end.
 fn box_cgroup(test: &TestBox) -> String {
     let own = shell(test, "sed -n s/^0::// /proc/self/cgroup");
     format!("{}/", own.trim().trim_end_matches('/'))

@@ -13,15 +13,15 @@ use crate::processes::{has_vcpu, is_frozen, own_memory_kib, processes_with, virt
 
 // ---- virtiofsd ----------------------------------------------------------------------------------
 
-/// As much of a vhost-user back-end as mote's start needs. It says what it wants to be told.
+/// As much of a vhost-user back-end as mote's start needs. Its first lines name its settings.
 const BACK_END: &str = include_str!("../python/back_end.py");
-/// The kinds of message: the first that is answered, the last before the guest runs, and the first
-/// that the guest's driver causes.
+/// Kinds of message: the first that is answered, the last before the guest runs, and the first that the
+/// guest's driver causes.
 pub const GET_FEATURES: u32 = 1;
 const SET_MEM_TABLE: u32 = 5;
 const SET_VRING_NUM: u32 = 8;
 
-/// A box whose virtiofsd is this script, and the command that runs it.
+/// The command that runs a box with this script as its virtiofsd.
 fn on_back_end(test: &TestBox, script: &str) -> Command {
     let program = test.path("out/virtiofsd");
     executable(&program, script.as_bytes());
@@ -85,7 +85,7 @@ fn a_box_whose_virtiofsd_froze_while_it_booted_can_be_stopped() {
     ran.assert_ended(121, "stopped");
 }
 
-/// A box whose virtiofsd is this script, in the background.
+/// Starts a box in the background with this script as its virtiofsd.
 pub fn started_on_back_end(test: &TestBox, script: &str) -> Started {
     let program = test.path("out/virtiofsd");
     executable(&program, script.as_bytes());
@@ -107,12 +107,12 @@ fn a_virtiofsd_that_has_been_taken_over_ends_with_its_box() {
     }
 }
 
-/// Kills all processes of the box's virtiofsd, or stops them.
+/// Sends a signal to all processes of the box's virtiofsd.
 fn hit_virtiofsd(test: &TestBox, signal: i32) {
     let pids = virtiofsd_of(&test.dir);
     assert!(!pids.is_empty());
     for pid in pids {
-        // It is two processes, and one may take the other along.
+        // It is two processes, and the second may end with the first: an error is expected.
         let mut kill = Command::new("kill");
         let _ = kill.arg(format!("-{signal}")).arg(pid.to_string()).stderr(Stdio::null()).status();
     }
@@ -139,7 +139,7 @@ fn a_virtiofsd_killed_while_the_box_stops_ends_it() {
     );
     let mut started = test.ready();
     started.signal(libc::SIGTERM);
-    // The shell runs its trap when the sleep, which the signal has hit as well, has ended.
+    // The signal ends the sleep too, and then the shell runs its trap.
     started.wait_for_line("stopping");
     hit_virtiofsd(&test, libc::SIGKILL);
     let ran = started.wait();
@@ -148,13 +148,13 @@ fn a_virtiofsd_killed_while_the_box_stops_ends_it() {
 
 #[test]
 fn output_from_before_virtiofsds_death_arrives() {
-    // Together more than a pipe holds, and less than all buffers on the way.
+    // More than a pipe holds, and less than all buffers on the way together.
     const LINES: usize = 20_000;
     let test = TestBox::streaming(&format!("seq {LINES}; touch /written; sleep 1000"));
     let started = test.start();
     eventually("all is written", || test.path("root/written").exists());
-    // The output is on its way, and goes no further than to mote: nobody reads it. Whoever is asked
-    // answers after it.
+    // Nobody reads mote's output yet, so the lines stay in mote. The guest answers these commands after
+    // it has sent them.
     for _ in 0..3 {
         assert_eq!(client::shell(&test, "echo there"), "there\n");
     }
@@ -166,7 +166,7 @@ fn output_from_before_virtiofsds_death_arrives() {
 
 #[test]
 fn a_box_on_a_frozen_virtiofsd_can_be_stopped() {
-    // One that waits for the file system, and one that does not.
+    // An entrypoint that waits for the file system, and one that does not.
     for script in ["while :; do cat /etc/passwd >/dev/null; done", "exec sleep 1000"] {
         for signals in [&[libc::SIGTERM][..], &[libc::SIGTERM, libc::SIGINT]] {
             let test = TestBox::streaming(&format!("echo ready; {script}"));
@@ -200,7 +200,7 @@ fn a_virtiofsd_frozen_for_a_while_costs_only_time() {
 fn a_frozen_passt_holds_up_nothing_else() {
     let (dir, test) = small_box();
     let listener = UnixListener::bind(dir.socket()).expect("binds");
-    // The gateway's address is known when it has asked; then large packets go out all the time.
+    // The guest learns the gateway's hardware address from its question; then it sends large packets.
     let script = "echo ready; until [ -e /go ]; do sleep 0.1; done
         for i in $(seq 40); do busybox ping -s 60000 10.88.0.1 >/dev/null & done; wait";
     let test = test.shell(script).without_console_file();
@@ -209,7 +209,7 @@ fn a_frozen_passt_holds_up_nothing_else() {
     started.wait_for_line("ready");
     assert_frames_pass(&mut passt);
     fs::write(test.path("root/go"), "").expect("file");
-    // From here on it reads nothing: what fits in the socket has left the guest, and no more will.
+    // From here on nobody reads passt's socket: the guest can send until it is full, and no more.
     let stuck = "sent() { cat /sys/class/net/eth0/statistics/tx_bytes; }
         before=$(sent); sleep 3; [ $before -gt 100000 ] && [ $before = $(sent) ] && echo stuck";
     eventually("nothing is sent any more", || client::shell(&test, stuck) == "stuck\n");
@@ -228,7 +228,7 @@ fn a_flooding_passt_holds_up_nothing_else() {
     let mut passt = accept(&listener);
     started.wait_for_line("ready");
     assert_frames_pass(&mut passt);
-    // Broadcasts of all sizes, until mote ends.
+    // Broadcast frames of several sizes, until mote ends.
     let flood = std::thread::spawn(move || {
         let mut frames = Vec::new();
         for len in [60usize, 1514, 14, 65535, 9000] {

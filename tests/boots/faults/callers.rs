@@ -1,5 +1,5 @@
-//! Callers and clients that go away, that have closed what others keep open, or that name what is not
-//! theirs.
+//! Callers and clients that go away, that have their streams closed, or that name another box's sockets
+//! or no valid cgroup.
 
 use std::fs;
 use std::io::Read;

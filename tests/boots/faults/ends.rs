@@ -14,7 +14,7 @@ use crate::traced::confined_before;
 
 // ---- SIGKILL ------------------------------------------------------------------------------------
 
-/// Namespaces that a box's processes have and this process has not.
+/// Namespaces that a box's processes are in and this process is not.
 fn namespaces_of(test: &TestBox) -> BTreeSet<PathBuf> {
     let path = test.dir.to_str().expect("text");
     let pids = fs::read_dir("/proc").expect("proc").flatten();
@@ -87,7 +87,7 @@ fn left_of(test: &TestBox) -> Vec<String> {
     left
 }
 
-/// A box with everything that is on the host beside its processes: two sockets and a cgroup.
+/// A box with everything that a box can have on the host beside its processes: two sockets and a cgroup.
 fn box_with_a_place() -> TestBox {
     let test = TestBox::streaming("exit 0").with("resource_limits", json!({"cpu_shares": 1024}));
     let pty = test.path("sock/pty.sock");
@@ -106,14 +106,14 @@ fn a_mote_killed_anywhere_in_its_start_leaves_nothing() {
     assert!(calls > 100, "confined after {calls} calls already");
 }
 
-/// How many system calls one mote that is killed gets further than the one before it: whatever it might
-/// leave behind is there for longer.
+/// How many more system calls each mote is let make than the one before it. Nothing that it might leave
+/// is there for so few calls that this misses it.
 const CALLS_STEP: usize = 3;
 
 #[test]
 fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() {
     let test = box_with_a_place();
-    // As another box that is being started.
+    // The lock is held, as by another box that is being started.
     let parent = Path::new("/sys/fs/cgroup/a3s-box");
     let _ = fs::create_dir(parent);
     let busy = others_lock(parent);
@@ -148,7 +148,7 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
         assert_eq!(ran.outcome, json!({"kind": "signaled", "exit_code": 143, "signal": 15}));
     };
 
-    // For other boxes' cgroups.
+    // It waits for the lock that another box holds.
     let test = box_with_a_place();
     let parent = Path::new("/sys/fs/cgroup/a3s-box");
     let _ = fs::create_dir(parent);
@@ -165,7 +165,7 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     let started = test.start();
     stopped(test, started, has_socket);
 
-    // By a second signal hard, as ever.
+    // A second signal stops it hard, as later in its life.
     let (_passt, test) = small_box();
     let started = test.start();
     eventually("it waits", || has_socket(&test, &started));
@@ -180,7 +180,7 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     stopped(test, started, virtiofsd_is_frozen);
 }
 
-/// The lock that a box holds while its cgroup comes or goes.
+/// The lock that a box holds while it makes or removes its cgroup.
 fn others_lock(parent: &Path) -> fs::File {
     let file = fs::OpenOptions::new().write(true).open(parent.join("cgroup.kill"));
     let file = file.expect("Linux 5.14");

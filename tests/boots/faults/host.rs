@@ -17,7 +17,7 @@ use crate::processes::processes_with;
 
 // ---- full disks ---------------------------------------------------------------------------------
 
-/// A file system in memory of this size on a directory of a test's.
+/// A small file system in memory, mounted on a directory of the test's.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
@@ -68,7 +68,7 @@ fn a_full_root_share_is_the_guests_to_handle() {
     );
 }
 
-/// Runs the box with its outcome in this file.
+/// Runs the box with this as its outcome file.
 fn reporting_to(test: &TestBox, file: &Path) -> Finished {
     let mut command = Command::new(mote());
     command.args(["--config", &test.spec.to_string(), "--outcome"]).arg(file);
@@ -135,11 +135,11 @@ fn clients_beyond_the_open_file_limit_harm_nobody() {
     let test = TestBox::streaming("echo ready; exec sleep 10000");
     let mut started = test.start_within(&["prlimit", "--nofile=64"]);
     started.wait_for_line("ready");
-    // More than there is room for: they wait in the socket's queue, or are closed.
+    // More clients than mote has descriptors for: they wait in the socket's queue, or are closed.
     let clients: Vec<_> = (0..100).map(|_| client::Client::connect(&test, "exec")).collect();
     let mut served = 0;
     for mut client in clients {
-        // What is closed at once, with the request unread, is a reset or a broken pipe.
+        // A connection that is closed with the request unread gives a reset or a broken pipe.
         let _ = client.0.write_all(&[HEARTBEAT, 0, 0, 0, 0]);
         let mut answer = Vec::new();
         let _ = client.0.read_to_end(&mut answer);
@@ -157,7 +157,7 @@ fn no_room_for_the_guests_memory_is_said() {
     ran.assert_not_started(&["map 256 MiB of guest memory: Cannot allocate memory"]);
 }
 
-/// The host's setting for huge pages of shared memory; set back at the end.
+/// The host's setting for huge pages of shared memory, restored when this is dropped.
 struct HugePagesSetting(String);
 
 impl HugePagesSetting {
@@ -179,7 +179,7 @@ impl Drop for HugePagesSetting {
 
 #[test]
 fn memory_that_the_host_takes_away_ends_the_box_with_the_reason() {
-    // A host that says `never` has mote use a file that is not sealed, which can be cut short.
+    // With this setting mote keeps guest memory in a file that is not sealed, so it can be cut short.
     let _never = HugePagesSetting::never();
     let test = TestBox::streaming("echo ready; while :; do :; done");
     let started = test.ready();
@@ -212,7 +212,7 @@ impl MemoryCgroup {
         MemoryCgroup(dir)
     }
 
-    /// Words in front of a command that start it in here.
+    /// Words in front of a command that start it in this cgroup.
     fn enter(&self) -> [String; 5] {
         let script = "echo $$ >\"$0\" && exec \"$@\"";
         let procs = self.0.join("cgroup.procs");
@@ -234,7 +234,7 @@ impl Drop for MemoryCgroup {
 
 #[test]
 fn a_box_beyond_memory_max_ends_and_leaves_nothing() {
-    // At its start, and when the guest takes what the spec grants and the cgroup does not.
+    // Too little for mote's start; and less than the spec grants, of which the guest makes use.
     for (max_mib, script) in [
         (24, "exit 0"),
         (160, "echo ready; dd if=/dev/zero of=/dev/shm/all bs=1M count=200; exit 0"),
@@ -245,13 +245,13 @@ fn a_box_beyond_memory_max_ends_and_leaves_nothing() {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let started = test.start_within(&words);
         let output = started.wait_with_output();
-        // The host's kernel kills the largest process, which is mote: no code, and an outcome file as it
-        // was at the start.
+        // The host's kernel kills the largest process, which is mote. It has no exit code then, and the
+        // outcome file stays empty.
         assert_eq!(output.status.signal(), Some(libc::SIGKILL), "{:?}", output);
         assert!(cgroup.was_exceeded());
         assert_eq!(fs::read(test.path("out/outcome.json")).expect("the file"), b"");
         eventually("its processes end", || processes_with(&test.dir).is_empty());
-        // The cgroup is empty as well.
+        // A cgroup can be removed when no process is in it.
         eventually("nothing runs in the cgroup", || fs::remove_dir(&cgroup.0).is_ok());
         let again = test.shell("exit 4");
         assert_eq!(again.run().code, 4);
@@ -260,7 +260,7 @@ fn a_box_beyond_memory_max_ends_and_leaves_nothing() {
 
 // ---- clock --------------------------------------------------------------------------------------
 
-/// The machine's clock as it would have been without the test's jumps; set again at the end.
+/// What the machine's clock would show without the test's jumps. When this is dropped, it shows that.
 struct Clock {
     wall: SystemTime,
     steady: Instant,
@@ -271,7 +271,7 @@ impl Clock {
         (self.wall + self.steady.elapsed()).duration_since(UNIX_EPOCH).expect("after 1970")
     }
 
-    /// Sets the machine's clock to the right time and this many seconds.
+    /// Sets the machine's clock to the right time plus this many seconds.
     fn jump(&self, by_s: i64) {
         let now = self.right();
         let to = format!("@{}.{:09}", now.as_secs() as i64 + by_s, now.subsec_nanos());
@@ -288,8 +288,7 @@ impl Drop for Clock {
 
 #[test]
 fn the_guests_clock_follows_the_hosts_jumps() {
-    // Only in the lab, a machine of the tests' own, may the clock be set: elsewhere this test runs
-    // itself there.
+    // A test may set the clock of no machine but the lab: elsewhere, this one starts a lab for itself.
     if std::env::var_os("MOTE_LAB").is_none() {
         let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab/lab.sh");
         let test = std::env::current_exe().expect("this program");
