@@ -20,6 +20,7 @@ mod guest;
 mod hostile;
 mod lifecycle;
 mod limits;
+mod loopback;
 mod network;
 mod outcomes;
 mod passt;
