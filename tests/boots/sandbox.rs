@@ -245,12 +245,13 @@ fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
         // The lab has not set the device's mode; on a booted host it is this.
         fs::set_permissions("/dev/kvm", fs::Permissions::from_mode(0o660)).expect("mode");
     }
-    let mut words: Vec<String> = ["setpriv", "--clear-groups"].map(String::from).into();
-    words.pop();
-    words.push(format!("--reuid={USER}"));
-    words.push(format!("--regid={USER}"));
-    words.push(format!("--groups={}", kvm.gid()));
-    words.push("--no-new-privs".into());
+    let mut words = vec![
+        "setpriv".into(),
+        format!("--reuid={USER}"),
+        format!("--regid={USER}"),
+        format!("--groups={}", kvm.gid()),
+        "--no-new-privs".into(),
+    ];
     if !namespaces {
         // A user namespace in which no further one can be made, without any capability.
         let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --ambient-caps=-all --inh-caps=-all \"$@\"";

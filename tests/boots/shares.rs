@@ -2,22 +2,25 @@
 
 use std::fs;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::client;
 use crate::common::TestBox;
+
+/// A share of a new directory in the test's `out`, with a file in it.
+fn share(test: &TestBox, tag: &str, read_only: bool, contents: &str) -> Value {
+    let host = test.path("out").join(tag);
+    fs::create_dir(&host).expect("directory");
+    fs::write(host.join("file"), contents).expect("file");
+    json!({"tag": tag, "host_path": host, "read_only": read_only})
+}
 
 #[test]
 fn shares_can_be_mounted_by_their_tags() {
     let test = TestBox::busybox();
     let long_tag = "t".repeat(36);
-    let mut shares = Vec::new();
-    for (tag, read_only) in [("data", false), (long_tag.as_str(), true)] {
-        let host = test.path(&format!("out/{tag}"));
-        fs::create_dir(&host).expect("directory");
-        fs::write(host.join("file"), tag).expect("file");
-        shares.push(json!({"tag": tag, "host_path": host, "read_only": read_only}));
-    }
+    let shares = [("data", false), (long_tag.as_str(), true)]
+        .map(|(tag, read_only)| share(&test, tag, read_only, tag));
     let script = format!(
         "mkdir /a /b; mount -t virtiofs data /a && mount -t virtiofs {long_tag} /b; cat /a/file /b/file; \
          echo new >/a/new; mount -o remount,rw /b; echo x >/b/new || echo refused"
@@ -33,14 +36,8 @@ fn shares_can_be_mounted_by_their_tags() {
 #[test]
 fn twenty_devices_share_the_interrupt_pins() {
     let test = TestBox::busybox();
-    let shares: Vec<_> = (0..20)
-        .map(|i| {
-            let host = test.path(&format!("out/s{i}"));
-            fs::create_dir(&host).expect("directory");
-            fs::write(host.join("file"), format!("{i} ")).expect("file");
-            json!({"tag": format!("vol{i}"), "host_path": host, "read_only": false})
-        })
-        .collect();
+    let shares: Vec<_> =
+        (0..20).map(|i| share(&test, &format!("vol{i}"), false, &format!("{i} "))).collect();
     let script =
         "for i in $(seq 0 19); do mkdir /m$i; mount -t virtiofs vol$i /m$i; cat /m$i/file; done";
     let ran = test.shell(script).with("fs_mounts", json!(shares)).run();
@@ -51,15 +48,8 @@ fn twenty_devices_share_the_interrupt_pins() {
 #[test]
 fn the_agent_mounts_what_the_environment_asks_for() {
     let test = TestBox::busybox();
-    let shares: Vec<_> = [("workspace", false), ("vol0", true), ("vol1", false)]
-        .into_iter()
-        .map(|(tag, read_only)| {
-            let host = test.path(&format!("out/{tag}"));
-            fs::create_dir(&host).expect("directory");
-            fs::write(host.join("file"), format!("{tag} ")).expect("file");
-            json!({"tag": tag, "host_path": host, "read_only": read_only})
-        })
-        .collect();
+    let shares = [("workspace", false), ("vol0", true), ("vol1", false)]
+        .map(|(tag, read_only)| share(&test, tag, read_only, &format!("{tag} ")));
     let script = "cat /workspace/file /data/file /srv/deep/file; echo; \
         for f in /workspace/new /data/new /srv/deep/new /scratch/new /new; do \
         echo x >$f && echo $f written; done 2>/dev/null; \
