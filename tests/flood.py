@@ -24,7 +24,7 @@ SECONDS = int(sys.argv[1]) if len(sys.argv) > 1 else 600
 COMMANDS = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
 MOTE = os.environ.get("MOTE", "target/release/mote")
 SAMPLE_S = 5 if SECONDS >= 120 else 1
-# Pages of the allocator's and of the program's that were not needed before.
+# Pages that the allocator and the program use for the first time.
 GROWTH_KIB = 512
 # Connection tables that come and go with the flood: 4,096 connections of some hundred bytes.
 SPREAD_KIB = 8 * 1024
@@ -50,7 +50,7 @@ def make_root(work):
 
 
 class Box:
-    """A box that runs a command, once that has said a word."""
+    """A box whose entrypoint is this command, and has printed the word that it is ready."""
 
     def __init__(self, command, ready):
         self.work = pathlib.Path(tempfile.mkdtemp(prefix="mote-flood.", dir="/run"))
@@ -125,7 +125,7 @@ def flood():
 
 def commands():
     box = Box(["/bin/sh", "-c", "echo ready; exec sleep 1000000"], "ready")
-    # What the first few need stays.
+    # What the first commands need stays allocated.
     for _ in range(10):
         box.command()
     samples = []

@@ -32,12 +32,12 @@ CGROUPS = pathlib.Path("/sys/fs/cgroup/a3s-box")
 BOOT_LIMIT_S = 120
 # How long after a signal mote stops a box hard.
 STOP_LIMIT_S = 8
-# What SIGKILL leaves goes at its own pace.
+# How long the leftovers of a killed mote may take to go.
 LEFTOVER_LIMIT_S = 20
 # Faults hit a box between its first instruction and well after its boot: every other one early in it.
 EARLY_S = 0.8
 MOMENT_S = 5
-# Boots between two looks at what belongs to no single box.
+# Boots between two checks of what belongs to no single box.
 ROUND = 8
 
 APPLETS = ["sh", "cat", "echo", "sleep", "kill", "seq", "dd", "touch", "true", "mount"]
@@ -228,7 +228,7 @@ def paused(box):
         at = box.moment()
         box.at(at, box.send(signal.SIGSTOP))
         box.at(at + box.random.uniform(0, 0.5), box.send(signal.SIGCONT))
-    # However the pauses overlap, the last word is to go on.
+    # However the pauses overlap, the last signal is SIGCONT.
     box.at(MOMENT_S + 0.5, box.send(signal.SIGCONT))
     return {code}
 
@@ -238,7 +238,7 @@ def virtiofsd_killed(box):
     which = box.random.random()
 
     def kill(mote):
-        # Again and again: at the first moments there is none yet.
+        # Repeatedly, since in the first moments there is no virtiofsd.
         deadline = time.monotonic() + BOOT_LIMIT_S
         while mote.poll() is None and time.monotonic() < deadline:
             pids = [pid for pid, name in processes_of(box.dir) if name == "virtiofsd"]
@@ -250,7 +250,7 @@ def virtiofsd_killed(box):
                     pass
             time.sleep(0.002)
     box.at(box.moment(), kill)
-    # 125 when it had not yet introduced itself to mote, 124 from then on.
+    # 125 until virtiofsd has answered mote for the first time, 124 from then on.
     return {124, 125}
 
 
@@ -312,8 +312,8 @@ def two_signals(box):
     at = box.moment()
     box.at(at, box.send(first))
     box.at(at + box.random.uniform(0.001, 2), box.send(second))
-    # By the first: before mote has taken over its signals; or an entrypoint that was stopped before its
-    # shell had said what it ignores, which ends by it.
+    # By the first signal end: a mote that has not taken over its signals yet, and an entrypoint whose shell
+    # has not set its traps yet.
     return {121, -first, 128 + first}
 
 
@@ -371,7 +371,7 @@ def run_here(numbers, seed, parallel, report):
                 left = eventually_none(lambda: sorted(shared_state() - before))
                 if left:
                     report({"boots": some, "left": left})
-                    # Reported once.
+                    # Each leftover is reported once.
                     before |= set(left)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -450,7 +450,7 @@ def main():
     if arguments.summary:
         sys.exit(not summary(read_results(arguments.summary)))
 
-    # So that what is under way is ended, too.
+    # An exit runs the clean-up, which ends the boots that are under way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     lock = threading.Lock()
     results = read_results([arguments.results]) if arguments.results else []

@@ -21,8 +21,8 @@ use crate::processes::own_memory_kib;
 /// mote's own memory whatever its guest does, in KiB: it starts with some 3 MiB, and what a guest
 /// can make it hold without a peer outside is a few hundred bytes for each of 4,096 connections.
 const MEMORY_LIMIT_KIB: u64 = 16 * 1024;
-/// Lines of mote's own that a guest can provoke besides the last: of each of four devices that it
-/// cannot be started, and that it was broken.
+/// Lines on stderr that a guest can provoke besides the last one: for each of four devices, that it
+/// cannot be started and that it is broken.
 const MOST_COMPLAINTS: usize = 8;
 
 /// What the guest shall do; `hostile.c` says what that means.
@@ -49,8 +49,8 @@ fn kernel() -> &'static [u8] {
     static KERNEL: OnceLock<Vec<u8>> = OnceLock::new();
     KERNEL.get_or_init(|| {
         let output = std::env::temp_dir().join(format!("mote-hostile-{}", std::process::id()));
-        // At 16 MiB, where mote's page tables reach. No loop becomes a call of the function that it
-        // is the body of, and there is no SSE.
+        // It is linked at 16 MiB, where mote's page tables reach. gcc must not make a loop a call of
+        // memset or memcpy, since those are such loops here, and must not use SSE.
         let options = "-O1 -static -nostdlib -ffreestanding -fno-stack-protector -mno-red-zone \
             -mgeneral-regs-only -fno-pie -no-pie -fno-tree-loop-distribute-patterns \
             -fcf-protection=none -Wl,-Ttext=0x1000000 -Wl,--build-id=none -Wall -Werror";
@@ -94,26 +94,26 @@ fn serve(mut stream: UnixStream) {
     stream.set_write_timeout(Some(Duration::from_millis(100))).expect("set");
     let frame = [&100u32.to_be_bytes()[..], &[0xa5; 100]].concat();
     let mut bytes = vec![0; 1 << 16];
-    // Half a frame would be this end's fault.
+    // After half a frame nothing more is sent: what followed would be this peer's error, not the guest's.
     let mut whole = true;
     while stream.read(&mut bytes).is_ok_and(|read| read > 0) {
         whole = whole && stream.write(&frame).is_ok_and(|written| written == frame.len());
     }
 }
 
-/// What the guest and mote are to be judged by.
+/// What a failed assertion shows: the guest's order, and how mote ended.
 fn report(order: Order, ran: &Finished) -> String {
     format!("{order}: code {}, outcome {}, stderr: {}", ran.code, ran.outcome, ran.stderr)
 }
 
-/// That mote has ended with one of these codes, and said why in one line.
+/// Fails unless mote has ended with one of these codes, and said why in one line.
 fn assert_ended(order: Order, ran: &Finished, codes: &[i32]) {
     let report = report(order, ran);
     assert!(codes.contains(&ran.code), "{report}");
     assert_eq!(ran.outcome["exit_code"], ran.code, "{report}");
     let message = ran.outcome["message"].as_str().expect("a reason");
     let lines: Vec<&str> = ran.stderr.lines().collect();
-    // Not always the last line: vCPUs may complain until the process is gone.
+    // It need not be the last line: vCPUs may complain until the process is gone.
     let said = lines.iter().filter(|line| **line == format!("mote: {message}")).count();
     assert_eq!(said, 1, "{report}");
     assert!(lines.iter().all(|line| line.starts_with("mote: ")), "{report}");
@@ -175,7 +175,7 @@ impl Running {
         assert!(kib < MEMORY_LIMIT_KIB, "{}: mote's own memory is {kib} KiB", self.order);
     }
 
-    /// What a box left that ended by itself.
+    /// Waits for the end of a box that ends by itself, with one of these codes.
     fn over(self, codes: &[i32]) -> Finished {
         let Running { order, started, .. } = self;
         let ran = started.wait();
@@ -183,7 +183,7 @@ impl Running {
         ran
     }
 
-    /// Waits for the end that these signals bring.
+    /// Stops the box hard by these signals; mote's message has these words.
     fn stop(self, signals: &[i32], words: &str) {
         for signal in signals {
             self.started.signal(*signal);
@@ -194,7 +194,7 @@ impl Running {
     }
 }
 
-/// Processor time after which a guest that has not ended hangs: 20 s.
+/// A guest that has used so much processor time, 20 s, and has not ended counts as hanging.
 const HANGS_TICKS: u64 = 20 * A_SECOND_TICKS;
 const A_SECOND_TICKS: u64 = 100;
 
@@ -215,7 +215,7 @@ fn ticks(pid: u32) -> u64 {
     [fields[11], fields[12]].map(|ticks| ticks.parse::<u64>().expect("a number")).iter().sum()
 }
 
-/// The codes of a guest that ends by itself: its reset, or its crash.
+/// The codes of a guest that ends by itself: a reset, or a crash.
 const OWN_ENDS: [i32; 2] = [122, 123];
 
 /// Runs guests with these orders to their ends, each with and without a network of its own. A guest whose
@@ -352,7 +352,7 @@ fn mote_stays_small_and_heeds_signals_whatever_its_guest_does() {
             }
         }
         let life = running.watch(0);
-        // Alternately, since the first takes its 8 seconds.
+        // Alternately by two signals and by one, which takes 8 seconds.
         match index % 2 {
             _ if life == Life::Over => drop(running.over(&OWN_ENDS)),
             0 => running.stop(&[libc::SIGTERM, libc::SIGTERM], "stopped hard by a second signal"),

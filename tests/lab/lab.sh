@@ -10,7 +10,7 @@ set -euo pipefail
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 vng=$cache/virtme-ng-1.42/bin/vng
 virtiofsd=$cache/virtiofsd-1.14.0/bin
-# A lab whose heart has not beaten for this long hangs: it is ended, and all is tried again.
+# A lab without a heartbeat for this long hangs: it is ended, and the command is run in a new one.
 silence_limit_s=${LAB_SILENCE_S:-45}
 attempts=${LAB_ATTEMPTS:-4}
 run_limit_s=${LAB_LIMIT_S:-2400}
@@ -48,7 +48,7 @@ trap 'exit 143' TERM
 
 # QEMU's flag that the interrupt controller has something for the CPU may get lost when a guest's exit
 # comes at the same moment, and the interrupt then waits for another one: a halted lab waits for ever.
-# A byte a moment on its second serial port is another one.
+# Ten bytes a second for its second serial port are such other ones.
 pulse=$work/pulse
 mkfifo "$pulse.in" "$pulse.out"
 exec 7<>"$pulse.in"
@@ -64,10 +64,10 @@ mkdir "$shared"
     echo "while echo >$shared/beat; do sleep 2; done &"
     echo 'modprobe kvm_amd || exit 125'
     echo 'stty -F /dev/ttyS1 -echo; cat /dev/ttyS1 >/dev/null &'
-    # What a booted host has and virtme-ng's init does not set up: loopback.
+    # Loopback is up on a booted host; virtme-ng's init does not see to that.
     echo 'ip link set lo up'
     echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp"
-    # A machine of its own: its clock may be set.
+    # Tells tests that this is a machine of their own, whose clock they may set.
     echo 'export MOTE_LAB=1'
     for name in "${!MOTE_@}"; do echo "export $name=$(printf %q "${!name}")"; done
     echo "cd $(printf %q "$PWD")"
@@ -99,8 +99,8 @@ silence() {
 for attempt in $(seq $attempts); do
     rm -f "$shared"/*
     started=$(date +%s)
-    # A process group of its own, to be ended as one.
-    # Through pipes: QEMU would reopen, and so empty, a file.
+    # In a process group of its own, so that all of it can be ended. Its output goes through pipes: a file
+    # QEMU would open again, and so empty it.
     start_lab setsid </dev/null > >(cat) 2> >(grep --line-buffered -v "TCG doesn't support" >&2) &
     lab_pid=$!
     while kill -0 "$lab_pid" 2>/dev/null && [ ! -s "$shared/code" ]; do
@@ -109,7 +109,7 @@ for attempt in $(seq $attempts); do
         sleep 0.2
     done
     if [ -s "$shared/code" ]; then
-        # Let it end by itself for a moment: its last output may still be on the way.
+        # It has a moment to end by itself: its last output may still be on the way.
         for _ in $(seq 50); do kill -0 "$lab_pid" 2>/dev/null && sleep 0.1 || break; done
         exit "$(cat "$shared/code")"
     fi

@@ -11,7 +11,8 @@ mote=${MOTE:-$here/../../target/release/mote}
 if "$mote" probe >/dev/null 2>&1; then
     exec "$@"
 fi
-# Nested virtualisation under emulation is not always right. What fails there is tried once more, aloud.
+# Nested virtualisation under emulation is not always right: what fails there is tried once more, with
+# a message.
 "$here/lab.sh" "$@" && exit
 echo "lab: failed with $?; emulation is not always right, trying once more" >&2
 exec "$here/lab.sh" "$@"
