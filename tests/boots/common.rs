@@ -411,7 +411,7 @@ impl Started {
         kill(self.pid(), signal);
     }
 
-    /// Ends, by SIGTERM, a box whose entrypoint ends by that signal.
+    /// Sends SIGTERM, waits for the end, and checks that the box ended by that signal.
     pub fn stop(self) -> Finished {
         self.signal(libc::SIGTERM);
         let ran = self.wait();
@@ -426,7 +426,7 @@ impl Started {
         assert_eq!(output.status.signal(), Some(libc::SIGKILL), "{output:?}");
     }
 
-    /// Waits for the end, and checks that the box left nothing behind.
+    /// Waits for the end, and checks that the box left no process, socket or temporary file.
     pub fn wait(self) -> Finished {
         let traces = self.traces.clone();
         traces.finished(self.wait_with_output())

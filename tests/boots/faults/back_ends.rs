@@ -23,9 +23,17 @@ const SET_VRING_NUM: u32 = 8;
 
 /// The command that runs a box with this script as its virtiofsd.
 fn on_back_end(test: &TestBox, script: &str) -> Command {
+    with_back_end(test, script, test.command())
+}
+
+/// Starts a box in the background with this script as its virtiofsd.
+pub fn started_on_back_end(test: &TestBox, script: &str) -> Started {
+    test.start_by(&mut with_back_end(test, script, test.mote()))
+}
+
+fn with_back_end(test: &TestBox, script: &str, mut command: Command) -> Command {
     let program = test.path("out/virtiofsd");
     executable(&program, script.as_bytes());
-    let mut command = test.command();
     command.env("MOTE_VIRTIOFSD", program);
     command
 }
@@ -83,13 +91,6 @@ fn a_box_whose_virtiofsd_froze_while_it_booted_can_be_stopped() {
     started.signal(libc::SIGINT);
     let ran = started.wait();
     ran.assert_ended(121, "stopped");
-}
-
-/// Starts a box in the background with this script as its virtiofsd.
-pub fn started_on_back_end(test: &TestBox, script: &str) -> Started {
-    let program = test.path("out/virtiofsd");
-    executable(&program, script.as_bytes());
-    test.start_within(&["env", &format!("MOTE_VIRTIOFSD={}", program.display())])
 }
 
 #[test]
