@@ -1,6 +1,11 @@
 //! Boot tests: the real binary, real specs, real root file systems, real VMs. `make boots` runs them
-//! where /dev/kvm is complete, in the lab otherwise. Each test holds both halves of its
-//! conversation, host's and guest's.
+//! where /dev/kvm is complete, in the lab otherwise. Each test holds both halves of its conversation, the
+//! host's and the guest's. Servers and clients that are longer are programs beside the tests, in C and in
+//! `python/`.
+//!
+//! `outcomes` shows how a test reads. `common` has what all use: a box to change, ways to start it, and
+//! what it left. `client` speaks to a box's sockets, `network` has servers for it to talk to, `processes`
+//! looks at it from the host, and `traced` interferes with it.
 
 #![allow(
     clippy::expect_used,
