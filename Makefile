@@ -1,5 +1,5 @@
 # make build   the release binary, at target/release/mote
-# make test    everything that CI checks: format, lints, unit tests, boot tests
+# make test    everything that CI checks: structure, format, lints, documentation, unit and boot tests
 # make demo    install what is missing, build, and run one box from a spec file
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
