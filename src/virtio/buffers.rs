@@ -1,9 +1,9 @@
 //! The buffers of a descriptor chain, as one stream of bytes to read or to fill.
 //!
-//! The chain is walked once, and only so far: a guest that changes its descriptors meanwhile, on
-//! another vCPU, changes what this copy says or does not, but never how long the walk takes.
-//! virtio-queue's own reader and writer follow a chain to its end, which is bounded by its indirect
-//! table alone.
+//! The chain is walked once, and at most [`MAX_CHAIN`] buffers far. A guest that changes its descriptors
+//! meanwhile, on another vCPU, may change what the walk finds, but never makes it longer.
+//! virtio-queue's own reader and writer follow a chain to its end, which only the size of an indirect
+//! table bounds.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -15,8 +15,8 @@ use super::queue::Chain;
 use crate::memory::GuestRam;
 
 /// Most buffers in one chain: a driver must not make it longer than its queue (virtio 1.2,
-/// 2.7.5.3.1), and ours have no more entries than this. An indirect table can have 65,535, and a queue
-/// full of those would keep the main loop from its other work for half a second.
+/// 2.7.5.3.1), and our queues have no more entries than this. An indirect table can have 65,535, and a
+/// queue full of such tables would keep the main loop from its other work for half a second.
 pub const MAX_CHAIN: usize = 256;
 
 /// What is left of a chain's buffers.
@@ -24,7 +24,7 @@ pub const MAX_CHAIN: usize = 256;
 struct Buffers<'a>(VecDeque<VolatileSlice<'a>>);
 
 impl<'a> Buffers<'a> {
-    /// Those for the device to write to, or the others.
+    /// The chain's buffers for the device to write to, or those to read.
     fn of(chain: Chain<'_>, ram: &'a GuestRam, to_write: bool) -> Result<Self> {
         let mut slices = VecDeque::new();
         for (index, descriptor) in chain.enumerate() {
@@ -42,7 +42,7 @@ impl<'a> Buffers<'a> {
         self.0.iter().map(VolatileSlice::len).sum()
     }
 
-    /// Moves as many bytes as there are, or as are wanted, and says how many.
+    /// Moves `wanted` bytes, or all if there are fewer, and returns how many.
     fn transfer(
         &mut self,
         wanted: usize,
@@ -109,7 +109,7 @@ impl<'a> Writer<'a> {
         self.0.len()
     }
 
-    /// Splits the first `len` bytes of room off, for what is to be written later than what follows it.
+    /// Splits off the first `len` bytes of room, so that they can be written last.
     ///
     /// # Errors
     /// There is less room.

@@ -17,7 +17,7 @@ pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// `VIRTIO_F_RING_EVENT_IDX` (2.7.7.1).
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
-/// InterruptStatus of virtio-mmio (4.2.2) with news of the configuration.
+/// InterruptStatus of virtio-mmio (4.2.2) when the configuration has changed.
 pub(super) const CONFIG_CHANGED: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
 
 /// What a device gets when the driver is ready. Dropping it closes the device's side of the queues.
@@ -31,7 +31,7 @@ pub struct Activation {
     pub queues: Vec<ReadyQueue>,
     /// The device's interrupt line.
     pub interrupt: EventFd,
-    /// To change what [`VirtioDevice::config`] said at first.
+    /// The configuration space, to change it from what [`VirtioDevice::config`] gave.
     pub config: ConfigSpace,
 }
 
@@ -44,8 +44,8 @@ pub struct ReadyQueue {
     pub kick: EventFd,
 }
 
-/// A device's configuration space, for a device that changes it while the driver runs. One owner
-/// at a time: whoever serves the device.
+/// A device's configuration space, for a device that changes it while the driver runs. It has one
+/// owner at a time: the thread that serves the device.
 #[derive(Debug)]
 pub struct ConfigSpace {
     pub(super) page: RegisterPage,
@@ -66,7 +66,7 @@ impl ConfigSpace {
         self.interrupt.write(1).context("announce a change of the configuration")
     }
 
-    /// One that no guest sees, its interrupt, and its page.
+    /// A configuration space that no guest sees, with its register page and its interrupt.
     #[cfg(any(test, fuzzing))]
     #[allow(clippy::expect_used, reason = "a failed expectation is how a test fails")]
     pub fn unattached() -> (Self, RegisterPage, EventFd) {
@@ -79,9 +79,9 @@ impl ConfigSpace {
 
 /// A device, as its transport sees it. All calls come from vCPU threads, one at a time.
 ///
-/// `activate` is called once the driver sets DRIVER_OK; after it come either nothing or `reset`,
-/// and then perhaps `activate` again. An error from `activate` makes the transport ask for a reset
-/// (DEVICE_NEEDS_RESET); it never ends the process.
+/// `activate` is called when the driver sets DRIVER_OK; `reset` may follow, and then `activate`
+/// again. An error from `activate` makes the transport ask for a reset (DEVICE_NEEDS_RESET); it
+/// never ends the process.
 pub trait VirtioDevice: Send + std::fmt::Debug {
     /// Device type (virtio 1.2, section 5).
     fn id(&self) -> u32;

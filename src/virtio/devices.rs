@@ -5,10 +5,10 @@ use super::net::Net;
 use super::rng::Rng;
 use super::vsock::mux::Mux;
 
-/// A box's devices, numbered in the order of their addresses.
+/// The devices of a box that the main loop serves, numbered in the order of their addresses.
 #[derive(Debug)]
 pub struct Devices {
-    /// The vsock device, which the main loop also talks to itself: the agent is behind it.
+    /// The vsock device. The main loop also calls it directly: it leads to the agent.
     pub vsock: Mux,
     others: Vec<Box<dyn MainLoopDevice>>,
 }

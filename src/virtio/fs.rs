@@ -1,5 +1,5 @@
-//! virtio-fs (virtio 1.2, 5.11): the guest's file systems. virtiofsd serves the queues through
-//! vhost-user, in guest memory; this is only the front-end that introduces the two.
+//! virtio-fs (virtio 1.2, 5.11): the guest's file systems. virtiofsd serves the queues in guest memory;
+//! this is only the vhost-user front-end, which tells virtiofsd where they are.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -39,10 +39,10 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Fs {
-    /// Negotiates with the back-end: waits until it is up.
+    /// Negotiates with the back-end, and waits until it has answered.
     ///
     /// # Errors
-    /// The back-end does not answer, or lacks something.
+    /// The back-end does not answer, or lacks a feature.
     pub fn connect(tag: &str, connection: UnixStream, ram: &GuestRam) -> Result<Self> {
         let mut frontend = Frontend::from_stream(connection, QUEUE_SIZES.len() as u64);
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -53,7 +53,7 @@ impl Fs {
             "virtiofsd does not speak vhost-user protocol features"
         );
         ensure!(offered & F_VERSION_1 != 0, "virtiofsd does not offer virtio 1.0");
-        // The front-end must know the acknowledged features before it may ask for the protocol's.
+        // The vhost crate refuses to ask for protocol features before features are acknowledged.
         frontend.set_features(offered & (protocol_bit | F_VERSION_1)).map_err(protocol)?;
         let protocol_offered = frontend.get_protocol_features().map_err(protocol)?;
         let wanted = VhostUserProtocolFeatures::MQ;
@@ -112,7 +112,7 @@ impl VirtioDevice for Fs {
             let address = ram.get_host_address(GuestAddress(guest));
             address.map(|a| a as u64).context("a queue is outside guest memory")
         };
-        // Whatever fails from here on: a queue that is enabled is to be stopped.
+        // Set before anything can fail, so that reset stops every queue that was enabled.
         self.queues_in_use = true;
         for (index, ready) in queues.iter().enumerate() {
             let queue = &ready.queue;
@@ -140,7 +140,8 @@ impl VirtioDevice for Fs {
             return;
         }
         for index in 0..QUEUE_SIZES.len() {
-            // GET_VRING_BASE stops the queue. A back-end that fails here is seen to die elsewhere.
+            // GET_VRING_BASE stops the queue. If it fails, the back-end has died, and the main loop
+            // notices that itself.
             let _ = self.connection.0.get_vring_base(index);
         }
     }

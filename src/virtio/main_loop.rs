@@ -5,7 +5,7 @@
 //!   mmio::MmioDevice ──▶ Forwarder ── DeviceEvent ──▶ MainLoopDevice ── Watcher ──▶ epoll
 //! ```
 //!
-//! The transport talks to the [`Forwarder`], which is the same for all of them; a device itself is one
+//! The transport talks to a [`Forwarder`], which is the same type for all devices; the device itself is a
 //! type that implements [`MainLoopDevice`].
 
 use std::convert::Infallible;
@@ -21,7 +21,7 @@ use super::device::{Activation, VirtioDevice};
 use crate::event_channel::Sender;
 use crate::token::Token;
 
-/// What the driver finds before it activates a device; see the methods of [`VirtioDevice`].
+/// What the driver reads before it activates a device; see the methods of [`VirtioDevice`].
 #[derive(Debug, Clone)]
 pub struct Properties {
     /// Device type (virtio 1.2, section 5).
@@ -36,19 +36,18 @@ pub struct Properties {
 
 /// A device at work, in the main loop. All calls come from the main loop's thread, and none may wait.
 ///
-/// [`register`](Self::register) is called once, before the guest runs; [`activate`](Self::activate) once
-/// the driver is ready; after it come either nothing or [`reset`](Self::reset), and then perhaps
-/// `activate` again. What a device watches by its [`Watcher`] comes back to
-/// [`handle`](Self::handle).
+/// [`register`](Self::register) is called once, before the guest runs; [`activate`](Self::activate) when
+/// the driver is ready; [`reset`](Self::reset) may follow, and then `activate` again. Events of
+/// descriptors that the device watches with its [`Watcher`] come to [`handle`](Self::handle).
 ///
-/// What the driver breaks stops the device, which says so once; an error is what the host refuses the
-/// main loop.
+/// A fault of the driver stops the device, which logs it once. Methods return an error when the host
+/// refuses something.
 pub trait MainLoopDevice: Debug {
     /// Its name in messages.
     fn name(&self) -> &'static str;
-    /// What the driver finds.
+    /// What the driver reads before it activates the device.
     fn properties(&self) -> Properties;
-    /// Starts watching what the device has on the host.
+    /// Starts watching the device's descriptors on the host.
     ///
     /// # Errors
     /// The host refuses to watch it: the box does not start.
@@ -65,7 +64,7 @@ pub trait MainLoopDevice: Debug {
     /// # Errors
     /// The queues cannot be unwatched: the box ends.
     fn reset(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()>;
-    /// Handles an event of what was watched as `source`.
+    /// Handles an event of the descriptor that is watched as `source`.
     ///
     /// # Errors
     /// What the host refuses; for vsock, also that its driver broke it.
@@ -75,7 +74,7 @@ pub trait MainLoopDevice: Debug {
         events: EventSet,
         watcher: &mut Watcher<'_, '_>,
     ) -> Result<()>;
-    /// When [`end_round`](Self::end_round) has something to do, whatever events come.
+    /// When [`end_round`](Self::end_round) has something to do, even if no event comes.
     fn next_deadline(&self) -> Option<Instant> {
         None
     }
@@ -88,15 +87,15 @@ pub trait MainLoopDevice: Debug {
     }
 }
 
-/// What one device watches in the main loop: whatever a descriptor is watched for comes back to
-/// [`MainLoopDevice::handle`] with the number that the device has given it.
+/// Watches descriptors for one device in the main loop: their events go to [`MainLoopDevice::handle`],
+/// with the number that the device has given the descriptor.
 pub struct Watcher<'a, 'b> {
     ops: &'a mut EventOps<'b>,
     device: u8,
 }
 
 impl<'a, 'b> Watcher<'a, 'b> {
-    /// That of the device of this number.
+    /// The watcher of the device of this number.
     pub fn new(ops: &'a mut EventOps<'b>, device: u8) -> Self {
         Watcher { ops, device }
     }
@@ -124,23 +123,23 @@ impl<'a, 'b> Watcher<'a, 'b> {
     }
 }
 
-/// News from the vCPU threads for the main loop, with the number of the device.
+/// A message from a vCPU thread to the main loop, with the number of the device.
 #[derive(Debug)]
 pub enum DeviceEvent {
     /// This device's driver is ready.
     Activated(u8, Activation),
-    /// This device is being reset: once the event is dropped, its queues are the driver's again.
+    /// This device is being reset: when the event is dropped, its queues belong to the driver again.
     Reset(u8, SyncSender<Infallible>),
 }
 
-/// The vCPU side of a device: passes activation and reset on. A reset is waited for (virtio 1.2,
-/// 2.4.1): the main loop, which never waits for a vCPU, must not read the driver's next queues as the
-/// last ones, nor write into memory that these had.
+/// The vCPU side of a device: passes activation and reset on. It waits until a reset is done (virtio
+/// 1.2, 2.4.1): afterwards the main loop must not use the old queues, nor write into their memory. The
+/// main loop never waits for a vCPU, so this cannot deadlock.
 #[derive(Debug)]
 pub struct Forwarder {
     /// The device's number in the main loop.
     pub device: u8,
-    /// What the driver finds.
+    /// What the driver reads before it activates the device.
     pub properties: Properties,
     /// To the main loop; a full channel holds the vCPU back.
     pub events: Sender<DeviceEvent>,
@@ -164,8 +163,8 @@ impl VirtioDevice for Forwarder {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        // Failing, here and below, means that the main loop has ended, and with it the box: that has
-        // its own last word.
+        // Sending fails, here and below, only when the main loop has ended, and with it the box: the
+        // box's outcome is then known already.
         let _ = self.events.send(DeviceEvent::Activated(self.device, activation));
         Ok(())
     }
@@ -173,7 +172,7 @@ impl VirtioDevice for Forwarder {
     fn reset(&mut self) {
         let (done, over) = mpsc::sync_channel(0);
         if self.events.send(DeviceEvent::Reset(self.device, done)).is_ok() {
-            // Nothing is ever sent.
+            // Nothing is ever sent: this returns when the main loop has dropped the event.
             let _ = over.recv();
         }
     }

@@ -2,14 +2,14 @@
 //!
 //! Reads never come here. The guest reads the device's register page directly (a read-only memory
 //! slot), so this side keeps the page up to date on every write that changes what a read returns.
-//! Writes arrive as exits, but for the two that happen at run time: QueueNotify is an ioeventfd per
-//! queue, and InterruptACK of "used buffer" one that nobody reads. InterruptStatus therefore always
-//! says "used buffer": the driver looks at its rings on every interrupt, which is right for devices
-//! whose back-end raises the interrupt itself and harmless for the others.
+//! Writes arrive as exits, except for the two that happen at run time: QueueNotify is an ioeventfd per
+//! queue, and InterruptACK of "used buffer" is an ioeventfd that nobody reads. So InterruptStatus always
+//! says "used buffer": the driver looks at its rings on every interrupt. Devices whose back-end raises
+//! the interrupt need that, and for the others it does no harm.
 //!
-//! "Configuration changed" is rare, and its acknowledgement is an exit. The driver acknowledges
-//! before it reads the configuration, so that taking the bit away then loses no change: a change
-//! that was announced before is read after.
+//! "Configuration changed" is rare, and its acknowledgement is an exit, which clears the bit. No change
+//! is lost, because the driver acknowledges before it reads the configuration: it reads every change
+//! that was announced before.
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -42,15 +42,15 @@ pub struct MmioDevice {
     ram: GuestRam,
     interrupt: EventFd,
     kicks: Vec<EventFd>,
-    /// Kept open so that activation, which happens when others may have taken the last descriptors,
-    /// finds as many as it needs: a driver whose device does not start waits for ever.
+    /// Descriptors that activation closes to have room for as many of its own: by then connections may
+    /// have taken all others, and a driver whose device does not start waits for ever.
     spare: Vec<EventFd>,
     state: State,
-    /// Of failed activations.
+    /// For failed activations.
     complaint: LogOnce,
 }
 
-/// What the driver has negotiated so far; gone at reset.
+/// What the driver has negotiated so far; a reset clears it.
 #[derive(Debug)]
 struct State {
     status: u32,
@@ -135,15 +135,15 @@ impl MmioDevice {
         Ok(mmio)
     }
 
-    /// Opens what activation is to find closed again: for each queue its notification and its
-    /// interrupt, and two more interrupts.
+    /// Opens as many descriptors as activation needs: for each queue a notification and an interrupt,
+    /// and two more interrupts.
     fn keep_spare(&mut self) -> Result<()> {
         let spare = (0..2 * self.kicks.len() + 2).map(|_| self.interrupt.try_clone());
         self.spare = spare.collect::<Result<_, _>>()?;
         Ok(())
     }
 
-    /// Brings every register that depends on the state up to date.
+    /// Updates every register that depends on the state.
     fn show_state(&self) {
         let state = &self.state;
         let set = |register: u32, value| self.page.set(register.into(), value);
@@ -176,7 +176,7 @@ impl MmioDevice {
         self.show_state();
     }
 
-    /// Queue set-up is open between FEATURES_OK and DRIVER_OK (3.1.1, steps 6 and 7).
+    /// Sets up a queue, which is allowed between FEATURES_OK and DRIVER_OK (3.1.1, steps 6 and 7).
     fn set_up_queue(&mut self, register: u32, value: u32) {
         if self.state.status & (FEATURES_OK | DRIVER_OK) != FEATURES_OK {
             return;
@@ -186,7 +186,7 @@ impl MmioDevice {
             VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
             // 4.2.2.2: nothing else may change while the queue is ready.
             _ if queue.ready() => {}
-            // A size that does not fit leaves the largest in place.
+            // `set_size` ignores a size that is not valid, and the largest stays.
             VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
             VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
@@ -200,7 +200,7 @@ impl MmioDevice {
 
     fn set_status(&mut self, wanted: u32) {
         let state = &mut self.state;
-        // The driver may only add bits (2.1.1), and not this one, which is the device's.
+        // The driver may only add bits (2.1.1), and NEEDS_RESET is the device's to set.
         let added = wanted & !state.status & !NEEDS_RESET;
         state.status |= added;
         if added & FEATURES_OK != 0 {
@@ -230,7 +230,7 @@ impl MmioDevice {
             if !template.is_valid(&self.ram) {
                 bail!("the driver's set-up of queue {index} is not valid");
             }
-            // A copy: the transport's own stays as the driver's record of the set-up.
+            // A copy: the transport's own queue stays as the driver has set it up.
             let queue = Queue::try_from(template.state()).context("take over a queue")?;
             queues.push(ReadyQueue { queue, kick: kick.try_clone()? });
         }
@@ -246,7 +246,7 @@ impl MmioDevice {
     fn reset(&mut self) {
         if self.state.status & DRIVER_OK != 0 {
             self.device.reset();
-            // Without them the next activation may fail, and says so.
+            // Without spare descriptors the next activation may fail, and then logs that.
             let _ = self.keep_spare();
         }
         self.page.set(VIRTIO_MMIO_INTERRUPT_STATUS.into(), VIRTIO_MMIO_INT_VRING);

@@ -1,8 +1,8 @@
 //! A queue that mote serves itself: popping descriptor chains, returning them used, and notifying
 //! the driver no more than it asks for.
 //!
-//! virtio-queue does the ring arithmetic, [`super::buffers`] bounds every chain; what is wrong with a
-//! chain fails that chain, what is wrong with the ring stops the device, and neither the process.
+//! virtio-queue does the ring arithmetic, [`super::buffers`] bounds every chain. A fault in a chain
+//! fails that chain, a fault in the ring stops the device, and neither ends the process.
 
 use anyhow::{Result, anyhow};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -35,7 +35,7 @@ impl ServedQueue {
         Ok(ServedQueue { queue, kick: ready.kick, interrupt })
     }
 
-    /// Takes all queues of a device into service, of which there are `N`.
+    /// Takes all `N` queues of a device into service.
     ///
     /// # Errors
     /// There are not `N`, or the host has no descriptor.
@@ -56,15 +56,15 @@ impl ServedQueue {
         &self.kick
     }
 
-    /// Takes the pending kicks. Buffers are looked for whatever it says.
+    /// Takes the pending kicks. The caller looks for buffers whether or not there was one.
     pub fn clear_kick(&self) {
         let _ = self.kick.read();
     }
 
-    /// The next chain; `None` when there is none and a kick will announce the next.
+    /// The next chain, or `None` when there is none; a kick then announces the next.
     ///
     /// # Errors
-    /// A ring that contradicts itself: chains are said to be there, and none can be had.
+    /// The ring contradicts itself: it announces chains, and none can be read.
     pub fn pop_or_wait<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>> {
         if let Some(chain) = self.pop(ram)? {
             return Ok(Some(chain));
@@ -79,7 +79,7 @@ impl ServedQueue {
     }
 
     fn pop<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>> {
-        // Through `iter`, which unlike `pop_descriptor_chain` tells a bad index from an empty ring.
+        // `iter`, unlike `pop_descriptor_chain`, distinguishes a bad index from an empty ring.
         let mut chains =
             self.queue.iter(ram).map_err(|e| anyhow!("read the available ring: {e}"))?;
         Ok(chains.next())
@@ -98,7 +98,7 @@ impl ServedQueue {
         self.queue.add_used(ram, head, len).map_err(|e| anyhow!("return a buffer: {e}"))
     }
 
-    /// Interrupts the driver if it wants to know of what was returned.
+    /// Interrupts the driver, if it wants a notification for the chains returned.
     ///
     /// # Errors
     /// The rings are not in RAM, or the interrupt cannot be raised.
@@ -110,9 +110,9 @@ impl ServedQueue {
         Ok(())
     }
 
-    /// Pops and returns every available chain, `handle` saying how many bytes it wrote. Stops after
-    /// `limit` chains, so that a driver that never stops feeding cannot keep the caller from its
-    /// other work; the rest waits for the next kick, which this gives itself.
+    /// Pops and returns every available chain; `handle` says how many bytes it wrote. Stops after
+    /// `limit` chains, so that a driver that adds chains without end cannot keep the caller from its
+    /// other work. It then kicks the queue itself, and the rest is served in the next turn.
     ///
     /// # Errors
     /// The ring contradicts itself, or the interrupt cannot be raised.

@@ -27,9 +27,9 @@ const REQUESTS: u32 = 0;
 /// The device.
 #[derive(Debug, Default)]
 pub struct Rng {
-    /// Its queue and where that is, while the driver lends it.
+    /// The queue and the memory that it is in, from activation to reset.
     served: Option<(ServedQueue, GuestRam)>,
-    /// Of the driver's faults.
+    /// For the driver's faults.
     complaint: LogOnce,
 }
 
@@ -62,7 +62,7 @@ impl MainLoopDevice for Rng {
     fn handle(&mut self, _: u32, _: EventSet, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let Some((queue, ram)) = &mut self.served else { return Ok(()) };
         if let Err(error) = queue.serve(ram, BATCH, |chain| fill(chain, ram).unwrap_or(0)) {
-            // The driver broke its own queue: this device stops, the guest lives on.
+            // The driver broke its own queue: this device stops, the guest goes on.
             self.complaint.error(&format!("rng: {error:#}; the device stops"));
             self.reset(watcher)?;
         }

@@ -26,11 +26,11 @@ use crate::virtio::device::ReadyQueue;
 const DEVICE: u8 = 3;
 
 pub const FEATURES: u64 = F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM;
-/// Where the guest's queues are, and in each its rings.
+/// Addresses of the guest's queues, and offsets of the rings in each.
 pub const QUEUES: [GuestAddress; 2] = [GuestAddress(0), GuestAddress(0x1_0000)];
 pub const AVAILABLE: u64 = 0x1000;
 pub const USED: u64 = 0x2000;
-/// Where its buffers are, and how far apart.
+/// Address of the guest's buffers, and their distance.
 pub const BUFFERS: u64 = 0x10_0000;
 pub const BUFFER_STEP: u64 = 0x1_1000;
 
@@ -108,7 +108,7 @@ impl Bench {
         self.run();
     }
 
-    /// Writes descriptors from this place of the table on, and makes each that starts a chain
+    /// Writes descriptors into the table from `first` on, and makes each that starts a chain
     /// available.
     pub fn offer(&self, queue: usize, first: u16, descriptors: &[RawDescriptor]) {
         let table = QUEUES[queue];
@@ -142,7 +142,7 @@ impl Bench {
             .expect("the main loop lives");
     }
 
-    /// Lets the device come to rest.
+    /// Runs the device until it has nothing to do.
     pub fn run(&mut self) {
         for turn in 0.. {
             assert!(turn < 1000, "the device never rests");
@@ -183,7 +183,7 @@ impl Bench {
     }
 
     pub fn link(&self) -> Option<bool> {
-        // Nothing, until it changed: an unattached page starts empty.
+        // `None` until the link has changed: an unattached page starts empty.
         let generation = self.page.value(0xfc);
         (generation > 0).then(|| self.page.value(0x104) >> 16 & 1 == 1)
     }

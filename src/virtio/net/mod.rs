@@ -1,20 +1,20 @@
 //! virtio-net (virtio 1.2, 5.1) on passt: Ethernet frames between the driver's queues and a
 //! [`Connection`], in the main loop.
 //!
-//! What is offered is what a stream of plain frames can carry:
+//! The features offered are those that a stream of plain frames can carry:
 //!
-//! - `CSUM`: the driver may leave TCP and UDP checksums out. passt ends connections itself and looks
-//!   at none of them.
-//! - `GUEST_CSUM`: frames arrive with `DATA_VALID`. passt has just computed their checksums, and
-//!   nothing between it and the guest is a wire that could change a bit.
+//! - `CSUM`: the driver may leave TCP and UDP checksums out. passt terminates the connections and does
+//!   not check them.
+//! - `GUEST_CSUM`: frames arrive with `DATA_VALID`. passt has just computed their checksums, and there
+//!   is no wire between passt and the guest that could change a bit.
 //! - `MRG_RXBUF`: a large frame may fill several small buffers.
 //! - `MTU`: see [`MTU`]. With it segmentation offloads would be of no use: a frame is as long as a
 //!   segment can be.
-//! - `STATUS`: the link goes down when passt does.
+//! - `STATUS`: the link goes down when the connection to passt ends.
 //!
-//! A side that cannot take more holds the other up: no frame is read from passt while the driver has
-//! no buffers, and none taken from the driver while the socket is full. Without passt the link is
-//! down: what the driver sends is lost, and passt is looked for again.
+//! A side that cannot take more holds up the other: no frame is read from passt while the driver has
+//! no buffers, and none is taken from the driver while the socket is full. Without passt the link is
+//! down: frames from the driver are dropped, and the device tries to connect again.
 
 pub mod passt;
 
@@ -44,30 +44,30 @@ use crate::virtio::queue::{Chain, ServedQueue};
 /// Receive, transmit.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 /// Largest IP packet: what passt itself announces (`--mtu`), an Ethernet frame of 65,535 bytes less
-/// its header, rounded down for alignment. There is no wire that would want less, and each frame
-/// costs as much as the other, whatever is in it.
+/// its header, rounded down for alignment. No wire asks for less, and a large frame costs about as
+/// much as a small one.
 pub const MTU: u16 = 65_520;
 /// `struct virtio_net_hdr_v1` (5.1.6): the same length with and without merged buffers.
 const HEADER_LEN: usize = 12;
-/// Offset of `num_buffers` in it.
+/// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
 /// Offset of `status` in the configuration space (5.1.4).
 const STATUS_OFFSET: u32 = 6;
 /// Most frames to the guest before the main loop turns to other work.
 const RECEIVE_BATCH: usize = 128;
-/// Most buffers full of frames to passt, or queues full of frames, before the main loop turns to
-/// other work.
+/// How often the outgoing buffer may be filled, or the whole queue emptied, before the main loop turns
+/// to other work.
 const TRANSMIT_BATCH: usize = 8;
-/// How long to wait before passt is looked for again, at first and after many failures.
+/// How long to wait before connecting to passt again, at first and after many failures.
 const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
-/// What is watched: buffers to receive into, frames to send, the connection to passt.
+/// What is watched: notifications of both queues, and the connection to passt.
 const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
 const PASST: u32 = 2;
 
-/// `struct virtio_net_config` as far as the features go: address, status, number of queue pairs
-/// (without meaning here), MTU.
+/// `struct virtio_net_config` up to the last field that a feature offers: address, status, number of
+/// queue pairs (without meaning here), MTU.
 fn config_space(mac: [u8; 6]) -> Vec<u8> {
     [&mac[..], &link_status(true), &[0; 2], &MTU.to_le_bytes()].concat()
 }
@@ -76,7 +76,7 @@ fn link_status(up: bool) -> [u8; 2] {
     (if up { VIRTIO_NET_S_LINK_UP as u16 } else { 0 }).to_le_bytes()
 }
 
-/// The queues, while the driver lends them.
+/// The queues, from activation to reset.
 #[derive(Debug)]
 struct Queues {
     ram: GuestRam,
@@ -98,12 +98,12 @@ struct Filled {
     len: u32,
 }
 
-/// Who is at fault when something cannot go on.
+/// Whose fault it is that frames cannot be moved.
 #[derive(Debug)]
 enum Fault {
-    /// The driver, with its own queue: the device stops.
+    /// The driver broke its own queue: the device stops.
     Driver(anyhow::Error),
-    /// passt: the link goes down.
+    /// The connection to passt is lost: the link goes down.
     Passt(Lost),
 }
 
@@ -119,7 +119,7 @@ impl From<Lost> for Fault {
     }
 }
 
-/// How to find passt again.
+/// How to connect to passt again.
 pub struct Reconnect {
     /// Its socket, for messages.
     pub path: PathBuf,
@@ -139,24 +139,24 @@ pub struct Net {
     mac: [u8; 6],
     queues: Option<Queues>,
     passt: Option<Connection>,
-    /// How passt is found again; `None` if its connection was inherited.
+    /// How to connect to passt again; `None` if the connection was inherited.
     reconnect: Option<Reconnect>,
     linked_at: Instant,
-    /// When passt is looked for again.
+    /// When to connect to passt again.
     retry_at: Option<Instant>,
-    /// How long before that after the next failure.
+    /// How long to wait after the next failure.
     pause: Duration,
     /// What the driver's configuration space says.
     shown_up: bool,
-    /// Receive buffers that the frame at hand has filled.
+    /// Receive buffers that the current frame has filled.
     filled: Vec<Filled>,
-    /// Of the driver's faults.
+    /// For the driver's faults.
     complaint: LogOnce,
 }
 
 impl Net {
-    /// A device with this hardware address, its link up, on a connection to passt; and how that is made
-    /// again.
+    /// A device with this hardware address, its link up, on a connection to passt; `reconnect` makes a
+    /// new connection when this one is lost.
     ///
     /// # Errors
     /// The host refuses to adjust the socket.
@@ -181,7 +181,7 @@ impl Net {
             self.transmit()?;
         }
         self.receive()?;
-        // Nobody is there for what the driver cannot take yet.
+        // Frames that the driver cannot take yet are dropped: passt has gone.
         if set.contains(EventSet::HANG_UP) { Err(Lost::Closed.into()) } else { Ok(()) }
     }
 
@@ -195,7 +195,7 @@ impl Net {
         moved
     }
 
-    /// Moves frames from the driver to passt, or to nowhere when there is none.
+    /// Moves frames from the driver to passt, or drops them when there is no connection.
     fn transmit(&mut self) -> Result<(), Fault> {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         let Some(passt) = &mut self.passt else {
@@ -207,7 +207,8 @@ impl Net {
         moved
     }
 
-    /// Ends what cannot go on. An error is one of the main loop itself.
+    /// Stops the device or takes the link down, depending on whose fault it is. The errors returned
+    /// are those of the main loop.
     fn judge(&mut self, moved: Result<(), Fault>, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         match moved {
             Ok(()) => Ok(()),
@@ -222,10 +223,10 @@ impl Net {
     fn take_link_down(&mut self, lost: &Lost, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let Some(passt) = self.passt.take() else { return Ok(()) };
         watcher.remove(passt.socket())?;
-        // Whoever mote has inherited the socket from may hold it too.
+        // Not only closed: the process that mote has inherited the socket from may hold it too.
         let _ = passt.socket().shutdown(Shutdown::Both);
         let now = Instant::now();
-        // One that never lasts is not asked, or complained of, ten times a second.
+        // If connections never last, mote must not connect, and log that, ten times a second.
         if now - self.linked_at >= RETRY_PAUSE[1] {
             self.pause = RETRY_PAUSE[0];
         }
@@ -238,7 +239,7 @@ impl Net {
             self.retry_in(now);
         }
         self.show_link()?;
-        // The driver gets back what it was sending.
+        // Returns the buffers with frames that could not be sent to the driver.
         let moved = self.transmit();
         self.judge(moved, watcher)
     }
@@ -248,7 +249,7 @@ impl Net {
         self.pause = (self.pause * 2).min(RETRY_PAUSE[1]);
     }
 
-    /// Looks for passt again, once it is time.
+    /// Connects to passt again, if it is time.
     fn retry(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         if self.retry_at.is_none_or(|at| now < at) {
             return Ok(());
@@ -377,19 +378,19 @@ impl Queues {
             }
             passt.take_frame(len);
         }
-        // There may be more: after everybody else's turn.
+        // There may be more frames: they wait until all others had their turn.
         Ok(self.receive.kick().write(1).context("go on receiving")?)
     }
 
     fn transmit_to(&mut self, passt: &mut Connection) -> Result<(), Fault> {
         let Queues { ram, transmit, .. } = self;
         for _ in 0..TRANSMIT_BATCH {
-            // A full socket: epoll will speak of it.
+            // The socket is full: epoll reports when it has room again.
             if !passt.flush()? {
                 return Ok(());
             }
-            // Frames that are dropped take no room: a driver that sends nothing else would never let
-            // go of this.
+            // This loop needs a bound of its own: invalid frames are dropped and take no room, so that
+            // a driver could keep it going for ever.
             for _ in 0..QUEUE_SIZES[1] {
                 if !passt.has_room() {
                     break;
@@ -399,7 +400,7 @@ impl Queues {
                     return Ok(());
                 };
                 let head = chain.head_index();
-                // A frame that cannot be is dropped.
+                // An invalid frame is dropped.
                 let _ = put(chain, ram, passt);
                 transmit.push(ram, head, 0)?;
             }
@@ -407,8 +408,8 @@ impl Queues {
         Ok(transmit.kick().write(1).context("go on sending")?)
     }
 
-    /// Copies a frame into receive buffers. `false` when there are not enough of them yet. One that
-    /// is too long for the single buffer it may have is dropped.
+    /// Copies a frame into receive buffers. `false` when there are not enough of them yet. Without
+    /// merged buffers, a frame that is too long for its one buffer is dropped.
     fn deliver(&mut self, frame: &[u8], filled: &mut Vec<Filled>) -> Result<bool> {
         let Queues { ram, receive, .. } = self;
         filled.clear();
@@ -421,7 +422,7 @@ impl Queues {
                 }
                 return Ok(false);
             };
-            // Buffers without room would otherwise never be enough.
+            // The driver may offer empty buffers: no number of those would be enough.
             ensure!(
                 filled.len() < QUEUE_SIZES[0].into(),
                 "a frame fills more buffers than there are"
@@ -455,8 +456,7 @@ impl Queues {
     }
 }
 
-/// Adds the driver's frame to what is sent to passt. Its header says nothing that passt wants to
-/// know.
+/// Adds the driver's frame to what is sent to passt, without its header, which passt does not need.
 fn put(chain: Chain<'_>, ram: &GuestRam, passt: &mut Connection) -> Result<()> {
     let mut reader = Reader::new(chain, ram)?;
     reader.read_exact(&mut [0; HEADER_LEN])?;

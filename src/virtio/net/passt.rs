@@ -1,12 +1,12 @@
 //! The connection to passt: a Unix stream on which every Ethernet frame comes after its length, a
-//! big-endian u32 (passt's `tap.c`; QEMU's stream netdev). Whole frames in and out, through one
-//! buffer each; what they mean is [`crate::virtio::net`]'s. One system call reads many frames, but
-//! writes one: a passt of 2023, as Debian 12 has it, loses all it has read when a frame reaches it in
-//! more than two pieces, and the place of the next when a length does in two. The kernel hands over
-//! what is written at once in pieces of some 32 KiB.
+//! big-endian u32 (passt's `tap.c`; QEMU's stream netdev). There is one buffer for each direction;
+//! [`crate::virtio::net`] takes and puts whole frames. One system call reads many frames, but writes
+//! only one: passt of 2023, as in Debian 12, loses all it has read when a frame reaches it in more
+//! than two pieces, and loses track of the frames when a length arrives in two. The kernel passes on
+//! a write in pieces of some 32 KiB.
 //!
-//! The socket is non-blocking and registered edge-triggered: one that has said "no more for now" is
-//! left alone until epoll speaks of it again. Half a frame is waited for like nothing at all.
+//! The socket is non-blocking and registered edge-triggered: after it would have blocked, it is not
+//! used until epoll reports it again. While a frame is incomplete, the device waits as if there were none.
 
 use std::fmt;
 use std::fs::File;
@@ -27,15 +27,15 @@ use crate::sys::{self, Interest};
 pub const FRAME_LEN: RangeInclusive<usize> = 14..=65_535;
 /// Bytes of the length before each frame.
 const PREFIX_LEN: usize = 4;
-/// Bytes per direction: three of the largest frames, and hundreds of the usual ones; and what one
-/// box's network can cost mote.
+/// Bytes of buffer per direction: room for three of the largest frames, or hundreds of usual ones. It
+/// bounds the memory that a box's network costs mote.
 const BUFFER_LEN: usize = 256 * 1024;
 /// How long passt may take to create its socket; the runtime waits as long (contract §2.9).
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// How often its socket is looked for meanwhile.
+/// How often mote tries to connect to the socket meanwhile.
 const CONNECT_STEP: Duration = Duration::from_millis(10);
 
-/// Connects to passt's socket, which may yet have to appear. Waits no longer once `stop` is readable.
+/// Connects to passt's socket, and waits if it does not exist yet. Gives up when `stop` is readable.
 ///
 /// # Errors
 /// Nobody listens in time, or mote was told to stop.
@@ -69,14 +69,14 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     sys::socket::connect_unix(path.as_os_str().as_bytes())
 }
 
-/// Why a connection is of no more use; reads as what passt did.
+/// Why a connection cannot be used any more. The text fits after "passt".
 #[derive(Debug)]
 pub enum Lost {
     /// It reached its end.
     Closed,
     /// It failed.
     Failed(io::Error),
-    /// A frame has a length that none can have: where the next one starts is unknown.
+    /// A frame has an impossible length: it is unknown where the next one starts.
     BadLength(u32),
 }
 
@@ -103,12 +103,12 @@ pub struct Connection {
     writable: bool,
     incoming: Buffer,
     outgoing: Buffer,
-    /// Bytes of the first outgoing frame that are left, when some of it was written.
+    /// Bytes left of the first outgoing frame, if it was written in part; else 0.
     torn: usize,
 }
 
 impl Connection {
-    /// Takes a connected socket. Nothing is read or written before epoll has spoken of it.
+    /// Takes a connected socket. Nothing is read or written before epoll reports it.
     ///
     /// # Errors
     /// The host refuses to adjust the socket.
@@ -124,12 +124,12 @@ impl Connection {
         })
     }
 
-    /// To be watched, edge-triggered.
+    /// The socket, which the caller watches edge-triggered.
     pub fn socket(&self) -> &UnixStream {
         &self.socket
     }
 
-    /// Takes note of what epoll says. Whether sending, which was stuck, may go on.
+    /// Notes what epoll has reported. Returns whether sending, which was stuck, may go on.
     pub fn note(&mut self, set: EventSet) -> bool {
         let speaks = EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;
         self.readable |= set.intersects(speaks);
@@ -138,10 +138,10 @@ impl Connection {
         was_stuck && self.writable
     }
 
-    /// The frame that came first and was not taken; `None` when none is here as a whole.
+    /// The first frame that was not taken yet; `None` when there is no complete one.
     ///
     /// # Errors
-    /// passt has ended, or what it sent is no frame.
+    /// passt has ended, or has sent an impossible length.
     pub fn frame(&mut self) -> Result<Option<&[u8]>, Lost> {
         while self.readable && first_frame(self.incoming.filled())?.is_none() {
             self.read()?;
@@ -161,7 +161,7 @@ impl Connection {
             Ok(0) => Err(Lost::Closed),
             Ok(read) => {
                 self.incoming.end += read;
-                // A stream gives less than it is asked for when it has no more.
+                // A stream gives less than the buffer holds only when it has no more.
                 self.readable = read == wanted;
                 Ok(())
             }
@@ -179,8 +179,8 @@ impl Connection {
         BUFFER_LEN - self.outgoing.end >= PREFIX_LEN + FRAME_LEN.end()
     }
 
-    /// Adds a frame of a length in [`FRAME_LEN`], which `fill` writes; a failure of `fill` takes it
-    /// back. To be called while there is [room](Self::has_room).
+    /// Adds a frame of a length in [`FRAME_LEN`], which `fill` writes. Must only be called while there
+    /// is [room](Self::has_room).
     ///
     /// # Errors
     /// `fill` fails; nothing is added then.
@@ -197,7 +197,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes what was put. `false` when the socket is full: epoll will speak of it.
+    /// Writes the frames that were put. `false` when the socket is full: epoll reports when it has room.
     ///
     /// # Errors
     /// passt has ended.
@@ -223,7 +223,7 @@ impl Connection {
     }
 }
 
-/// The first frame of a stream, if it is there as a whole.
+/// The first frame of a stream, if it is complete.
 fn first_frame(stream: &[u8]) -> Result<Option<&[u8]>, Lost> {
     let Some((prefix, rest)) = stream.split_first_chunk::<PREFIX_LEN>() else { return Ok(None) };
     let len = u32::from_be_bytes(*prefix);
@@ -233,7 +233,7 @@ fn first_frame(stream: &[u8]) -> Result<Option<&[u8]>, Lost> {
     Ok(rest.get(..len as usize))
 }
 
-/// Bytes between socket and queue: filled at the end, taken at the start.
+/// Bytes between socket and queue: added at the end, taken from the start.
 #[derive(Debug)]
 struct Buffer {
     bytes: Box<[u8]>,
@@ -250,8 +250,7 @@ impl Buffer {
         &self.bytes[self.start..self.end]
     }
 
-    /// Length of the frame at the start, with what is before it, of those that [`Connection::put_frame`]
-    /// has put.
+    /// Length of the first frame with its prefix, in a buffer that [`Connection::put_frame`] fills.
     fn first_len(&self) -> usize {
         let mut prefix = [0; PREFIX_LEN];
         prefix.copy_from_slice(&self.filled()[..PREFIX_LEN]);
@@ -265,7 +264,8 @@ impl Buffer {
         }
     }
 
-    /// What is free at the end, enough for the first `needed` bytes of all that is filled and comes.
+    /// The free room at the end. Moves the bytes to the start if fewer than `needed`, filled and free
+    /// together, would fit behind them.
     fn room(&mut self, needed: usize) -> &mut [u8] {
         if self.bytes.len() - self.start < needed {
             self.bytes.copy_within(self.start..self.end, 0);

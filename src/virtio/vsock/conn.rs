@@ -1,6 +1,6 @@
 //! One vsock connection: packets from the guest and bytes from the host socket in, packets for the
-//! guest and bytes for the host socket out. No sockets, queues or clocks here; [`super::mux`] owns
-//! those and carries out what this decides.
+//! guest and bytes for the host socket out. No sockets, queues or clocks here: [`super::mux`] owns
+//! those, and carries out what this module decides.
 //!
 //! Each direction ends on its own (virtio 1.2, 5.10.6.5), so that bytes and ends of file arrive as
 //! over a Unix socket pair; a reset follows only when both have ended and everything is delivered.
@@ -11,8 +11,8 @@
 //!   both ended ──▶ RST to the guest ──▶ gone
 //! ```
 //!
-//! A guest that ends both at once, or resets, has ended; what it had sent is still delivered. For a
-//! TCP connection that is a reset, which overtakes what was sent.
+//! When the guest ends both directions at once, or resets, what it had sent is still delivered. For a
+//! flow of TCP, either one is an abort instead: what is not delivered yet is dropped.
 //!
 //! The connection as a whole:
 //!
@@ -28,12 +28,12 @@ use std::collections::VecDeque;
 
 use super::packet::{Header, Op, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
-/// Bytes the guest may have on the way to one host socket: what one slow reader can cost mote.
-/// Above Linux's default of 256 KiB on the guest's side there is nothing to gain.
+/// Bytes the guest may have on the way to one host socket: the memory that one slow reader costs mote.
+/// More would not help: Linux's default on the guest's side is 256 KiB too.
 pub const BUFFER_LEN: usize = 256 * 1024;
-/// The memory that an idle connection may hold on to, of thousands.
+/// Bytes of memory that an idle connection may keep: there may be thousands.
 const KEPT_CAPACITY: usize = 16 * 1024;
-/// The guest hears of freed buffer space at the latest when this part of the buffer has been freed.
+/// The guest is told of freed buffer space at the latest when one in this many parts of it is free.
 const UPDATE_PART: u32 = 4;
 /// The end of both directions.
 const BOTH: u32 = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
@@ -71,7 +71,7 @@ enum State {
 pub struct Conn {
     ports: Ports,
     state: State,
-    /// A packet that opens the connection is still to be sent.
+    /// The packet that opens the connection, until it is sent.
     opening: Option<Op>,
     /// See [`Conn::set_abortable`].
     abortable: bool,
@@ -125,7 +125,7 @@ impl Conn {
         }
     }
 
-    /// A connection that the guest asked for with `request`, and gets.
+    /// A connection that the guest asked for with `request`, and that is accepted.
     pub fn accepted(request: &Header) -> Self {
         let mut conn = Conn::new(request.ports, State::Open, Op::Response);
         conn.note_credit(request);
@@ -143,13 +143,13 @@ impl Conn {
         self.abortable = abortable;
     }
 
-    /// Gives the guest less room than [`BUFFER_LEN`]. To be called before the guest is told.
+    /// Gives the guest less room than [`BUFFER_LEN`]. Must be called before the first packet is sent.
     pub fn set_buffer_len(&mut self, len: u32) {
         self.buffer_len = len;
     }
 
-    /// Asks again on other ports, for a request that the guest has refused. What has become of the
-    /// client meanwhile stays known.
+    /// Makes a request that the guest has refused again, on other ports. What the client has done
+    /// meanwhile, such as closing a direction, stays known.
     pub fn redirect(&mut self, ports: Ports) {
         self.ports = ports;
         self.opening = Some(Op::Request);
@@ -188,8 +188,8 @@ impl Conn {
     fn note_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc;
         self.guest_taken = header.fwd_cnt;
-        // Asking again whenever the answer is "still none" would never end: Linux answers each
-        // request at once, and tells of room without being asked when its reader makes some.
+        // Not asked again when the answer is "still none", which would never end: Linux answers each
+        // request at once, and reports room by itself when its reader has made some.
         self.credit_requested &= self.credit() == 0;
     }
 
@@ -204,7 +204,7 @@ impl Conn {
         match self.state {
             State::Requested | State::Open => {}
             State::Resetting => {
-                // The guest's own reset saves it ours.
+                // The guest has sent a reset itself, and needs none from us.
                 if header.op == Op::Reset {
                     self.state = State::Closed;
                 }
@@ -220,7 +220,7 @@ impl Conn {
             (Op::Response, State::Requested) => self.state = State::Open,
             (Op::Data, State::Open) if self.guest_sends => {
                 if self.to_host.len() + data.len() > self.buffer_len as usize {
-                    // More than its credit allows: it would have been dropped or unbounded.
+                    // More than its credit allows: keeping it would break the bound, dropping it the stream.
                     self.abort();
                 } else if self.host_receives {
                     self.to_host.extend(data);
@@ -238,12 +238,12 @@ impl Conn {
         self.settle();
     }
 
-    /// Handles a reset, which ends the guest's side; the host's follows when it has been served.
+    /// Handles a reset, which ends the guest's side; the host's side ends when all is delivered.
     pub fn on_reset(&mut self) {
         self.on_packet(&Header::reset(self.ports), &[]);
     }
 
-    /// Handles the end of the guest's driver, which took the guest's side along. A request that
+    /// Handles a reset of the device, which ends the guest's side of every connection. A request that
     /// waits for an answer is made again.
     pub fn on_driver_reset(&mut self) {
         if self.state == State::Requested {
@@ -267,7 +267,7 @@ impl Conn {
         self.drop_for_host();
     }
 
-    /// Nothing is left but to tell the guest, if it still knows of the connection.
+    /// Ends the connection, once the guest has been told if it still knows of it.
     fn end(&mut self) {
         self.state = match self.state {
             State::Requested | State::Open | State::Resetting => State::Resetting,
@@ -283,7 +283,7 @@ impl Conn {
 
     fn drop_for_host(&mut self) {
         self.host_receives = false;
-        // The memory too: the connection may live on for as long as the guest likes.
+        // Frees the memory too: the connection may exist for as long as the guest likes.
         self.to_host = VecDeque::new();
     }
 
@@ -304,7 +304,7 @@ impl Conn {
         if head.is_empty() { tail } else { head }
     }
 
-    /// As [`Conn::for_host`], but always all of them.
+    /// All bytes for the host socket; [`Conn::for_host`] may return only the first part.
     pub fn all_for_host(&mut self) -> &[u8] {
         self.to_host.make_contiguous()
     }
@@ -324,7 +324,7 @@ impl Conn {
         self.guest_sends
     }
 
-    /// Whether the host socket has got everything it will ever get and shall see the end.
+    /// Whether the host socket has got all it will ever get, and can be told the end.
     pub fn is_host_direction_over(&self) -> bool {
         !self.guest_sends && self.to_host.is_empty() && self.host_receives
     }

@@ -1,8 +1,8 @@
-//! The host's end of one connection: its socket, and what is on its way through. No queues and no
-//! event loop; [`super::mux`] says when, and no call here waits.
+//! The host's end of one connection: its socket, and bytes read from it that the guest had no room for.
+//! No queues and no event loop: [`super::mux`] calls this when there is something to do. No call waits.
 //!
-//! Clients of the box's own sockets have one from the start. The end of a flow
-//! ([`mote_agent::flow`]) comes to be:
+//! Connections of the box's own sockets and published ports have a socket from the start. An outgoing
+//! flow ([`mote_agent::flow`]) gets its socket when the guest's request is complete:
 //!
 //! ```text
 //!   outgoing:   Awaiting ──request──▶ Connecting ──▶ Tcp     published:   Tcp
@@ -10,9 +10,9 @@
 //!                  └─────request──(Connecting)───▶ Refused
 //! ```
 //!
-//! A TCP connection that does not end in order is reset, whatever the reason, mote's own death
-//! included: its socket is set to do so from the start, and set to end in order once the guest has
-//! done so and all that it sent is delivered.
+//! A TCP connection that does not end in order is reset, whatever the reason, even if mote dies: its
+//! socket is set to reset on close from the start. It is set to close in order when the guest has ended
+//! its direction and all that it sent is delivered.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -29,44 +29,44 @@ use super::flow::{self, Rest, TooLong};
 use super::packet::MAX_PACKET;
 use crate::sys;
 
-// A datagram is received whole, in the buffer for packets.
+// The buffer for packets holds any datagram.
 const _: () = assert!(DATAGRAM_HEADER_LEN + MAX_DATAGRAM_LEN <= MAX_PACKET);
 
-/// Most datagrams that one flow sends before everybody else's turn: a guest's packet may hold 32,768
-/// empty ones, and its queue 256 such packets.
+/// Most datagrams that one flow sends before all others have their turn: a guest's packet may hold 32,768
+/// empty datagrams, and its queue 256 such packets.
 const DATAGRAM_BATCH: usize = 32;
 
 /// The host's end of a connection.
 #[derive(Debug)]
 pub struct Endpoint {
     socket: Socket,
-    /// Whether there may be something to read, and room to write: as long as the socket has not
-    /// said otherwise.
+    /// Whether there may be something to read, and room to write: true until the socket would have
+    /// blocked.
     readable: bool,
     writable: bool,
     read_shut: bool,
     write_shut: bool,
-    /// Less than [`MAX_PACKET`] bytes.
+    /// Bytes that go to the guest first; fewer than [`MAX_PACKET`].
     rest: Rest,
-    /// Most bytes that are read at once for a guest that has room for fewer.
+    /// Most bytes that are read at once when the guest has room for fewer.
     read_ahead: usize,
     /// TCP: the guest has been sent the chunk that ends the stream.
     end_sent: bool,
-    /// TCP: writing failed, and took with it the error that reading would have found.
+    /// TCP: writing failed and so took the socket's error, which reading will not find any more.
     broken: bool,
-    /// UDP: an error that the guest is to hear of. The latest is all it could tell its application.
+    /// UDP: an error to report to the guest. Only the latest: a UDP socket keeps only one.
     error: Option<i32>,
 }
 
 #[derive(Debug)]
 enum Socket {
     Unix(UnixStream),
-    /// None before the guest's request.
+    /// No socket before the guest's request.
     Awaiting,
     Connecting(TcpStream),
     Tcp(TcpStream),
     Udp(UdpSocket),
-    /// None after all: the guest is told why.
+    /// Connecting failed: no socket, but the guest is told why.
     Refused,
 }
 
@@ -132,7 +132,7 @@ impl Endpoint {
         }
     }
 
-    /// A Unix socket, whose bytes and ends are passed on as they are.
+    /// A Unix socket, whose bytes and half-closes are passed on as they are.
     ///
     /// # Errors
     /// The host refuses to adjust the socket.
@@ -151,28 +151,28 @@ impl Endpoint {
         Ok(Endpoint::new(Socket::Tcp(socket), Rest::new(&header.encode())))
     }
 
-    /// An outgoing flow of which it is not known yet where to.
+    /// An outgoing flow whose destination is not known yet.
     pub fn awaiting() -> Self {
         Endpoint::new(Socket::Awaiting, Rest::default())
     }
 
-    /// Sets how much is read from a stream at once that the guest may have no room for as yet.
+    /// Sets how many bytes are read from a stream at once when the guest has room for fewer.
     pub fn set_read_ahead(&mut self, len: usize) {
         self.read_ahead = len;
     }
 
-    /// Has the next [`Endpoint::flush`] try to write, whatever the socket has said: it tells of room only
-    /// when it has much.
+    /// Makes the next [`Endpoint::flush`] try to write even though the socket was full: epoll reports room
+    /// only when there is much of it.
     pub fn try_to_write(&mut self) {
         self.writable = true;
     }
 
-    /// Whether this is a flow's.
+    /// Whether this is the endpoint of a flow.
     pub fn is_flow(&self) -> bool {
         !matches!(self.socket, Socket::Unix(_))
     }
 
-    /// Whether this is an outgoing flow's that waits to be told where to.
+    /// Whether this is an outgoing flow whose request has not arrived yet.
     pub fn is_awaiting(&self) -> bool {
         matches!(self.socket, Socket::Awaiting)
     }
@@ -187,10 +187,10 @@ impl Endpoint {
         }
     }
 
-    /// Starts connecting to where the guest wants to go.
+    /// Starts connecting to the guest's destination.
     ///
     /// # Errors
-    /// The host refuses at once; what it refuses later is found by [`Endpoint::check_connecting`].
+    /// The host refuses at once; [`Endpoint::check_connecting`] finds errors that come later.
     pub fn connect(&mut self, protocol: Protocol, destination: SocketAddr) -> io::Result<()> {
         match protocol {
             Protocol::Tcp => {
@@ -206,10 +206,10 @@ impl Endpoint {
         Ok(())
     }
 
-    /// Looks at how connecting went, if that is what this end does.
+    /// Checks whether connecting has succeeded, if the endpoint is connecting.
     ///
     /// # Errors
-    /// It failed; [`Endpoint::refuse`] is to be told why.
+    /// It failed; the caller passes the error to [`Endpoint::refuse`].
     pub fn check_connecting(&mut self) -> io::Result<()> {
         let Socket::Connecting(socket) = &self.socket else { return Ok(()) };
         if let Some(error) = socket.take_error()? {
@@ -224,28 +224,28 @@ impl Endpoint {
         Ok(())
     }
 
-    /// Gives a flow up that could not be connected. The socket, which is closed, must not be
-    /// watched any more.
+    /// Gives up a flow that could not be connected, and tells the guest the error. This closes the
+    /// socket, which must not be watched any more.
     pub fn refuse(&mut self, error: &io::Error, conn: &mut Conn) {
         self.socket = Socket::Refused;
         self.rest = Rest::new(&flow::status(errno(error)));
         conn.host_stopped_receiving();
     }
 
-    /// Notes what epoll has said.
+    /// Notes what epoll has reported.
     pub fn note_events(&mut self, set: EventSet, conn: &mut Conn) {
         let over = set.intersects(EventSet::HANG_UP | EventSet::ERROR);
         self.readable |= over || set.intersects(EventSet::IN | EventSet::READ_HANG_UP);
         self.writable |= set.contains(EventSet::OUT);
-        // HANG_UP: both directions are closed. If we shut ours ourselves, the peer's is news.
-        // An error of UDP is that of one datagram, and reading tells it.
+        // HANG_UP: both directions are closed. If we closed ours before, only the peer's end is new.
+        // An error of a UDP socket concerns one datagram, and reading returns it.
         if over && !self.write_shut && matches!(self.socket, Socket::Unix(_) | Socket::Tcp(_)) {
             conn.host_stopped_receiving();
         }
     }
 
-    /// Writes what the guest has sent, as far as the socket takes it, and closes each direction
-    /// that is over. Returns whether to go on after everybody else's turn: nothing will say so.
+    /// Writes as much of the guest's data as the socket takes, and closes each direction that is over.
+    /// Returns whether to call this again when all others had their turn: epoll will not report it.
     pub fn flush(&mut self, conn: &mut Conn) -> bool {
         match &self.socket {
             Socket::Unix(_) | Socket::Tcp(_) => {
@@ -260,14 +260,14 @@ impl Endpoint {
 
     fn shut(&mut self, conn: &Conn) {
         if conn.is_host_direction_over() && !std::mem::replace(&mut self.write_shut, true) {
-            // Failing means that the peer is gone, which reading will tell.
+            // Fails only if the peer is gone, which reading will find.
             let _ = self.socket.shutdown(Shutdown::Write);
             if let Socket::Tcp(socket) = &self.socket {
                 let _ = sys::socket::set_reset_on_close(socket, false);
             }
         }
         if !conn.guest_receives() && !std::mem::replace(&mut self.read_shut, true) {
-            // So that a client's writes fail rather than fill a buffer that nobody empties.
+            // So that a client's writes fail, rather than fill a buffer that nobody reads.
             let _ = self.socket.shutdown(Shutdown::Read);
         }
     }
@@ -278,7 +278,7 @@ impl Endpoint {
                 Ok(taken) => conn.host_took(taken),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.writable = false,
                 Err(error) => {
-                    // EPIPE comes from a peer that had ended in order before: that end stays.
+                    // EPIPE: the peer had ended its direction in order before, and reading finds that end.
                     self.broken = error.kind() != ErrorKind::BrokenPipe;
                     conn.host_stopped_receiving();
                 }
@@ -295,7 +295,7 @@ impl Endpoint {
                 Ok(Some(datagram)) => datagram,
                 Ok(None) => {
                     if !conn.guest_sends() {
-                        // Half a datagram, to which nothing more will come.
+                        // Half a datagram, whose rest will never come.
                         conn.host_took(conn.for_host().len());
                     }
                     return false;
@@ -309,7 +309,7 @@ impl Endpoint {
             if let Err(error) = &sent
                 && error.kind() == ErrorKind::ConnectionRefused
             {
-                // The answer to an earlier one, told in place of sending this.
+                // The answer to an earlier datagram; this one was not sent.
                 self.error = Some(errno(error));
                 sent = self.socket.write(datagram);
             }
@@ -327,10 +327,10 @@ impl Endpoint {
         true
     }
 
-    /// Reads what is next for the guest into the start of `buffer`, at most `room` bytes. The buffer
-    /// has [`MAX_PACKET`] bytes and is filled from the socket as far as possible, or as this may read
-    /// ahead; what is beyond `room` comes first next time. Linux's guests have buffers of 4 KiB, and a
-    /// read for each was measured to halve the throughput.
+    /// Reads the next bytes for the guest into the start of `buffer`, at most `room`. The buffer has
+    /// [`MAX_PACKET`] bytes; a read from the socket may use it as far as the read-ahead allows, and bytes
+    /// beyond `room` come first next time. Linux's guests have buffers of 4 KiB, and a read for each of
+    /// them was measured to halve the throughput.
     pub fn read(&mut self, buffer: &mut [u8], room: usize) -> HostRead {
         match self.rest.take(&mut buffer[..room]) {
             0 => {}
@@ -399,15 +399,15 @@ impl Endpoint {
     }
 }
 
-/// How long a TCP connection may be silent before its peer is asked, in seconds; how often then; and
-/// how many answers may be missing.
+/// How long a TCP connection may be silent before its peer is probed, in seconds; how often then; and
+/// after how many probes without an answer the connection ends.
 const KEEPALIVE_IDLE_S: libc::c_int = 120;
 const KEEPALIVE_INTERVAL_S: libc::c_int = 30;
 const KEEPALIVE_PROBES: libc::c_int = 4;
 
-/// What holds for every TCP connection from the start. Nothing waits to be sent with more: whether
-/// that is wanted was decided in the guest. A peer that has vanished is found out: what the guest's
-/// program asks of its own socket only reaches the agent.
+/// Sets the options of every TCP connection. No Nagle delay: the guest's own socket has applied it if it
+/// was wanted. Keepalive, so that a vanished peer is noticed: a keepalive that the guest's program sets
+/// on its own socket only reaches the agent.
 fn prepare_tcp(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
     sys::socket::set_keepalive(socket, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES)?;

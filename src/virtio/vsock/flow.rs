@@ -1,15 +1,15 @@
-//! The framing of flows ([`mote_agent::flow`]): what goes to the guest besides the bytes, and where
-//! in the guest's bytes a datagram ends. Pure, like [`super::conn`].
+//! The framing of flows ([`mote_agent::flow`]): the headers that go to the guest with the bytes, and
+//! where a datagram ends in the guest's bytes. Pure, like [`super::conn`].
 
 use mote_agent::flow::{
     CHUNK_HEADER_LEN, DATAGRAM_ERROR, DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, STATUS_LEN,
 };
 
-/// An answer to a request, or what became of a datagram: an errno.
+/// Length of an error in place of a datagram: a header and an errno.
 const ERROR_LEN: usize = DATAGRAM_HEADER_LEN + STATUS_LEN;
 
-/// Bytes for the guest that go before anything else: a header, or the rest of what was read when a
-/// packet had room for the beginning only.
+/// Bytes that go to the guest before anything else: a header, or the rest of what was read when a
+/// packet had room only for the first part.
 #[derive(Debug, Default)]
 pub struct Rest {
     bytes: Vec<u8>,
@@ -17,7 +17,7 @@ pub struct Rest {
 }
 
 impl Rest {
-    /// These bytes.
+    /// A rest of these bytes.
     pub fn new(bytes: &[u8]) -> Self {
         Rest { bytes: bytes.to_vec(), sent: 0 }
     }
@@ -29,14 +29,14 @@ impl Rest {
         packet[..len].copy_from_slice(&left[..len]);
         self.sent += len;
         if self.sent == self.bytes.len() {
-            // The memory too: thousands of flows may each have had a large datagram.
+            // Frees the memory too: thousands of flows may each have had a large datagram.
             *self = Rest::default();
         }
         len
     }
 
-    /// Keeps, when everything earlier has been taken, what of `framed` is beyond `room`. Returns
-    /// the length of what is not.
+    /// Keeps the part of `framed` beyond `room`, and returns the length of the part before. Must be
+    /// called only when everything earlier has been taken.
     pub fn keep(&mut self, framed: &[u8], room: usize) -> usize {
         let Some((now, later)) = framed.split_at_checked(room) else { return framed.len() };
         if !later.is_empty() {
@@ -46,15 +46,14 @@ impl Rest {
     }
 }
 
-/// Makes a chunk of the `len` bytes that stand behind the room for its header at the start of
-/// `buffer`; without any, it is the end.
+/// Makes a chunk of `len` bytes in `buffer`, which leave room for the header before them. A chunk of no
+/// bytes ends the stream.
 pub fn chunk(buffer: &mut [u8], len: usize) -> &[u8] {
     buffer[..CHUNK_HEADER_LEN].copy_from_slice(&(len as u32).to_be_bytes());
     &buffer[..CHUNK_HEADER_LEN + len]
 }
 
-/// Makes a framed datagram of the `len` bytes that stand behind the room for its header at the
-/// start of `buffer`.
+/// Makes a framed datagram of `len` bytes in `buffer`, which leave room for the header before them.
 pub fn datagram(buffer: &mut [u8], len: usize) -> &[u8] {
     buffer[..DATAGRAM_HEADER_LEN].copy_from_slice(&(len as u16).to_be_bytes());
     &buffer[..DATAGRAM_HEADER_LEN + len]
@@ -67,26 +66,26 @@ pub fn datagram_error(buffer: &mut [u8], errno: i32) -> &[u8] {
     &buffer[..ERROR_LEN]
 }
 
-/// The answer to a request. What the host lacks for another socket is said in words that connect(2)
-/// has: its descriptors and memory are not the guest's business.
+/// The answer to a request. If the host lacks something for another socket, the guest gets an errno
+/// that connect(2) has: the host's descriptors and memory are not its business.
 pub fn status(errno: i32) -> [u8; STATUS_LEN] {
     let errno = match errno {
         libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC => libc::ENOBUFS,
-        // No IPv6 at all.
+        // The host has no IPv6 at all.
         libc::EAFNOSUPPORT => libc::ENETUNREACH,
         other => other,
     };
     (errno as u16).to_be_bytes()
 }
 
-/// A datagram that is longer than there can be.
+/// A datagram that is longer than [`MAX_DATAGRAM_LEN`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooLong;
 
 /// The first datagram in what the guest has sent, once it is complete.
 ///
 /// # Errors
-/// Its length is none that a datagram can have.
+/// Its length is more than a datagram can have.
 pub fn first_datagram(bytes: &[u8]) -> Result<Option<&[u8]>, TooLong> {
     let Some((header, rest)) = bytes.split_first_chunk::<DATAGRAM_HEADER_LEN>() else {
         return Ok(None);

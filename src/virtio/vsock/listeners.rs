@@ -1,6 +1,6 @@
-//! The host sockets on which clients come: accepting them, and resting where the host has no room.
+//! The host's listening sockets: accepts their clients, and rests a listener when the host has no room.
 //!
-//! Listeners are level-triggered: a client that is still waiting is spoken of again. One that rests is
+//! Listeners are level-triggered: epoll reports a client as long as it waits. A listener that rests is
 //! not watched.
 
 use std::collections::VecDeque;
@@ -18,8 +18,8 @@ use super::endpoint::Endpoint;
 use super::source::Source;
 use crate::virtio::main_loop::Watcher;
 
-/// How long a listener rests when the host has no descriptor or memory for its next client: the
-/// client goes on waiting, and asking again at once would be all that the main loop does.
+/// How long a listener rests when the host has no descriptor or memory for its next client. The client
+/// waits; trying again at once would keep the main loop from everything else.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening host socket, non-blocking, whose clients are connected to the guest.
@@ -31,7 +31,7 @@ pub enum Listener {
         socket: UnixListener,
         /// The guest's vsock port.
         guest_port: u32,
-        /// The one to try when the guest refuses that.
+        /// The vsock port to try when the guest refuses the first.
         fallback_port: Option<u32>,
     },
     /// A published port. Its clients wait to be accepted until the guest's servers listen.
@@ -59,7 +59,7 @@ pub struct Client {
     pub endpoint: io::Result<Endpoint>,
     /// The guest's vsock port.
     pub guest_port: u32,
-    /// The one to try when the guest refuses that.
+    /// The vsock port to try when the guest refuses the first.
     pub fallback_port: Option<u32>,
 }
 
@@ -67,12 +67,12 @@ pub struct Client {
 #[derive(Debug)]
 pub struct Listeners {
     listeners: Vec<Listener>,
-    /// Which of them are not watched, and until when; the one that is first comes first.
+    /// The listeners that are not watched, and until when; in order of that time.
     resting: VecDeque<(Instant, usize)>,
 }
 
 impl Listeners {
-    /// None of them is watched yet.
+    /// All listeners of a box; none is watched yet.
     pub fn new(listeners: Vec<Listener>) -> Self {
         Listeners { listeners, resting: VecDeque::new() }
     }
@@ -113,7 +113,7 @@ impl Listeners {
         self.resting.front().map(|(until, _)| *until)
     }
 
-    /// Watches those again that have rested until `now`.
+    /// Watches listeners again whose rest is over by `now`.
     pub fn wake(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) {
         while let Some((until, index)) = self.resting.front().copied()
             && now >= until
@@ -127,7 +127,7 @@ impl Listeners {
     }
 
     /// Accepts the next client of the listener of this number, if there is one and there is room for
-    /// it; otherwise it waits where it is.
+    /// it; otherwise the client waits in the listener's queue.
     ///
     /// # Errors
     /// The main loop cannot stop watching a listener.
@@ -137,7 +137,7 @@ impl Listeners {
         has_room_for_flow: bool,
         watcher: &mut Watcher<'_, '_>,
     ) -> Result<Option<Client>> {
-        // None are left once the box is over.
+        // After `close` there are no listeners.
         let Some(listener) = self.listeners.get(index) else { return Ok(None) };
         let accepted = match listener {
             Listener::Unix { socket, guest_port, fallback_port } => {
@@ -179,10 +179,10 @@ impl Listeners {
         }
     }
 
-    /// Closes all of them: later clients find nobody.
+    /// Closes all listeners: later clients are refused.
     pub fn close(&mut self, watcher: &mut Watcher<'_, '_>) {
         for listener in self.listeners.drain(..) {
-            // Not watched: those that rest, and published ports before the guest was ready.
+            // Fails for those not watched: they rest, or are ports and the guest was never ready.
             let _ = watcher.remove(&listener);
         }
         self.resting.clear();

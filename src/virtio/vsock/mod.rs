@@ -1,9 +1,9 @@
 //! virtio-vsock (virtio 1.2, 5.10): stream connections between guest and host.
 //!
 //! [`packet`] is the header codec, [`conn`] one connection's state machine, [`flow`] the framing of
-//! network connections, all pure; [`endpoint`] is a connection's host
-//! socket; [`table`] holds all connections and [`listeners`] accepts clients. [`mux`] is the device:
-//! it moves packets between the queues and these.
+//! network connections, all three pure; [`endpoint`] is a connection's host socket; [`table`] holds all
+//! connections, [`listeners`] accepts clients, and [`source`] numbers what the device watches. [`mux`]
+//! is the device: it moves packets between the queues and the connections.
 
 pub mod conn;
 pub mod endpoint;

@@ -1,9 +1,9 @@
 //! The vsock device at work, in the main loop: moves packets between the queues and the
 //! connections, and bytes between the connections and their endpoints.
 //!
-//! Connections' sockets are non-blocking and registered once, edge-triggered; one that has said "no
-//! more for now" is left alone until epoll speaks of it again. Everything a guest or a client can make
-//! this hold is bounded: connections, bytes per connection, waiting resets.
+//! Connections' sockets are non-blocking and registered once, edge-triggered; a socket that would have
+//! blocked is not used until epoll reports it again. Everything that a guest or a client can make the
+//! device hold is bounded: connections, bytes per connection, waiting resets.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -30,40 +30,40 @@ use crate::virtio::queue::{Chain, ServedQueue};
 
 /// Receive, transmit, event.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
-/// Most flows while clients of published ports are accepted: they cannot take the box's own
-/// connections from it.
+/// Clients of published ports are accepted while there are fewer flows than this: they must not use up
+/// the flows that the box itself needs.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
 /// How many connections may have [`conn::BUFFER_LEN`](super::conn::BUFFER_LEN) bytes each on the way to
-/// their host sockets. Those beyond have [`SMALL_BUFFER_LEN`]: a guest that fills every buffer, which
-/// takes thousands of peers that do not read or do not answer, costs mote some 125 MiB rather than a
-/// GiB. The other way, to a guest that has no room for what came, it is some 75 MiB, or 200 MiB of the
-/// largest datagrams.
+/// their host sockets. Connections beyond these have [`SMALL_BUFFER_LEN`]: a guest that fills every
+/// buffer, with thousands of peers that do not read or do not answer, costs mote some 125 MiB rather
+/// than a GiB. Data towards a guest that has no room for it costs at most some 75 MiB, or 200 MiB if
+/// it is the largest datagrams.
 const LARGE_BUFFERS: usize = 256;
-/// See [`LARGE_BUFFERS`]. Four packets of Linux's.
+/// See [`LARGE_BUFFERS`]. Four of the packets that Linux sends.
 const SMALL_BUFFER_LEN: usize = 16 * 1024;
-/// Most resets that wait for room in the receive queue. A guest that provokes more and takes none
-/// loses them.
+/// Most resets that wait for room in the receive queue. If a guest causes more and takes none, the rest
+/// are lost.
 const MAX_RESETS: usize = 1024;
 /// Most packets per queue before the main loop turns to other work.
 const BATCH: usize = 256;
-/// How long a client of the box's own sockets waits for a guest that is not up (contract §3).
+/// How long a client of the box's own sockets waits for a guest that is still booting (contract §3).
 const BOOT_LIMIT: Duration = Duration::from_secs(2);
-/// How long it waits for one that is to answer: its kernel does so at once, when it runs.
+/// How long such a client waits for an answer of a guest that is up: a guest kernel that runs answers
+/// at once.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// How long the guest may take to answer for a published port, or to say where an outgoing flow shall
-/// go. It does so at once, too; but on a host with too much to do, a client that is only slow to
-/// be served must not be reset.
+/// How long the guest may take to answer for a published port, or to say where an outgoing flow goes.
+/// It does so at once, too; but on an overloaded host, a flow that is only slow must not be reset.
 const FLOW_LIMIT: Duration = Duration::from_secs(30);
-/// How long a peer on the network may take nothing of what a flow has left that the guest has closed and
-/// forgotten: there are only so many.
+/// How long a peer on the network may take none of the data left in a flow that the guest has closed and
+/// forgotten: such a flow takes the room of another.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(600);
-/// The queues, while the driver lends them.
+/// The queues, from activation to reset.
 #[derive(Debug)]
 struct Queues {
     ram: GuestRam,
     receive: ServedQueue,
     transmit: ServedQueue,
-    /// Never used: it announces migrations.
+    /// Never used: it is for announcing migrations.
     _event: ServedQueue,
 }
 
@@ -77,17 +77,17 @@ pub struct Mux {
     unfinished: BTreeSet<usize>,
     /// Sockets for the guest's connections to these host ports, one each.
     reserved_ports: HashMap<u32, UnixStream>,
-    /// Where outgoing flows may go; without, there are none.
+    /// Where outgoing flows may go; with `None`, there are no outgoing flows.
     outgoing: Option<Policy>,
     listeners: Listeners,
-    /// Whether the guest's servers listen; until then clients' connections wait.
+    /// Whether the guest's servers listen; until they do, clients' connections wait.
     guest_ready: bool,
     buffer: Vec<u8>,
 }
 
 impl Mux {
-    /// A device that connects the guest to `reserved_ports` (one connection per host port) and to where
-    /// `outgoing` lets it go, and the clients of `listeners` to the guest.
+    /// A device that connects the guest to `reserved_ports` (one connection per host port) and to
+    /// destinations that `outgoing` allows, and clients of `listeners` to the guest.
     pub fn new(
         reserved_ports: HashMap<u32, UnixStream>,
         listeners: Vec<Listener>,
@@ -106,7 +106,7 @@ impl Mux {
         }
     }
 
-    /// The guest's servers listen: asks for the connections of all clients that wait.
+    /// Called when the guest's servers listen: requests connections for all clients that wait.
     ///
     /// # Errors
     /// The queues are broken, or the host has no room to watch a listener.
@@ -115,7 +115,7 @@ impl Mux {
             return Ok(());
         }
         self.listeners.watch_ports(watcher)?;
-        // In the order they came, which is not that of the slots.
+        // In the order in which the clients came, which is not that of the slots.
         for index in self.table.owed() {
             self.queue(index);
         }
@@ -136,8 +136,8 @@ impl Mux {
         Ok(())
     }
 
-    /// Closes connections for which the guest, or an orphan's peer, has not done its part in time, and
-    /// listens again where that had to rest.
+    /// Closes connections whose guest, or whose peer for an orphan, has missed its deadline, and watches
+    /// listeners again that have rested.
     fn expire(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         self.listeners.wake(now, watcher);
         while let Some((due, index)) = self.table.take_due(now) {
@@ -149,10 +149,10 @@ impl Mux {
             }
             if let Some(entry) = self.table.get_mut(index)
                 && entry.is_owed()
-                // Otherwise the peer has taken something.
+                // If not, the peer has taken something, and has a new deadline.
                 && entry.is_due(due)
             {
-                // At once, whether or not the guest ever takes the reset.
+                // Removed at once, whether or not the guest ever takes the reset.
                 let ports = entry.conn.ports();
                 let guest_knows = entry.conn.is_announced() && !entry.conn.is_forgotten();
                 entry.conn.vanish();
@@ -165,14 +165,14 @@ impl Mux {
         Ok(())
     }
 
-    /// Gives up on reserved ports that the guest has not taken, and on everything else: each host socket is
-    /// closed once it has been given all the guest had sent; TCP connections that the guest has not
-    /// ended are reset. Later clients find nobody.
+    /// Closes everything at the end of the box. Reserved ports that the guest has not used are dropped.
+    /// Each host socket is closed when it has been given all that the guest had sent; TCP connections
+    /// that the guest has not ended are reset. Later clients are refused.
     ///
     /// # Errors
     /// A connection cannot be unwatched.
     pub fn close(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
-        // What is left in a ring that is broken stays there.
+        // An error means a broken ring: what is left in it is lost.
         let _ = self.transmit(watcher);
         self.reserved_ports.clear();
         self.outgoing = None;
@@ -188,7 +188,7 @@ impl Mux {
     // ---- from the guest ----------------------------------------------------------------------
 
     fn transmit(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
-        // Taken out while packets are handled: a packet may change anything else of the device.
+        // Taken out of `self` meanwhile: handling a packet may change anything else in it.
         let Some(mut queues) = self.queues.take() else { return Ok(()) };
         let mut touched: BTreeSet<usize> =
             std::mem::take(&mut self.unfinished).into_iter().collect();
@@ -247,7 +247,7 @@ impl Mux {
                         entry.conn.abort();
                     }
                 }
-                // At once: what comes next in the queue may depend on it.
+                // At once: the next packet in the queue may depend on it.
                 self.take_flow_request(index, watcher);
                 Some(index)
             }
@@ -285,7 +285,7 @@ impl Mux {
         self.insert(Entry::new(conn, endpoint, None), watcher)
     }
 
-    /// Connects an outgoing flow, if this is one and it has come to be known where to.
+    /// Connects an outgoing flow, once the guest's request for it is complete.
     fn take_flow_request(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) {
         let (Some(entry), Some(policy)) = (self.table.get_mut(index), &self.outgoing) else {
             return;
@@ -301,7 +301,7 @@ impl Mux {
         };
         let Some(Request { protocol, destination }) = request else { return conn.abort() };
         conn.host_took(REQUEST_LEN);
-        // A datagram is sent when it is there: nothing later undoes it.
+        // A complete datagram is always sent: an abort that comes later does not drop it.
         conn.set_abortable(protocol == Protocol::Tcp);
         let connected = policy
             .resolve(protocol, destination)
@@ -313,7 +313,7 @@ impl Mux {
         }
     }
 
-    /// Whether this connection exists only for its host socket, or is just about to be removed.
+    /// Whether this connection exists only for its host socket, or is about to be removed.
     fn is_unknown_to_guest(&self, index: usize) -> bool {
         self.table.get(index).is_some_and(|e| e.conn.is_forgotten() || e.conn.is_closed())
     }
@@ -324,8 +324,8 @@ impl Mux {
         }
     }
 
-    /// Writes what the guest sent to the host socket, as far as it takes it, and closes each
-    /// direction that is over.
+    /// Writes to the host socket as much of the guest's data as it takes, and closes each direction
+    /// that is over.
     fn flush_to_host(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let Some(entry) = self.table.get_mut(index) else { return Ok(()) };
         let left = entry.conn.len_for_host();
@@ -339,7 +339,7 @@ impl Mux {
                     self.unfinished.insert(index);
                     queues.transmit.kick().write(1)?;
                 }
-                // The driver is gone, and what is left are datagrams, which may be lost.
+                // The driver is gone, and only datagrams are left, which may be lost.
                 None => entry.conn.vanish(),
             }
         }
@@ -364,7 +364,7 @@ impl Mux {
         let mut used = 0;
         while !(self.resets.is_empty() && self.table.is_idle()) {
             if used == BATCH {
-                // Come back after everybody else's turn.
+                // The rest waits until all others had their turn.
                 receive.kick().write(1)?;
                 break;
             }
@@ -375,7 +375,7 @@ impl Mux {
                 receive.push(ram, head, 0)?;
                 continue;
             };
-            // One that holds a header and no data would hold up those that have data to send.
+            // A chain with room for a header only would hold up connections that have data.
             let space = writer.available_bytes().saturating_sub(HEADER_LEN).min(MAX_PACKET);
             if space == 0 {
                 receive.push(ram, head, 0)?;
@@ -410,7 +410,7 @@ impl Mux {
             let buffer = &mut self.buffer;
             let header = conn.next(space, |room| endpoint.read(buffer, room));
             if header.is_some() {
-                // There may be more; at the end of the line, so that nobody starves.
+                // There may be more; it goes to the end of the line, so that no other starves.
                 self.queue(index);
             }
             self.remove_if_closed(index, watcher)?;
@@ -443,8 +443,8 @@ impl Mux {
         let has_room = self.table.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS);
         let Some(client) = self.listeners.accept(index, has_room, watcher)? else { return Ok(()) };
         let Client { endpoint, guest_port: guest, fallback_port } = client;
-        // Otherwise it is dropped, so the client sees the end: there are too many, or it has gone
-        // already, or the host cannot watch it.
+        // Otherwise the socket is dropped, which ends the client's connection: there are too many,
+        // or the client has gone already, or the host cannot watch the socket.
         if let Ok(endpoint) = endpoint
             && self.table.has_room_for_client(&endpoint)
         {
@@ -526,11 +526,11 @@ impl MainLoopDevice for Mux {
         self.deliver(watcher)
     }
 
-    /// Gives the queues back. The guest knows no connection any more: all end, each once its host
-    /// socket has been given all the guest had sent, except that clients which wait for an answer
-    /// wait for the next driver's.
+    /// Gives the queues back. The guest has lost all its connections: each ends when its host socket
+    /// has been given all that the guest had sent. Only clients that wait for an answer go on
+    /// waiting, for the next driver.
     fn reset(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
-        // What is left in a ring that is broken stays there.
+        // An error means a broken ring: what is left in it is lost.
         let _ = self.transmit(watcher);
         if let Some(queues) = self.queues.take() {
             for queue in [&queues.receive, &queues.transmit] {
@@ -542,8 +542,7 @@ impl MainLoopDevice for Mux {
         Ok(())
     }
 
-    /// Errors are the device's end, not the process's: the guest's own doing, or a host without
-    /// descriptors.
+    /// An error ends the device: the guest has broken its queues, or the host is out of descriptors.
     fn handle(
         &mut self,
         source: u32,
@@ -569,15 +568,15 @@ impl MainLoopDevice for Mux {
         owed.into_iter().chain(self.listeners.next_deadline()).min()
     }
 
-    /// Does what is due by `now`, and gives the guest what there is for it: once for all events of a
-    /// round, because a guest can have each of very many events cost a full batch.
+    /// Does what is due by `now`, and delivers packets to the guest. It delivers once a round, not at
+    /// every event, because a guest could make each of very many events cost a full batch.
     fn end_round(&mut self, now: Instant, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         self.expire(now, watcher)?;
         self.deliver(watcher)
     }
 }
 
-/// Starts watching a connection's host socket, if it has one by now.
+/// Starts watching a connection's host socket, if it has one already.
 fn watch(endpoint: &Endpoint, index: usize, watcher: &mut Watcher<'_, '_>) -> io::Result<()> {
     let Some(fd) = endpoint.fd() else { return Ok(()) };
     let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;

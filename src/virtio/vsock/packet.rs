@@ -1,5 +1,5 @@
-//! The vsock packet header (virtio 1.2, 5.10.6): 44 bytes, little-endian. Decoded once into a
-//! value of its own, so that it cannot change between check and use.
+//! The vsock packet header (virtio 1.2, 5.10.6): 44 bytes, little-endian. It is decoded once, from a
+//! copy, so that it cannot change between check and use.
 
 /// Bytes of a header on the queue.
 pub const HEADER_LEN: usize = 44;
@@ -31,7 +31,7 @@ pub enum Op {
     Shutdown = 4,
     /// Carry data.
     Data = 5,
-    /// Tell how much may be sent.
+    /// Tell the peer how much it may send.
     CreditUpdate = 6,
     /// Ask for a credit update.
     CreditRequest = 7,
@@ -81,9 +81,9 @@ pub struct Header {
 /// A packet from the guest that is not for a stream between guest and host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Foreign {
-    /// Answer with a reset (5.10.6.4.1): the ports make sense, the rest does not.
+    /// To be answered with a reset (5.10.6.4.1): the ports are valid, the rest is not.
     Refuse(Ports),
-    /// Not even that: a reset itself, or somebody else's address.
+    /// Not to be answered: a reset itself, or for an address that is not the host's.
     Ignore,
 }
 
@@ -91,7 +91,7 @@ impl Header {
     /// Reads a header sent by the guest.
     ///
     /// # Errors
-    /// It is none that this device serves; says what becomes of it.
+    /// This device does not serve such a packet; [`Foreign`] says how to answer it.
     pub fn from_guest(bytes: &[u8; HEADER_LEN]) -> Result<Header, Foreign> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;

@@ -1,12 +1,12 @@
-//! What the vsock device watches in the main loop, as the number that an event carries
+//! What the vsock device watches in the main loop, and the number for it that an event carries
 //! ([`crate::virtio::main_loop::Watcher`]).
 
 /// The source of an event of this device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
-    /// Buffers to receive into.
+    /// Notifications of the receive queue.
     Receive,
-    /// Packets to send.
+    /// Notifications of the transmit queue.
     Transmit,
     /// A client waits on the listener of this number.
     Listener(usize),

@@ -1,5 +1,5 @@
-//! The connection table: every connection with its endpoint, found by slot or by ports; which of them
-//! may have something for the guest, and by when which of them are owed something.
+//! The connection table: every connection with its endpoint, found by slot or by ports; which
+//! connections may have something for the guest, and which have a deadline.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Instant;
@@ -8,16 +8,16 @@ use super::conn::Conn;
 use super::endpoint::Endpoint;
 use super::packet::Ports;
 
-/// Most connections at once; clients beyond are refused. The agent's own connections always find
-/// room, of which there are no more than reserved ports: without them there is no agent.
+/// Most connections at once; clients beyond are refused. Connections to reserved ports are not limited:
+/// there is one for each port, and the agent cannot do without them.
 pub const MAX_CONNECTIONS: usize = 4096;
-/// Most of them that are flows, outgoing and published: the rest is for the clients of the box's own
-/// sockets, who must get in whatever the box does on the network.
+/// Most connections that are flows, outgoing and published. The rest is for clients of the box's own
+/// sockets, who must find room whatever the box does on the network.
 pub const MAX_FLOWS: usize = 3072;
-/// Most of them that are the clients': they cannot take its flows from the box.
+/// Most connections of clients of the box's own sockets: they must not use up the room for flows.
 pub(super) const MAX_CLIENTS: usize = MAX_CONNECTIONS - MAX_FLOWS;
-/// First port given to connections from the host; the guest's own start at 1024 too, but those are
-/// a different set.
+/// First host port of connections that the host opens. The guest's own ports start at 1024 too, but
+/// they are a separate set.
 const FIRST_HOST_PORT: u32 = 1024;
 
 /// A connection and its endpoint.
@@ -29,33 +29,34 @@ pub struct Entry {
     pub endpoint: Endpoint,
     /// The guest port to ask when the guest refuses the first one.
     pub fallback_port: Option<u32>,
-    /// Whether it was an orphan when it was looked at last.
+    /// Whether it was an orphan when it was last flushed.
     pub orphaned: bool,
-    /// Stands in [`Table::ready`].
+    /// Whether it is in [`Table::ready`].
     pub(super) queued: bool,
-    /// Until when the guest may owe an answer, or a flow's request; or a peer may take nothing.
+    /// The deadline for what the guest owes, or for an orphan's peer to take something.
     due: Option<Instant>,
 }
 
 impl Entry {
-    /// A connection that nothing has been done for yet.
+    /// A new connection, in no line and without a deadline.
     pub fn new(conn: Conn, endpoint: Endpoint, fallback_port: Option<u32>) -> Self {
         Entry { conn, endpoint, fallback_port, orphaned: false, queued: false, due: None }
     }
 
-    /// Whether what [`Table::set_due`] is for is still to come.
+    /// Whether the deadline still counts: the guest owes an answer, a flow's request or room for a
+    /// reset, or an orphan waits for its peer.
     pub fn is_owed(&self) -> bool {
         let guest_owes = self.conn.is_requested() || self.endpoint.is_awaiting();
         guest_owes || self.conn.is_resetting() || self.is_orphan()
     }
 
-    /// Whether this is a flow that only waits for its peer. A client of the box's own sockets may take
-    /// as long as it likes.
+    /// Whether this is a flow that the guest has forgotten, and that only waits for its peer to take the
+    /// rest. A client of the box's own sockets may take as long as it likes.
     pub fn is_orphan(&self) -> bool {
         self.endpoint.is_flow() && self.conn.is_forgotten()
     }
 
-    /// Whether it is this that it is waited for.
+    /// Whether this is still the deadline.
     pub fn is_due(&self, due: Instant) -> bool {
         self.due == Some(due)
     }
@@ -69,9 +70,9 @@ pub struct Table {
     pub(super) by_ports: HashMap<Ports, usize>,
     /// How many of the connections are flows.
     pub(super) flows: usize,
-    /// Connections that may have something for the guest, first come first served.
+    /// Slots of connections that may have something for the guest, first come first served.
     pub(super) ready: VecDeque<usize>,
-    /// The slots that are owed something, by when. What has arrived since does not leave it at once.
+    /// Deadlines and their slots. A deadline stays here when what it is for has happened.
     pub(super) deadlines: BTreeSet<(Instant, usize)>,
     next_host_port: u32,
 }
@@ -121,13 +122,13 @@ impl Table {
         self.entries.iter().flatten()
     }
 
-    /// Whether there is room for another flow where `limit` of them may be.
+    /// Whether there is room for another flow, if there may be `limit` of them.
     pub fn has_room_for_flow(&self, limit: usize) -> bool {
         self.flows < limit && self.count() < MAX_CONNECTIONS
     }
 
-    /// Whether there is room for this client. That of a published port has been accepted because there
-    /// was room for a flow.
+    /// Whether there is room for this client. For a client of a published port, [`MAX_FLOWS`] was checked
+    /// before it was accepted.
     pub fn has_room_for_client(&self, endpoint: &Endpoint) -> bool {
         match endpoint.is_flow() {
             true => self.count() < MAX_CONNECTIONS,
@@ -135,7 +136,8 @@ impl Table {
         }
     }
 
-    /// Takes a slot for a connection to come: [`Table::insert`] or [`Table::give_back`] is next.
+    /// Takes a slot for a new connection. The caller then calls [`Table::insert`] or
+    /// [`Table::give_back`].
     pub fn take_slot(&mut self) -> usize {
         self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
@@ -143,7 +145,7 @@ impl Table {
         })
     }
 
-    /// Gives a slot back to which no connection came.
+    /// Gives back a slot that was not used.
     pub fn give_back(&mut self, index: usize) {
         self.free.push(index);
     }
@@ -155,7 +157,7 @@ impl Table {
         self.entries[index] = Some(entry);
     }
 
-    /// Removes the connection in this slot, if that is closed.
+    /// Removes the connection in this slot, if it is closed.
     pub fn remove_closed(&mut self, index: usize) -> Option<Entry> {
         let slot = self.entries.get_mut(index)?;
         let entry = slot.take_if(|entry| entry.conn.is_closed())?;
@@ -169,7 +171,7 @@ impl Table {
         Some(entry)
     }
 
-    /// Has a request that the guest has refused ask its other port, if it has one.
+    /// Sends a request that the guest has refused to its fallback port. `false` if it has none.
     pub fn ask_elsewhere(&mut self, index: usize) -> bool {
         let Some(entry) = self.get_mut(index).filter(|entry| entry.conn.is_requested()) else {
             return false;
@@ -185,8 +187,8 @@ impl Table {
         true
     }
 
-    /// A host port that no connection to this port of the guest's has. There is always one: ports are
-    /// many more than connections.
+    /// A host port that no other connection to this guest port has. There is always one: there are many
+    /// more ports than connections.
     pub fn free_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
@@ -200,7 +202,7 @@ impl Table {
         }
     }
 
-    /// Says by when a connection is owed something, in place of what was said before.
+    /// Sets a connection's deadline, in place of an earlier one.
     pub fn set_due(&mut self, index: usize, due: Instant) {
         let Some(entry) = self.entries.get_mut(index).and_then(Option::as_mut) else { return };
         if let Some(before) = entry.due.replace(due) {
@@ -209,18 +211,19 @@ impl Table {
         self.deadlines.insert((due, index));
     }
 
-    /// When [`Table::take_due`] has something next.
+    /// When [`Table::take_due`] has something to return.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.deadlines.first().map(|(due, _)| *due)
     }
 
-    /// The next slot that is owed something since before `now`, and since when. It may have it by now.
+    /// Takes the next deadline that has passed by `now`, and its slot. The connection may not be owed
+    /// anything any more ([`Entry::is_owed`]).
     pub fn take_due(&mut self, now: Instant) -> Option<(Instant, usize)> {
         self.deadlines.first().filter(|(due, _)| now >= *due)?;
         self.deadlines.pop_first()
     }
 
-    /// The slots that are owed something, the longest first.
+    /// The slots that have a deadline, the earliest first.
     pub fn owed(&self) -> Vec<usize> {
         self.deadlines.iter().map(|(_, index)| *index).collect()
     }
@@ -234,12 +237,12 @@ impl Table {
         }
     }
 
-    /// Whether nobody stands in line.
+    /// Whether no connection is in line.
     pub fn is_idle(&self) -> bool {
         self.ready.is_empty()
     }
 
-    /// The connection that is first in line, which it leaves.
+    /// Takes the first connection out of the line.
     pub fn next_in_line(&mut self) -> Option<usize> {
         let index = self.ready.pop_front()?;
         if let Some(entry) = self.get_mut(index) {
