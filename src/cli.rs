@@ -1,4 +1,4 @@
-//! The command line: what the box runtime gives (contract §2.2), and the commands for people.
+//! The command line: the form that the box runtime uses (contract §2.2), and the commands for people.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -178,7 +178,7 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
             }
             Value(word) if socket.is_none() => socket = Some(PathBuf::from(word)),
             Value(word) if client == Client::Cp => words.push(word),
-            // Whatever follows the command's name is its own, options too.
+            // Everything after the command's name belongs to the command, options too.
             Value(word) => {
                 words.push(word);
                 words.extend(parser.raw_args()?);

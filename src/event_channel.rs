@@ -21,7 +21,7 @@ pub struct Receiver<T> {
     event: EventFd,
 }
 
-/// A channel in which at most `bound` values wait: a sender of more waits too.
+/// A channel that holds at most `bound` values: when it is full, a sender waits.
 ///
 /// # Errors
 /// The host has no descriptor for the event.
@@ -53,12 +53,12 @@ impl<T> Sender<T> {
 }
 
 impl<T> Receiver<T> {
-    /// Takes the event back: what is sent from here on makes the descriptor readable again.
+    /// Clears the event: a value sent from here on makes the descriptor readable again.
     pub fn clear(&self) {
         let _ = self.event.read();
     }
 
-    /// Makes the descriptor readable although nothing new was sent: there is something left to take.
+    /// Makes the descriptor readable although nothing new was sent: for values that are left to take.
     pub fn wake(&self) {
         let _ = self.event.write(1);
     }

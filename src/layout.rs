@@ -35,7 +35,7 @@ pub const PML4: u64 = 0x9000;
 pub const PDPT: u64 = 0xa000;
 /// See [`PML4`].
 pub const PD: u64 = 0xb000;
-/// The self-test program (`selftest`), gone before the kernel runs.
+/// The program of [`crate::kvm::self_test`], gone before the kernel runs.
 pub const SELF_TEST: u64 = 0x1_0000;
 /// Kernel command line.
 pub const COMMAND_LINE: u64 = 0x2_0000;
@@ -109,8 +109,8 @@ pub fn device_page(index: usize) -> u64 {
     MMIO + index as u64 * MMIO_PAGE
 }
 
-/// Interrupt of the `index`-th virtio device. Lines are shared once all pins are taken: the
-/// kernel's driver asks for shared, edge-triggered interrupts.
+/// Interrupt of the `index`-th virtio device. Devices share pins once all are taken: the kernel's
+/// driver asks for shared, edge-triggered interrupts.
 pub fn device_irq(index: usize) -> u32 {
     let pins = u32::from(IRQ_PINS) - FIRST_DEVICE_IRQ;
     FIRST_DEVICE_IRQ + index as u32 % pins

@@ -6,35 +6,35 @@
 //! JSON ─Spec::parse─▶ Spec ─Plan::new─▶ Plan ─Vm::build─▶ Vm ─run::run─▶ Outcome ─▶ exit code
 //! ```
 //!
-//! The rooms, in the order in which each uses only those above it (`make check` proves it). A folder's
+//! The modules, in an order in which each uses only those above it (`make check` proves it). A folder's
 //! `mod.rs` says what is in it.
 //!
 //! - [`sys`]: the system calls that no crate covers; with [`memory`] the only unsafe code
 //! - [`log`], [`token`], [`event_channel`]: messages on stderr; what the main loop's events are about; how
-//!   other threads reach it
+//!   other threads reach the main loop
 //! - [`outcome`], [`timeline`]: how a box ended, with the table of exit codes; what happened when
 //! - [`spec`]: what was asked for, as written: one struct for each object of the JSON
 //! - [`layout`], [`memory`]: the guest's physical addresses; its RAM
 //! - [`resolv_conf`], [`policy`]: the host's name servers; where the guest may connect to
 //! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, net on passt,
 //!   file systems on virtiofsd, and [`virtio::vsock`] with a connection's life and half-closes
-//! - [`confine`]: what mote gives up before it runs a guest, and which system calls are left; ends that
-//!   leave no outcome
+//! - [`confine`]: what mote gives up before it runs a guest, and which system calls are left; how it
+//!   reports an end that leaves no time for an outcome
 //! - [`cpuset`], [`cgroup`]: the host's limits on CPUs, CPU time and memory
-//! - [`plan`]: the spec judged, one file for each part of it: paths, shares, limits, ports, network, and what
-//!   the agent is told
+//! - [`plan`]: the spec checked, one file for each part of it: paths, shares, limits, ports, network, and
+//!   what the agent is told
 //! - [`console`], [`bus`]: the guest's output and serial port; its port and MMIO accesses
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
-//! - [`host`]: what stands beside mote for a box: its sockets, each share's virtiofsd, the janitor
+//! - [`host`]: what a box needs on the host: its sockets, each share's virtiofsd, the janitor
 //! - [`vm`]: the whole VM, assembled from all of these
-//! - [`run`]: the main loop, and which end of what becomes the box's outcome
+//! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`probe`]: whether this host can run boxes
 //! - [`client`]: working with a box that runs, from another process
 //! - [`cli`]: the command line
-//! - `fuzz`: what the fuzzers run, and the unit tests too
+//! - `fuzz`: what the fuzzers run; the unit tests run it too
 //!
-//! The guest's half, and the messages between the two, are in the `mote-agent` crate (`guest/`).
+//! The guest's half, and the messages between host and guest, are in the `mote-agent` crate (`guest/`).
 
 pub mod boot;
 pub mod bus;
@@ -133,7 +133,7 @@ fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) ->
     }
 }
 
-/// Reads a spec and judges it: the plan, or all that is wrong. Warnings are said at once.
+/// Reads and checks a spec: returns the plan, or everything that is wrong. Logs warnings at once.
 fn read_plan(
     config: &Config,
     environment: &Environment,
@@ -159,7 +159,7 @@ fn run_box(
 ) -> u8 {
     let mut outcome_file = None;
     let mut timeline_file = None;
-    // First: nothing that mote opens is among them.
+    // First, so that the list has nothing that mote opens itself.
     let outcome = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
@@ -184,8 +184,8 @@ fn run_box(
     outcome.exit_code()
 }
 
-/// A file for a report at the end, opened at the start: there is nothing to open from inside the
-/// sandbox.
+/// A file for a report at the end. It is opened at the start, because a confined mote cannot open
+/// files.
 struct ReportFile<'a> {
     what: &'static str,
     path: &'a Path,
@@ -219,17 +219,18 @@ fn run_to_end(
     timeline.mark("plan_ready");
     let signals = Rc::new(Signals::block()?);
     sys::process::raise_open_file_limit();
-    // Its image in memory holds the guest's: nobody gets a copy.
+    // A core dump would hold the guest's memory: nobody gets a copy of that.
     sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::confine::share_heap();
     sys::process::adopt_orphans().context("become the parent of back-ends' children")?;
     run_on_host(&plan, inherited, &signals, timeline).or_else(|error| {
-        // What waited was told to stop, and so is over. The guest would have ended by it as well.
+        // A stop signal ends whatever waits during the start, with an error. The outcome is then the one
+        // that the guest would have had from this signal.
         let signal = || sys::next_signal(&signals.stop);
         match (signal(), signal()) {
             (None, _) => Err(error),
             (Some(only), None) => Ok(Outcome::Signaled(only as u8)),
-            // As in the main loop. Which of the two came first is not known.
+            // As in the main loop. Which signal came first is not known.
             (Some(_), Some(_)) => {
                 Ok(Outcome::Stopped("stopped hard by a second signal before the guest ran".into()))
             }
@@ -237,7 +238,7 @@ fn run_to_end(
     })
 }
 
-/// Has the box's resources on the host made, runs it, and has them removed.
+/// Has the janitor make the box's resources on the host, runs the box, and has the janitor remove them.
 fn run_on_host(
     plan: &Plan,
     inherited: &[RawFd],
@@ -262,7 +263,7 @@ fn run_on_host(
         run::run(vm, served, &plan.sandbox, Rc::clone(signals), timeline)
     };
     let outcome = run(timeline);
-    // The VM is dropped, its back-ends have ended: nothing shall outlive this process.
+    // The VM is dropped and its back-ends have ended, so that nothing outlives this process.
     janitor.dismiss();
     outcome
 }

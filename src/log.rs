@@ -1,15 +1,15 @@
 //! mote's own messages: lines on stderr that start with `mote:`. stdout belongs to the guest.
-//! Nothing here can fail, panic or wait for long; a stderr that is closed or full loses messages, not
-//! boxes.
+//! Nothing here can fail, panic or wait for long: if stderr is closed or full, messages are lost and
+//! the box goes on.
 
 use std::io::{self, Write};
 use std::time::Duration;
 
 use crate::sys::{self, Interest};
 
-/// What a pipe that is writable takes without waiting (`PIPE_BUF`, pipe(7)).
+/// Bytes that a writable pipe takes without waiting (`PIPE_BUF`, pipe(7)).
 const PIPE_BUF: usize = 4096;
-/// How long a full stderr is waited for.
+/// How long to wait for a full stderr.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Something failed.
@@ -17,24 +17,24 @@ pub fn error(message: &str) {
     line("", message);
 }
 
-/// Something is probably not meant.
+/// Something is probably a mistake.
 pub fn warn(message: &str) {
     line("warning: ", message);
 }
 
-/// What somebody who has read an earlier message wants to know.
+/// Something that a reader of an earlier message wants to know.
 pub fn info(message: &str) {
     line("", message);
 }
 
-/// For complaints that a guest could provoke without end: only the first is made.
+/// For errors that a guest could cause again and again: only the first is logged.
 #[derive(Debug, Default)]
 pub struct LogOnce {
     made: bool,
 }
 
 impl LogOnce {
-    /// Makes a complaint, unless one was made before. Returns whether it did.
+    /// Logs an error, unless one was logged before. Returns whether it did.
     pub fn error(&mut self, message: &str) -> bool {
         let first = !std::mem::replace(&mut self.made, true);
         if first {
@@ -46,7 +46,7 @@ impl LogOnce {
 
 fn line(kind: &str, message: &str) {
     if cfg!(fuzzing) {
-        // Thousands of boxes a second would be complained of.
+        // A fuzzer would log thousands of errors a second.
         return;
     }
     // One write, so that lines of several threads do not mix; no control characters, so that text
@@ -57,7 +57,7 @@ fn line(kind: &str, message: &str) {
         text.pop();
     }
     text.push('\n');
-    // A stderr that is full and not read loses the line: it must not hold up the end of a box.
+    // If stderr is full and nobody reads it, the line is lost: it must not hold up the end of a box.
     let mut stderr = io::stderr();
     let ready = sys::poll([Interest::write(&stderr)], Some(PATIENCE));
     if ready.is_ok_and(|[ready]| ready) {

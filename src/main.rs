@@ -9,7 +9,7 @@ use mote::timeline::Timeline;
 use mote::{cli, log, outcome};
 
 fn main() -> ExitCode {
-    // A bug: one line that says where, rather than a signal that says nothing.
+    // A panic is a bug: it ends in one line that says where, not in a signal that says nothing.
     std::panic::set_hook(Box::new(|panic| {
         sudden_end::end(
             "internal-error",

@@ -1,6 +1,6 @@
 //! Guest RAM and the register pages, and the KVM memory slots that show them to the guest.
 //!
-//! All RAM is one memory file: vhost-user back-ends map the same file. What is mapped here
+//! All RAM is one memory file, and vhost-user back-ends map the same file. What is mapped here
 //! stays mapped until the process ends, because KVM and the vCPU threads use it until then.
 
 #![allow(unsafe_code, reason = "maps memory and hands its addresses to KVM")]
@@ -44,9 +44,9 @@ pub fn create_ram(memory_bytes: u64) -> Result<GuestRam> {
     GuestRam::from_regions(regions).map_err(|e| anyhow!("arrange guest memory: {e}"))
 }
 
-/// A sealed memfd where those get huge pages on advice. Most hosts say `never`, for which there is a
-/// tmpfs of our own, where mote may make one: then a back-end that has been taken over could shrink
-/// the file, and so end its own box. Without either, small pages: slower, nothing else.
+/// The file for RAM: a sealed memfd where memfds can have huge pages. Most hosts say `never`; there it is
+/// a file on a tmpfs of our own, if mote may mount one. That file is not sealed: a back-end under an
+/// attacker's control could shrink it, but would only end its own box. Else a memfd with small pages.
 fn memory_file(memory_bytes: u64) -> io::Result<File> {
     let setting = std::fs::read_to_string(SHMEM_HUGE_PAGES).unwrap_or_default();
     if setting.contains("[never]")
@@ -201,8 +201,8 @@ impl RegisterPage {
         u32::from_le(loaded.unwrap_or(0))
     }
 
-    /// Sets bytes that the guest reads before it is told of them, or once more when it is
-    /// (configuration space).
+    /// Sets bytes of the configuration space. Not one store: the guest reads them before the device runs,
+    /// or again after it was notified of a change.
     pub fn set_bytes(&self, offset: u64, bytes: &[u8]) {
         let written = self.region.write_slice(bytes, MemoryRegionAddress(self.base + offset));
         debug_assert!(written.is_ok());

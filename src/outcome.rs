@@ -23,11 +23,11 @@ use serde_json::json;
 /// Exit code for a wrong command line and for errors that `mote check` finds.
 pub const USAGE: u8 = 2;
 
-/// Exit code for what breaks mote. After a refused system call, a fatal signal or a panic the process ends
-/// where it is, without an [`Outcome`] ([`crate::confine::sudden_end::end`]).
+/// Exit code when mote itself breaks. After a refused system call, a fatal signal or a panic the process
+/// ends at once, without an [`Outcome`] ([`crate::confine::sudden_end::end`]).
 pub const BROKEN: u8 = 120;
 
-/// Why memory of the guest's may be gone, and what to change.
+/// Why guest memory may be gone, and what to change.
 pub const MEMORY_GONE: &str = "the host, its tmpfs or its huge pages have run out, or a back-end has cut it short; give the host more memory, or the box less";
 
 /// How a box ended.
@@ -37,7 +37,7 @@ pub enum Outcome {
     Exited(u8),
     /// A signal killed the entrypoint.
     Signaled(u8),
-    /// The guest runs, the entrypoint never did.
+    /// The guest started, but the entrypoint did not.
     EntrypointNotStarted {
         /// 125, 126 or 127.
         code: u8,
@@ -50,13 +50,13 @@ pub enum Outcome {
     BackendDied(String),
     /// The guest kernel panicked or crashed.
     GuestCrashed(String),
-    /// The guest ended and nobody said how the entrypoint did.
+    /// The guest ended, and no exit status of the entrypoint arrived.
     NoStatus(String),
     /// Stopped hard.
     Stopped(String),
     /// The host took guest memory away.
     MemoryGone(String),
-    /// mote came upon a fault of its own, or of the host's, while the guest ran.
+    /// A fault of mote itself, or of the host, while the guest ran.
     InternalError(String),
 }
 

@@ -1,9 +1,9 @@
 //! Where the guest may connect to: the one place that says yes or no to a destination. A pure
 //! function of protocol and destination.
 //!
-//! The host's loopback is out of reach (contract §9.4), however it is spelled, and so is what has no
-//! meaning outside the guest. The one exception is a name server on loopback: a resolv.conf copied
-//! from the host names one, and the host's own answers in its place.
+//! The host's loopback is out of reach (contract §9.4), however it is spelled, and so are addresses that
+//! have no meaning outside the guest. The one exception is port 53 on loopback: a resolv.conf copied
+//! from the host may name such a server, and the host's own name server answers in its place.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
@@ -30,9 +30,9 @@ pub struct Policy {
 enum TestServers {
     /// There are none.
     None,
-    /// On loopback, as named.
+    /// On loopback, at the address that the guest names.
     Loopback,
-    /// Here, whatever is named: a fuzzer must not reach anybody else.
+    /// At these addresses, whatever the guest names: a fuzzer must not reach anybody else.
     StandIns { tcp: SocketAddr, udp: SocketAddr },
 }
 
@@ -48,13 +48,13 @@ impl Policy {
         }
     }
 
-    /// One that lets the guest reach the host's loopback.
+    /// A policy that lets the guest reach the host's loopback.
     #[cfg(any(test, fuzzing))]
     pub fn with_loopback() -> Self {
         Policy { servers: TestServers::Loopback, ..Policy::new("") }
     }
 
-    /// One with which every destination is one of these two.
+    /// A policy that turns every destination into one of these two.
     #[cfg(any(test, fuzzing))]
     pub fn with_stand_ins(tcp: SocketAddr, udp: SocketAddr) -> Self {
         Policy { servers: TestServers::StandIns { tcp, udp }, ..Policy::new("") }
@@ -73,7 +73,7 @@ impl Policy {
     /// The address to connect to for a destination that the guest has named.
     ///
     /// # Errors
-    /// The errno for the application: what a host would say to which the destination means nothing.
+    /// The errno for the application: the one that a host without a route or listener would give.
     pub fn resolve(&self, protocol: Protocol, destination: SocketAddr) -> Result<SocketAddr, i32> {
         let ip = destination.ip().to_canonical();
         if destination.port() == 0 {
@@ -100,14 +100,14 @@ impl Policy {
         }
     }
 
-    /// The name server that is meant by a loopback address: the very same, or else the first.
+    /// The host's name server for a loopback address: the one with this address, or else the first.
     fn resolver_for(&self, ip: IpAddr) -> Option<SocketAddr> {
         let same = self.resolvers.iter().find(|resolver| resolver.ip() == ip);
         same.or(self.resolvers.first()).copied()
     }
 }
 
-/// Addresses that name no host, or none that can be told from here.
+/// Addresses that name no single host, or none that mote can reach.
 fn is_out_of_reach(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {

@@ -1,15 +1,15 @@
 //! The host's resolv.conf(5), as far as mote reads it.
 
-/// The host's own.
+/// The host's file.
 const PATH: &str = "/etc/resolv.conf";
 
-/// What the host's says; nothing if there is none.
+/// The text of the host's file; empty if there is none.
 pub fn of_host() -> String {
     std::fs::read_to_string(PATH).unwrap_or_default()
 }
 
-/// The name servers, as written: addresses, and IPv6 addresses with the interface to reach them by. Only a
-/// line that starts with the word counts, as it does to the resolvers of glibc and musl.
+/// The name servers, as written: addresses, and IPv6 addresses with the interface to reach them by. As in
+/// the resolvers of glibc and musl, only a line that starts with `nameserver` counts.
 pub fn name_servers(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| {
         line.strip_prefix("nameserver")?.strip_prefix([' ', '\t'])?.split_whitespace().next()

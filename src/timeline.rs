@@ -15,7 +15,7 @@ pub struct ExitCounts {
     pub port: AtomicU64,
     /// Accesses to the registers of devices.
     pub mmio: AtomicU64,
-    /// Interruptions from outside.
+    /// All others, such as a signal to the vCPU's thread.
     pub other: AtomicU64,
 }
 
@@ -27,14 +27,14 @@ impl ExitCounts {
     }
 }
 
-/// Something that was reached, and when, in microseconds since the process started.
+/// A point that the start has reached, and when, in microseconds since the process started.
 #[derive(Debug, Clone)]
 struct Mark {
     name: &'static str,
     at_us: u64,
 }
 
-/// What was reached when, each only once, and how often the guest has exited on the way.
+/// The points reached and when, each only once, and how often the guest has exited on the way.
 #[derive(Debug)]
 pub struct Timeline {
     start: Instant,
@@ -49,12 +49,12 @@ impl Timeline {
         Timeline { start: Instant::now(), marks: Vec::new(), exits: None }
     }
 
-    /// Records that something has just been reached. Only the first time counts.
+    /// Records that a point has just been reached. Only the first time counts.
     pub fn mark(&mut self, name: &'static str) {
         self.mark_at(name, Instant::now());
     }
 
-    /// Records that something was reached at a given time.
+    /// Records that a point was reached at a given time.
     pub fn mark_at(&mut self, name: &'static str, at: Instant) {
         if self.marks.iter().all(|mark| mark.name != name) {
             let elapsed = at.saturating_duration_since(self.start);
@@ -95,8 +95,8 @@ impl GuestClock {
         GuestClock { host: Instant::now(), guest_ns }
     }
 
-    /// The host time of a guest reading; a reading that makes no sense is "now" at the latest and
-    /// the epoch of the process at the earliest.
+    /// The host time of a guest reading: never later than now. A difference that the host's clock cannot
+    /// express counts as none.
     pub fn to_host(self, guest_ns: u64) -> Instant {
         if guest_ns >= self.guest_ns {
             let later = Duration::from_nanos(guest_ns - self.guest_ns);

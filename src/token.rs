@@ -7,7 +7,7 @@ pub enum Token {
     Stop,
     /// SIGCONT.
     Continued,
-    /// It is time to tell the guest the time.
+    /// The timer for telling the guest the time of day.
     Clock,
     /// A vCPU has stopped for good.
     VcpuExit,
@@ -25,13 +25,13 @@ pub enum Token {
     Device {
         /// The device's number.
         device: u8,
-        /// What it is, in the device's own numbers, at most [`Token::MAX_INDEX`].
+        /// What the device watches, by a number of its own choice, at most [`Token::MAX_INDEX`].
         source: u32,
     },
 }
 
 const INDEX_BITS: u32 = 24;
-/// From this kind on, a kind is a device.
+/// Kinds from this one on are devices.
 const FIRST_DEVICE: u32 = 128;
 
 impl Token {

@@ -1,15 +1,15 @@
-//! Reading a JSON document with a position for every complaint.
+//! Reading a JSON document so that every error has a position.
 //!
-//! serde's derived parsers stop at the first error and forget where they were; a person fixing a
-//! spec wants every error at once, each with its path. So the text becomes a [`Json`] tree that
-//! still knows repeated keys, and [`Object`] takes it apart, noting what is wrong in a [`Report`].
+//! serde's derived parsers stop at the first error and lose its position; a person fixing a spec
+//! wants every error at once, each with its path. So the text becomes a [`Json`] tree that keeps
+//! repeated keys, and [`Object`] reads the tree member by member and adds errors to a [`Report`].
 
 use std::cell::RefCell;
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-/// One complaint about a document.
+/// One error or warning about a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
     /// Where, as a path from the root (`fs_mounts[2].tag`); empty for the document itself.
@@ -32,7 +32,7 @@ impl fmt::Display for Fault {
 pub struct Report {
     /// What makes the document unusable.
     pub errors: Vec<Fault>,
-    /// What is probably not meant.
+    /// What is probably a mistake.
     pub warnings: Vec<Fault>,
 }
 
@@ -48,7 +48,7 @@ impl Report {
     }
 }
 
-/// A JSON value; objects keep their keys in order and repeated.
+/// A JSON value; objects keep the order of their keys, and repeated keys.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Json {
     /// `null`.
@@ -137,7 +137,7 @@ impl<'de> Deserialize<'de> for Json {
     }
 }
 
-/// A value, where it stands, and where to complain about it.
+/// A value, its path, and the report for errors about it.
 #[derive(Debug, Clone)]
 pub struct Node<'a> {
     json: &'a Json,
@@ -151,7 +151,7 @@ impl<'a> Node<'a> {
         Node { json, path: String::new(), report }
     }
 
-    /// Where this value stands.
+    /// This value's path.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -232,7 +232,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// An object, to be taken apart and [finished](Object::finish).
+    /// An object, whose members the caller reads before it calls [`Object::finish`].
     pub fn object(&self) -> Option<Object<'a>> {
         let Json::Object(members) = self.json else {
             return self.wrong_kind("an object");
@@ -245,7 +245,7 @@ impl<'a> Node<'a> {
         if self.is_null() { Some(None) } else { read(self).map(Some) }
     }
 
-    /// The string of a string node, whatever else it may be.
+    /// The string, or `None` for any other kind of value, which is no error.
     pub fn as_str(&self) -> Option<&'a str> {
         match self.json {
             Json::String(text) => Some(text),
@@ -253,7 +253,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// Whether this is an empty array, object or string, `false` or `null`: asks for nothing.
+    /// Whether this is an empty array, object or string, `false` or `null`: a value that asks for nothing.
     pub fn is_vacant(&self) -> bool {
         match self.json {
             Json::Null | Json::Bool(false) => true,
@@ -281,8 +281,8 @@ macro_rules! bounded {
 }
 bounded!(u8, u32, u64, i32, i64);
 
-/// An object being taken apart: each member is asked for by name, and [`Object::finish`] reports
-/// what nobody asked for.
+/// An object being read: each member is asked for by name, and [`Object::finish`] warns about members
+/// that were never asked for.
 #[derive(Debug)]
 pub struct Object<'a> {
     node: Node<'a>,
@@ -291,7 +291,7 @@ pub struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
-    /// A member that may be absent. One that stands twice is an error (contract §1.1).
+    /// A member that may be absent. A member that is given twice is an error (contract §1.1).
     pub fn optional(&mut self, name: &'static str) -> Option<Node<'a>> {
         self.known.push(name);
         let mut found = self.members.iter().filter(|(key, _)| key == name);
@@ -313,7 +313,7 @@ impl<'a> Object<'a> {
         node
     }
 
-    /// Warns about the members that nobody asked for.
+    /// Warns about the members that were never asked for.
     pub fn finish(self) {
         for (key, _) in &self.members {
             if !self.known.contains(&key.as_str()) {

@@ -1,6 +1,6 @@
 //! The `InstanceSpec` as written: the 16 fields of the contract (§1), the aliases and additions of
-//! later contract versions (§1.8), and nothing else. No I/O and no judgement on what the values
-//! mean: that is [`crate::plan`]'s.
+//! later contract versions (§1.8), and nothing else. No I/O, and no checks of what the values mean:
+//! [`crate::plan`] does that.
 
 pub mod json;
 
@@ -70,7 +70,7 @@ pub struct Entrypoint {
 }
 
 impl Entrypoint {
-    /// The place in `env` of the variable of this name: the last one counts.
+    /// The index in `env` of the variable of this name: the last one counts.
     pub fn variable(&self, name: &str) -> Option<usize> {
         self.env.iter().rposition(|(known, _)| known == name)
     }
@@ -102,9 +102,9 @@ pub struct Network {
     pub dns_servers: Vec<Ipv4Addr>,
     /// A descriptor that mote was started with: a stream of frames like passt's (§1.8).
     pub socket_fd: Option<i32>,
-    /// The other end of `socket_fd`, for a shim that puts a switch of its own between it and passt.
+    /// The other end of `socket_fd`, for a VMM that puts a switch of its own between that and passt.
     pub proxy_fd: Option<i32>,
-    /// Where such switches of one network find each other.
+    /// Directory in which the switches of one network find each other.
     pub bridge_socket_dir: Option<PathBuf>,
 }
 
@@ -130,8 +130,8 @@ pub struct ResourceLimits {
 }
 
 impl Spec {
-    /// Parses the JSON text of a spec, adding everything wrong with it to `report`. `None` when
-    /// there are errors.
+    /// Parses the JSON text of a spec and adds everything wrong with it to `report`. Returns `None`
+    /// when there are errors.
     pub fn parse(text: &str, report: &mut Report) -> Option<Spec> {
         let json = match Json::parse(text) {
             Ok(json) => json,
@@ -306,7 +306,7 @@ fn read_network(node: &Node<'_>) -> Option<Network> {
     let socket_fd = read_nullable(o.optional("net_socket_fd"), Node::integer);
     let proxy_fd = read_nullable(o.optional("net_proxy_fd"), Node::integer);
     let bridge_socket_dir = read_nullable(o.optional("bridge_socket_dir"), path);
-    // For the names that the runtime's own proxy knows; with passt there is none.
+    // Names for the runtime's own proxy; with passt there is no such proxy.
     for name in ["networks_json", "network_name"] {
         read_nullable(o.optional(name), Node::string);
     }
@@ -366,7 +366,7 @@ fn read_resource_limits(node: &Node<'_>) -> Option<ResourceLimits> {
     })
 }
 
-/// Fields of later contract versions (§1.8): accepted while they ask for nothing.
+/// Refuses fields of later contract versions (§1.8), unless their values ask for nothing.
 fn refuse_later_fields(o: &mut Object<'_>) {
     for name in [
         "block_devices",
@@ -385,7 +385,7 @@ fn refuse_later_fields(o: &mut Object<'_>) {
     log.finish();
     let Some(driver) = driver else { return };
     match driver.string().as_deref() {
-        // The runtime's default, sent with every spec: the console file itself is unaffected.
+        // The runtime's default, sent with every spec. Only a warning: console_output is unaffected.
         Some("json-file") => driver.warn(
             "asks for a JSON log beside console_output, which mote does not write; console_output holds the output as it is",
         ),

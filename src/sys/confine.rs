@@ -1,5 +1,5 @@
-//! The system calls by which mote gives up what it does not need any more. When and why is
-//! [`crate::confine`]'s; nothing here can be taken back.
+//! The system calls by which mote gives up what it does not need any more. [`crate::confine`] decides
+//! when to make them, and why; none of them can be undone.
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
@@ -14,8 +14,8 @@ use super::check;
 /// A set of namespaces to leave for new ones: `CLONE_NEW*` of unshare(2).
 pub type Namespaces = libc::c_int;
 
-/// Leaves these namespaces for new ones. With a user namespace among them the process must have one
-/// thread, and has every capability in the new one afterwards; its user and group stay what they are.
+/// Leaves these namespaces for new ones. If a user namespace is among them, the process must have only
+/// one thread, and has every capability in the new user namespace; its user and group do not change.
 ///
 /// # Errors
 /// Those of unshare(2); the maps of a user namespace cannot be written.
@@ -34,7 +34,7 @@ pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps what this mount namespace does from others that got their mounts from the same place.
+/// Keeps mounts made in this mount namespace from appearing in others, and those of others from here.
 ///
 /// # Errors
 /// Those of mount(2).
@@ -45,15 +45,15 @@ pub fn detach_mounts() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes an empty, read-only directory the root and working directory of this process, in a mount
-/// namespace of its own in which, where that can be, nothing else is left. Open descriptors stay as they
-/// are.
+/// Makes an empty, read-only directory the root and working directory of this process, which must be in
+/// a mount namespace of its own. Where possible, nothing else is left in that namespace. Open
+/// descriptors stay as they are.
 ///
 /// # Errors
 /// Those of the mount calls, pivot_root(2) and chroot(2).
 pub fn enter_empty_root() -> io::Result<()> {
     detach_mounts()?;
-    // Where /dev/kvm has just been opened there is a /dev.
+    // A directory that exists: /dev/kvm has just been opened.
     let place = c"/dev";
     let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RDONLY;
     let options = c"size=4k,nr_inodes=1,mode=555";
@@ -63,13 +63,12 @@ pub fn enter_empty_root() -> io::Result<()> {
         check(libc::mount(tmpfs, place.as_ptr(), tmpfs, flags, options.as_ptr().cast()))?;
         check(libc::chdir(place.as_ptr()))?;
         let dot = c".".as_ptr();
-        // pivot_root(2), "NOTES": with "." for both, the old root lies over the new one and is what
-        // umount2 takes away.
+        // pivot_root(2), "NOTES": with "." for both, the old root is mounted over the new one, and
+        // umount2 removes the old one.
         match check(libc::syscall(libc::SYS_pivot_root, dot, dot) as libc::c_int) {
             Ok(_) => check(libc::umount2(dot, libc::MNT_DETACH))?,
-            // The first root of all, the initramfs, and one below a mount that is shared cannot be
-            // exchanged. Without capabilities and descriptors of directories there is no way out of a
-            // chroot either.
+            // pivot_root refuses to replace the initramfs, and a root below a shared mount. A chroot
+            // does as well: without capabilities and descriptors of directories there is no way out.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => check(libc::chroot(dot))?,
             Err(error) => return Err(error),
         };
@@ -78,9 +77,9 @@ pub fn enter_empty_root() -> io::Result<()> {
     Ok(())
 }
 
-/// Puts a copy of the mounts at a directory in its place, with less allowed: no device files, no
-/// set-user-ID, no programs and, if so wanted, no writing. Only async-signal-safe calls: for a child
-/// before it executes its program, in a mount namespace of its own.
+/// Mounts a restricted copy of a directory's mounts over it: no device files, no set-user-ID, no
+/// programs and, if `read_only`, no writing. Makes only async-signal-safe calls: it is for a child in
+/// a mount namespace of its own, before the child executes its program.
 ///
 /// # Errors
 /// Those of open_tree(2), mount_setattr(2) and move_mount(2); ENOSYS before Linux 5.12.
@@ -97,7 +96,7 @@ pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result
     let tree_flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as u32;
     let empty = c"".as_ptr();
     // SAFETY: system calls on NUL-terminated strings and a structure of the size given, all of which
-    // outlive them, and on a descriptor that is closed by the exec that follows at the latest.
+    // outlive the calls, and on a descriptor that is closed here or, after an error, by the exec.
     unsafe {
         let path = directory.as_ptr();
         let tree = libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path, tree_flags);
@@ -115,7 +114,7 @@ pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result
     Ok(())
 }
 
-/// Sees to it that no program executed from here on has more privileges than this one.
+/// Makes sure that no program executed from here on gets more privileges than this one.
 ///
 /// # Errors
 /// Those of prctl(2).
@@ -152,7 +151,7 @@ struct CapabilityWord {
 fn effective_capabilities() -> u32 {
     let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
     let mut words = [CapabilityWord::default(); 2];
-    // SAFETY: version 3 takes a header and two words, which the pointers are to.
+    // SAFETY: version 3 takes a header and two words, and the pointers point to these.
     let ret = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, words.as_mut_ptr()) };
     if ret == 0 { words[0].effective } else { 0 }
 }
@@ -201,8 +200,8 @@ pub fn hide_memory() -> io::Result<()> {
     Ok(())
 }
 
-/// Has all threads take memory from one heap. Those of their own cost more memory, and glibc reads a file
-/// to shrink one.
+/// Makes all threads allocate from one heap. A heap for each thread would cost more memory, and glibc
+/// reads a file to shrink such a heap, which a confined thread cannot.
 pub fn share_heap() {
     // SAFETY: plain call; a value that malloc does not take leaves the default.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
@@ -215,7 +214,7 @@ pub enum Resource {
     CoreDump,
     /// Bytes of address space.
     AddressSpace,
-    /// Bytes of memory that is locked.
+    /// Bytes of locked memory.
     LockedMemory,
     /// Bytes in POSIX message queues.
     MessageQueues,
@@ -223,8 +222,8 @@ pub enum Resource {
     OpenFiles,
 }
 
-/// Limits a resource of this process, and of programs it starts, for good. A limit that is lower
-/// already stays.
+/// Limits a resource of this process, and of programs it starts, for good. A limit that is already
+/// lower stays.
 ///
 /// # Errors
 /// Those of setrlimit(2).
@@ -247,8 +246,8 @@ pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Limits the open files of this process and programs that it starts to a number that may be beyond what
-/// it is allowed now, as far as it may raise that. Only async-signal-safe calls.
+/// Sets the limit on open files of this process, and of programs that it starts. Unlike [`limit`], this
+/// raises a lower limit if the process may do so. Makes only async-signal-safe calls.
 ///
 /// # Errors
 /// Those of setrlimit(2).
@@ -274,9 +273,9 @@ pub fn address_space() -> io::Result<u64> {
     pages.map(|pages| pages * page_len).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// The descriptors that this process was started with, beyond the standard streams; from now on
-/// programs that it starts do not get them. To be called before it has opened any of its own that
-/// shall live.
+/// The descriptors that this process was started with, beyond the standard streams; programs that it
+/// starts from now on do not get them. Must be called before the process opens any descriptor that it
+/// keeps.
 ///
 /// # Errors
 /// /proc/self/fd cannot be read.
@@ -285,13 +284,13 @@ pub fn inherited_descriptors() -> io::Result<Vec<RawFd>> {
     let numbers = listing.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let candidates: Vec<RawFd> = numbers.filter(|fd| *fd > libc::STDERR_FILENO).collect();
     let keep_from_programs = |fd: &RawFd| {
-        // SAFETY: plain system call; the listing's own descriptor, which is closed by now, is refused.
+        // SAFETY: plain system call; the listing's own descriptor is closed by now, and so refused.
         unsafe { libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0 }
     };
     Ok(candidates.into_iter().filter(keep_from_programs).collect())
 }
 
-/// Closes descriptors that this process was started with and nothing in it has taken over.
+/// Closes descriptors that this process was started with, and that nothing in it owns.
 pub fn close_inherited(fds: &[RawFd]) {
     for fd in fds {
         // SAFETY: by this function's contract nothing owns the number.
@@ -304,17 +303,17 @@ pub fn close_inherited(fds: &[RawFd]) {
 /// # Errors
 /// Those of dup2(2).
 pub fn replace_stdin(file: &impl AsRawFd) -> io::Result<()> {
-    // SAFETY: plain system call; nothing in this process keeps standard input's buffer after it has
-    // read the spec.
+    // SAFETY: plain system call; nothing in this process uses standard input's buffer once the spec
+    // has been read.
     check(unsafe { libc::dup2(file.as_raw_fd(), libc::STDIN_FILENO) })?;
     Ok(())
 }
 
-/// Whether a child process that does `work` ends well: for finding out what is permitted.
+/// Whether `work` succeeds in a child process: for finding out what is permitted.
 pub fn succeeds_in_child(work: impl FnOnce() -> io::Result<()>) -> bool {
     let mut status = 0;
-    // SAFETY: as for `start_detached`: the child is a copy of this thread, does `work` and ends
-    // without running anything else; the status pointer is to a local.
+    // SAFETY: as for `process::start_detached`: the child is a copy of this thread, does `work` and
+    // ends without running anything else; the status pointer is to a local.
     unsafe {
         match libc::fork() {
             0 => libc::_exit(if work().is_ok() { 0 } else { 1 }),

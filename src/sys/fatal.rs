@@ -1,4 +1,4 @@
-//! Ends that leave no time for anything: the signals that report them, and what a handler may still do.
+//! Fatal signals: how mote catches them, and the few calls that their handler may make.
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
@@ -22,26 +22,26 @@ pub enum Fatal {
     BadAddress,
 }
 
-/// What is told of that, before the process ends. Runs in a signal handler, in a thread to which nearly
-/// nothing is allowed.
+/// What to do about it before the process ends. Runs in a signal handler, in a thread that may make
+/// hardly any system calls.
 pub type FatalHandler = fn(Fatal) -> !;
 
 static FATAL_HANDLER: OnceLock<FatalHandler> = OnceLock::new();
 
-/// Has the signals for what is fatal end in `handler`. To be called once, before the first filter:
-/// std's own handlers make system calls that those refuse.
+/// Makes fatal signals call `handler`. Must be called once, before the first seccomp filter: std's own
+/// handlers make system calls that the filters refuse.
 ///
 /// # Errors
 /// Those of sigaction(2).
 pub fn on_fatal(handler: FatalHandler) -> io::Result<()> {
     FATAL_HANDLER.get_or_init(|| handler);
     for signal in [libc::SIGSYS, libc::SIGBUS, libc::SIGSEGV] {
-        // SAFETY: an all-zero sigaction is valid; `on_signal` has the signature that SA_SIGINFO calls
-        // for, takes no locks and does not return.
+        // SAFETY: an all-zero sigaction is valid; `on_signal` has the signature that SA_SIGINFO needs,
+        // takes no locks and does not return.
         unsafe {
             let mut action: libc::sigaction = zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
-            // On the stack that std has set up for this: a thread's own may be what is used up.
+            // On the stack that std has set up for this: the thread's own may have overflowed.
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             check(libc::sigaction(signal, &action, ptr::null_mut()))?;
         }
@@ -49,7 +49,7 @@ pub fn on_fatal(handler: FatalHandler) -> io::Result<()> {
     Ok(())
 }
 
-/// `si_code` of a SIGSYS that seccomp has sent (sigaction(2)).
+/// `si_code` of a SIGSYS from seccomp (sigaction(2)).
 const SYS_SECCOMP: libc::c_int = 1;
 
 /// The start of a `siginfo_t` about a system call (include/uapi/asm-generic/siginfo.h).
@@ -68,24 +68,24 @@ extern "C" fn on_signal(
     info: *const libc::siginfo_t,
     _context: *const libc::c_void,
 ) {
-    // SAFETY: the kernel passes a siginfo_t, which is larger than this beginning of it and aligned.
+    // SAFETY: the kernel passes an aligned siginfo_t, which is larger than this start of one.
     let info = unsafe { &*info.cast::<SystemCallInfo>() };
     let fatal = match signal {
         libc::SIGSYS if info.code == SYS_SECCOMP => Some(Fatal::Refused(info.number)),
-        // The kernel's own are positive; others were sent by somebody.
+        // Codes of the kernel are positive; others come from a process that sent the signal.
         libc::SIGBUS if info.code > 0 => Some(Fatal::MemoryGone),
         libc::SIGSEGV if info.code > 0 => Some(Fatal::BadAddress),
         _ => None,
     };
     match (FATAL_HANDLER.get(), fatal) {
         (Some(handler), Some(fatal)) => handler(fatal),
-        // As a shell reports an end by this signal, which can no longer be had itself.
+        // The code that a shell gives for this signal: the process can no longer end by the signal.
         _ => exit_now(128 + signal),
     }
 }
 
-/// Writes to a descriptor as far as it takes it at once, and asks no more: nothing, if it is a pipe that
-/// is full. For signal handlers.
+/// Writes as many bytes as the descriptor takes at once, and drops the rest; a full pipe takes none.
+/// For signal handlers.
 pub fn write_once(fd: RawFd, bytes: &[u8]) {
     let mut ready = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
     // SAFETY: pointers and lengths describe `ready` and `bytes`; a number that is not open is refused.
@@ -96,10 +96,10 @@ pub fn write_once(fd: RawFd, bytes: &[u8]) {
     }
 }
 
-/// Waits. For signal handlers, in threads to which poll is all of that kind that is allowed.
+/// Waits. For signal handlers: poll is the only call for waiting that every thread may make.
 pub fn wait(time: Duration) {
     let time_ms = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: no descriptors are looked at.
+    // SAFETY: with a count of zero, poll does not use the pointer.
     unsafe { libc::poll(ptr::null_mut(), 0, time_ms) };
 }
 

@@ -1,4 +1,4 @@
-//! Thin, safe wrappers over the libc calls that no crate of ours covers. Together with
+//! Thin, safe wrappers over the libc calls that no dependency covers. Together with
 //! [`crate::memory`] this is all the unsafe code of mote.
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
@@ -28,8 +28,8 @@ fn owned(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// An anonymous memory file of a fixed size: sealed against growing and shrinking, so that no
-/// process it is shared with can pull pages away from under the others.
+/// An anonymous memory file of a fixed size. It is sealed against growing and shrinking, so that no
+/// process that shares the file can take pages away from the others.
 ///
 /// # Errors
 /// Those of memfd_create(2), ftruncate(2) and fcntl(2).
@@ -82,8 +82,8 @@ pub fn huge_memory_file(len: u64) -> io::Result<File> {
     }
 }
 
-/// Whether a path exists, seen from a root directory: its symbolic links lead nowhere else. A path
-/// that cannot be judged counts as there.
+/// Whether a path exists below a root directory; symbolic links do not lead out of it. A path that
+/// cannot be examined counts as existing.
 pub fn exists_in_root(root: &Path, path: &str) -> bool {
     let Ok(root) = File::open(root) else { return true };
     let Ok(path) = CString::new(path) else { return true };
@@ -169,8 +169,8 @@ pub fn wall_clock_file(interval: Duration) -> io::Result<File> {
     Ok(file)
 }
 
-/// Starts a [`wall_clock_file`] anew, which after a jump of the clock may have stopped, or be due at
-/// a time far away.
+/// Starts a [`wall_clock_file`] again: after a jump of the clock it may have stopped, or may expire
+/// far in the future.
 ///
 /// # Errors
 /// Those of timerfd_settime(2).
@@ -187,7 +187,7 @@ pub fn set_wall_clock_file(file: &File, interval: Duration) -> io::Result<()> {
     }
 }
 
-/// Keeps a descriptor from programs that are started.
+/// Keeps programs that this process starts from getting the descriptor.
 ///
 /// # Errors
 /// Those of fcntl(2).
@@ -215,7 +215,7 @@ pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
 pub struct Interest<'a>(Option<(BorrowedFd<'a>, libc::c_short)>);
 
 impl<'a> Interest<'a> {
-    /// Nothing; keeps the place of one that does not matter at the moment.
+    /// Nothing: in place of a descriptor that does not matter at the moment.
     pub const NONE: Interest<'static> = Interest(None);
 
     /// Until it can be read from or is at its end.
@@ -223,15 +223,15 @@ impl<'a> Interest<'a> {
         Interest::new(fd, true, false)
     }
 
-    /// Until it can be written to or refuses that.
+    /// Until it can be written to or writing fails.
     pub fn write(fd: &'a impl AsFd) -> Self {
         Interest::new(fd, false, true)
     }
 
-    /// Both, as far as wanted.
+    /// Either or both, as wanted.
     pub fn new(fd: &'a impl AsFd, read: bool, write: bool) -> Self {
         let events = if read { libc::POLLIN } else { 0 } | if write { libc::POLLOUT } else { 0 };
-        // Without any events, poll still reports hang-ups: it would not wait.
+        // Even without events, poll returns at once for a descriptor that has hung up.
         Interest((events != 0).then(|| (fd.as_fd(), events)))
     }
 }

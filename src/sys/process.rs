@@ -25,8 +25,8 @@ pub fn process_file(pid: u32) -> io::Result<OwnedFd> {
 }
 
 /// Makes a child die with the thread that starts it, and hands it one descriptor as number
-/// [`INHERITED_FD`]; everything else is closed on exec as usual. `prepare` is what it does before; only
-/// async-signal-safe calls, if this process has other threads.
+/// [`INHERITED_FD`]; everything else is closed on exec as usual. The child calls `prepare` first, which
+/// must make only async-signal-safe calls if this process has other threads.
 pub fn helper(
     command: &mut Command,
     inherited: BorrowedFd<'_>,
@@ -35,20 +35,20 @@ pub fn helper(
     let source = inherited.as_raw_fd();
     let parent = std::process::id();
     // SAFETY: the closure runs in the forked child and, beside `prepare`, only makes async-signal-safe
-    // system calls on plain integers. `source` stays open until the command is spawned: callers spawn it while they
-    // still hold the descriptor.
+    // system calls on plain integers. `source` is open when the command is spawned: callers hold the
+    // descriptor until then.
     unsafe {
         command.pre_exec(move || {
-            // First: a new user namespace takes the next line back.
+            // First: entering a new user namespace would undo the next line.
             prepare()?;
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
-            // A group of its own: a terminal's Ctrl-C is mote's to handle.
+            // A group of its own: a terminal's Ctrl-C must reach mote only.
             check(libc::setpgid(0, 0))?;
             // The parent may have died before the line above took effect.
             if libc::getppid() as u32 != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
-            // Signals that mote takes from a descriptor are blocked; programs expect them open.
+            // mote blocks the signals that it reads from a descriptor; programs expect none blocked.
             let mut none: libc::sigset_t = zeroed();
             libc::sigemptyset(&mut none);
             check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
@@ -83,8 +83,8 @@ pub fn adopt_orphans() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for the end of a child that is about to end, and of the rest of the process group that it
-/// leads, as far as they are children too; at most this long.
+/// Waits, at most for `limit`, until a child that is about to end has ended, and so have those of the
+/// process group it leads that are children of this process too.
 pub fn reap(pid: u32, limit: Duration) {
     let deadline = Instant::now() + limit;
     for who in [pid as libc::pid_t, -(pid as libc::pid_t)] {
@@ -99,7 +99,7 @@ pub fn reap(pid: u32, limit: Duration) {
     }
 }
 
-/// How often [`reap`] looks; what it waits for has been killed already.
+/// How often [`reap`] looks. Short: the processes that it waits for have been killed already.
 const REAP_STEP: Duration = Duration::from_micros(200);
 
 /// Raises the limit on open files as far as it goes: each connection is one (contract §1.3 step 4).
@@ -115,48 +115,47 @@ pub fn raise_open_file_limit() {
     }
 }
 
-/// Starts a process under this name that does `work` and ends, and returns its number. It is a child of
-/// this one, but in a session of its own and with no descriptors but those to `keep`; signals that are
-/// blocked here are blocked there.
+/// Forks a process under this name that does `work` and ends, and returns its number. It is a child of
+/// this one, but in a session of its own and with no descriptors but those to `keep`. Signals that are
+/// blocked in this thread are blocked in the child.
 ///
-/// `work` must not panic and must not take a lock that another thread may hold: threads are not
-/// copied.
+/// `work` must not panic, and must not take a lock that another thread may hold: fork does not copy
+/// other threads.
 ///
 /// # Errors
 /// Those of fork(2).
 pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::Result<u32> {
     let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| *fd as libc::c_uint).collect();
     keep.sort_unstable();
-    // Closes nothing; whether there is such a call is found out where it can be said (Linux 5.9).
+    // Closes nothing: it checks that the call exists (Linux 5.9) while an error can still be returned.
     let none = libc::c_uint::MAX;
     // SAFETY: plain system call.
     check(unsafe { libc::syscall(libc::SYS_close_range, none, none, 0) as libc::c_int })?;
-    // SAFETY: plain system call. The child is a copy of this thread with all its memory, and is
-    // through `_exit` the only thing to run on that copy; glibc puts its own locks in order.
+    // SAFETY: plain system call. The child is a copy of this thread with all its memory; nothing else
+    // runs on that copy until the child calls `_exit`, and glibc's fork resets glibc's own locks.
     let pid = check(unsafe { libc::fork() })?;
     if pid > 0 {
         return Ok(pid as u32);
     }
-    // From here on in the child.
+    // From here on this is the child.
     let mut from = 0;
     for fd in keep.into_iter().chain([libc::c_uint::MAX]) {
         if fd > from {
             // SAFETY: plain system call. Whatever owns these descriptors in this copy of the
-            // process is never used or dropped: only `work` runs, which owns those that are kept.
+            // process is never used or dropped: only `work` runs, and it uses only those kept.
             unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
         }
         from = fd.saturating_add(1);
     }
-    // SAFETY: plain system calls; the strings are NUL-terminated and live on.
+    // SAFETY: plain system calls; the strings are NUL-terminated and outlive the calls.
     unsafe {
-        // What this process opens shall not be its standard error.
+        // Fills 0 to 2, so that no file that the child opens becomes a standard stream.
         while (0..=2).contains(&libc::open(c"/dev/null".as_ptr(), libc::O_RDWR)) {}
         libc::setsid();
         libc::prctl(libc::PR_SET_NAME, name.as_ptr());
     }
     work();
-    // SAFETY: plain system call. Nothing is flushed and no destructor runs: all that is the
-    // parent's.
+    // SAFETY: plain system call. Nothing is flushed and no destructor runs: the parent does both.
     unsafe { libc::_exit(0) }
 }
 

@@ -12,7 +12,7 @@ use std::ptr;
 
 use super::{check, fill_random, owned, set_nonblocking};
 
-/// Limits who may connect to a socket that is about to be bound to a path: its file gets this mode.
+/// Sets the mode that a socket's file gets when it is bound to a path: it limits who may connect.
 ///
 /// # Errors
 /// Those of fchmod(2).
@@ -69,9 +69,9 @@ pub fn listen(socket: &impl AsRawFd, backlog: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// A non-blocking TCP socket that listens on this address. One of IPv6 takes no clients of IPv4, for
-/// whom there is another. The port may have connections of an earlier listener that linger
-/// (`SO_REUSEADDR`), but no second listener.
+/// A non-blocking TCP socket that listens on this address. An IPv6 listener takes no IPv4 clients:
+/// those have a listener of their own. Connections of an earlier listener may linger on the port
+/// (`SO_REUSEADDR`), but there must be no second listener.
 ///
 /// # Errors
 /// Those of socket(2), setsockopt(2), bind(2) and listen(2).
@@ -89,8 +89,8 @@ pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpLi
     Ok(listener)
 }
 
-/// A non-blocking TCP socket that is being connected, or is. Its first readiness to write, or its
-/// first error, says how that went.
+/// A non-blocking TCP socket that is connecting, or connected already. When it first becomes writable
+/// or has an error, the attempt is over.
 ///
 /// # Errors
 /// Those of socket(2) and connect(2), but for EINPROGRESS.
@@ -208,8 +208,8 @@ pub fn interface_index(name: &str) -> Option<u32> {
 }
 
 /// A listening Unix socket with one connection waiting in its queue, and that connection. Nobody else can
-/// connect to it, neither before nor after. There is no file: the name is an abstract one, and lives as
-/// long as the socket (unix(7)).
+/// connect to the socket, neither before nor after. There is no file: the socket's name is an abstract
+/// one, which exists as long as the socket (unix(7)).
 ///
 /// # Errors
 /// Those of socket(2), bind(2), listen(2) and connect(2).
@@ -233,10 +233,10 @@ pub fn connected_listener() -> io::Result<(OwnedFd, UnixStream)> {
         // system calls on open descriptors.
         let connected = unsafe {
             check(libc::bind(listener.as_raw_fd(), address, len))?;
-            // Room for one: ours, or a stranger's who has found the name by now.
+            // Room for one connection: ours, or that of a stranger who has found the name.
             check(libc::listen(listener.as_raw_fd(), 0))?;
             let connected = check(libc::connect(connection.as_raw_fd(), address, len));
-            // What waits in the queue stays there; whoever comes from now on is refused.
+            // The connection in the queue stays there; every later one is refused.
             check(libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD))?;
             connected
         };
@@ -252,7 +252,7 @@ pub fn connected_listener() -> io::Result<(OwnedFd, UnixStream)> {
     }
 }
 
-/// How often [`connected_listener`] lets a stranger be faster.
+/// How often [`connected_listener`] tries again after a stranger was faster.
 const CONNECT_TRIES: usize = 16;
 
 /// A non-blocking connection to the Unix stream socket at a path of at most 107 bytes. A listener

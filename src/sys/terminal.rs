@@ -63,7 +63,7 @@ pub fn terminal_size(terminal: &impl AsRawFd) -> Option<TerminalSize> {
         .then_some(TerminalSize { cols: size.ws_col, rows: size.ws_row })
 }
 
-/// Both ends of a new pseudo-terminal: the keyboard and screen, and what programs use.
+/// Both ends of a new pseudo-terminal: the side of keyboard and screen, and the side that programs use.
 ///
 /// # Errors
 /// Those of openpty(3).
