@@ -6,8 +6,9 @@
 //! mote               set limits, join … the box's life … end
 //! ```
 //!
-//! Whatever happens to mote, the process that has made the cgroup removes it: the [`crate::host::janitor`],
-//! which is not in it. mote itself never leaves it, and holds nothing by which it could.
+//! The process that has created the cgroup removes it, whatever happens to mote: it is the
+//! [`crate::host::janitor`], which is not in the cgroup. mote itself never leaves the cgroup, and has no
+//! descriptor with which it could.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -27,17 +28,17 @@ const ROOT: &str = "/sys/fs/cgroup";
 const PARENT: &str = "a3s-box";
 /// Longest name of a directory (`NAME_MAX`).
 const MAX_NAME: usize = 255;
-/// How long others may take to come and go, when a box starts.
+/// How long to wait for the lock when a box starts.
 const LOCK_LIMIT: Duration = Duration::from_secs(60);
-/// The same when it has ended, and nobody waits for its janitor.
+/// How long to wait for the lock when a box has ended, and nobody waits for its janitor.
 const LEAVE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a leftover may stay busy with processes that are being killed.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
-/// How long removing is tried; what it cannot kill in that time is stuck in the kernel.
+/// How long to try to remove a cgroup; a process that is not dead by then is stuck in the kernel.
 const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
-/// How often the lock is tried for at least.
+/// Longest time between two attempts to take the lock.
 const MAX_LOCK_STEP: Duration = Duration::from_millis(50);
-/// How often a busy cgroup is tried again.
+/// Time between two attempts on a busy cgroup.
 const RETRY_STEP: Duration = Duration::from_millis(1);
 
 /// The file of [`Limit::MemoryLow`].
@@ -46,7 +47,7 @@ const MEMORY_LOW: &str = "memory.low";
 /// What to do when this user may not use cgroups.
 const NO_PERMISSION: &str = "run mote as root with /sys/fs/cgroup writable, or have the administrator create /sys/fs/cgroup/a3s-box and delegate it";
 
-/// What one file of a cgroup is set to.
+/// A limit: one file of a cgroup, and its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     /// Share of CPU time under contention, 1 to 10000.
@@ -95,7 +96,7 @@ impl Limit {
         }
     }
 
-    /// What the spec calls it.
+    /// The limit's fields in the spec.
     fn fields(self) -> &'static str {
         match self {
             Limit::CpuWeight(_) => "cpu_shares",
@@ -121,10 +122,10 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// A cgroup for a box. The error says what is wrong with the box's identity as a name.
+    /// A cgroup for a box.
     ///
     /// # Errors
-    /// The box's id is no name for a directory.
+    /// The box's id cannot be the name of a cgroup's directory.
     pub fn new(box_id: &str, limits: Vec<Limit>) -> Result<Cgroup, String> {
         let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if !(1..=MAX_NAME).contains(&box_id.len())
@@ -138,14 +139,12 @@ impl Cgroup {
         Ok(Cgroup { root: ROOT.into(), name: box_id.into(), limits })
     }
 
-    /// Creates the cgroup, empty as yet. Returns what is to be removed at the end, and the [`Lock`] that
-    /// keeps others from taking it for a leftover.
-    ///
-    /// Fails when the host has no cgroup v2 or not the controllers, when this user may not use them,
-    /// or when the box is running already.
+    /// Creates the cgroup, still empty. Returns the [`Remains`] to remove at the end, and the [`Lock`] that
+    /// keeps others from removing the empty cgroup as a leftover.
     ///
     /// # Errors
-    /// The host has no cgroup v2, or does not let this user make one with these limits.
+    /// The host has no cgroup v2 or lacks the controllers, this user may not use them, or the box is
+    /// running already.
     pub fn create(&self) -> Result<(Remains, Lock)> {
         let controllers = self.limits.iter().map(|limit| limit.controller()).collect();
         offer(&self.root, &controllers)?;
@@ -191,7 +190,7 @@ impl Cgroup {
             write(&dir.join(limit.file()), &limit.value(), ErrorKind::NotFound, &remedy)?;
         }
         if self.reserves() {
-            // A greater value may be the administrator's.
+            // A greater value stays: an administrator may have set it.
             let parent = self.parent();
             let sum = reserved(&parent)?;
             if memory_low(&parent) < sum {
@@ -214,9 +213,9 @@ impl fmt::Display for Cgroup {
     }
 }
 
-/// The file that kills a cgroup's processes, since Linux 5.14. Only its owner can open it.
+/// The file that kills a cgroup's processes, since Linux 5.14. Only the file's owner can open it.
 const KILL: &str = "cgroup.kill";
-/// The file that lists a cgroup's processes, and moves those in whose number is written to it.
+/// The file that lists a cgroup's processes, and moves in processes whose number is written to it.
 const PROCESSES: &str = "cgroup.procs";
 /// The writing process, all its threads included.
 const MYSELF: &str = "0";
@@ -247,9 +246,9 @@ fn offer(dir: &Path, controllers: &BTreeSet<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Creates a cgroup. An empty one of that name is a leftover of a mote that was killed, and is
-/// replaced, because it has that run's limits. Returns the parent's [`Lock`], which is not held while
-/// waiting: others end meanwhile.
+/// Creates a cgroup. An empty one of that name is a leftover of a run that was killed, and is replaced,
+/// because it has that run's limits. Returns the parent's [`Lock`], which is not held while waiting, so
+/// that other boxes can end meanwhile.
 fn create(parent: &Path, dir: &Path, limit: Duration) -> Result<Lock> {
     let deadline = Instant::now() + limit;
     loop {
@@ -278,8 +277,8 @@ fn memory_low(dir: &Path) -> u64 {
     }
 }
 
-/// The sum of all boxes' reservations. The kernel protects no more of a cgroup's memory than its
-/// parent's setting covers, and that is 0 at first: it is kept at this.
+/// The sum of all boxes' reservations. The parent's `memory.low` is kept at this sum: the kernel protects
+/// no more of a cgroup's memory than the parent's setting covers, which is 0 at first.
 fn reserved(parent: &Path) -> Result<u64> {
     let children = fs::read_dir(parent)
         .with_context(|| format!("list the cgroups in {}", parent.display()))?;
@@ -295,14 +294,15 @@ fn protect(parent: &Path, sum: u64) -> Result<()> {
     )
 }
 
-/// Keeps other boxes from coming and going as long as it exists, in whichever process (flock(2)).
+/// Keeps other boxes' cgroups from being created and removed while it is held, in whichever process
+/// (flock(2)).
 #[derive(Debug)]
 pub struct Lock(OwnedFd);
 
 impl Lock {
-    /// A file that only those can open who may use the cgroup: anybody could lock the directory, and keep
-    /// it locked. The directory, where there is no such file (before Linux 5.14), or where that was not
-    /// delegated with it: for all who use it alike.
+    /// Opens the file to lock: `cgroup.kill`, which only a user who may use the cgroup can open. Anybody
+    /// could open the directory, and keep it locked. The directory is used where there is no such file
+    /// (before Linux 5.14), or where the file was not delegated with it; every mote decides alike.
     fn file(parent: &Path) -> io::Result<File> {
         let kill = parent.join(KILL);
         let owner = fs::metadata(parent)?.uid();
@@ -313,12 +313,12 @@ impl Lock {
         }
     }
 
-    /// Waits until others have come and gone, for as long as `limit` says.
+    /// Waits until no other process holds the lock, for as long as `limit` says.
     fn of(parent: &Path, limit: Duration) -> Result<Lock> {
         let deadline = Instant::now() + limit;
         let file = Lock::file(parent);
         let file = file.with_context(|| format!("open the cgroup {}", parent.display()))?;
-        // Boxes come and go in milliseconds; many at once must not keep each other from it by asking.
+        // The lock is held for milliseconds; many boxes that wait must not slow the holder by trying.
         let mut step = RETRY_STEP;
         loop {
             match file.try_lock() {
@@ -342,14 +342,14 @@ impl Lock {
 }
 
 impl From<OwnedFd> for Lock {
-    /// One that another process has passed on.
+    /// A lock that another process has passed on.
     fn from(fd: OwnedFd) -> Lock {
         Lock(fd)
     }
 }
 
 impl From<Lock> for OwnedFd {
-    /// To be passed on to another process.
+    /// The descriptor, to pass the lock on to another process.
     fn from(lock: Lock) -> OwnedFd {
         lock.0
     }
@@ -357,15 +357,15 @@ impl From<Lock> for OwnedFd {
 
 /// Writes to a file of a cgroup; see [`explained`].
 fn write(file: &Path, text: &str, special: ErrorKind, remedy: &str) -> Result<()> {
-    // Without O_CREAT, for which a missing file would be a matter of permission.
+    // Without O_CREAT: with it, a missing file would give a permission error.
     let opened = OpenOptions::new().write(true).open(file);
     opened.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|error| {
         explained(error, format!("write \"{text}\" to {}", file.display()), special, remedy)
     })
 }
 
-/// Adds what was being done, and what the reader can change: `remedy` about the kind of failure that
-/// is special to this step.
+/// Adds to an error what was being done, and what the reader can change: `remedy` for the kind of error
+/// `special`, and a general advice for missing permission.
 fn explained(error: io::Error, step: String, special: ErrorKind, remedy: &str) -> anyhow::Error {
     let kind = error.kind();
     let error = anyhow::Error::new(error);
@@ -378,12 +378,12 @@ fn explained(error: io::Error, step: String, special: ErrorKind, remedy: &str) -
     }
 }
 
-/// A cgroup to remove: this one, and none that a later start of the box has put in its place.
+/// A cgroup to remove: only this one, not one that a later start of the box has put in its place.
 #[derive(Debug)]
 pub struct Remains {
     dir: PathBuf,
     inode: u64,
-    /// Its `cgroup.kill`, which Linux has since 5.14.
+    /// Its `cgroup.kill`, if this Linux has that (5.14).
     kill: Option<File>,
     /// Whether it has a share in its parent's `memory.low`.
     reserves: bool,
@@ -395,7 +395,7 @@ impl Remains {
         Ok(Remains { dir: dir.into(), inode: fs::metadata(dir)?.ino(), kill, reserves })
     }
 
-    /// Removes the cgroup and kills what is still in it.
+    /// Kills what is still in the cgroup, and removes it.
     pub fn remove(&mut self) {
         self.remove_within(REMOVAL_LIMIT);
     }
@@ -422,7 +422,7 @@ impl Remains {
         if fs::remove_dir(&self.dir).is_err() {
             return false;
         }
-        // Only what this box has added is taken back: any other value is the administrator's.
+        // Only what this box has added is taken back: any other value comes from an administrator.
         if self.reserves
             && let Ok(sum) = reserved(parent)
             && memory_low(parent) == sum.saturating_add(own)

@@ -42,7 +42,7 @@ impl CpuSet {
     /// The online CPUs that this process may run on.
     ///
     /// # Errors
-    /// The host does not tell.
+    /// The host refuses to say.
     pub fn available() -> Result<CpuSet> {
         sys::process::cpu_affinity()
             .map(CpuSet)
@@ -62,7 +62,7 @@ impl CpuSet {
         sys::process::set_cpu_affinity(&self.0).with_context(|| {
             format!("bind mote to the CPUs {self} (change resource_limits.cpuset_cpus)")
         })?;
-        // The kernel drops those that a cpuset cgroup does not allow, without a word.
+        // The kernel silently leaves out CPUs that a cpuset cgroup does not allow.
         let effective = CpuSet::available()?;
         if effective != *self {
             bail!(

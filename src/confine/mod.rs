@@ -1,20 +1,20 @@
-//! Confinement: what is taken from mote before it runs a guest, in which order, and why in that order.
+//! Confinement: what mote gives up before it runs a guest, in which order, and why in that order.
 //!
 //! ```text
 //!  1  everything is open: KVM, memory, sockets, files, back-ends, passt    (needs the host)
 //!  2  inherited descriptors closed, standard input empty, resource limits
 //!  3  namespaces of its own; the root an empty directory                   (needs one thread)
 //!  4  Landlock: no file, no TCP port to bind, whatever the root is         (before there are threads)
-//!  5  no new privileges, no capabilities, memory out of others' reach
-//!  6  every thread: the filter of its kind ([`crate::confine::seccomp`])            (last: refuses all of the above)
+//!  5  no new privileges, no capabilities, memory hidden from other processes
+//!  6  every thread: the filter of its kind ([`seccomp`])                   (last: refuses all of the above)
 //!  7  the first KVM_RUN
 //! ```
 //!
-//! Namespaces need either a capability or a host that lets everybody make user namespaces. Where there
-//! is neither, Landlock has to do; the system call filters, under which nothing can be opened, hold
-//! everywhere. There is no private pid namespace: the process that the runtime has started is the VM
-//! (contract §2.6), and a process cannot leave its own. In its place the filters know no call that
-//! names a pid.
+//! Namespaces need either a capability or a host that lets every user make user namespaces. Without
+//! both, Landlock must do. The system call filters, which allow no call that opens a file, work on every
+//! host. There is no private pid namespace: the process that the runtime has started is the VM (contract
+//! §2.6), and a process cannot leave its pid namespace. Instead the filters allow no call that names a
+//! pid.
 
 pub mod seccomp;
 pub mod sudden_end;
@@ -33,23 +33,23 @@ use crate::log;
 use crate::sys::confine::{self, Namespaces, Resource};
 pub use seccomp::{NetworkAccess, ThreadKind};
 
-/// What this host lets mote use to keep itself from the host's files.
+/// By what mote is kept from the host's files, depending on what this host permits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isolation {
-    /// Namespaces, by capability.
+    /// Namespaces, with the capability for them.
     Namespaces,
-    /// Namespaces, below a user namespace.
+    /// Namespaces, inside a new user namespace.
     UserNamespaces,
     /// Landlock alone.
     Landlock,
     /// Neither: nothing but system call filters.
     FiltersOnly,
-    /// Nothing at all, at the user's wish.
+    /// Nothing at all, because the user asked for that.
     Off,
 }
 
 impl Isolation {
-    /// Finds out by trying, in a child process, what a box enters.
+    /// Finds out what the host permits, by trying it in a child process.
     pub fn of_host(network: NetworkAccess) -> Isolation {
         let permitted = |isolation: Isolation| {
             confine::succeeds_in_child(|| isolation.enter_namespaces(network))
@@ -72,7 +72,8 @@ impl Isolation {
         }
     }
 
-    /// What has to be left together with the mount namespace, where that can be.
+    /// The flag for a user namespace to unshare with the mount namespace, 0 if it is not needed; `None`
+    /// if this host permits no namespaces.
     pub fn user_namespace(self) -> Option<Namespaces> {
         match self {
             Isolation::Namespaces => Some(0),
@@ -83,7 +84,7 @@ impl Isolation {
 
     fn enter_namespaces(self, network: NetworkAccess) -> io::Result<()> {
         let Some(user) = self.user_namespace() else { return Ok(()) };
-        // What mote has opened stays in the host's network: published ports, passt.
+        // Sockets that are open already stay in the host's network: published ports, passt.
         let network = match network {
             NetworkAccess::Sockets => 0,
             NetworkAccess::None => libc::CLONE_NEWNET,
@@ -112,28 +113,29 @@ impl fmt::Display for Isolation {
     }
 }
 
-/// How long a thread that has been joined may still count as one, which refuses a user namespace.
+/// How long the kernel may still count a thread that has been joined: until it is gone, the process
+/// cannot enter a user namespace.
 const THREAD_END_LIMIT: Duration = Duration::from_millis(500);
 
-/// Address space that mote may come to need once it runs a guest: for threads' stacks, and for what is on
-/// the way on its connections (`virtio::vsock::mux` says how much that can be). What a guest that has broken
-/// into it can take from the host beside the box's memory.
+/// Address space that mote may still need while it runs a guest: for threads' stacks, and for data on its
+/// connections ([`crate::virtio::vsock::mux`] says how much). It bounds how much memory a guest that has
+/// broken into mote can take from the host, beside the box's own.
 const ADDRESS_SPACE_ROOM: u64 = 1 << 30;
 
 /// How a box is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sandbox {
-    /// What keeps it from the host's files.
+    /// What keeps mote from the host's files.
     pub isolation: Isolation,
-    /// What it uses of the host's network.
+    /// What mote uses of the host's network.
     pub network: NetworkAccess,
     /// Most descriptors that the box may ever need.
     pub open_files: u64,
 }
 
 impl Sandbox {
-    /// Steps 2 to 5, for a process with one thread that has opened all it needs. `inherited` are the
-    /// descriptors that it was started with, of which nothing is left.
+    /// Steps 2 to 5, for a process with one thread that has opened all it needs. Closes `inherited`, the
+    /// descriptors that the process was started with.
     ///
     /// # Errors
     /// The host refuses a step that it had permitted when the plan was made.
@@ -195,11 +197,11 @@ impl Sandbox {
         }
     }
 
-    /// Starts a thread that takes step 6, says in `ready` how that went, and does its work. It is never
-    /// joined: the process's exit stops it wherever it is, which no other way can promise.
+    /// Starts a thread that takes step 6, sends the result to `ready`, and does its work. The thread is
+    /// never joined: only the process's exit is sure to stop it wherever it is.
     ///
     /// # Errors
-    /// The host refuses a thread. Its filter is reported in `ready`.
+    /// The host refuses a thread. If it refuses the filter, the error goes to `ready`.
     pub fn spawn(
         self,
         name: String,
@@ -212,7 +214,7 @@ impl Sandbox {
             .spawn(move || {
                 let confined = self.confine(&thread_name(), kind);
                 let goes_on = confined.is_ok();
-                // Whoever does not listen has given the VM up.
+                // If nobody receives it, the caller has given up the VM.
                 if ready.send(confined).is_ok() && goes_on {
                     drop(ready);
                     work();
@@ -227,11 +229,11 @@ fn thread_name() -> String {
     thread::current().name().unwrap_or("?").to_owned()
 }
 
-/// Takes from this process, and threads it starts, what Landlock can take on this host: all files by
-/// name, TCP ports to bind, other processes' abstract sockets and, in a box with a network of its own,
-/// all TCP connections. What is open stays.
+/// Forbids this process, and threads it starts, what Landlock can forbid on this host: opening files by
+/// name, binding TCP ports, connecting to other processes' abstract sockets and, in a box with a network
+/// of its own, all TCP connections. What is open stays usable.
 fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
-    // The newest that mote knows; older kernels enforce what they can.
+    // The newest ABI that mote knows; older kernels enforce as much of it as they can.
     let abi = ABI::V6;
     let ports = AccessNet::from_all(abi);
     let ports = match network {
@@ -241,7 +243,7 @@ fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
         .handle_access(ports)?
-        // Not signals: virtiofsd, which is to be ended, is outside.
+        // Signals are not restricted: mote must be able to kill virtiofsd, which is outside.
         .scope(Scope::AbstractUnixSocket)?
         .create()?
         .restrict_self()?;

@@ -1,16 +1,16 @@
-//! Which system calls mote may make once it runs a guest: a filter per kind of thread, compiled when
-//! mote is built from `resources/seccomp/*.json`, where every rule has its reason.
+//! Which system calls mote may make while it runs a guest: a filter for each kind of thread. The build
+//! script compiles the filters from `resources/seccomp/*.json`, where every rule has its reason.
 //!
-//! Whatever a filter does not name ends the process: the kernel refuses the call and raises SIGSYS,
-//! whose handler ([`super::sudden_end`]) writes one line and exits. Should a filter refuse the handler
-//! its own calls, or the signal be blocked, the kernel kills the process.
+//! A call that a filter does not allow ends the process: the kernel refuses it and raises SIGSYS,
+//! whose handler ([`super::sudden_end`]) writes one line and exits. If a filter refuses the handler's
+//! own calls, or the signal is blocked, the kernel kills the process.
 
 use anyhow::{Context, Result};
 use seccompiler::{BpfProgram, sock_filter};
 
 use super::sudden_end;
 
-/// What mote itself uses of the host's network once it runs the guest, beside what is open then.
+/// What mote itself uses of the host's network while it runs the guest, beside sockets opened before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NetworkAccess {
     /// Nothing: the box has a network of its own.

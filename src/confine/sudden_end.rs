@@ -1,6 +1,6 @@
-//! Ends of the process that leave no [`outcome::Outcome`]: a refused system call, a fatal signal, a
-//! panic. Each is reported by one line on stderr and in the outcome file, with [`outcome::BROKEN`] as
-//! exit code, wherever the thread stands and however little it may still do.
+//! Ends of the process without an [`outcome::Outcome`]: a refused system call, a fatal signal, a panic.
+//! Each is reported by one line on stderr and in the outcome file, with [`outcome::BROKEN`] as exit code.
+//! This works in every thread, wherever it is, although its filter allows hardly any calls.
 
 use std::cell::Cell;
 use std::fmt::{Arguments, Write};
@@ -17,18 +17,17 @@ use crate::sys::fatal::{self, Fatal};
 /// Where a sudden end is reported besides stderr.
 static OUTCOME_FILE: AtomicI32 = AtomicI32::new(NO_FILE);
 
-/// There is no such file.
+/// There is no outcome file.
 const NO_FILE: RawFd = -1;
 
-/// The outcome is some thread's to write, and that is under way or done.
+/// Some thread has taken over writing the outcome, and is doing so or has done so.
 const CLAIMED: RawFd = -2;
 
 /// The exit code of a sudden end.
 static EXIT_CODE: AtomicI32 = AtomicI32::new(outcome::BROKEN as i32);
 
-/// Prepares the process for filters: what they refuse, and everything else that ends it where it is, is
-/// reported on stderr, and to this descriptor if there is one, which must stay open. To be called before
-/// there are threads.
+/// Installs the handlers for sudden ends: they report to stderr, and to this descriptor if there is one,
+/// which must stay open. Must be called before there are threads and filters.
 ///
 /// # Errors
 /// The host refuses a signal handler.
@@ -37,8 +36,8 @@ pub fn report(outcome_file: Option<RawFd>) -> Result<()> {
     fatal::on_fatal(end_fatally).context("watch for fatal signals")
 }
 
-/// Decides the box's outcome, which the caller writes, with this exit code: what becomes of threads that
-/// still run changes neither. Waits for the process's end if one of them was first.
+/// Decides the exit code; the caller then writes the outcome. A sudden end of another thread can change
+/// neither any more. If one has happened already, this waits until that thread ends the process.
 pub fn decide(code: u8) {
     if OUTCOME_FILE.swap(CLAIMED, Ordering::Relaxed) == CLAIMED {
         fatal::wait(END_LIMIT);
@@ -46,10 +45,10 @@ pub fn decide(code: u8) {
     EXIT_CODE.store(code.into(), Ordering::Relaxed);
 }
 
-/// How long a thread leaves the process's end to another that was first.
+/// How long a thread waits for another thread to end the process.
 const END_LIMIT: Duration = Duration::from_secs(1);
 
-/// Says what the calling thread is called in a report; the first 15 bytes of the name count.
+/// Sets the calling thread's name for reports, of which the first 15 bytes are kept.
 pub(super) fn name_thread(name: &str) {
     let mut short = [b' '; MAX_NAME];
     for (to, from) in short.iter_mut().zip(name.bytes()) {
@@ -58,11 +57,11 @@ pub(super) fn name_thread(name: &str) {
     NAME.set(short);
 }
 
-/// Ends the process where it is, with a message for stderr and for the outcome file.
+/// Ends the process at once, with a message for stderr and for the outcome file.
 pub fn end(kind: &str, message: Arguments<'_>) -> ! {
     let mut text = Text::new();
     let _ = text.write_fmt(message);
-    // Room for what comes around it.
+    // Leaves room for the text around it.
     let text = &text.as_bytes()[..text.len.min(900)];
     let mut line = Text::new();
     [b"mote: ", text, b"\n"].iter().for_each(|part| line.push(part));
@@ -111,16 +110,16 @@ fn end_fatally(cause: Fatal) -> ! {
     }
 }
 
-/// Longest name of a thread that is reported whole.
+/// Longest thread name in a report, in bytes.
 const MAX_NAME: usize = 15;
 
 thread_local! {
-    /// What the calling thread is called in a report. Without a destructor, so that a signal handler
-    /// may look at it.
+    /// The calling thread's name for reports. It has no destructor, so that a signal handler may
+    /// read it.
     static NAME: Cell<[u8; MAX_NAME]> = const { Cell::new([b'?'; MAX_NAME]) };
 }
 
-/// Text on the stack: nothing is allocated in a signal handler. What does not fit is cut.
+/// Text on the stack, because a signal handler must not allocate. Text that does not fit is cut off.
 struct Text {
     bytes: [u8; 1024],
     len: usize,
@@ -144,7 +143,7 @@ impl Text {
 }
 
 impl Write for Text {
-    /// Nothing that moves a cursor, or needs an escape in JSON.
+    /// Replaces characters that move a cursor, or need an escape in JSON, by spaces.
     fn write_str(&mut self, text: &str) -> std::fmt::Result {
         for byte in text.bytes() {
             let plain = (byte == b' ' || byte.is_ascii_graphic()) && !b"\"\\".contains(&byte);

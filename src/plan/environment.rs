@@ -1,4 +1,4 @@
-//! What of mote's own environment matters, read once, in `main`; and where virtiofsd is found by it.
+//! The environment variables that mote uses, read once, in `main`; and the search for virtiofsd.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::spec::json::Report;
 
-/// What of mote's own environment matters; read once, in `main`.
+/// The environment variables that mote uses; read once, in `main`.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
     /// `PATH`, to find virtiofsd.
@@ -46,7 +46,7 @@ impl Environment {
     }
 }
 
-/// Where distributions put it outside `PATH`.
+/// Where distributions put virtiofsd outside `PATH`.
 const VIRTIOFSD_PLACES: [&str; 3] =
     ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd/virtiofsd", "/usr/lib/virtiofsd"];
 
@@ -79,7 +79,7 @@ pub fn find_virtiofsd(environment: &Environment, report: &mut Report) -> Option<
 }
 
 fn is_executable(path: &Path) -> bool {
-    // Not opened: where no more files may be, it would seem not to be there.
+    // Without opening it: that could fail for lack of descriptors.
     fs::metadata(path)
         .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }

@@ -1,8 +1,8 @@
-//! What the spec's environment asks of the guest: the variables that the box runtime sets for its
-//! guest init (contract §2.10, §7.2).
+//! The variables in the spec's environment that the box runtime sets for its guest init (contract
+//! §2.10, §7.2).
 //!
-//! An image that has this init runs it as given, and mote's agent leaves all of it to that init.
-//! Where the spec names one that the image lacks, the agent takes its place. A spec with a plain
+//! If the image has this init, it runs as given, and mote's agent leaves all of these to the init. If
+//! the spec names an init that the image lacks, the agent takes its place. A spec with a plain
 //! entrypoint may use the variables for mounts too.
 
 use mote_agent::instance::{Entrypoint, Mount, Security};
@@ -11,7 +11,7 @@ use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
 
-/// Tag of the share that is mounted without being asked for, and where.
+/// Tag and path of the share that is always mounted, if the spec has it.
 const WORKSPACE: (&str, &str) = ("workspace", "/workspace");
 
 /// Capabilities by number, without `CAP_` (linux/capability.h).
@@ -59,14 +59,14 @@ const CAPABILITIES: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
-/// What the agent does of a guest init's work.
+/// The part of a guest init's work that the agent does.
 #[derive(Debug)]
 pub struct GuestInit {
-    /// What it mounts, in order.
+    /// What the agent mounts, in order.
     pub mounts: Vec<Mount>,
-    /// Whether it makes the root read-only.
+    /// Whether the agent makes the root read-only.
     pub read_only_root: bool,
-    /// The program it starts in place of the spec's entrypoint.
+    /// The program that the agent starts in place of the spec's entrypoint.
     pub main: Option<MainProcess>,
     /// Whether the image's own init runs, which needs root and switches to the box's user itself.
     pub image_init: bool,
@@ -81,9 +81,9 @@ pub struct MainProcess {
     pub entrypoint: Entrypoint,
     /// Directory it starts in.
     pub workdir: String,
-    /// Who runs it.
+    /// User to run it as.
     pub user: Option<String>,
-    /// What it gives up.
+    /// What it must give up before it runs.
     pub security: Security,
 }
 
@@ -132,7 +132,8 @@ impl GuestInit {
     }
 }
 
-/// Whether the image has the spec's executable. One that only the guest can find counts as there.
+/// Whether the image has the spec's executable. A bare name, which only the guest can look up, counts as
+/// there.
 fn is_in_image(spec: &Spec) -> bool {
     let executable = &spec.entrypoint.executable;
     !executable.contains('/') || sys::exists_in_root(&spec.rootfs_path, executable)
@@ -155,7 +156,7 @@ impl<'a> Variables<'a> {
         self.index(name).map(|index| self.entrypoint.env[index].1.as_str())
     }
 
-    /// `NAME_0`, `NAME_1`, … up to the first gap, with their places in the environment.
+    /// The values of `NAME_0`, `NAME_1`, … up to the first gap, with their indexes in the environment.
     fn numbered(&self, name: &str) -> impl Iterator<Item = (usize, &'a str)> {
         (0..).map_while(move |n| {
             let index = self.index(&format!("{name}_{n}"))?;
@@ -163,7 +164,7 @@ impl<'a> Variables<'a> {
         })
     }
 
-    /// The value of the variable in this place, decoded.
+    /// The value of the variable at this index, decoded.
     fn decoded(&self, index: usize, report: &mut Report) -> String {
         let (name, value) = &self.entrypoint.env[index];
         if !self.encoded {
@@ -179,7 +180,7 @@ impl<'a> Variables<'a> {
         })
     }
 
-    /// The image's variables, then those of the caller, who wins.
+    /// The image's variables, then those of the caller, which count when both set one.
     fn container_env(&self, report: &mut Report) -> Vec<(String, String)> {
         let named = |index: usize| self.entrypoint.env[index].0.as_str();
         let of_image = (0..self.entrypoint.env.len()).filter_map(|index| {
@@ -222,8 +223,8 @@ impl<'a> Variables<'a> {
         MainProcess { entrypoint, workdir, user, security: self.security(report) }
     }
 
-    /// `A3S_SEC_*`. Unlike the reference's init, which ignores additions, what is added is not
-    /// dropped.
+    /// Reads `A3S_SEC_*`. A capability that is both dropped and added is kept; the reference's init
+    /// ignores what is added.
     fn security(&self, report: &mut Report) -> Security {
         if self.value("A3S_SEC_PRIVILEGED") == Some("1") {
             return Security::default();

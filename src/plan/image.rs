@@ -1,6 +1,6 @@
 //! The guest kernel and the initramfs, inside this binary: one file is the whole install, and there
 //! is no search path to get wrong. `resources/build.rs` makes both. `MOTE_KERNEL` and `MOTE_INITRAMFS`
-//! name others to boot with.
+//! name files to use instead.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -41,7 +41,7 @@ impl fmt::Debug for Image {
     }
 }
 
-/// The built-in image, or the file in its place that `variable` names.
+/// The built-in image, or the file at `path`, which the environment variable `variable` has named.
 pub(super) fn plan(
     path: Option<&Path>,
     built_in: &'static [u8],

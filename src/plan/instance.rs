@@ -1,4 +1,4 @@
-//! What the agent is told ([`Instance`]), and what that takes from the host.
+//! What the agent is told ([`Instance`]), some of which is read from the host.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ use crate::spec::{self, Spec};
 /// Longest host name in bytes (`HOST_NAME_MAX`, gethostname(2)).
 const MAX_HOSTNAME: usize = 64;
 
-/// Judges the entrypoint and everything else that is the guest's to carry out.
+/// Checks the entrypoint and everything else that the guest carries out.
 pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) -> Instance {
     let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
     if executable.is_empty() {
@@ -98,8 +98,7 @@ pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) ->
     }
 }
 
-/// Whether an interface of this host has an IPv6 address of more than its own link (proc(5),
-/// `if_inet6`).
+/// Whether an interface of this host has an IPv6 address of global scope (proc(5), `if_inet6`).
 fn host_has_global_ip6() -> bool {
     const SCOPE_COLUMN: usize = 3;
     const GLOBAL: &str = "00";
@@ -107,7 +106,7 @@ fn host_has_global_ip6() -> bool {
     addresses.lines().any(|line| line.split_whitespace().nth(SCOPE_COLUMN) == Some(GLOBAL))
 }
 
-/// How often this host repeats a SYN, unless as often as any Linux.
+/// How often this host repeats a SYN, if that is not Linux's default.
 fn unusual_syn_retries() -> Option<u8> {
     const USUAL: u8 = 6;
     let text = fs::read_to_string("/proc/sys/net/ipv4/tcp_syn_retries").ok()?;

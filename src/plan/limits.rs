@@ -1,4 +1,4 @@
-//! The spec's `resource_limits`: on the host for mote and its helpers, in the guest for what runs there.
+//! The spec's `resource_limits`: those on the host for mote and its back-ends, and those in the guest.
 
 use std::ops::RangeInclusive;
 
@@ -9,7 +9,7 @@ use crate::cpuset::CpuSet;
 use crate::spec::json::Report;
 use crate::spec::{ResourceLimits, Spec};
 
-/// The host CPUs to run on; `None` is all that mote may.
+/// The host CPUs to run on; `None` means all that mote may use.
 pub(super) fn plan_cpus(spec: &Spec, report: &mut Report) -> Option<CpuSet> {
     let text = spec.resource_limits.cpuset_cpus.as_deref()?;
     let planned = CpuSet::parse(text).and_then(|cpus| {
@@ -24,12 +24,13 @@ pub(super) fn plan_cpus(spec: &Spec, report: &mut Report) -> Option<CpuSet> {
     planned.map_err(|problem| report.error("resource_limits.cpuset_cpus", problem)).ok()
 }
 
-/// What the kernel takes for `cpu.max`, in microseconds (kernel/sched/core.c, `tg_set_cfs_bandwidth`).
+/// Quotas that the kernel accepts in `cpu.max`, in microseconds (kernel/sched/core.c,
+/// `tg_set_cfs_bandwidth`).
 const CPU_QUOTA_US: RangeInclusive<i64> = 1_000..=(1 << 44) - 1;
 
 const CPU_PERIOD_US: RangeInclusive<u64> = 1_000..=1_000_000;
 
-/// The kernel's own default, and the contract's.
+/// The default of the kernel and of the contract.
 const DEFAULT_CPU_PERIOD_US: u64 = 100_000;
 
 /// The cgroup that enforces the limits on the host; `None` when there are none.
@@ -74,7 +75,7 @@ pub(super) fn plan_cgroup(spec: &Spec, report: &mut Report) -> Option<Cgroup> {
     Cgroup::new(&spec.box_id, planned).map_err(|problem| report.error("box_id", problem)).ok()
 }
 
-/// A limit of which every negative value means none.
+/// A limit for which every negative value means no limit.
 fn unless_negative(limit: i64) -> Option<u64> {
     u64::try_from(limit).ok()
 }
@@ -98,7 +99,7 @@ pub(super) const ULIMITS: [(&str, u32); 15] = [
     ("rttime", libc::RLIMIT_RTTIME),
 ];
 
-/// The limits of the entrypoint, in the order in which they are set: later ones win.
+/// The limits of the entrypoint, in the order in which they are set: a later one replaces an earlier.
 pub(super) fn plan_rlimits(limits: &ResourceLimits, report: &mut Report) -> Vec<Rlimit> {
     // Contract §1.4: always set, in this order, before the spec's own.
     let (soft, hard) = limits.pids_limit.map_or((4096, 8192), |limit| (limit, limit));
@@ -137,7 +138,7 @@ fn parse_ulimit(text: &str) -> Result<Rlimit, String> {
     Ok(Rlimit { resource: *resource, soft, hard })
 }
 
-/// A limit as it is written in a spec.
+/// A limit, as a spec writes it.
 pub(super) fn limit_text(limit: u64) -> String {
     if limit == u64::MAX { "unlimited".into() } else { limit.to_string() }
 }

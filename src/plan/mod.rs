@@ -1,9 +1,9 @@
-//! [`Spec`] to [`Plan`]: the one place where what was asked for is judged. Everything wrong is
+//! [`Spec`] to [`Plan`]: the one place where the spec is checked against this host. Everything wrong is
 //! reported at once with its path in the spec; after this stage a failure means that the host
 //! refused something, not that the user mistyped.
 //!
-//! Planning changes nothing on the host, so `mote check` is this stage and a printout. [`Plan::new`] is
-//! the list of what is judged; each part has a file of its own.
+//! Planning changes nothing on the host, so `mote check` is this stage and a printout. [`Plan::new`]
+//! lists the parts that are checked; each has a file of its own.
 
 mod environment;
 mod guest_init;
@@ -41,7 +41,7 @@ use crate::spec::Spec;
 use crate::spec::json::Report;
 use crate::virtio::vsock::table::MAX_CONNECTIONS;
 
-/// Smallest guest in which kernel, agent and a small program fit.
+/// Smallest guest memory in which kernel, agent and a small program fit.
 const MIN_MEMORY_MIB: u32 = 64;
 
 /// A VM to build: checked, with all defaults applied.
@@ -53,9 +53,9 @@ pub struct Plan {
     pub vcpus: u8,
     /// Guest RAM in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
-    /// The host CPUs to run on; `None` is all that mote may.
+    /// The host CPUs to run on; `None` means all that mote may use.
     pub cpus: Option<CpuSet>,
-    /// The cgroup to run in; `None` is the one that mote was started in.
+    /// The cgroup to run in; `None` means the one that mote was started in.
     pub cgroup: Option<Cgroup>,
     /// Virtio-fs shares, the root file system first.
     pub shares: Vec<Share>,
@@ -63,7 +63,7 @@ pub struct Plan {
     pub sockets: Vec<HostSocket>,
     /// Published ports, in the spec's order.
     pub published_ports: Vec<PublishedPort>,
-    /// How the box is on the network.
+    /// How the box reaches the network.
     pub networking: Networking,
     /// File for the guest's output; `None` is mote's own stdout and stderr.
     pub console_output: Option<PathBuf>,
@@ -75,14 +75,14 @@ pub struct Plan {
     pub initramfs: Image,
     /// The virtio-fs daemon.
     pub virtiofsd: PathBuf,
-    /// Whether the kernel shall say everything.
+    /// Whether the kernel prints all its messages.
     pub debug: bool,
     /// How mote is confined.
     pub sandbox: Sandbox,
 }
 
 impl Plan {
-    /// Judges a spec against this host. `None` when `report` has errors.
+    /// Checks a spec against this host. Returns `None` if that adds errors to `report`.
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
         let errors_before = report.errors.len();
         check_size(spec, report);
@@ -230,8 +230,8 @@ impl fmt::Display for Plan {
     }
 }
 
-/// The descriptors that a box may need at once: for every connection one, for what there is from the
-/// start a few each.
+/// The descriptors that a box may need at once: one for every connection, and a few for each thing that
+/// it has from the start.
 fn open_files(vcpus: u8, shares: &[Share], sockets: &[HostSocket], ports: &[PublishedPort]) -> u64 {
     /// Standard streams, KVM, memory, the main loop with its devices, the control channel.
     const FIXED: usize = 64;
@@ -261,7 +261,7 @@ fn check_size(spec: &Spec, report: &mut Report) {
     }
 }
 
-/// `MemTotal` of proc(5); `None` where /proc does not say.
+/// `MemTotal` of proc(5); `None` if it cannot be read.
 fn host_memory_mib() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
@@ -269,7 +269,7 @@ fn host_memory_mib() -> Option<u64> {
     Some(kib >> 10)
 }
 
-/// What the contract has and this version of mote has not. Refused by name: a limit that is not
+/// Refuses, by name, what the contract has and this version of mote has not: protection that is not
 /// enforced is worse than none.
 fn refuse_unsupported(spec: &Spec, report: &mut Report) {
     if spec.tee_config.is_some() {

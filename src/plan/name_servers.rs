@@ -7,13 +7,13 @@ use mote_agent::instance::ResolvConf;
 use crate::resolv_conf;
 use crate::spec::Spec;
 
-/// Name server of a box that is given none (contract §7.2 step 4).
+/// Name server of a box with a network of its own that names none (contract §7.2 step 4).
 const DEFAULT_SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
-/// The same without a network of its own, on a host that has none either (contract §2.7).
+/// Lines for a box without a network of its own, on a host without name servers (contract §2.7).
 const DEFAULT_LINES: &str = "nameserver 8.8.8.8\nnameserver 8.8.4.4\n";
 
-/// The box's name servers (contract §2.7, §7.2 step 4). With a network of its own, those it is given
-/// for that; otherwise what the runtime wrote into the image, or else the host's.
+/// The box's name servers (contract §2.7, §7.2 step 4). A box with a network of its own gets those that
+/// the spec names for it; any other keeps those that the runtime wrote into the image, or gets the host's.
 pub(super) fn plan(spec: &Spec) -> ResolvConf {
     let Some(network) = &spec.network else {
         return ResolvConf::IfUnserved(nameserver_lines(&resolv_conf::of_host()));

@@ -1,4 +1,4 @@
-//! What the spec's `network` asks for, judged: the interface, and the way to passt.
+//! The spec's `network`, checked: the interface, and the socket of passt.
 
 use std::fmt;
 use std::fs;
@@ -17,26 +17,26 @@ use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
 
-/// Prefix lengths of subnets that have a host and a gateway. The two addresses of a /31 are both
-/// hosts' (RFC 3021); a /32 has no room for a gateway.
+/// Prefix lengths of subnets with room for a host and a gateway. In a /31 both addresses can be hosts
+/// (RFC 3021); a /32 has no room for a gateway.
 const PREFIX_LEN: std::ops::RangeInclusive<u8> = 1..=31;
-/// How the box is on the network.
+/// How the box reaches the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Networking {
     /// It has a network of its own.
     Own(Network),
-    /// Its connections are made with the host's sockets (TSI), where this lets them go.
+    /// mote makes its connections with sockets of the host (TSI), as far as the policy allows.
     Hosts(Policy),
 }
 
 impl Networking {
-    /// Judges the spec's network and the variables that tell a guest init of it. What is wrong goes
-    /// to `report`.
+    /// Checks the spec's network, and the variables that describe it to a guest init. Adds what is
+    /// wrong to `report`.
     pub(super) fn new(spec: &Spec, report: &mut Report) -> Networking {
         check_variables(spec, report);
         match &spec.network {
             Some(network) => Networking::Own(Network::new(network, report)),
-            // The name servers are the host's at this time.
+            // The host's name servers are read now, and never again.
             None => Networking::Hosts(Policy::new(&resolv_conf::of_host())),
         }
     }
@@ -49,7 +49,7 @@ impl Networking {
         }
     }
 
-    /// Where its connections may go when they are made with the host's sockets.
+    /// Where the box's connections may go, if mote makes them with sockets of the host.
     pub fn policy(&self) -> Option<&Policy> {
         match self {
             Networking::Own(_) => None,
@@ -57,7 +57,7 @@ impl Networking {
         }
     }
 
-    /// The socket on which passt is found again when it has gone.
+    /// The path to connect to when the connection to passt is lost; `None` if that cannot be made again.
     pub fn passt_socket(&self) -> Option<&Path> {
         match &self.own()?.passt {
             PasstSocket::Path(path) => Some(path),
@@ -65,7 +65,7 @@ impl Networking {
         }
     }
 
-    /// What mote itself uses of the host's network once it runs the guest.
+    /// What mote itself uses of the host's network while it runs the guest.
     pub fn access(&self) -> NetworkAccess {
         match self {
             Networking::Own(_) => NetworkAccess::None,
@@ -77,18 +77,18 @@ impl Networking {
 /// A network of the box's own: one interface, on passt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Network {
-    /// Where passt is.
+    /// How to reach passt.
     pub passt: PasstSocket,
     /// The interface's hardware address.
     pub mac_address: [u8; 6],
-    /// What the agent sets.
+    /// What the agent sets on the interface.
     pub interface: Interface,
 }
 
-/// The way to passt.
+/// How to reach passt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PasstSocket {
-    /// The Unix socket that it listens on.
+    /// The Unix socket that passt listens on.
     Path(PathBuf),
     /// A connected socket that mote was started with.
     Inherited(RawFd),
@@ -136,14 +136,14 @@ impl fmt::Display for Mac {
     }
 }
 
-/// Without `net_proxy_fd`, `net_socket_fd` leads to passt. With it, the two are the ends of one pair:
-/// the reference's shim puts its own switch between, which joins the boxes of a network, and goes to
-/// passt at the path. mote has no switch, and goes there itself.
+/// Without `net_proxy_fd`, `net_socket_fd` is connected to passt. With it, the two are the ends of one
+/// socket pair: the reference's shim serves the other end with a switch that joins the boxes of a
+/// network, and connects to passt at the path. mote has no switch, and connects to passt itself.
 fn plan_passt(network: &spec::Network, report: &mut Report) -> PasstSocket {
     for (field, fd) in
         [("network.net_socket_fd", network.socket_fd), ("network.net_proxy_fd", network.proxy_fd)]
     {
-        // The first three are nobody's network, whatever they are.
+        // The first three are the standard streams, never a network.
         if let Some(fd) = fd.filter(|fd| *fd < 3 || !sys::socket::is_unix_stream(*fd)) {
             report.error(
                 field,
@@ -176,7 +176,7 @@ fn path_problem(path: &Path) -> Option<String> {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             Some(format!("{} is not a socket; name the one passt listens on", path.display()))
         }
-        // passt may be a little late.
+        // It may not exist yet: passt may start a little later.
         _ => parent_problem(path),
     }
 }
@@ -222,7 +222,7 @@ fn check_addresses(network: &spec::Network, report: &mut Report) -> Interface {
     interface
 }
 
-/// What an address is that cannot be a host's.
+/// What kind of address this is, if no host can have it.
 fn special(address: Ipv4Addr) -> Option<&'static str> {
     match address.octets()[0] {
         0 => Some("an address of \"this network\""),
@@ -244,15 +244,15 @@ fn check_server(server: Ipv4Addr, field: &str, report: &mut Report) {
     }
 }
 
-/// A variable that is set and not empty: its place in the environment, and its value.
+/// A variable that is set and not empty: its path in the spec, and its value.
 fn variable<'a>(spec: &'a Spec, name: &str) -> Option<(String, &'a str)> {
     let index = spec.entrypoint.variable(name)?;
     let value = spec.entrypoint.env[index].1.as_str();
     (!value.is_empty()).then(|| (format!("entrypoint.env[{index}]"), value))
 }
 
-/// The runtime tells the guest init, in variables, what it tells us in `network`; an init that runs
-/// as given goes by them. So they must not differ.
+/// Checks that the variables for the guest init say the same as `network`: the runtime sets both, and an
+/// init that runs as given uses the variables.
 fn check_variables(spec: &Spec, report: &mut Report) {
     let network = spec.network.as_ref();
     for (name, stated) in [

@@ -1,4 +1,4 @@
-//! Paths that the spec names on the host: what is wrong with them before anything is opened.
+//! Paths that the spec names on the host, checked before anything is opened.
 
 use std::fs;
 use std::io;
@@ -10,13 +10,13 @@ use crate::spec::json::Report;
 /// Longest Unix socket path in bytes (`sun_path` less its terminator, unix(7)).
 pub const MAX_SOCKET_PATH: usize = 107;
 
-/// A path as the spec has it, from the root; none when it goes back up.
+/// A path as the spec has it, made absolute; `None` if it contains `..`.
 pub(super) fn as_written(path: &Path) -> Option<PathBuf> {
     let goes_up = path.components().any(|part| part == Component::ParentDir);
     std::path::absolute(path).ok().filter(|_| !goes_up)
 }
 
-/// A path without the symbolic links on the way to its last part.
+/// A path with the symbolic links in its directory resolved; a link in its last part is kept.
 pub(super) fn as_it_is(path: &Path) -> Option<PathBuf> {
     let directory = std::path::absolute(path).ok()?.parent()?.canonicalize().ok()?;
     Some(directory.join(path.file_name()?))
@@ -52,7 +52,7 @@ pub(super) fn directory(path: &Path, field: &str, report: &mut Report) -> Option
     }
 }
 
-/// Why mote cannot listen on a Unix socket at `path`, as far as its name and directory go.
+/// Why mote cannot listen on a Unix socket at `path`, as far as its name and directory tell.
 pub(super) fn socket_problem(path: &Path) -> Option<String> {
     let len = path.as_os_str().len();
     if len > MAX_SOCKET_PATH {
@@ -70,7 +70,7 @@ pub(super) fn socket_problem(path: &Path) -> Option<String> {
     parent_problem(path)
 }
 
-/// Why a file cannot be created at `path`, as far as its directory goes.
+/// Why a file cannot be created at `path`, as far as its directory tells.
 pub(super) fn parent_problem(path: &Path) -> Option<String> {
     let parent = match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),

@@ -1,4 +1,4 @@
-//! The TCP ports of the host that are published: whose clients are connected to a port of the guest.
+//! The published TCP ports: ports of the host whose clients are connected to ports of the guest.
 
 use std::collections::HashMap;
 
@@ -55,7 +55,7 @@ pub(super) fn plan(port_map: &[String], report: &mut Report) -> Vec<PublishedPor
     ports
 }
 
-/// Parses `HOST:GUEST`. What is not understood is told apart from what mote does not do.
+/// Parses `HOST:GUEST`. The error says whether the text is wrong or asks for what mote does not do.
 fn parse_published_port(text: &str) -> Result<PublishedPort, String> {
     let (pair, protocol) = text.split_once('/').map_or((text, None), |(p, q)| (p, Some(q)));
     let mut from_the_end = pair.rsplitn(3, ':');

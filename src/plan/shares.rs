@@ -63,8 +63,8 @@ pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<Share> {
     shares
 }
 
-/// Warns of what mote opens by name inside a share that the guest can write to: it can have put a symbolic
-/// link there, which the next start follows with this user's rights.
+/// Warns of paths that mote opens inside a share that the guest can write to: the guest can put a symbolic
+/// link in their place, which the next start follows with this user's rights.
 pub(super) fn warn_of_paths_that_guests_can_move(
     spec: &Spec,
     shares: &[Share],

@@ -18,13 +18,13 @@ const ATTEST_PORT: u32 = 4091;
 pub struct HostSocket {
     /// Where mote listens.
     pub path: PathBuf,
-    /// Guest vsock port of the contract, for an agent of the image's own.
+    /// Guest vsock port of the contract, on which an agent of the image itself may listen.
     pub guest_port: u32,
-    /// Guest vsock port of mote's own agent, for when nobody listens on the first.
+    /// Guest vsock port of mote's own agent, used when nobody listens on the first.
     pub fallback_port: Option<u32>,
 }
 
-/// Those that the spec has a path for.
+/// The sockets that the spec has a path for.
 pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
     let mut sockets: Vec<HostSocket> = Vec::new();
     for (field, path, guest_port, fallback_port) in [

@@ -1,4 +1,4 @@
-//! What the tests of this room share: a good spec, to be spoilt.
+//! What the tests of this folder share: a good spec, which each test changes.
 
 use super::{Environment, Plan};
 use crate::spec::Spec;

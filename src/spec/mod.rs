@@ -102,7 +102,7 @@ pub struct Network {
     pub dns_servers: Vec<Ipv4Addr>,
     /// A descriptor that mote was started with: a stream of frames like passt's (§1.8).
     pub socket_fd: Option<i32>,
-    /// The other end of `socket_fd`, for a VMM that puts a switch of its own between that and passt.
+    /// The other end of `socket_fd`, for a shim that puts a switch of its own between that and passt.
     pub proxy_fd: Option<i32>,
     /// Directory in which the switches of one network find each other.
     pub bridge_socket_dir: Option<PathBuf>,
