@@ -1,5 +1,5 @@
-//! A connection that carries frames, non-blocking: bytes to send are queued, frames that have arrived
-//! are taken, and the owner waits on the socket.
+//! A connection that carries frames, without blocking: bytes to send are queued, the owner takes frames
+//! that have arrived, and waits on the socket itself.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -26,13 +26,13 @@ pub struct Channel {
     decoder: Decoder,
     buffer: Box<[u8]>,
     unsent: Vec<u8>,
-    /// How many of `unsent` have been sent after all.
+    /// How many bytes of `unsent` have been sent by now.
     sent: usize,
-    /// The agent takes nothing more, which does not mean that it has nothing more to say.
+    /// Whether the agent takes no more frames. It may still send some.
     refused: bool,
 }
 
-/// What comes back after a request.
+/// What follows a request.
 #[derive(Debug)]
 pub enum Reply {
     /// A frame.
@@ -94,7 +94,7 @@ impl Channel {
     /// Reads once. `false` when nothing will come any more.
     ///
     /// # Errors
-    /// The host fails the read for a reason that is no end of the connection.
+    /// Reading fails for another reason than the end of the connection.
     pub fn receive(&mut self) -> Result<bool, Stop> {
         match self.socket.read(&mut self.buffer) {
             Ok(0) => Ok(false),
@@ -116,7 +116,7 @@ impl Channel {
     /// The next frame that has arrived, type and payload.
     ///
     /// # Errors
-    /// It is longer than the protocol allows.
+    /// The frame is longer than the protocol allows.
     pub fn next_frame(&mut self) -> Result<Option<(u8, &[u8])>, Stop> {
         self.decoder.next_slice().map_err(|too_long| {
             let length = too_long.length;
@@ -125,7 +125,7 @@ impl Channel {
         })
     }
 
-    /// Waits for one frame, sending what is queued. A signal from `signals` ends it.
+    /// Waits for one frame, and sends what is queued meanwhile. A signal from `signals` ends the wait.
     ///
     /// # Errors
     /// The connection fails, a frame is too long, or a signal has come.
@@ -162,7 +162,7 @@ impl Channel {
 /// The payload of a request of at most `limit` bytes.
 ///
 /// # Errors
-/// It is longer; an agent would end the connection without a word.
+/// The request is longer; an agent would close the connection without an answer.
 pub fn request(members: &impl Serialize, limit: usize) -> Result<Vec<u8>, Stop> {
     let payload = serde_json::to_vec(members).context("write a request")?;
     let length = payload.len();

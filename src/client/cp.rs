@@ -1,6 +1,6 @@
-//! `mote cp`: one file into a box or out of it (contract §4.2, §4.3). A file travels in parts, one
-//! connection each, with the members of [`FileRequest`] that are mote's own; with an agent that does
-//! not know them, files that fit one part can still be copied.
+//! `mote cp`: one file into a box or out of it (contract §4.2, §4.3). A file is copied in parts, one
+//! connection each, with members of [`FileRequest`] that only mote's agent knows. With another agent,
+//! only files that fit one part can be copied.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -21,12 +21,11 @@ use super::stop::Stop;
 use super::target::Target;
 use crate::sys::{self, Interest};
 
-/// Most bytes of a file in one part. Each part is in memory a few times over at both ends, so it is
-/// well below what a frame could carry.
+/// Most bytes of a file in one part. Both ends have several copies of a part in memory, so it is well
+/// below what a frame could carry.
 const PART: usize = 4 << 20;
 
-/// The permission bits that are copied. The file's owner in the guest is root, so set-user-id is not
-/// among them.
+/// The permission bits that are copied. Not set-user-ID: the file's owner in the guest is root.
 const MODE_BITS: u32 = 0o777;
 
 /// A file to copy.
@@ -97,7 +96,7 @@ impl Cp {
     /// Copies and returns exit code 0.
     ///
     /// # Errors
-    /// The box cannot be reached, or it or this host refuses.
+    /// The box cannot be reached, or the box or this host refuses the file.
     pub fn run(&self, stdio: &Stdio) -> Result<u8, Stop> {
         match &self.route {
             Route::Upload { from, to } => self.upload(from, to, stdio)?,
@@ -140,7 +139,7 @@ impl Cp {
         }
     }
 
-    /// Makes sure that the agent knows parts, before a second one replaces the first.
+    /// Makes sure that the agent knows parts. Another agent would replace the first part by the second.
     fn require_parts(&self, path: &str) -> Result<(), Stop> {
         let request = FileRequest {
             offset: Some(0),
@@ -252,7 +251,7 @@ fn read_part(mut file: &File, part: &mut [u8]) -> io::Result<usize> {
             Ok(0) => break,
             Ok(read) => filled += read,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Standard input that another process has made non-blocking.
+            // Another process may have made standard input non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 sys::poll([Interest::read(&file)], None)?;
             }
@@ -280,13 +279,13 @@ impl Destination {
             path.push(Path::new(from).file_name().context("the guest's path names no file")?);
         }
         match fs::metadata(&path) {
-            // A device, say: to be written to, not replaced.
+            // A device, for example, is written to, not replaced.
             Ok(metadata) if !metadata.is_file() => {
                 let file = OpenOptions::new().write(true).open(&path);
                 let sink = Sink::new(file.with_context(|| path.display().to_string())?);
                 return Ok(Destination { sink, path, partial: None });
             }
-            // Through a link, the file that it names is replaced, not the link.
+            // If the path is a link, the file that it leads to is replaced, not the link.
             Ok(_) => path = fs::canonicalize(&path).context("follow the destination's links")?,
             Err(_) => {
                 let shown = path.display();
@@ -322,8 +321,8 @@ impl Destination {
     }
 }
 
-/// A file that is not whole yet, beside the place where it will be. Dropping it removes it, also
-/// when one of `signals` ends the copy.
+/// An incomplete file, in the directory of the final one. Dropping it removes the file, also when one
+/// of `signals` ends the copy.
 struct Partial {
     path: PathBuf,
     signals: File,
@@ -343,7 +342,7 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // After success it has another name.
+        // Fails after success, when the file has its final name.
         let _ = fs::remove_file(&self.path);
     }
 }

@@ -1,4 +1,4 @@
-//! `mote exec`: a command on the caller's own input and output (contract §4).
+//! `mote exec`: runs a command in a box, on the caller's own input and output (contract §4).
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::target::Target;
 pub struct Program {
     /// Program and arguments.
     pub cmd: Vec<String>,
-    /// `NAME=value` entries over the box's own environment.
+    /// `NAME=value` entries, added to the box's own environment.
     pub env: Vec<String>,
     /// `uid`, `uid:gid`, `name` or `name:group`.
     pub user: Option<String>,
@@ -25,8 +25,8 @@ pub struct Program {
     pub workdir: Option<String>,
 }
 
-/// The time limit of a command without one. The protocol's own default is 5 s and it has no word for
-/// "none"; this is far from overflowing any agent's clock.
+/// The time limit of a command without one: the protocol's default is 5 s, and it cannot express "no
+/// limit". Short enough not to overflow any agent's clock.
 pub const NO_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 /// A command to run in a box.
@@ -70,7 +70,7 @@ impl Exec {
 /// Waits until the guest answers on its exec socket.
 ///
 /// # Errors
-/// There is no box, or it does not answer in time.
+/// There is no box, it does not answer in time, or the socket is not an exec socket.
 pub fn knock(target: &Target) -> Result<(), Stop> {
     let answer = target.knock(kind::HEARTBEAT, b"")?;
     if answer.kind == kind::HEARTBEAT {
@@ -80,7 +80,7 @@ pub fn knock(target: &Target) -> Result<(), Stop> {
     Err(Stop::Failed(anyhow!("{path} answers no heartbeat: it is not a box's exec socket")))
 }
 
-/// The error that the box's answer is.
+/// The error for a box's answer that refuses a request.
 pub fn refusal(payload: &[u8]) -> anyhow::Error {
     anyhow!("the box refused: {}", String::from_utf8_lossy(payload))
 }
@@ -95,7 +95,7 @@ impl Session for Running {
 
     fn input(&mut self, bytes: &[u8], channel: &mut Channel) {
         match bytes {
-            // Closing our half instead would look like a client that has gone.
+            // Not by closing our half: the agent would think that the client has gone.
             [] => channel.send(kind::CONTROL, control::STDIN_CLOSE),
             _ => {
                 self.gave_input = true;
@@ -113,7 +113,7 @@ impl Session for Running {
                     output.push(stream, data);
                     return Ok(None);
                 }
-                // The 0.8.0 agent does not stream: this is all of it.
+                // The 0.8.0 agent does not stream: this is all of the output.
                 let whole: ExecOutput =
                     serde_json::from_slice(payload).context("read the box's answer")?;
                 if self.gave_input {

@@ -1,9 +1,9 @@
 //! The commands that work with a running box through its sockets (contract §4, §5): `mote exec`,
-//! `mote pty` and `mote cp`. They are clients of whatever agent answers there, mote's own or not.
+//! `mote pty` and `mote cp`. They work with any agent that answers there, mote's own or not.
 //!
-//! `target` finds the box and waits for it; `channel` is a connection of frames, `relay` the traffic of a
-//! command between one and the process's own input and output; [`exec`], [`pty`] and [`cp`] say what
-//! the frames mean.
+//! `target` finds the box and waits for it; `channel` is a connection that carries frames; `relay` moves a
+//! command's data between a channel and the process's own input and output; [`exec`], [`pty`] and [`cp`]
+//! know what the frames mean.
 
 mod channel;
 pub mod cp;
@@ -23,13 +23,13 @@ pub use target::{DEFAULT_WAIT, Target};
 
 use crate::log;
 
-/// The exit code when there is no box, or no sense in what it says; what `docker exec` uses.
+/// The exit code when there is no box, or its answer makes no sense; `docker exec` uses the same.
 const FAILED: u8 = 125;
 /// The exit code when the box, or this host's file system, refuses to move a file.
 const REFUSED: u8 = 1;
 
-/// Carries out a client command on the process's own input and output, says on standard error what
-/// went wrong, and returns the exit code.
+/// Runs a client command on the process's own input and output, writes to standard error what went
+/// wrong, and returns the exit code.
 pub fn run(command: impl FnOnce(&Stdio) -> Result<u8, Stop>) -> u8 {
     let stdio = Stdio::of_process().context("open standard input and output");
     let (code, error) = match stdio.map_err(Stop::from).and_then(|stdio| command(&stdio)) {

@@ -1,7 +1,7 @@
-//! `mote pty`: a command on a terminal of its own in the box, shown on the caller's (contract §5).
+//! `mote pty`: runs a command on a terminal of its own in the box, shown on the caller's (contract §5).
 //!
-//! A caller's terminal is raw for as long as the session lasts: every key, Ctrl-C included, goes to
-//! the command. It is restored however the session ends, by a signal too.
+//! The caller's terminal is in raw mode as long as the session lasts: every key, even Ctrl-C, goes to
+//! the command. Its mode is restored however the session ends, even by a signal.
 
 use std::fs::File;
 use std::io::IsTerminal;
@@ -18,13 +18,13 @@ use super::target::Target;
 use crate::sys;
 use crate::sys::terminal::{TerminalMode, TerminalSize};
 
-/// The size of a terminal that nobody looks at.
+/// The size if the caller has no terminal.
 const DEFAULT_SIZE: TerminalSize = TerminalSize { cols: 80, rows: 24 };
 
-/// The character that ends a terminal's input at the start of a line (Ctrl-D).
+/// The character that ends a terminal's input when typed at the start of a line (Ctrl-D).
 const END_OF_INPUT: u8 = 0x04;
 
-/// Signals that would end mote without restoring the terminal, and the one for a new size.
+/// Signals that would end mote without restoring the terminal, and the one for a change of size.
 const SIGNALS: [i32; 8] = [
     libc::SIGINT,
     libc::SIGTERM,
@@ -52,7 +52,7 @@ impl Pty {
     /// The box cannot be reached, refuses, or ends first; or a signal ends the session.
     pub fn run(&self, stdio: &Stdio, term: Option<&str>) -> Result<u8, Stop> {
         self.knock()?;
-        // From here on, so that no change of size falls between the request and the signal.
+        // Before the size is read, so that no later change of size is missed.
         let signals = sys::signal_file(&SIGNALS).context("take signals")?;
         let mut channel = self.target.connect()?;
         let size = terminal_size(stdio).unwrap_or(DEFAULT_SIZE);
@@ -63,8 +63,8 @@ impl Pty {
         relay(&mut Running { stdio, mid_line: false }, channel, stdio, Some(&signals))
     }
 
-    /// Waits until the guest answers on its pty socket. There is no heartbeat here, but a size before
-    /// a request is answered with an error, and changes nothing.
+    /// Waits until the guest answers on its pty socket. This protocol has no heartbeat, but a change of
+    /// size before a request is answered with an error, and has no other effect.
     fn knock(&self) -> Result<(), Stop> {
         let answer = self.target.knock(kind::RESIZE, &resize(DEFAULT_SIZE))?;
         if answer.kind == kind::ERROR {
@@ -102,7 +102,7 @@ fn resize(TerminalSize { cols, rows }: TerminalSize) -> Vec<u8> {
     serde_json::to_vec(&PtyResize { cols, rows }).unwrap_or_default()
 }
 
-/// A terminal in raw mode; dropping it restores the mode before.
+/// A terminal in raw mode; dropping it restores the earlier mode.
 struct RawMode<'a> {
     terminal: &'a File,
     before: TerminalMode,
@@ -122,7 +122,7 @@ impl<'a> RawMode<'a> {
 
 impl Drop for RawMode<'_> {
     fn drop(&mut self) {
-        // Fails for a terminal that has gone, and then nobody minds.
+        // Fails only if the terminal has gone, and then nothing needs to be restored.
         let _ = self.before.apply(self.terminal);
     }
 }
@@ -142,8 +142,8 @@ impl Session for Running<'_> {
                 self.mid_line = *last != b'\n';
                 channel.send(kind::DATA, bytes);
             }
-            // A terminal has no end, but its user can type one; in the middle of a line the first
-            // only ends the line.
+            // A terminal has no end of file, but Ctrl-D makes one. In the middle of a line, the first
+            // Ctrl-D only passes on the line so far.
             None if self.mid_line => channel.send(kind::DATA, &[END_OF_INPUT; 2]),
             None => channel.send(kind::DATA, &[END_OF_INPUT]),
         }

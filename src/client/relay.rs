@@ -1,9 +1,9 @@
-//! The traffic of a command: standard input to the box, its output to standard output and error, one
-//! loop for both directions. Each side is read only while the other takes what was read, so nothing
-//! is held but one piece of input and the output of one frame, and neither direction holds up the
-//! other.
+//! Moves a command's data: standard input to the box, the command's output to standard output and error,
+//! in one loop for both directions. Each side is read only when everything read before is written, so
+//! that only one piece of input and the output of one frame are held, and neither direction holds up
+//! the other.
 //!
-//! Standard input and output belong to the caller's other processes too: they are polled, never made
+//! The caller's other processes share standard input and output: so they are polled, and never made
 //! non-blocking.
 
 use std::collections::VecDeque;
@@ -19,8 +19,8 @@ use super::channel::Channel;
 use super::stop::Stop;
 use crate::sys::{self, Interest};
 
-/// The exit code when nobody reads the output: death by SIGPIPE, as the command itself would die
-/// without a box around it.
+/// The exit code when nobody reads the output: that of SIGPIPE, which would end the command itself if
+/// it ran outside of a box.
 const NOBODY_READS: u8 = 128 + libc::SIGPIPE as u8;
 
 /// Where a command's input comes from and its output goes to.
@@ -35,7 +35,7 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// The process's own.
+    /// The process's own standard streams.
     ///
     /// # Errors
     /// The host has no descriptor for them.
@@ -48,14 +48,14 @@ impl Stdio {
     }
 }
 
-/// A descriptor of this process's own for the same file. For a terminal one that does not wait:
-/// "writable" promises room for no more than a byte there, and what stands in a write hears no
-/// signal.
+/// Another descriptor for the same file. For a terminal, it is opened anew as non-blocking: a terminal
+/// that polls as writable may have room for one byte only, and while a write waits, mote cannot handle
+/// signals.
 fn own(fd: BorrowedFd<'_>) -> io::Result<File> {
     if fd.is_terminal() {
         let mut options = OpenOptions::new();
         options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        // Where /proc is missing, or the terminal is another user's, it has to do as it is.
+        // Fails without /proc, or if another user owns the terminal: then a duplicate must do.
         if let Ok(file) = options.open(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
             return Ok(file);
         }
@@ -63,19 +63,19 @@ fn own(fd: BorrowedFd<'_>) -> io::Result<File> {
     Ok(File::from(fd.try_clone_to_owned()?))
 }
 
-/// A file to write to without waiting for longer than it takes.
+/// A file to write to in pieces that do not block.
 #[derive(Debug)]
 pub struct Sink {
     file: File,
-    /// Most bytes that it takes without waiting once it polls as writable.
+    /// Most bytes to write at once when it polls as writable.
     piece: usize,
 }
 
 impl Sink {
     /// Writes to this file.
     pub fn new(file: File) -> Self {
-        // A pipe that is writable takes this much (pipe(7)), and nothing else promises as much; to a
-        // file, which is always writable, many small writes would only be slow.
+        // A writable pipe takes PIPE_BUF bytes without waiting (pipe(7)). A regular file is always
+        // writable, and many small writes would only be slow.
         let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
         Sink { file, piece: if is_file { usize::MAX } else { libc::PIPE_BUF } }
     }
@@ -85,7 +85,7 @@ impl Sink {
         &self.file
     }
 
-    /// Writes some of these bytes, and says how many.
+    /// Writes some of these bytes, and returns how many.
     ///
     /// # Errors
     /// The reader has gone, or the file cannot be written.
@@ -163,27 +163,27 @@ pub trait Session {
     /// Most bytes of input in one frame.
     const INPUT_PIECE: usize;
 
-    /// Sends input; an empty piece is the end of it.
+    /// Sends input; an empty piece means the end of the input.
     fn input(&mut self, bytes: &[u8], channel: &mut Channel);
 
     /// Takes a frame in, and returns the exit code if it is the last.
     ///
     /// # Errors
-    /// It says that the command cannot run, or nothing that can be understood.
+    /// The frame says that the command cannot run, or makes no sense.
     fn frame(&mut self, kind: u8, payload: &[u8], output: &mut Output) -> Result<Option<u8>, Stop>;
 
-    /// Obeys a signal.
+    /// Handles a signal.
     ///
     /// # Errors
-    /// It ends the session.
+    /// The signal ends the session.
     fn signal(&mut self, number: i32, channel: &mut Channel) -> Result<(), Stop>;
 }
 
-/// Relays until the command has ended and its output is written; returns its exit code. `signals`
-/// are those that [`Session::signal`] obeys.
+/// Moves data until the command has ended and its output is written; returns its exit code. Signals
+/// from `signals` go to [`Session::signal`].
 ///
 /// # Errors
-/// The connection ends before the command, or the session does.
+/// The connection ends before the command does, or a signal ends the session.
 pub fn relay<S: Session>(
     session: &mut S,
     mut channel: Channel,
@@ -227,7 +227,7 @@ pub fn relay<S: Session>(
                     input_ended = read == 0;
                     session.input(&piece[..read], &mut channel);
                 }
-                // Another process was quicker to read what there was.
+                // Another process has read the input first.
                 Err(error)
                     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
                 Err(error) => {

@@ -1,13 +1,13 @@
-//! Why a client command ends without a code from the guest.
+//! The errors of client commands.
 
-/// Why a client command ends without a code from the guest.
+/// Why a client command ends without an exit code from the guest.
 #[derive(Debug)]
 pub enum Stop {
-    /// The box cannot be reached, or broke off.
+    /// The box cannot be reached, or the connection to it is lost.
     Failed(anyhow::Error),
-    /// A file cannot be moved.
+    /// A file cannot be copied.
     Refused(anyhow::Error),
-    /// The reader of the output has gone, or a signal came: ends with this code, without a word.
+    /// The reader of the output has gone, or a signal came: ends with this code, without a message.
     Quiet(u8),
 }
 
@@ -18,7 +18,7 @@ impl From<anyhow::Error> for Stop {
 }
 
 impl Stop {
-    /// Adds what was being done.
+    /// Adds to the error what was being done.
     pub(super) fn context(self, what: String) -> Stop {
         match self {
             Stop::Failed(error) => Stop::Failed(error.context(what)),

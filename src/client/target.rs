@@ -14,7 +14,7 @@ use super::stop::Stop;
 /// How long a box may take to answer if `--wait` does not say.
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(10);
 
-/// Between two attempts to reach a guest that is not up yet.
+/// Time between two attempts to reach a guest that is still booting.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// A box's socket.
@@ -46,9 +46,9 @@ impl Target {
         })
     }
 
-    /// Waits until the guest answers a frame that asks for nothing, and returns the answer. mote
-    /// closes connections that the guest cannot take yet, which looks the same as a box that ends
-    /// while a command runs in it; after this, a command is sent once and never again.
+    /// Waits until the guest answers a frame that has no effect, and returns the answer. mote closes
+    /// connections that the guest cannot take yet, which looks the same as a box that ends while it
+    /// runs a command. So only this frame is sent again and again; the command is then sent once.
     ///
     /// # Errors
     /// There is no box, or it takes longer than [`Target::wait`].

@@ -37,8 +37,8 @@ impl Agent {
         Agent { target: Target { socket, wait: Duration::from_secs(5) }, thread }
     }
 
-    /// One that answers a first connection with a frame, as agents answer those who knock, and plays
-    /// a script with the second.
+    /// An agent that answers a first connection with a frame, as agents answer [`Target::knock`], and
+    /// runs a script with the second.
     pub fn answering(
         name: &str,
         answer: u8,
@@ -54,14 +54,14 @@ impl Agent {
         })
     }
 
-    /// Waits for it; whatever it asserted holds.
+    /// Waits for the agent's end, and panics if one of its assertions failed.
     pub fn join(self) {
         self.thread.join().expect("the agent's assertions hold");
         fs::remove_file(self.target.socket).expect("removed");
     }
 }
 
-/// A path for a test's own use, where nothing is.
+/// A path of a test's own, where no file is.
 pub fn scratch(name: &str) -> PathBuf {
     let path = std::env::temp_dir().join(format!("mote-client-{name}-{}", std::process::id()));
     let _ = fs::remove_file(&path);
