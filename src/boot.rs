@@ -1,4 +1,4 @@
-//! Everything in guest memory before the first instruction: kernel, initramfs, command line, boot
+//! Loads guest memory before the first instruction: kernel, initramfs, command line, boot
 //! parameters, page tables, MP table.
 //!
 //! Direct 64-bit boot (Documentation/arch/x86/boot.rst): no firmware, no decompressor, and
@@ -29,14 +29,14 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
 const E820_RAM: u32 = 1;
 const SETUP_RNG_SEED: u32 = 9;
-/// What the kernel mixes in at most (one ChaCha20 key).
+/// Most bytes that the kernel mixes in (one ChaCha20 key).
 const RNG_SEED_LEN: usize = 32;
 
 /// Loads everything and returns the kernel's entry point. `devices` is the number of virtio-mmio
 /// devices.
 ///
 /// # Errors
-/// The kernel is no vmlinux, or does not fit into the memory with what belongs to it.
+/// The kernel is no vmlinux, or memory is too small for it and the initramfs.
 pub fn load(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<u64> {
     let kernel = Elf::load(
         ram,
@@ -62,7 +62,7 @@ struct Initramfs {
     len: u64,
 }
 
-/// The agent's archive and, behind it, the one with the instance configuration (Linux unpacks
+/// Loads the agent's archive and, behind it, the archive with the instance configuration (Linux unpacks
 /// archives that follow each other).
 fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initramfs> {
     let config = serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
@@ -99,31 +99,31 @@ fn write_page_tables(ram: &GuestRam) -> Result<()> {
     Ok(())
 }
 
-/// The kernel command line. Nothing of the spec goes there: a guest's environment cannot inject
-/// parameters, and there is no limit on its size.
+/// The kernel command line. It contains nothing of the spec: so the spec's environment cannot inject
+/// parameters, and its size is not limited.
 fn command_line(plan: &Plan, devices: usize) -> Result<Cmdline> {
     let mut line = Cmdline::new(layout::COMMAND_LINE_LEN)?;
     for word in [
         "console=ttyS0",
-        // PID 1's reboot is a write to port 0x64; a panic does the same at once.
+        // PID 1's reboot writes to port 0x64; a panic does the same, without a delay.
         "reboot=k,force",
         "panic=-1",
-        // Saves patching LOCK prefixes on one vCPU, and a bounce buffer that nothing uses.
+        // Saves the patching of LOCK prefixes on one vCPU, and a bounce buffer that nothing uses.
         "noreplace-smp",
         "swiotlb=noforce",
         "cgroup_no_v1=all",
         "rcupdate.rcu_expedited=1",
-        // The driver makes an interface unasked; the guest has `lo` and what the spec says.
+        // Else the driver makes an interface; the guest has only `lo` and what the spec asks for.
         "dummy.numdummies=0",
         "rdinit=/init",
     ] {
         line.insert_str(word)?;
     }
-    // Errors and panics always, everything on request: each console byte is an exit, and a console
-    // file is the entrypoint's output first of all.
+    // Errors and panics are always printed, everything else on request: each console byte is an
+    // exit, and a console file is mainly for the entrypoint's output.
     line.insert_str(if plan.debug { "ignore_loglevel" } else { "quiet" })?;
     if plan.memory_bytes > 4 << 30 {
-        // The kernel sizes these by memory; clearing them is 5 million instructions at 8 GiB.
+        // The kernel sizes these tables by memory: at 8 GiB, clearing takes 5 million instructions.
         line.insert_str(
             "dhash_entries=131072 ihash_entries=65536 thash_entries=8192 uhash_entries=1024",
         )?;
@@ -169,7 +169,7 @@ fn write_boot_params(plan: &Plan, ram: &GuestRam, initramfs: Initramfs) -> Resul
     .map_err(|e| anyhow!("write the boot parameters: {e}"))
 }
 
-/// RAM as the kernel shall use it: without the MP table's page and the legacy hole.
+/// RAM that the kernel may use: without the MP table's page and the legacy hole.
 fn e820(memory_bytes: u64) -> Vec<boot_e820_entry> {
     let ram = |addr, size| boot_e820_entry { addr, size, r#type: E820_RAM };
     let mut map = vec![ram(0, layout::MP_TABLE)];
@@ -227,7 +227,7 @@ fn write_mp_table(ram: &GuestRam, vcpus: u8) -> Result<()> {
     io_apic.extend(layout::IO_APIC.to_le_bytes());
     entries.push(io_apic);
     for pin in 0..layout::IRQ_PINS {
-        // Flags 0: polarity and trigger as the bus has them; ISA is edge, active high.
+        // Flags 0: polarity and trigger are those of the bus; ISA is edge-triggered, active high.
         entries.push(vec![ENTRY_IO_INTERRUPT, TYPE_INT, 0, 0, 0, pin, io_apic_id, pin]);
     }
     entries.push(vec![ENTRY_LOCAL_INTERRUPT, TYPE_EXTINT, 0, 0, 0, 0, 0, 0]);

@@ -17,7 +17,7 @@ const PULSE_RESET: u8 = 0xfe;
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<KernelConsole>,
-    /// By register page. A lock each: two vCPUs may configure two devices at once.
+    /// By register page. Each has its own lock: two vCPUs may configure two devices at once.
     devices: Vec<Mutex<MmioDevice>>,
 }
 
@@ -41,7 +41,7 @@ impl Bus {
         match (port, data) {
             (SERIAL..=SERIAL_END, [value]) => {
                 let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                // Only an interrupt that cannot be raised fails, and the kernel polls.
+                // Fails only if the interrupt cannot be raised, and the kernel polls.
                 let _ = serial.write((port - SERIAL) as u8, *value);
             }
             (KEYBOARD_COMMAND, [PULSE_RESET, ..]) => return Effect::Reset,
@@ -58,7 +58,7 @@ impl Bus {
                 let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
                 *value = serial.read((port - SERIAL) as u8);
             }
-            // Buffers empty: the kernel polls this before it resets.
+            // Says that the controller's buffers are empty: the kernel waits for that before it resets.
             (KEYBOARD_COMMAND, [value, ..]) => *value = 0,
             _ => {}
         }

@@ -1,8 +1,8 @@
 //! Output: where the entrypoint's streams and the kernel's messages go, and the 8250 serial port
-//! that carries the latter.
+//! that carries the kernel's messages.
 //!
-//! The entrypoint's streams arrive as vsock connections that the mux relays into socket pairs; one
-//! thread per stream writes them out, so that a slow reader of mote's stdout slows down that stream
+//! The vsock device writes each of the entrypoint's streams into a socket pair. One thread per stream
+//! reads from it and writes to the sink, so that a slow reader of mote's stdout slows down that stream
 //! and nothing else. A thread ends at end of file, when everything has been written: nothing is
 //! lost at exit.
 
@@ -25,7 +25,7 @@ use crate::sys::{self, Interest};
 
 /// What the kernel prints first when it gives up (kernel/panic.c).
 const PANIC: &str = "Kernel panic - not syncing: ";
-/// Longest line kept to be looked at; the kernel's own limit is 1,024.
+/// Longest line, in bytes, that is searched as a whole; the kernel's own limit is 1,024.
 const MAX_LINE: usize = 1024;
 
 /// Where output goes.
@@ -87,15 +87,15 @@ pub struct OutputStream {
     pub from: UnixStream,
     /// Where they go.
     pub to: File,
-    /// Told of the first.
+    /// Set when the first byte is written.
     pub first_output: FirstOutput,
-    /// Written to, once, when the last has been written out.
+    /// Written to once, when all bytes have been written.
     pub done: EventFd,
 }
 
 impl OutputStream {
-    /// Copies until end of file, on a thread of its own. A sink that fails is reported and the rest of
-    /// the stream is dropped, as a closed pipe would.
+    /// Copies until end of file, on a thread of its own. A sink that fails is logged once, and the rest
+    /// of the stream is dropped.
     pub fn copy(self) {
         let OutputStream { name, mut from, mut to, first_output, done } = self;
         let mut buffer = vec![0; 64 * 1024];
@@ -115,13 +115,13 @@ impl OutputStream {
             }
             first_output.get_or_init(Instant::now);
         }
-        // Failing would need a counter of 2^64 - 1.
+        // Fails only if the counter overflows: there are two writes at most.
         let _ = done.write(1);
     }
 }
 
-/// Writes everything, also to a descriptor that somebody has made non-blocking: mote's own stdout is
-/// shared with whoever started it.
+/// Writes everything, even if another process has made the descriptor non-blocking: mote shares its
+/// stdout with the process that started it.
 fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
@@ -157,7 +157,7 @@ pub fn kernel_console(irq: EventFd, log: KernelLog) -> KernelConsole {
     Serial::new(SerialIrq(irq), log)
 }
 
-/// The last thing a panicking kernel said, shared between the console and whoever reports.
+/// The message of a kernel panic, which the console sets and the main loop reads.
 pub type PanicMessage = Arc<Mutex<Option<String>>>;
 
 /// Takes the kernel's bytes, passes whole lines on, and notices a panic.
@@ -180,7 +180,8 @@ impl KernelLog {
             let mut panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
             panic.get_or_insert_with(|| reason.trim_end().to_owned());
         }
-        // A log that fails must not stop the guest; one that is full slows it down, as a real line.
+        // If writing fails, the guest must not stop. A full pipe slows the guest down, like a real
+        // serial line.
         let _ = write_all(&mut self.to, &self.line);
         self.line.clear();
     }

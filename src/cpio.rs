@@ -41,7 +41,7 @@ impl Archive {
     }
 
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), contents: &[u8]) {
-        // Owner root, one link, time zero: the same contents give the same bytes.
+        // Owner root, one link, time zero, so that the same contents give the same bytes.
         let links = 1;
         let fields = [
             self.inode,

@@ -1,4 +1,4 @@
-//! `mote probe`: can this host run boxes, and if not, what to change.
+//! `mote probe`: says whether this host can run boxes, and if not, what to change.
 
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
@@ -48,7 +48,7 @@ fn test_kvm() -> Result<()> {
     let (sender, result) = mpsc::channel();
     thread::Builder::new()
         .name("kvm-self-test".into())
-        // Nobody listens any more when the time was over.
+        // Sending fails if the test took too long and nobody waits for it any more.
         .spawn(move || drop(sender.send(self_test::run(&mut vcpu, &cpuid, &ram))))
         .context("start the KVM self-test")?;
     self_test::wait(&result)

@@ -1,9 +1,9 @@
-//! The main loop: signals, device events, the control channel, ends of everything; and the ordered
+//! The main loop: signals, device events, the control channel, and all that can end; and the ordered
 //! shutdown that turns them into one [`Outcome`].
 //!
-//! The box is over when the entrypoint's end and both complete output streams have arrived; the VM
-//! is then simply dropped, because the agent has synced before it reported. Everything that ends
-//! the VM otherwise first lets the output drain.
+//! The box is over when the entrypoint's end and both complete output streams have arrived. The VM is
+//! then simply dropped, because the agent has synced the file systems before its report. If the VM ends
+//! in another way, its output is still written first.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -29,34 +29,35 @@ use crate::virtio::devices::Devices;
 use crate::virtio::main_loop::{DeviceEvent, MainLoopDevice, Watcher};
 use crate::vm::{Served, Vm};
 
-/// The signals that ask for an orderly end.
+/// The signals that ask mote to stop the box.
 const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 /// How long the guest may take to stop: longer than the agent's own grace of 5 s, and well inside
 /// the 10 s after which the runtime sends SIGKILL (contract §2.6).
 const STOP_LIMIT: Duration = Duration::from_secs(8);
-/// How often the guest is told the time, against drift; besides whenever its clock may have come to
-/// be wrong at once.
+/// How often the guest is told the time, against drift. It is also told when its clock may have become
+/// wrong at once.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(300);
-/// How long the VM may live on without its agent.
+/// How long the VM may run on without its agent.
 const AGENTLESS_LIMIT: Duration = Duration::from_secs(2);
 /// Most activations and resets before the main loop turns to other work.
 const DEVICE_EVENT_BATCH: usize = 16;
-/// How long clients may take over the last of what the guest has sent them.
+/// How long clients may take to read the last data from the guest.
 const CLIENTS_LIMIT: Duration = Duration::from_millis(500);
 /// Output streams: stdout and stderr.
 const STREAMS: u64 = 2;
 
-/// The signals that mote takes from descriptors.
+/// The signals that mote reads from descriptors.
 #[derive(Debug)]
 pub struct Signals {
-    /// Readable once mote has been asked to stop: what waits while a box is started looks at it.
+    /// Readable when mote has been asked to stop. Whatever waits during a box's start also waits for
+    /// this.
     pub stop: File,
-    /// SIGCONT, which continues the process whether blocked or not.
+    /// SIGCONT, which continues the process even if it is blocked.
     continued: File,
 }
 
 impl Signals {
-    /// Blocks them. To be called before any thread is started, so that all inherit it.
+    /// Blocks the signals. Must be called before any thread is started, so that all threads inherit that.
     ///
     /// # Errors
     /// The host refuses a descriptor for signals.
@@ -92,7 +93,7 @@ pub fn run(
     let mut manager =
         EventManager::<Rc<RefCell<MainLoop>>>::new().context("create the main loop")?;
     let id = manager.add_subscriber(Rc::clone(&state));
-    // Last: from here on hardly anything is allowed.
+    // Last, because from here on hardly any system call is allowed.
     let _running = vm.start(sandbox, &counts)?;
     state.borrow_mut().timeline.mark("first_kvm_run");
     let outcome = loop {
@@ -104,7 +105,7 @@ pub fn run(
             manager.run_with_timeout(timeout).context("wait for events")?;
             let mut ops = manager.event_ops(id).context("access the main loop")?;
             let mut state = state.borrow_mut();
-            // However many events of the guest's making come before this one's turn.
+            // In every round, so that no number of events from the guest can delay a stop.
             state.on_stop_signals();
             state.end_round(Instant::now(), &mut ops);
             Ok(())
@@ -133,39 +134,39 @@ struct MainLoop<'a> {
     life: Life,
 }
 
-/// Somebody has asked the box to stop.
+/// A request to stop the box.
 #[derive(Debug, Clone, Copy)]
 struct StopRequest {
     signal: i32,
-    /// Until when that may take.
+    /// When the guest must have stopped.
     limit: Instant,
 }
 
-/// How far the box is on its way to its end.
+/// Whether the box runs, ends or has ended.
 #[derive(Debug)]
 enum Life {
     /// Nothing has ended yet.
     Running {
-        /// The control channel is gone; until when the VM may live on without it.
+        /// Until when the VM may run on without its control channel; `None` while it has one.
         agent_lost: Option<Instant>,
     },
-    /// It is known how the box ended. What was sent before that is still delivered.
+    /// It is known how the box ended. Data that was sent before the end is still delivered.
     Ending {
         end: End,
-        /// Until when clients may take what the guest has sent them; none as long as there is output
-        /// to write.
+        /// Until when clients may read data that the guest has sent them; `None` while there is
+        /// output to write.
         draining: Option<Instant>,
     },
-    /// It ends at once, output or not.
+    /// The box ends at once, even if there is output to write.
     Over(Outcome),
 }
 
 /// Why a box ends.
 #[derive(Debug)]
 enum End {
-    /// The VM ended: this is the outcome, unless the agent's report still arrives.
+    /// The VM ended with this outcome, which counts unless the agent's report still arrives.
     Vm(Outcome),
-    /// The agent reported how the entrypoint ended: whatever ends after that, this is the outcome.
+    /// The agent reported how the entrypoint ended: this is the outcome, whatever ends later.
     Entrypoint(EntrypointEnd),
 }
 
@@ -214,7 +215,7 @@ impl MainLoop<'_> {
         i32::try_from(left).unwrap_or(i32::MAX)
     }
 
-    /// What follows from a round of events, and from the time.
+    /// Ends a round of events: does what is due by `now`, and what the events have made necessary.
     fn end_round(&mut self, now: Instant, ops: &mut EventOps<'_>) {
         if let Some(StopRequest { signal, limit }) = self.stop
             && now >= limit
@@ -241,9 +242,9 @@ impl MainLoop<'_> {
         if self.streams_done == STREAMS
             && let Life::Ending { draining: draining @ None, .. } = &mut self.life
         {
-            // What clients were sent precedes the end of the box, and has arrived by now.
+            // The guest sent its clients' data before the box's end, so the data has arrived by now.
             *draining = Some(now + CLIENTS_LIMIT);
-            // It has ended in time.
+            // The box has ended in time.
             self.stop = None;
             self.close_vsock(ops);
         }
@@ -266,7 +267,7 @@ impl MainLoop<'_> {
         }
     }
 
-    /// The VM is over: collect what the guest had sent, and end when it is written out.
+    /// The VM is over: takes what the guest had sent; the box ends when that is written.
     fn end_vm(&mut self, outcome: Outcome, ops: &mut EventOps<'_>) {
         match self.life {
             Life::Running { .. } => {
@@ -319,16 +320,16 @@ impl MainLoop<'_> {
     }
 
     fn on_clock(&mut self) {
-        // A jump of the clock makes the read fail, and is read by that.
+        // After a jump of the clock the read fails with ECANCELED, once.
         if self.clock.read(&mut [0; 8]).is_err() {
-            // It worked at the start, so it works now.
+            // The same call worked at the start, so it works now.
             let _ = sys::set_wall_clock_file(&self.clock, CLOCK_INTERVAL);
         }
         self.send_clock();
     }
 
     fn send(&mut self, message: FromHost) {
-        // A socket pair with room for thousands of these: what it does not take, nobody reads.
+        // The socket pair has room for thousands of messages: if it is full, nobody reads them.
         let _ = self.served.control.write(&message.encode());
     }
 
@@ -374,7 +375,7 @@ impl MainLoop<'_> {
                 }
             }
         }
-        // There may be more: after everybody else's turn.
+        // There may be more events: they wait until all others had their turn.
         self.served.device_events.wake();
     }
 
@@ -394,8 +395,8 @@ impl MainLoop<'_> {
         }
     }
 
-    /// Calls a device at work. What fails it is the host, which refuses the main loop something, or for
-    /// vsock also the guest: without vsock there is no agent, and so no exit status.
+    /// Calls a device. An error means that the host refuses something; from vsock, also that the guest
+    /// has broken the device. Without vsock there is no agent, and so no exit status: the box ends.
     fn with_device(
         &mut self,
         number: u8,
@@ -421,7 +422,7 @@ impl MainLoop<'_> {
         }
     }
 
-    /// Reads and handles all messages there are. `true` when no more will come.
+    /// Reads and handles all messages that have arrived. `true` when no more will come.
     fn read_control(&mut self, ops: &mut EventOps<'_>) -> bool {
         let mut bytes = [0; 4096];
         loop {
@@ -449,7 +450,7 @@ impl MainLoop<'_> {
     fn on_message(&mut self, message: FromGuest, ops: &mut EventOps<'_>) {
         match message {
             FromGuest::Hello { version, now_ns } => {
-                // Only the first says who is there: a box that runs has been started.
+                // Only the first hello counts: after that the box has started.
                 if version != protocol::VERSION && self.guest_clock.is_none() {
                     self.fail(Outcome::NotStarted(anyhow::anyhow!(
                         "the guest's agent speaks protocol version {version}, this mote {}; unset MOTE_INITRAMFS or build both together",
@@ -486,10 +487,10 @@ impl MainLoop<'_> {
 
     fn on_backend_end(&mut self, index: usize, ops: &mut EventOps<'_>) {
         let Some(backend) = self.served.backends.get_mut(index) else { return };
-        // It stays readable: stop listening to it.
+        // The descriptor stays readable, so it is not watched any more.
         let _ = ops.remove(Events::empty(&backend.ended()));
         let end = backend.describe_end();
-        // An entrypoint whose end has been reported needs no file system any more.
+        // If the entrypoint's end has been reported, this does not change the outcome.
         self.end_vm(Outcome::BackendDied(end), ops);
     }
 }
@@ -534,7 +535,7 @@ impl MutEventSubscriber for MainLoop<'_> {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let Some(token) = Token::from_data(events.data()) else { return };
         match token {
-            // Looked for in every round.
+            // Handled in every round.
             Token::Stop => {}
             Token::Continued => self.on_continued(),
             Token::Clock => self.on_clock(),
@@ -542,7 +543,7 @@ impl MutEventSubscriber for MainLoop<'_> {
             Token::DeviceEvent => self.on_device_event(ops),
             Token::Control => {
                 if self.read_control(ops) {
-                    // At its end the socket stays readable: stop listening to it.
+                    // At its end the socket stays readable, so it is not watched any more.
                     let _ = ops.remove(Events::empty(&self.served.control));
                     self.on_agent_lost();
                 }

@@ -1,6 +1,5 @@
-//! [`Vm::build`]: the whole VM, read top to bottom. A failure anywhere drops what was made so far,
-//! which ends back-ends. [`Vm::start`]: from there to the guest's first instruction, by way of the
-//! sandbox.
+//! [`Vm::build`] assembles the whole VM, step by step. A failure anywhere drops what was made so far,
+//! which ends the back-ends. [`Vm::start`] starts and confines the threads, and then the guest.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -46,10 +45,10 @@ pub struct Vm {
     exits: Sender<Exit>,
 }
 
-/// What the main loop serves a VM with.
+/// What the main loop needs to serve a VM.
 #[derive(Debug)]
 pub struct Served {
-    /// The devices whose queues it serves.
+    /// The devices whose queues the main loop serves.
     pub devices: Devices,
     /// mote's end of the control channel.
     pub control: UnixStream,
@@ -57,18 +56,18 @@ pub struct Served {
     pub device_events: Receiver<DeviceEvent>,
     /// Reasons why vCPUs stopped.
     pub exits: Receiver<Exit>,
-    /// Written once per output stream that is complete.
+    /// Written to once for each output stream that is complete.
     pub output_done: EventFd,
     /// When the first byte of output was written.
     pub first_output: FirstOutput,
-    /// What a panicking kernel said.
+    /// The message of a kernel panic.
     pub panic: PanicMessage,
     /// The virtio-fs back-ends.
     pub backends: Vec<Virtiofsd>,
 }
 
-/// A VM that runs, as long as this is there: closing it would disconnect every interrupt, whatever the
-/// vCPUs still hold.
+/// A running VM. It must be kept as long as the VM runs: closing the descriptor would disconnect every
+/// interrupt, although the vCPUs still hold the VM.
 #[derive(Debug)]
 pub struct Running(#[expect(dead_code, reason = "held, not used")] VmFd);
 
@@ -81,8 +80,8 @@ struct Boot {
 }
 
 impl Vm {
-    /// Builds the VM that the plan describes, on the sockets that were bound for it. No thread that it
-    /// starts outlives it. What it waits for is given up once `stop` is readable.
+    /// Builds the VM that the plan describes, on the sockets that were bound for it. No thread that this
+    /// starts outlives the call. It stops waiting, with an error, when `stop` is readable.
     ///
     /// # Errors
     /// The host refuses something, a back-end does not come up, or mote was told to stop.
@@ -114,7 +113,7 @@ impl Vm {
             .map(|index| vcpu::create(&vm, index, &cpuid(index)))
             .collect::<Result<Vec<_>>>()?;
 
-        // The agent's streams: each is a socket pair, of which the vsock device has one end.
+        // The agent's streams: each is a socket pair, and the vsock device has one end of it.
         let output_done = eventfd()?;
         let first_output = FirstOutput::default();
         let mut reserved_ports = HashMap::new();
@@ -133,13 +132,13 @@ impl Vm {
         let vsock = Mux::new(reserved_ports, listeners, plan.networking.policy().cloned());
         let devices = Devices::new(vsock, net);
 
-        // The guest's first memory.
+        // The initial contents of guest memory.
         let device_count = devices.iter().count() + plan.shares.len();
         let entry = boot::load(plan, &ram, device_count)?;
         timeline.mark("kernel_loaded");
 
-        // What the driver sees of the devices, in the order of their addresses: first those of the
-        // main loop, then a virtio-fs device per share.
+        // The transports' side of the devices, in the order of their addresses: first those of the main
+        // loop, then a virtio-fs device per share.
         let (device_sender, device_events) = event_channel(DEVICE_EVENTS)?;
         let mut front_ends: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(device_count);
         for (number, device) in (0..).zip(devices.iter()) {
@@ -187,8 +186,8 @@ impl Vm {
         Ok((vm, served))
     }
 
-    /// Starts the threads and, once every one of them is confined, this one too, the guest, whose exits
-    /// are counted in `counts`. To be called by a process that is in its sandbox.
+    /// Starts the threads and confines each of them and this one; then starts the guest, whose exits are
+    /// counted in `counts`. Must be called after [`Sandbox::enter`].
     ///
     /// # Errors
     /// The host refuses a thread or its filter, or KVM cannot run the guest.
@@ -217,7 +216,7 @@ impl Vm {
             sandbox.spawn(format!("vcpu{index}"), ThreadKind::Vcpu, ready.clone(), work)?;
         }
         drop(ready);
-        // Until every thread has spoken.
+        // Ends when every thread has sent its result.
         confined.iter().collect::<Result<()>>()?;
         sandbox.confine_main()?;
         for (index, gate) in gates.iter().enumerate() {
@@ -237,7 +236,8 @@ fn eventfd() -> Result<EventFd> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an eventfd")
 }
 
-/// Connects the box to its passt, before there are programs that would inherit its descriptors.
+/// Connects the box to its passt. Called before back-ends start, which would inherit the descriptor that
+/// mote was started with.
 fn connect_network(network: &Network, janitor: &Janitor, stop: &File) -> Result<Net> {
     match &network.passt {
         PasstSocket::Path(path) => {
@@ -266,7 +266,7 @@ fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     Ok((backends, connections))
 }
 
-/// Adds a virtio-fs device per share. A back-end that is gone is quoted: its own words say why.
+/// Adds a virtio-fs device per share. If a back-end has ended, the error quotes its own message.
 fn connect_shares(
     plan: &Plan,
     mut backends: Vec<Virtiofsd>,

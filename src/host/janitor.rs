@@ -1,17 +1,17 @@
-//! The janitor: the one process of a box that stays outside of its confinement. It makes the box's cgroup
-//! and sockets on the host and removes them, connects to passt again while the box runs, and runs nothing
-//! that a guest or a client has sent.
+//! The janitor: the one process of a box that is not confined. It makes the box's cgroup and sockets on
+//! the host and removes them, and connects to passt again while the box runs. It handles no data of a
+//! guest or a client.
 //!
 //! ```text
 //! mote      start ┐                 ┌ confined, runs the guest ── line closed, reap ── end
 //! janitor         └ make resources ─┘ connect to passt when asked …… sockets, virtiofsd …… cgroup
 //! ```
 //!
-//! Whatever happens to mote, SIGKILL at any moment included, the line between the two closes and the
-//! process ends. The janitor then removes what it has made, and kills the box's virtiofsd: one that has
-//! been broken into may not end with mote. A mote that has been broken into can make the janitor connect
-//! to the box's passt, and remove the sockets early. It cannot make it remove the cgroup, which limits
-//! mote: that stays until mote is gone.
+//! Whatever ends mote, even SIGKILL, closes the line, a socket pair between mote and the janitor. The
+//! janitor then removes what it has made, and kills the box's virtiofsd processes: one under an
+//! attacker's control may not end with mote. A mote under an attacker's control can make the janitor
+//! connect to the box's passt, and remove the sockets early. It cannot make the janitor remove the
+//! cgroup, which limits mote: the janitor waits until mote has ended.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -32,26 +32,26 @@ use crate::plan::{HostSocket, Plan};
 use crate::sys::{self, Interest};
 use crate::virtio::net::passt;
 
-/// How long mote waits for an answer while the box runs. The janitor does not wait itself then, but may
+/// How long mote waits for an answer while the box runs. The janitor answers without waiting, but may
 /// have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 
-/// Most processes that it is told of: two for each share, the root file system among them.
+/// Most processes that the janitor accepts: two for each share, and two for the root file system.
 const MAX_PROCESSES: usize = 2 * (layout::MAX_SHARES + 1);
 
-/// How long the janitor does nothing after a connection to passt: it is outside of the box's limits on CPU
-/// time. mote asks less often.
+/// How long the janitor sleeps after each connection to passt: the box's limit on CPU time does not hold
+/// for it, so a mote under an attacker's control must not keep it busy. mote asks less often.
 const CONNECT_PAUSE: Duration = Duration::from_millis(10);
 
-/// How long unlinking a few files may take.
+/// How long the janitor may take to unlink a few files.
 const CLEANING_LIMIT: Duration = Duration::from_secs(1);
 
-/// The byte that comes with a descriptor.
+/// The byte that is sent with a descriptor.
 const GIVEN: u8 = 0;
 /// The byte before the text that says why the resources could not be made.
 const NO_RESOURCES: u8 = 1;
 
-/// What the janitor is to do for a box.
+/// What the janitor does for a box.
 #[derive(Debug, Default)]
 pub struct Duties<'a> {
     /// The cgroup to create.
@@ -75,23 +75,23 @@ impl<'a> From<&'a Plan> for Duties<'a> {
 /// What the janitor has made for a box, as mote gets it.
 #[derive(Debug)]
 pub struct HostResources {
-    /// For joining the cgroup.
+    /// The lock to hold while mote joins the cgroup.
     pub cgroup: Option<cgroup::Lock>,
     /// The sockets, in the order in which they were asked for.
     pub sockets: Vec<UnixListener>,
 }
 
-/// What there is of a box on the host beside mote. Removed when dropped.
+/// What the janitor must remove at the end of a box. Dropping it does that.
 #[derive(Debug, Default)]
 struct Leftovers {
     sockets: Vec<SocketFile>,
-    /// The processes of its virtiofsd.
+    /// The box's virtiofsd processes.
     processes: Vec<File>,
     cgroup: Option<Remains>,
 }
 
 impl Leftovers {
-    /// All but the cgroup.
+    /// Removes everything but the cgroup.
     fn remove_most(&mut self) {
         self.sockets.drain(..).for_each(SocketFile::remove);
         self.processes.drain(..).for_each(|process| sys::process::kill_process(&process));
@@ -111,17 +111,17 @@ impl Drop for Leftovers {
 #[derive(Debug)]
 pub struct Janitor {
     line: UnixStream,
-    /// The janitor, if it ends before this process does.
+    /// The janitor's process id, if it ends before this process: with a cgroup it does not.
     ends_first: Option<u32>,
 }
 
 impl Janitor {
-    /// Starts the janitor, and waits until it has made the box's resources, but no longer once `stop` is
-    /// readable. To be called before there are threads, whose locks it would inherit.
+    /// Starts the janitor, and waits until it has made the box's resources or `stop` is readable. Must be
+    /// called before there are threads: the janitor would inherit locks that they hold.
     ///
     /// # Errors
-    /// What has kept the janitor from making them. Nothing is left of them then, or will be once this
-    /// process has ended.
+    /// The janitor cannot make the resources, or `stop` is readable. What it has made is removed, at
+    /// the latest when this process has ended.
     pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, HostResources)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
         let mote =
@@ -144,7 +144,7 @@ impl Janitor {
         }
     }
 
-    /// Has the janitor kill these processes once the line closes.
+    /// Makes the janitor kill these processes when the line closes.
     ///
     /// # Errors
     /// The janitor has ended.
@@ -158,7 +158,7 @@ impl Janitor {
         Ok(())
     }
 
-    /// A way to ask for connections to passt.
+    /// A handle for asking the janitor for connections to passt.
     ///
     /// # Errors
     /// The host has no descriptor for it.
@@ -166,8 +166,8 @@ impl Janitor {
         Ok(PasstLine(self.line.try_clone().context("duplicate the janitor's line")?))
     }
 
-    /// Has the janitor clean up, and waits for it as far as it does not wait for mote. What was made
-    /// from this is to be dropped before.
+    /// Makes the janitor clean up, and waits for its end, unless it waits for the end of this process.
+    /// Every [`PasstLine`] must be dropped before.
     pub fn dismiss(self) {
         drop(self.line);
         if let Some(pid) = self.ends_first {
@@ -176,7 +176,7 @@ impl Janitor {
     }
 }
 
-/// The janitor's life.
+/// All that the janitor's process does.
 fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     let mut leftovers = Leftovers::default();
     match HostResources::make(duties, line, &mut leftovers) {
@@ -185,9 +185,9 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
                 Ok(()) => serve(line, mote, duties.passt, &mut leftovers.processes),
                 Err(error) => refuse(line, &error),
             }
-            // Before anything that waits for mote, which may wait for an answer.
+            // First, because mote may be waiting for an answer, and the janitor waits for mote below.
             let _ = line.shutdown(Shutdown::Both);
-            // At once: a socket that is there says that the box runs (contract §2.8).
+            // At once: clients take an existing socket for a running box (contract §2.8).
             leftovers.remove_most();
             if leftovers.cgroup.is_some() {
                 let _ = sys::poll([Interest::read(mote)], None);
@@ -200,14 +200,14 @@ fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
     }
 }
 
-/// Tells mote why the resources could not be made. The end of the line is the end of the reason.
+/// Tells mote why the resources could not be made. The text ends where the line closes.
 fn refuse(mut line: &UnixStream, error: &anyhow::Error) {
     let _ = line.write_all(&[NO_RESOURCES]);
     let _ = line.write_all(format!("{error:#}").as_bytes());
 }
 
 impl HostResources {
-    /// Makes it. What is to be removed comes into `leftovers` as it is made, whatever fails after that.
+    /// Makes the resources. Each goes into `leftovers` as soon as it is made, whatever fails after that.
     fn make(
         duties: &Duties<'_>,
         line: &UnixStream,
@@ -219,8 +219,8 @@ impl HostResources {
         });
         let mut sockets = Vec::new();
         for socket in duties.sockets {
-            // Waiting for the cgroup may have taken long. A mote that has ended must not keep the next
-            // start of its box from these paths.
+            // Waiting for the cgroup may have taken long. If mote has ended, the next start of its box
+            // may need these paths already.
             let [has_ended] = sys::poll([Interest::read(line)], Some(Duration::ZERO))?;
             ensure!(!has_ended, "mote has ended");
             let (listener, file) = sockets::listen(socket)?;
@@ -230,7 +230,7 @@ impl HostResources {
         Ok(HostResources { cgroup, sockets })
     }
 
-    /// Passes it on, and keeps nothing of it open.
+    /// Passes the resources on to mote, and closes them here.
     fn give(self, line: &UnixStream) -> io::Result<()> {
         let cgroup = self.cgroup.map(OwnedFd::from);
         for fd in cgroup.into_iter().chain(self.sockets.into_iter().map(OwnedFd::from)) {
@@ -239,7 +239,7 @@ impl HostResources {
         Ok(())
     }
 
-    /// Takes what the janitor has made of these duties.
+    /// Takes the resources that the janitor has made for these duties.
     fn take(duties: &Duties<'_>, line: &UnixStream, stop: &File) -> Result<HostResources> {
         let take = || {
             let both = [Interest::read(line), Interest::read(stop)];
@@ -268,21 +268,22 @@ fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
         }
         Ok(_) => Err(anyhow!("the janitor (process mote-janitor) ended before the box's start")),
         Err(error) => {
-            // The kernel leaves out what it has no number for.
+            // The kernel drops a descriptor if the process cannot have another.
             let code = if error.errno() == libc::ENOBUFS { libc::EMFILE } else { error.errno() };
             Err(io::Error::from_raw_os_error(code)).context("take a descriptor from the janitor")
         }
     }
 }
 
-/// Takes processes that are to end with mote, and connects to passt as often as a byte comes without one,
-/// until the line closes or mote ends: a mote that has been broken into may have given its end of the line
-/// to others. Answers with the connection, or with an errno for a byte.
+/// Serves mote until the line closes or mote ends; the line alone would not do, because a mote under an
+/// attacker's control may have passed its end to another process. A byte with a descriptor adds a process
+/// to kill at the end. A byte without one asks for a connection to passt: the answer is the connection, or
+/// an errno in a byte.
 fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes: &mut Vec<File>) {
     loop {
         let both = [Interest::read(line), Interest::read(mote)];
         let Ok([_, false]) = sys::poll(both, None) else {
-            // What it has still told.
+            // Takes the processes that mote has sent before its end.
             let _ = line.set_nonblocking(true);
             while processes.len() < MAX_PROCESSES
                 && let Ok((1, Some(process))) = line.recv_with_fd(&mut [0])
@@ -297,7 +298,7 @@ fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes:
                 continue;
             }
             Ok((1, None)) => {}
-            // A process, and no number left for it.
+            // A process, but the janitor can have no more descriptors.
             Err(error) if error.errno() == libc::ENOBUFS => continue,
             _ => return,
         }
@@ -316,19 +317,19 @@ fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes:
     }
 }
 
-/// The line to the janitor, for asking it to connect to passt.
+/// The line to the janitor, used to ask for connections to passt.
 #[derive(Debug)]
 pub struct PasstLine(UnixStream);
 
 impl PasstLine {
-    /// A new connection to the box's passt, if that listens at this moment. Waits for the janitor, not
+    /// A new connection to the box's passt, if passt listens at this moment. Waits for the janitor, not
     /// for passt.
     ///
     /// # Errors
     /// Nobody listens, or the janitor does not answer in time.
     pub fn connect(&mut self) -> io::Result<UnixStream> {
         let mut byte = [0];
-        // The answer to an earlier request that came too late is an old connection.
+        // A late answer to an earlier request is dropped: its connection is old.
         while let Ok((1, _)) = self.0.recv_with_fd(&mut byte) {}
         self.0.write_all(&[0])?;
         let [ready] = sys::poll([Interest::read(&self.0)], Some(ANSWER_LIMIT))?;

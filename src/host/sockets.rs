@@ -1,5 +1,5 @@
-//! The box's sockets on the host: bound before the guest runs, so that a client that comes early
-//! can connect and is served once the guest is ready.
+//! The box's sockets on the host. They are bound before the guest runs, so that a client that comes early
+//! can connect; it is served when the guest is ready.
 //!
 //! Unix sockets (contract §2.8) are private to the user; the [`crate::host::janitor`] makes their files, and
 //! unlinks them at the end. Published ports (§1.6) are open to everybody who can reach the host.
@@ -20,10 +20,10 @@ use crate::virtio::vsock::listeners::Listener;
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
 const BACKLOG: i32 = 4096;
-/// What a socket with a listener means.
+/// Why a socket cannot be bound if somebody listens on its path.
 const TAKEN: &str = "another process listens on it; is this box running already?";
 
-/// A socket file of ours.
+/// A socket file that this process has made.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -32,25 +32,25 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Removes the file, if it still is ours.
+    /// Removes the file, if nobody has replaced it.
     pub fn remove(self) {
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|file| (file.dev(), file.ino()) == (self.device, self.inode));
         if ours {
-            // The directory may have gone with everything in it.
+            // Fails if somebody has removed the directory, and with it the file.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Everything that the plan wants clients to be accepted on: its sockets, which are `bound` in the
-/// plan's order, and its ports, which become open with this.
+/// All listeners of the plan: its sockets, which are `bound` already, in the plan's order, and its ports,
+/// which this opens.
 ///
 /// # Errors
 /// A port is in use, or may not be used by this user.
 pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>> {
     for socket in &bound {
-        // So that clients see the box's process at the other end, and not its janitor.
+        // So that clients see mote as their peer, and not the janitor.
         sys::socket::listen(socket, BACKLOG).context("listen on the box's sockets")?;
     }
     let mut listeners: Vec<Listener> = plan
@@ -72,7 +72,7 @@ pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>>
     Ok(listeners)
 }
 
-/// Binds a socket, mode 0600, replacing one that a dead process left behind.
+/// Binds a socket, mode 0600. Replaces a socket file that a dead process has left behind.
 ///
 /// # Errors
 /// Another process listens there, or the file cannot be made.
@@ -81,10 +81,10 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     let bind = || -> Result<(UnixListener, SocketFile)> {
         match sys::socket::connect_unix(path.as_os_str().as_bytes()) {
             Ok(_) => bail!(TAKEN),
-            // Its queue of clients is full.
+            // Somebody listens, but the queue of clients is full.
             Err(error) if error.kind() == ErrorKind::WouldBlock => bail!(TAKEN),
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                // The same answer comes from a file that is no socket.
+                // A file that is no socket gives the same error.
                 ensure!(
                     fs::symlink_metadata(path)?.file_type().is_socket(),
                     "a file that is not a socket is in the way; remove it or choose another path"
@@ -93,7 +93,7 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
             }
             Err(_) => {}
         }
-        // Under another name first: a client that sees the socket shall find somebody listening.
+        // Bound under another name first, so that the path appears only when somebody listens on it.
         let mut random = [0; 4];
         sys::fill_random(&mut random)?;
         let hidden = path.with_file_name(format!(".{:08x}", u32::from_ne_bytes(random)));
@@ -114,8 +114,8 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
         let socket = match linked {
             Ok(socket) => socket,
             Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(error.into()),
-            // No room for the other name, or a file system without links: then the moment between
-            // the two calls must do.
+            // The other name is too long, or the file system has no hard links. Then there is a
+            // moment between bind and listen in which a client is refused.
             Err(_) => bind_at(path)?,
         };
         let metadata = fs::symlink_metadata(path)?;
@@ -127,7 +127,7 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     bind().with_context(|| format!("listen on {}", path.display()))
 }
 
-/// Listens on a host port for IPv4 and, where the host has it, IPv6. Two boxes cannot share a port.
+/// Listens on a host port for IPv4 and, if the host has IPv6, for that too. Two boxes cannot share a port.
 ///
 /// # Errors
 /// The port is in use, or may not be used by this user.

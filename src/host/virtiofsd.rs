@@ -1,8 +1,8 @@
 //! The virtio-fs back-end: one virtiofsd process per share, started and owned by mote.
 //!
-//! The listening socket is made and connected to before virtiofsd exists, and handed to it as an open
-//! descriptor. So mote is always its first and only client, and there is no socket file to wait for or to
-//! leave behind.
+//! mote makes the listening socket and connects to it before virtiofsd exists, and hands it to virtiofsd
+//! as an open descriptor. So mote is always the only client, and there is no socket file to wait for or
+//! to leave behind.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -28,17 +28,18 @@ use crate::confine::Isolation;
 use crate::plan::Share;
 use crate::sys::{self, Interest, confine};
 
-/// How long all of a box's virtiofsd may take together until they have answered.
+/// How long all virtiofsd processes of a box may take together until they have answered.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a file that Linux knows of costs it at least (an inode of fuse's and a directory entry). virtiofsd
-/// keeps each open: the guest's own memory limits how many an honest one can have, and a dishonest one, which
-/// says that it knows of more, is to cost the host no more than that.
+/// Least bytes of memory that each file costs a Linux guest (an inode of FUSE and a directory entry).
+/// virtiofsd keeps every file open that the guest knows. The guest's memory limits how many those can be;
+/// a malicious guest may claim more, and so virtiofsd's open files are limited to that number.
 const INODE_LEN: u64 = 1024;
-/// Its limit on open files, within which the guest's memory says how many; at most virtiofsd's own default.
+/// Bounds of virtiofsd's limit on open files, which depends on the guest's memory. The upper bound is
+/// virtiofsd's own default.
 const OPEN_FILES: RangeInclusive<u64> = 65_536..=1_000_000;
 
-/// How much of its latest words is kept.
+/// How many bytes of its latest error output are kept.
 const LAST_WORDS: usize = 4096;
 
 /// How long virtiofsd may take from its first sign of ending to its end.
@@ -47,24 +48,24 @@ const ENDING_LIMIT: Duration = Duration::from_millis(200);
 /// How long a killed virtiofsd may take to vanish; one that is stuck in the kernel never will.
 const REAP_LIMIT: Duration = Duration::from_secs(1);
 
-/// A running virtiofsd. It dies with the thread that started it, and with this.
+/// A running virtiofsd. It is killed when the thread that started it ends, and when this is dropped.
 #[derive(Debug)]
 pub struct Virtiofsd {
     child: Child,
     ended: OwnedFd,
-    /// Its child, which serves the guest from a pid namespace whose first process it is. Without such a
-    /// namespace virtiofsd has none.
+    /// virtiofsd's child, which serves the guest as the first process of a pid namespace. A virtiofsd
+    /// without such a namespace has no child.
     server: Option<OwnedFd>,
     share: String,
-    /// Its standard error, non-blocking, until that has ended.
+    /// virtiofsd's standard error, non-blocking.
     stderr: Option<ChildStderr>,
-    /// The last of what it wrote there.
+    /// The last bytes that it wrote there.
     said: Vec<u8>,
 }
 
 impl Virtiofsd {
     /// Starts the daemon for a share, for a guest with this much memory. Returns it with the vhost-user
-    /// connection, on which it may not have begun to listen yet.
+    /// connection, which it may not have accepted yet.
     ///
     /// # Errors
     /// The program cannot be started, or the host cannot confine it.
@@ -85,7 +86,7 @@ impl Virtiofsd {
             .args(share.read_only.then_some("--readonly"))
             .args(own_sandbox(isolation))
             .arg(format!("--modcaps={}", needless_capabilities(share.read_only)))
-            // As it is set below.
+            // virtiofsd keeps the limit that `prepare` below has set.
             .arg("--rlimit-nofile=0")
             .env_clear()
             .stdin(Stdio::null())
@@ -106,39 +107,39 @@ impl Virtiofsd {
         Ok((Virtiofsd { child, ended, server: None, share, stderr, said: Vec::new() }, connection))
     }
 
-    /// Looks for the process that serves the guest. To be called once it has answered: it is there then,
-    /// and has not seen anything of the guest's.
+    /// Looks for the process that serves the guest. Must be called when it has answered, before the guest
+    /// runs: then the process exists, and cannot have been attacked yet.
     pub fn find_server(&mut self) {
         let pid = self.child.id();
-        // Where the kernel has no such list, what follows virtiofsd's end is left to virtiofsd.
+        // If the kernel has no such list, only virtiofsd itself can end its child.
         let children = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let first = |list: io::Result<String>| list.ok()?.split_whitespace().next()?.parse().ok();
         let Some(child) = first(children()) else { return };
         let Ok(server) = sys::process::process_file(child) else { return };
-        // The number is nobody else's by now.
+        // Still the same: so no other process has got the number meanwhile.
         if first(children()) == Some(child) {
             self.server = Some(server);
         }
     }
 
-    /// All its processes, for the janitor: it kills them if this process cannot.
+    /// All its processes. The janitor kills them if this process cannot.
     pub fn processes(&self) -> impl Iterator<Item = &OwnedFd> {
         self.server.iter().chain([&self.ended])
     }
 
-    /// Readable when it has ended.
+    /// A descriptor that is readable when virtiofsd has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
     }
 
-    /// Readable when it has written to its standard error, which [`Virtiofsd::listen`] is to read: a
-    /// full pipe would stop it.
+    /// A descriptor that is readable when virtiofsd has written to its standard error. The caller must then
+    /// call [`Virtiofsd::listen`]: a full pipe would stop virtiofsd.
     pub fn stderr(&self) -> Option<BorrowedFd<'_>> {
         self.stderr.as_ref().map(AsFd::as_fd)
     }
 
-    /// Reads what it has written to its standard error, at most a pipe's worth. `false` when no more
-    /// will come.
+    /// Reads what virtiofsd has written to its standard error, at most as much as a pipe holds. `false`
+    /// when no more will come.
     pub fn listen(&mut self) -> bool {
         let Some(pipe) = &mut self.stderr else { return false };
         let mut bytes = [0; LAST_WORDS];
@@ -155,9 +156,10 @@ impl Virtiofsd {
         true
     }
 
-    /// Says how it ended, with its own last words. To be called when it has ended or should have.
+    /// Says how virtiofsd ended, with the last line of its error output. Must be called only when it has
+    /// ended or does not answer: a running one is killed.
     pub fn describe_end(&mut self) -> String {
-        // Its sockets close a moment before it can be waited for.
+        // Its sockets close a moment before the process has ended.
         let _ = sys::poll([Interest::read(&self.ended)], Some(ENDING_LIMIT));
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status.to_string(),
@@ -166,7 +168,7 @@ impl Virtiofsd {
                 self.child.wait().map_or_else(|e| e.to_string(), |_| "it did not answer".into())
             }
         };
-        // Not waiting for a grandchild that still holds the pipe.
+        // Without waiting for the end of the pipe: virtiofsd's child may still hold it.
         self.listen();
         let text = String::from_utf8_lossy(&self.said);
         let last = text.lines().rev().find(|line| !line.trim().is_empty());
@@ -179,22 +181,22 @@ impl Virtiofsd {
 
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
-        // Killing what has ended is no error; waiting leaves no zombie. One that the guest has taken over
-        // may not end with its parent.
+        // Killing a process that has ended is no error. The server is killed too: under an attacker's
+        // control it may not end with its parent.
         self.processes().for_each(sys::process::kill_process);
-        // With the child that it has forked, and that ends with it.
+        // Waits for the processes, its child too, so that none is left as a zombie.
         sys::process::reap(self.child.id(), REAP_LIMIT);
     }
 }
 
-/// What virtiofsd keeps as root and has no use for.
+/// Capabilities that virtiofsd keeps as root and does not need.
 fn needless_capabilities(read_only: bool) -> &'static str {
     if read_only { "-chown:-fowner:-fsetid:-setgid:-setuid:-mknod:-setfcap" } else { "-mknod" }
 }
 
-/// What a virtiofsd does before it becomes one, so that one that has been broken into can do no more
-/// than its share allows: beside its own sandbox, which it enters later. A read-only share is a
-/// read-only mount, or a tree that Landlock lets it read.
+/// What the child does before it executes virtiofsd, so that a virtiofsd under an attacker's control
+/// can do no more than its share allows. This is in addition to virtiofsd's own sandbox, which it enters
+/// later. A read-only share becomes a read-only mount, or a tree that Landlock allows only to read.
 fn restriction(
     program: &Path,
     share: &Share,
@@ -218,14 +220,14 @@ fn restriction(
         confine::unshare(user | libc::CLONE_NEWNS)?;
         confine::detach_mounts()?;
         match confine::restrict_mount(&directory, read_only) {
-            // Linux before 5.12 cannot; virtiofsd itself refuses writes in any case.
+            // Linux before 5.12 has no mount_setattr; virtiofsd itself refuses writes in any case.
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
             done => done,
         }
     }))
 }
 
-/// The sandbox that virtiofsd enters itself, if not its usual one of namespaces.
+/// The option for the sandbox that virtiofsd enters itself; `None` for its default, namespaces.
 fn own_sandbox(isolation: Isolation) -> Option<&'static str> {
     match isolation {
         Isolation::Namespaces | Isolation::UserNamespaces | Isolation::Off => None,
@@ -234,8 +236,8 @@ fn own_sandbox(isolation: Isolation) -> Option<&'static str> {
     }
 }
 
-/// Its share, and what it takes to start and to open a file again (/proc/self/fd); no network, and
-/// nobody to signal.
+/// Landlock rules that allow virtiofsd its share, and what it needs to start and to open a file again
+/// (/proc/self/fd); no network, and no signals to other processes.
 fn landlock_rules(program: &Path, share: &Share) -> Result<RulesetCreated> {
     let abi = ABI::V6;
     let all = AccessFs::from_all(abi);
@@ -252,7 +254,7 @@ fn landlock_rules(program: &Path, share: &Share) -> Result<RulesetCreated> {
     ];
     let mut rules = Ruleset::default()
         .handle_access(all)?
-        // Without it the guest could not rename from one directory to another.
+        // Without `Refer` the guest could not move files from one directory to another.
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::Refer)?
         .set_compatibility(CompatLevel::BestEffort)
@@ -276,9 +278,9 @@ fn describe(share: &Share) -> String {
     }
 }
 
-/// Talks on connections to back-ends that may hang: past the limit, or once `stop` is readable, they are
-/// shut down, and with that every wait on them fails. A time-out of the sockets' own would not do: the
-/// vhost crate takes it for an interruption and goes on waiting.
+/// Runs `talk` on connections to back-ends that may hang. After `ANSWER_LIMIT`, or when `stop` is
+/// readable, the connections are shut down, so that every wait on them fails. A time-out on the sockets
+/// would not do: the vhost crate takes it for an interruption and goes on waiting.
 ///
 /// # Errors
 /// `talk` fails, or has taken too long, or mote was told to stop.
@@ -289,7 +291,7 @@ pub fn talk_in_time<T>(
 ) -> Result<T> {
     let clones = connections.iter().map(UnixStream::try_clone).collect::<io::Result<Vec<_>>>();
     let watched = clones.context("duplicate the vhost-user connections")?;
-    // Closed when all has been said.
+    // `talking` is closed when `talk` has returned.
     let (talking, over) = UnixStream::pair().context("create a socket pair")?;
     thread::scope(|scope| {
         let limit = thread::Builder::new()
@@ -299,7 +301,7 @@ pub fn talk_in_time<T>(
                 let in_time = matches!(sys::poll(ends, Some(ANSWER_LIMIT)), Ok([true, _]));
                 if !in_time {
                     for connection in &watched {
-                        // One that has been closed needs no more.
+                        // Fails only if the back-end has closed it already.
                         let _ = connection.shutdown(Shutdown::Both);
                     }
                 }
@@ -308,7 +310,7 @@ pub fn talk_in_time<T>(
             .context("start the thread that limits virtiofsd's time")?;
         let said = talk(connections)?;
         drop(talking);
-        // All may have been said, and the connections be of no use nevertheless.
+        // `talk` may have succeeded just before the connections were shut down.
         ensure!(limit.join().unwrap_or(false), "virtiofsd took too long, or mote was told to stop");
         Ok(said)
     })

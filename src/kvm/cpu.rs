@@ -1,5 +1,5 @@
-//! What a vCPU looks like to the guest when it starts: CPUID, MSRs, registers, local APIC. Pure
-//! functions over kvm-bindings types; `vcpu` hands the results to KVM.
+//! The state of a vCPU when the guest starts: CPUID, MSRs, registers, local APIC. Pure functions over
+//! kvm-bindings types; [`super::vcpu`] hands the results to KVM.
 
 use kvm_bindings::{
     CpuId, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment,
@@ -13,7 +13,7 @@ const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// Fast string operations.
 const MISC_ENABLE_FAST_STRING: u64 = 1;
-/// MTRRs on, memory is write-back unless said otherwise.
+/// MTRRs on, memory is write-back by default.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
 const CR0_PE: u64 = 1;
@@ -64,8 +64,8 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
             }
             entry.edx = entry.edx & !(1 << 28) | u32::from(count > 1) << 28; // HTT
         }
-        // Deterministic cache parameters (Intel 4, AMD 0x8000_001d): first and second level are a
-        // core's own, the third is shared by all.
+        // Deterministic cache parameters (Intel 4, AMD 0x8000_001d): each core has its own first and
+        // second level, and all share the third.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
             let sharing = if entry.eax >> 5 & 7 >= 3 { count } else { 1 };
             let cores = if entry.function == 0x4 {
@@ -97,7 +97,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
 /// Model-specific registers that differ from their reset value.
 ///
 /// # Errors
-/// There are more than KVM takes at once, which does not happen.
+/// There are more than KVM takes at once, which cannot happen.
 pub fn boot_msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     let entries = [
@@ -120,7 +120,7 @@ pub fn boot_regs(entry: u64) -> kvm_regs {
     }
 }
 
-/// Special registers for 64-bit mode with paging, over what KVM gives a fresh vCPU.
+/// Special registers for 64-bit mode with paging; the rest stays as KVM has set it for a new vCPU.
 pub fn long_mode_sregs(fresh: &kvm_sregs) -> kvm_sregs {
     let segment = |selector: u16| {
         let descriptor = GDT[usize::from(selector / 8)];

@@ -15,7 +15,7 @@ use crate::layout;
 /// The device file.
 pub const DEVICE: &str = "/dev/kvm";
 
-/// What mote cannot do without, all present on x86 since Linux 4.x.
+/// Capabilities that mote needs, all present on x86 since Linux 4.x.
 const REQUIRED: [(Cap, &str); 8] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),

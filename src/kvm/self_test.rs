@@ -1,10 +1,9 @@
 //! A tiny guest that finds out whether this KVM can run Linux.
 //!
 //! Some KVMs accept every call and then cannot run Linux (software KVMs that emulate a subset).
-//! So this does what Linux cannot do without: a locked 16-byte
-//! compare-and-exchange (where CPUID offers it), and a visit to user mode with CPUID and SYSCALL. It
-//! runs on the boot vCPU of every VM before the kernel is entered, which costs one exit, and alone for
-//! `mote probe`.
+//! So the test executes what Linux needs: a locked 16-byte compare-and-exchange (where CPUID offers
+//! it), a switch to user mode, and CPUID and SYSCALL there. It runs on the boot vCPU of every VM before
+//! the kernel is entered, which costs one exit, and alone for `mote probe`.
 
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -18,8 +17,8 @@ use super::{DEVICE, cpu};
 use crate::layout;
 use crate::memory::GuestRam;
 
-/// How long the self-test may take: a few hundred instructions, but perhaps on a host with much else to
-/// do, or under a limit on CPU time.
+/// How long the self-test may take. It has only a few instructions, but the host may be overloaded, or
+/// mote's CPU time limited.
 const SELF_TEST_LIMIT: Duration = Duration::from_secs(5);
 
 // The self-test's page: code at its start, page tables behind it. Addresses are guest-physical.
@@ -27,7 +26,8 @@ const CODE: u64 = layout::SELF_TEST;
 
 const TABLES: [u64; 3] = [CODE + 0x1000, CODE + 0x2000, CODE + 0x3000];
 
-/// Offset into [`PROGRAM`] behind CMPXCHG16B, where a vCPU without it starts: Linux does without.
+/// Offset into [`PROGRAM`] behind CMPXCHG16B. A vCPU without that instruction starts here: Linux can do
+/// without it.
 const AFTER_CMPXCHG16B: u64 = 0x06;
 
 /// Where SYSCALL enters; offset into [`PROGRAM`].
@@ -67,8 +67,8 @@ const MSR_LSTAR: u32 = 0xc000_0082;
 
 const EFER_SCE: u64 = 1;
 
-/// Runs the self-test on a vCPU that has this CPUID, in the first MiB of `ram`, before it is set up for
-/// the kernel. May never return: a KVM can hang in KVM_RUN; see [`wait`].
+/// Runs the self-test in the first MiB of `ram`, on a vCPU that has this CPUID and is not set up for the
+/// kernel yet. May never return, because a KVM can hang in KVM_RUN; see [`wait`].
 ///
 /// # Errors
 /// This KVM cannot run Linux; the message says what to change.
@@ -80,7 +80,7 @@ pub fn run(vcpu: &mut VcpuFd, cpuid: &CpuId, ram: &GuestRam) -> Result<()> {
 /// Waits for the result of a self-test that another thread runs, at most as long as it may take.
 ///
 /// # Errors
-/// That of the self-test, or that it did not end in time.
+/// The self-test failed, or did not end in time.
 pub fn wait(result: &Receiver<Result<()>>) -> Result<()> {
     result.recv_timeout(SELF_TEST_LIMIT).unwrap_or_else(|_| {
         Err(unfit(format!("it did not finish in {} s", SELF_TEST_LIMIT.as_secs())))
@@ -141,14 +141,14 @@ fn run_program(vcpu: &mut VcpuFd) -> Result<(), String> {
             Err(error) => return Err(format!("KVM_RUN: {error}")),
         }
     }
-    // KVM finishes the OUT at the next entry: make it do so before the registers change (KVM API
-    // 4.35, "before saving state"). With immediate_exit set the entry goes no further.
+    // KVM finishes the OUT at the next entry, which must be before the registers change (KVM API
+    // 4.35, "before saving state"). With immediate_exit set, the entry does nothing else.
     vcpu.set_kvm_immediate_exit(1);
     match vcpu.run().map(|exit| format!("{exit:?}")) {
         Err(error) if error.errno() == libc::EINTR => {}
         other => return Err(format!("KVM does not finish an OUT: {other:?}")),
     }
     vcpu.set_kvm_immediate_exit(0);
-    // The vCPU goes on to boot Linux: leave nothing behind in its MSRs.
+    // Cleared, because the vCPU boots Linux next.
     set_syscall_msrs(vcpu, 0, 0).map_err(|e| format!("{e:#}"))
 }

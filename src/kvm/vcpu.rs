@@ -18,13 +18,13 @@ use crate::timeline::ExitCounts;
 /// Why a vCPU stopped, which ends the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest reset itself: power-off, or a panic.
+    /// The guest reset itself, to power off or after a panic.
     Reset,
-    /// A triple fault: the guest kernel crashed beyond its own help.
+    /// A triple fault: the guest kernel crashed and could not handle that.
     TripleFault,
-    /// There is no memory where the guest's should be.
+    /// The host has no memory behind the guest's.
     MemoryGone(String),
-    /// KVM could not go on.
+    /// KVM could not run the vCPU any further.
     Failed(String),
 }
 
@@ -38,8 +38,8 @@ pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd> {
     Ok(vcpu)
 }
 
-/// Sets the boot vCPU's registers for the kernel entry. The others wait for its start-up message,
-/// as KVM creates them.
+/// Sets the boot vCPU's registers for the kernel entry. The other vCPUs wait for a start-up message
+/// from it; KVM creates them in that state.
 fn prepare_boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     let msrs = cpu::boot_msrs().context("list MSRs of the boot vCPU")?;
     let written = vcpu.set_msrs(&msrs).context("set MSRs of the boot vCPU")?;
@@ -67,14 +67,14 @@ pub enum Start {
         ram: GuestRam,
         /// Where the kernel starts.
         entry: u64,
-        /// Hears when the kernel is about to be entered, or why it is not.
+        /// Receives `Ok` just before the kernel is entered, or the reason why it is not.
         result: Sender<Result<()>>,
     },
     /// Waits, in KVM, for the boot vCPU's start-up message.
     Wait,
 }
 
-/// The work of a vCPU's thread, from when `gate` says so to the end of the VM.
+/// The work of a vCPU's thread: waits for `gate`, and then runs the vCPU until the VM ends.
 pub fn serve(
     index: u8,
     mut vcpu: VcpuFd,
@@ -95,7 +95,7 @@ pub fn serve(
             return;
         }
     }
-    // The main loop lives as long as the process; the event's counter cannot overflow.
+    // Cannot fail: the main loop exists as long as the process, and the counter cannot overflow.
     let _ = exits.send(run(index, &mut vcpu, &bus, &counts));
 }
 

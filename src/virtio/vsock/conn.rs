@@ -11,8 +11,8 @@
 //!   both ended ──▶ RST to the guest ──▶ gone
 //! ```
 //!
-//! When the guest ends both directions at once, or resets, what it had sent is still delivered. For a
-//! flow of TCP, either one is an abort instead: what is not delivered yet is dropped.
+//! When the guest ends both directions at once, or resets, what it had sent is still delivered. In a TCP
+//! flow whose guest has not ended its direction before, either is an abort: undelivered data is dropped.
 //!
 //! The connection as a whole:
 //!

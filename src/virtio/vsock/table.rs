@@ -127,8 +127,8 @@ impl Table {
         self.flows < limit && self.count() < MAX_CONNECTIONS
     }
 
-    /// Whether there is room for this client. For a client of a published port, [`MAX_FLOWS`] was checked
-    /// before it was accepted.
+    /// Whether there is room for this client. For a client of a published port, the number of flows was
+    /// checked before it was accepted.
     pub fn has_room_for_client(&self, endpoint: &Endpoint) -> bool {
         match endpoint.is_flow() {
             true => self.count() < MAX_CONNECTIONS,
