@@ -491,7 +491,7 @@ mod tests {
         let root = fake_root("controllers", "cpuset cpu\n");
         let error = cgroup(&root, &limits).create().expect_err("no memory controller");
         assert!(error.to_string().contains("has no \"memory\": free it from"), "{error:#}");
-        // What it does have was asked for by then.
+        // The controller that exists was enabled before the error.
         let control = fs::read_to_string(root.join("cgroup.subtree_control")).expect("file");
         assert_eq!(control, "+cpu");
 

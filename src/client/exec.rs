@@ -277,7 +277,7 @@ mod tests {
         agent.join();
     }
 
-    /// Input and four times as many bytes of answers: whoever waits for one direction only, hangs.
+    /// Input and four times as many bytes of answers: a client that waits for one direction only hangs.
     #[test]
     fn much_input_is_echoed() {
         const LENGTH: usize = 20 << 20;

@@ -1,5 +1,5 @@
-//! The control channel: any bytes, cut anywhere, are the same messages; what decodes encodes back to
-//! what it was.
+//! The control channel: any bytes decode to the same messages, wherever they are cut; a message that was
+//! decoded encodes to the same bytes.
 
 use mote_agent::protocol::{Decoder, EntrypointEnd, FromGuest, FromHost, MAX_PAYLOAD, Malformed};
 
@@ -14,7 +14,7 @@ pub fn run(data: &[u8]) {
     let guest = both_ways(stream, step, Decoder::next_from_guest);
     for message in &guest {
         if let FromGuest::Ended(EntrypointEnd::NotStarted { reason, .. }) = message {
-            // What is not UTF-8 becomes three bytes.
+            // A byte that is not UTF-8 becomes three bytes.
             assert!(reason.len() <= 3 * MAX_PAYLOAD);
             if reason.len() >= MAX_PAYLOAD {
                 continue;

@@ -1,8 +1,8 @@
-//! Flows: the guest's connections to the outside and the outside's to published ports, with any guest
-//! and any peers. Everything that the guest may reach leads to two sockets here.
+//! Flows: connections of the guest to the network, and from the network to published ports, with any
+//! guest and any peers. Every destination that the guest may reach is one of two sockets here.
 //!
-//! The framing towards the guest is always right, and bytes arrive in order, as long as the guest
-//! itself makes no mistake.
+//! As long as the guest itself makes no mistake, the framing towards it is right, and bytes arrive in
+//! order.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -25,7 +25,7 @@ use crate::virtio::vsock::packet::{Op, Ports};
 
 /// The guest's published port.
 const GUEST_PORT: u16 = 80;
-/// Most connections of an input: enough, and each costs the host a port for a minute.
+/// Most connections per input: each costs the host a port for a minute.
 const MAX_FLOWS: usize = 8;
 
 pub fn run(data: &[u8]) {
@@ -91,7 +91,7 @@ fn codecs(data: &[u8]) {
         let mut buffer = [&[0; DATAGRAM_HEADER_LEN], datagram].concat();
         assert_eq!(flow::datagram(&mut buffer, datagram.len()), &data[..2 + datagram.len()]);
     }
-    // Nothing that does not fit is lost.
+    // Bytes that do not fit are not lost.
     let mut rest = flow::Rest::default();
     let room = data.len() / 2;
     let mut all = data[..rest.keep(data, room)].to_vec();
@@ -105,16 +105,16 @@ fn codecs(data: &[u8]) {
     assert_eq!(all, data);
 }
 
-/// What travels in a flow.
+/// What a flow carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// The guest has not said.
+    /// The guest has sent no request yet.
     Unsaid,
     Tcp,
     Udp,
     /// A client of the published port.
     Published,
-    /// Not what it should be.
+    /// The guest has made a mistake.
     Hostile,
 }
 
@@ -124,8 +124,8 @@ struct Flow {
     /// From the guest: how much it has sent, and whether it will send more.
     sent: usize,
     sends: bool,
-    /// To the guest: what is not understood yet, whether the status has come, the chunk at hand, how
-    /// much of the peer's bytes has come, and whether their end has.
+    /// To the guest: bytes not decoded yet, whether the status has come, the current chunk, how many of
+    /// the peer's bytes have come, and whether their end has.
     bytes: Vec<u8>,
     answered: bool,
     refused: bool,
@@ -135,7 +135,7 @@ struct Flow {
     gone: bool,
 }
 
-/// A socket on the outside.
+/// A socket of a peer.
 struct Peer {
     socket: TcpStream,
     written: usize,
@@ -153,7 +153,7 @@ struct Fuzz {
     next_guest_port: u32,
 }
 
-/// What is at this place of the bytes of a TCP connection, in either direction.
+/// The byte at this position of a TCP connection, in either direction.
 fn patterned(start: usize, len: usize) -> Vec<u8> {
     (start..start + len).map(|place| (place % 251) as u8).collect()
 }
@@ -188,7 +188,7 @@ impl Fuzz {
 
     fn tell(&mut self, op: Op, index: usize, flags: u32, data: &[u8]) {
         let packet = Packet::new(op, self.flows[index].ports);
-        // Room for all: credit is the vsock target's.
+        // Credit for everything: the vsock target tests credit.
         self.bench.tell(Packet { flags, buf_alloc: 1 << 30, ..packet }, data);
     }
 
@@ -234,7 +234,7 @@ impl Fuzz {
         }
         let data = match flow.kind {
             Kind::Tcp | Kind::Published => {
-                // What the other end reads is not looked at here, so in all no more than always fits.
+                // Nothing is read at the other end here, so at most as much as always fits.
                 let len = len.min(BUFFER_LEN - flow.sent);
                 let data = patterned(flow.sent, len);
                 flow.sent += len;
@@ -269,14 +269,14 @@ impl Fuzz {
     fn hostile(&mut self, input: &mut Input<'_>) {
         let Some(index) = self.flow(input) else { return };
         self.flows[index].kind = Kind::Hostile;
-        // The other end cannot tell whose they are.
+        // The other end cannot tell which flow they belong to.
         self.peers.clear();
         self.tell(Op::Data, index, 0, input.short());
     }
 
     fn accept(&mut self) {
         while let Ok((socket, _)) = self.tcp.accept() {
-            // One that hears from a hostile guest is only there.
+            // With a hostile flow, connections are not checked: they may be made by that flow.
             if self.flows.iter().all(|flow| flow.kind != Kind::Hostile) {
                 self.peers.push(Peer::new(socket));
             }

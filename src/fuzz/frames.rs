@@ -73,13 +73,13 @@ fn look_at(payload: &[u8]) {
     let _ = serde_json::from_slice::<exec::FileResponse>(payload);
     let _ = serde_json::from_slice::<exec::ExecExit>(payload);
     let _ = str::from_utf8(payload).ok().and_then(exec::from_base64url);
-    // The quick parser knows less than the general one, and nothing else.
+    // What the quick parser accepts, the general one parses to the same.
     if let Some(chunk) = exec::parse_chunk(payload) {
         assert_eq!(serde_json::from_slice::<ExecChunk>(payload).ok(), Some(chunk));
     }
 }
 
-/// Any bytes as output: both parsers read what is written.
+/// Any bytes as output: both parsers read back what was written.
 fn chunks(output: &[u8]) {
     let output = &output[..output.len().min(exec::MAX_CHUNK)];
     let frame = exec::chunk_frame(Stream::Stderr, output);

@@ -1,7 +1,7 @@
 //! Any stores to a device's register page.
 //!
-//! Whatever they are: the device hears of activations and resets in turn, gets only queues that are
-//! valid and features that it has offered, and the page always says what is true.
+//! Whatever they are: the device gets activations and resets in turn, with only valid queues and
+//! features that it has offered, and the page always shows the true state.
 
 use std::sync::{Arc, Mutex};
 
@@ -111,7 +111,7 @@ pub fn run(data: &[u8]) {
             2 => bench.told.lock().expect("lock").refuses ^= true,
             3 => bench.change_config(&mut input),
             4 => bench.serve(&ram),
-            // What a driver does, with numbers of any kind.
+            // Stores that a driver makes, with any values.
             5 => bench.negotiate(input.u64()),
             6 => bench.set_up_queue(&mut input),
             7 => bench.store(VIRTIO_MMIO_STATUS, u32::from(input.u8())),
@@ -189,7 +189,7 @@ impl Bench {
         }
     }
 
-    /// What the page says at any time.
+    /// Checks what the page must show at any time.
     fn check(&mut self) {
         assert_eq!(self.read(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
         assert_eq!(self.read(VIRTIO_MMIO_VERSION), 2);

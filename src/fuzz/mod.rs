@@ -1,8 +1,8 @@
 //! What the fuzzers run (`make fuzz`): for each interface that a guest, a client or passt drives, a
 //! function that takes any bytes, does with them what the other side could do, and checks what must
-//! hold whatever that is. A panic is a finding.
+//! always hold. A panic is a finding.
 //!
-//! They are here rather than in `tests/fuzz`, which has only the entry points, because they use the
+//! The functions are here and not in `tests/fuzz`, which has only the entry points, because they use the
 //! benches of the unit tests, and because the unit tests run them too: on every input of the
 //! committed corpus, and on every input that was once a finding.
 
@@ -20,10 +20,10 @@ mod vsock;
 
 use crate::sys;
 
-/// One thing to fuzz: its name, which is that of its entry point and its corpus, and what it runs.
+/// A fuzz target: its name, which its entry point and its corpus have too, and the function to run.
 pub type Target = (&'static str, fn(&[u8]));
 
-/// All of them.
+/// All fuzz targets.
 pub const TARGETS: [Target; 9] = [
     ("control", control::run),
     ("flow", flow::run),
@@ -36,8 +36,8 @@ pub const TARGETS: [Target; 9] = [
     ("vsock", vsock::run),
 ];
 
-/// What Rust does before `main`, which a fuzzer's is not: writing to a closed socket is an error, not
-/// the end.
+/// Ignores SIGPIPE, as Rust does before `main`, which a fuzzer does not have: writing to a closed socket
+/// must be an error, not the end of the process.
 pub fn prepare() {
     std::mem::forget(sys::signal_file(&[libc::SIGPIPE]));
 }
@@ -48,7 +48,7 @@ pub fn run(name: &str, data: &[u8]) {
     target.expect("a target of this name").1(data);
 }
 
-/// Bytes to decide by; zeros when there are no more.
+/// The input, from which every decision takes bytes; zeros when there are no more.
 #[derive(Debug)]
 struct Input<'a>(&'a [u8]);
 
@@ -64,7 +64,7 @@ impl<'a> Input<'a> {
         bytes
     }
 
-    /// As many bytes as the next one says.
+    /// As many bytes as the next byte says.
     fn short(&mut self) -> &'a [u8] {
         let len = self.u8();
         self.bytes(len.into())
@@ -97,12 +97,12 @@ impl<'a> Input<'a> {
         self.u8() & 1 == 1
     }
 
-    /// One of these.
+    /// One of these values.
     fn choose<T: Copy>(&mut self, from: &[T]) -> T {
         from[usize::from(self.u8()) % from.len()]
     }
 
-    /// A number that is often at the edge of something.
+    /// A number that is often at or near a limit.
     fn edge(&mut self) -> u32 {
         match self.u8() {
             0 => 0,
@@ -135,7 +135,7 @@ mod tests {
         for file in files {
             let path = file.expect("an entry").path();
             let data = std::fs::read(&path).expect("an input");
-            // Seen when it panics.
+            // Printed only if the test panics.
             println!("{}", path.display());
             run(name, &data);
             count += 1;

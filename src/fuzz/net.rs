@@ -1,5 +1,5 @@
-//! The network device with any driver and any passt. Whatever they do, the device comes to rest, a
-//! driver's mistakes cost only its device, passt's only the link, and what arrives are whole frames.
+//! The network device with any driver and any passt. Whatever they do, the device does not loop for ever,
+//! a driver's mistakes stop only its device, passt's only the link, and only whole frames arrive.
 
 use std::io::Write;
 
@@ -50,7 +50,7 @@ fn activate(bench: &mut Bench, input: &mut Input<'_>) {
     bench.activate(features, &receive, &transmit);
 }
 
-/// Descriptors for this place of a table and on.
+/// Descriptors for a table, from this index on.
 fn descriptors(input: &mut Input<'_>, first: u16) -> Vec<RawDescriptor> {
     let count = u16::from(input.u8() % 16).min(256 - first);
     (first..first + count)
@@ -81,13 +81,13 @@ fn frame_len(input: &mut Input<'_>) -> usize {
     }
 }
 
-/// Writes what fits, if passt still has a connection.
+/// Writes as much as fits, if passt still has a connection.
 fn write(bench: &mut Bench, bytes: &[u8]) {
     let _ = bench.passt.write(bytes);
     bench.run();
 }
 
-/// What the device sends are frames, the last perhaps not yet whole.
+/// Checks that the device sends frames, of which the last may be incomplete.
 fn check_frames(mut stream: &[u8]) {
     while let Some((prefix, rest)) = stream.split_first_chunk() {
         let len = u32::from_be_bytes(*prefix) as usize;

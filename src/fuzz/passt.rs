@@ -1,5 +1,5 @@
-//! The framing towards passt: frames arrive as they were sent, however they are cut, up to the first
-//! length that none can have; and they leave as they were put.
+//! The framing towards passt: frames arrive as they were sent, wherever they are cut, up to the first
+//! impossible length; and frames are sent as they were put.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -23,7 +23,7 @@ pub fn run(data: &[u8]) {
     let mut lost = false;
     while !input.is_empty() && !lost {
         match input.u8() % 6 {
-            // Bytes as they come; and whole frames, so that some are.
+            // Any bytes, and also whole frames, so that some are valid.
             0 => write(&mut passt, input.short(), &mut sent),
             1 => {
                 let len = frame_len(&mut input);
@@ -82,7 +82,7 @@ fn frame_len(input: &mut Input<'_>) -> usize {
     }
 }
 
-/// Writes what fits.
+/// Writes as much as fits.
 fn write(passt: &mut UnixStream, mut bytes: &[u8], sent: &mut Vec<u8>) {
     while !bytes.is_empty() {
         match passt.write(bytes) {
@@ -103,7 +103,7 @@ fn read(passt: &mut UnixStream, left: &mut Vec<u8>) {
     }
 }
 
-/// Takes at most this many frames. Whether the connection is lost.
+/// Takes at most this many frames. Returns whether the connection is lost.
 fn take(connection: &mut Connection, received: &mut Vec<Vec<u8>>, count: usize) -> bool {
     for _ in 0..count {
         match connection.frame() {
@@ -123,7 +123,7 @@ fn take(connection: &mut Connection, received: &mut Vec<Vec<u8>>, count: usize) 
     false
 }
 
-/// The whole frames of a stream, and whether what follows them has a length that none can have.
+/// The whole frames of a stream, and whether an impossible length follows them.
 fn frames(mut stream: &[u8]) -> (Vec<Vec<u8>>, bool) {
     let mut frames = Vec::new();
     while stream.len() >= 4 {

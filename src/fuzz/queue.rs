@@ -1,8 +1,8 @@
 //! A queue whose rings and descriptors are any bytes, anywhere, also in each other.
 //!
 //! Whatever they are: no more chains are handled than asked for, each handled chain is returned once,
-//! nothing but the used ring and what a chain lets the device write is written, and unless the ring is
-//! found broken, nothing that is available stays behind without a kick.
+//! and only the used ring and device-writable buffers are written. Unless the ring is found broken, no
+//! available chain is left without a kick.
 
 use std::io::{Read, Write};
 
@@ -44,13 +44,13 @@ pub fn run(data: &[u8]) {
             0 => {
                 let (at, bytes) = (u64::from(input.u16()), input.short());
                 bench.write(at, bytes);
-                // Of the used ring the driver only reads.
+                // The driver only reads the used ring.
                 bench.entangled |= at < bench.used_end() && at + bytes.len() as u64 > bench.used;
             }
             1 | 2 => bench.describe(&mut input),
             3 | 4 => bench.announce(&mut input),
             5 => bench.pop_twice(),
-            // Its device stops.
+            // The device stops.
             writes if bench.serve(usize::from(input.u8()), writes == 6).is_err() => return,
             _ => {}
         }
@@ -62,7 +62,7 @@ impl Bench {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM)]).expect("RAM");
         let size = 1 << (input.u8() % 9);
         let event_idx = if input.flag() { F_EVENT_IDX } else { 0 };
-        // Mostly apart, but anywhere.
+        // Mostly apart from each other, but sometimes anywhere.
         let (table, avail, used) = match input.u8() {
             0 => (u32::from(input.u16()), u32::from(input.u16()), u32::from(input.u16())),
             _ => (0x1000, 0x3000, 0x4000),
@@ -76,7 +76,7 @@ impl Bench {
         if !queue.is_valid(&ram) {
             return None;
         }
-        // Ones that are not aligned are not taken.
+        // Addresses that are not aligned are refused.
         let (table, avail, used) = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
         let kick = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
@@ -91,7 +91,7 @@ impl Bench {
         self.ram.write_slice(&bytes[..len], GuestAddress(at)).expect("in RAM");
     }
 
-    /// A descriptor: its buffer is mostly inside memory, its successor mostly the next one.
+    /// A descriptor: mostly with a buffer inside memory, and followed by the next descriptor.
     fn describe(&self, input: &mut Input<'_>) {
         let index = u64::from(input.u8());
         let (addr, len) = match input.u8() {
@@ -112,7 +112,7 @@ impl Bench {
         self.write((self.table + 16 * index) & 0xffff, &bytes);
     }
 
-    /// Heads in the ring, and an index that is mostly true of them.
+    /// Writes heads into the ring, and an index that mostly fits them.
     fn announce(&self, input: &mut Input<'_>) {
         let count = input.u8() % 16;
         let heads = input.bytes(count.into());
@@ -156,7 +156,7 @@ impl Bench {
         let may_change = |at: u64| {
             (self.used..used_end).contains(&at) || writable.iter().any(|range| range.contains(&at))
         };
-        // Mostly nothing has changed in a piece: byte by byte takes most of the time.
+        // Most pieces have not changed, and comparing byte by byte would take most of the time.
         for (piece, (old, new)) in
             before.chunks(PIECE).zip(self.contents().chunks(PIECE)).enumerate()
         {

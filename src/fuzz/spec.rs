@@ -1,4 +1,4 @@
-//! The spec: any text is a plan, or has errors that say where. Planning only looks at the host.
+//! The spec: any text gives a plan, or errors with their positions. Planning only reads from the host.
 
 use std::path::PathBuf;
 

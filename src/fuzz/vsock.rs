@@ -1,9 +1,9 @@
-//! The vsock device with any guest and any clients: packets and rings right and wrong, resets of the
-//! driver, time that passes.
+//! The vsock device with any guest and any clients: valid and invalid packets and rings, resets of the
+//! driver, and time that passes.
 //!
-//! Whatever they do, the bench checks that the device comes to rest and that its books agree. For
-//! connections on which the guest itself makes no mistake, every byte arrives, in order and as
-//! credit allows, and so does the end.
+//! Whatever they do, the bench checks that the device does not loop for ever, and that its state is
+//! consistent. On connections where the guest itself makes no mistake, every byte arrives, in order and
+//! within credit, and so does the end.
 
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
@@ -25,7 +25,7 @@ const OPS: [Op; 7] = [
     Op::CreditRequest,
 ];
 
-/// A connection from the guest to an offer, on which it does as it should.
+/// A connection from the guest to a reserved port, on which the guest makes no mistakes.
 struct Link {
     ports: Ports,
     far: UnixStream,
@@ -35,7 +35,7 @@ struct Link {
     /// Bytes that the far end has written, and that the guest has received.
     written: usize,
     received: usize,
-    /// Up to where the guest has had room for them.
+    /// Up to which byte the guest has granted credit.
     granted: u64,
     /// Whether each end goes on sending, and the guest goes on receiving.
     guest_sends: bool,
@@ -44,7 +44,7 @@ struct Link {
     /// The guest was told that nothing more comes, or knows the connection no more.
     told_end: bool,
     gone: bool,
-    /// Something was said in its name, or lost with a ring, so that nothing is known.
+    /// A packet was forged for it, or lost with a ring, so that nothing is known of it.
     tainted: bool,
 }
 
@@ -73,14 +73,14 @@ pub fn run(data: &[u8]) {
     while !input.is_empty() {
         fuzz.step(&mut input);
         if fuzz.bench.failure().is_some() {
-            // As a driver does that sees its device stop; only once is remembered.
+            // As a driver does when its device stops; the bench keeps only the first failure.
             return fuzz.restart_and_leave();
         }
     }
     fuzz.finish();
 }
 
-/// What is at this place of a link's bytes, in either direction.
+/// The byte at this position of a link, in either direction.
 fn pattern(place: usize) -> u8 {
     (place % 251) as u8
 }
@@ -261,7 +261,7 @@ impl Fuzz {
         self.bench.tell(packet, if carries { &data } else { &[] });
     }
 
-    /// A header that lies about its length, or buffers that are none.
+    /// A header with a wrong length, or buffers that are not valid.
     fn hostile_chain(&mut self, input: &mut Input<'_>) {
         let ports = self.known[usize::from(input.u8()) % self.known.len()];
         let op = input.choose(&OPS) as u16;
@@ -277,7 +277,7 @@ impl Fuzz {
             3 => vec![raw],
             _ => vec![Buffer::Full(head), Buffer::Empty(9), Buffer::Full(tail)],
         };
-        // A table of its own that the guest makes of its memory could hold any packet at all.
+        // An indirect table made of the guest's other memory could lead to any packet.
         self.taint_all();
         self.bench.run();
         self.bench.tx.returned();
@@ -304,7 +304,7 @@ impl Fuzz {
         self.bench.run();
     }
 
-    /// What a guest says to the connections that the host asks for.
+    /// The guest's answers to connections that the host requests.
     fn answer(&mut self, input: &mut Input<'_>) {
         let index = usize::from(input.u8()) % self.known.len();
         let ports = self.known[self.known.len() - 1 - index];
@@ -351,7 +351,7 @@ impl Fuzz {
         }
     }
 
-    /// The device may or may not have it any more.
+    /// The device may have it no more.
     fn give_up_offer(&mut self, host: u32) {
         self.clients.extend(self.bench.reserved.remove(&host));
     }
@@ -390,7 +390,7 @@ impl Fuzz {
         self.bench.run();
     }
 
-    /// Nothing that a link has promised is left out.
+    /// Checks that every link has delivered all its bytes and its end.
     fn finish(&mut self) {
         for index in 0..self.links.len() {
             self.tell_credit(index, Op::CreditUpdate, 1 << 30);

@@ -232,7 +232,7 @@ mod tests {
         fs::remove_file(&plan.path).expect("cleaned");
     }
 
-    /// A port that nobody had a moment ago, published.
+    /// A published port, which was free a moment ago.
     fn published() -> (PublishedPort, Vec<TcpListener>) {
         let any = TcpListener::bind("0.0.0.0:0").expect("bound");
         let host = any.local_addr().expect("bound").port();

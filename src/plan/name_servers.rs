@@ -44,7 +44,7 @@ mod tests {
     use crate::plan::testing::spec;
     use crate::spec::Network;
 
-    /// Those of a box with a network of its own, which names these, and with this variable.
+    /// The name servers of a box whose own network names these, and with this variable.
     fn own(dns_servers: &[Ipv4Addr], variable: Option<&str>) -> ResolvConf {
         let mut spec = spec();
         let [address, gateway] = [2, 1].map(|host| Ipv4Addr::new(10, 88, 0, host));

@@ -577,7 +577,7 @@ mod tests {
         assert_eq!(errors("[]"), ["is an array, must be an object"]);
     }
 
-    /// The reference runtime's own type: what it serialises must parse to the same values.
+    /// The reference runtime's own type: its serialised form must parse to the same values.
     #[test]
     fn specs_of_a3s_box_core_parse() {
         use a3s_box_core::vmm as a3s;

@@ -1,4 +1,4 @@
-//! The network device between guests and passts that are hostile or merely odd.
+//! The network device between guests and passts that are hostile, or only unusual.
 
 use std::os::unix::net::UnixListener;
 
@@ -37,7 +37,7 @@ fn a_driver_that_never_stops_sending_nothing_holds_nobody_up() {
     let most_taken = std::thread::scope(|scope| {
         let driver = scope.spawn(|| {
             let (mut all, mut last) = (0, before);
-            // Far more than one turn may take: whoever takes so much never ends.
+            // Far more than one turn may take: without a bound, the turn would never end.
             while !over.load(Ordering::Relaxed) && all < 60_000 {
                 let now = taken(&ram);
                 all += u32::from(now.wrapping_sub(last));

@@ -95,7 +95,7 @@ fn data_never_exceeds_the_guests_credit() {
     assert_eq!(next(&mut conn, HostRead::Data(1000)), None);
     conn.on_packet(&Header { fwd_cnt: 40, ..packet(Op::CreditUpdate, 0) }, &[]);
     assert_eq!(next(&mut conn, HostRead::Data(1000)).map(|h| h.len), Some(40));
-    // A guest that lies about what it took gets nothing rather than too much.
+    // A guest with a wrong count of what it took gets nothing, rather than too much.
     conn.on_packet(&Header { fwd_cnt: 5000, ..packet(Op::CreditUpdate, 0) }, &[]);
     assert_ne!(next(&mut conn, HostRead::Data(1000)).map(|h| h.op), Some(Op::Data));
 }
@@ -145,7 +145,7 @@ fn a_reset_from_the_guest_ends_one_that_is_being_reset() {
     assert!(conn.is_closed());
 }
 
-/// Where 32-bit counters go wrong, if they do.
+/// Values at which 32-bit counters may go wrong.
 const EDGES: [u32; 12] = [
     0,
     1,
@@ -171,7 +171,7 @@ fn credit_is_what_the_guest_has_room_for_wherever_the_counters_are() {
                 let update =
                     Header { buf_alloc: alloc, fwd_cnt: taken, ..packet(Op::CreditUpdate, 0) };
                 conn.on_packet(&update, &[]);
-                // As numbers that do not wrap: the guest has room for what it has not been sent.
+                // In numbers that do not wrap: the guest has room for the bytes not sent yet.
                 let room = u64::from(alloc).saturating_sub(on_the_way.into()) as usize;
                 assert_eq!(conn.credit(), room, "{taken} taken, {on_the_way} on the way, {alloc}");
                 let sent = next(&mut conn, HostRead::Data(usize::MAX)).expect("a packet");
@@ -185,7 +185,7 @@ fn credit_is_what_the_guest_has_room_for_wherever_the_counters_are() {
 
 #[test]
 fn streams_go_on_when_their_counters_wrap() {
-    // With bytes for the guest, which carry the news of room here along, and without.
+    // With bytes for the guest, whose packets also report room here, and without.
     for read in [HostRead::Data(30_000), HostRead::Empty] {
         for start in EDGES {
             stream_from(start, read);
@@ -222,7 +222,7 @@ fn stream_from(start: u32, read: HostRead) {
     }
 }
 
-/// Every sequence of a few events, whatever their order: what holds for all connections holds.
+/// Every sequence of a few events: checks what must hold for all connections.
 #[test]
 fn no_order_of_events_breaks_the_rules() {
     const DEPTH: u32 = 4;
@@ -346,7 +346,7 @@ fn a_host_that_closed_fully_is_announced_fully() {
     assert_eq!(next(&mut conn, HostRead::End).map(|h| h.op), Some(Op::Reset));
 }
 
-/// One that carries TCP, with undelivered bytes.
+/// A connection that carries TCP, with undelivered bytes.
 fn open_tcp() -> Conn {
     let mut conn = open();
     conn.set_abortable(true);

@@ -11,7 +11,7 @@ use super::super::super::conn::BUFFER_LEN;
 use super::*;
 use crate::sys;
 
-/// Far longer than anything on loopback takes.
+/// A time limit far longer than anything on loopback takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 const OK: [u8; 2] = [0, 0];
 /// The chunk that ends a stream.
@@ -33,7 +33,7 @@ fn until<T>(bench: &mut Bench, mut done: impl FnMut(&mut Bench) -> Option<T>) ->
     }
 }
 
-/// Expects exactly these packets next, in whatever pieces of time.
+/// Expects exactly these packets next, however long each takes.
 #[track_caller]
 fn expect(bench: &mut Bench, packets: &[Received]) {
     let mut all = Vec::new();
@@ -44,7 +44,7 @@ fn expect(bench: &mut Bench, packets: &[Received]) {
     assert_eq!(all, packets);
 }
 
-/// What a peer reads until there are `len` bytes or it hears of the end.
+/// What a peer reads until there are `len` bytes, or the end.
 #[track_caller]
 fn read_until(bench: &mut Bench, peer: &mut TcpStream, len: usize) -> (Vec<u8>, Tail) {
     let mut all = Vec::new();
@@ -226,7 +226,7 @@ fn a_stream_that_is_cut_off_by_the_end_of_the_box_is_reset() {
 
 #[test]
 fn a_peer_that_resets_is_no_end_in_order() {
-    // By what the guest and the peer had done before.
+    // Cases: what the guest and the peer had done before.
     for (guest_ended, bytes) in [(false, 0), (false, 4), (true, 0), (true, 4)] {
         let mut bench = Bench::started();
         let (ports, mut peer) = connected(&mut bench);
@@ -255,7 +255,7 @@ fn a_reset_that_writing_finds_first_is_no_end_in_order_either() {
     let mut bench = Bench::started();
     let (ports, peer) = connected(&mut bench);
     reset(peer);
-    // In one turn with the news of it, and before that.
+    // In the same turn as the event of the reset, and before that event.
     bench.send(data(ports), b"into the void");
     bench.call_only(|mux, watcher| mux.handle(Source::Transmit.to_number(), EventSet::IN, watcher));
     assert!(shutdowns(&mut bench).iter().all(|(data, _)| data.is_empty()));
@@ -265,7 +265,7 @@ fn a_reset_that_writing_finds_first_is_no_end_in_order_either() {
 fn a_peer_that_ends_and_then_resets_had_ended() {
     let mut bench = Bench::started();
     let (ports, peer) = connected(&mut bench);
-    // Closed, with nothing unread: an end, until the guest says more.
+    // Closed, with nothing unread: an end, until the guest sends more.
     drop(peer);
     expect(&mut bench, &[(DATA, ports, END.into()), (SHUTDOWN, ports, vec![])]);
     bench.tell(data(ports), b"is anybody there");
@@ -675,12 +675,12 @@ fn errors_of_datagrams_are_reported_and_end_nothing() {
     bench.tell(data(ports), &datagram(&vec![1; MAX_DATAGRAM_LEN]));
     let too_long = [0xff, 0xff, 0, libc::EMSGSIZE as u8];
     expect(&mut bench, &[(DATA, ports, too_long.into())]);
-    // Nobody there any more, as the host hears after sending.
+    // The peer has gone, which the host finds out after sending.
     drop(peer);
     bench.tell(data(ports), &datagram(b"lost"));
     let refused = [0xff, 0xff, 0, libc::ECONNREFUSED as u8];
     expect(&mut bench, &[(DATA, ports, refused.into())]);
-    // The error of one does not take the next along.
+    // The error of one datagram does not lose the next.
     bench.send(data(ports), &datagram(b"lost"));
     bench.call_only(|mux, watcher| mux.handle(Source::Transmit.to_number(), EventSet::IN, watcher));
     let peer = UdpSocket::bind(address).expect("free again");
@@ -693,8 +693,8 @@ fn errors_of_datagrams_are_reported_and_end_nothing() {
 fn a_flow_that_breaks_its_framing_and_is_reset_leaves_nothing() {
     let mut bench = Bench::started();
     let (ports, _peer) = udp_connected(&mut bench);
-    // Both in one batch: the length, which no datagram has, is looked at when the guest has already
-    // forgotten the connection.
+    // Both in one batch: the device sees the impossible length when the guest has already forgotten
+    // the connection.
     bench.send(data(ports), &[0xff; DATAGRAM_HEADER_LEN]);
     bench.tell(Packet::new(Op::Reset, ports), &[]);
     assert_eq!((bench.look().connections, bench.deadline()), (0, None));
@@ -734,7 +734,7 @@ fn a_flood_of_empty_datagrams_is_cut_into_turns() {
     assert_eq!(bench.look().most_bytes, 0, "all are sent in time");
     bench.collect();
 
-    // The end of the connection does not lose them, that of the device does.
+    // The end of the connection does not lose them; a reset of the device does.
     bench.send(data(ports), &flood);
     bench.tell(shutdown(ports, SEND | RECEIVE), &[]);
     assert_eq!(bench.collect().last(), Some(&(RST, ports, vec![])));
@@ -969,7 +969,7 @@ fn disturb(seed: u64) {
         assert_eq!(bench.failure(), None, "seed {seed}");
         assert!(bench.look().most_bytes <= BUFFER_LEN);
     }
-    // Nothing stays behind.
+    // Nothing is left.
     bench.call(Mux::reset);
     drop((peers, tcp));
     until(&mut bench, |bench| (bench.look().connections == 0).then_some(()));
