@@ -1,9 +1,9 @@
 //! For tests and fuzzers: the vsock device between a guest made of two rings and real host sockets, in a real
 //! event loop, without a VM.
 //!
-//! Packets are written and read here byte by byte rather than with [`super::super::packet`], so
-//! that they can be wrong, and so that a mistake there is not repeated here. The guest kicks only
-//! when the device has asked for it, so a kick that is not asked for is a packet that hangs.
+//! Packets are written and read here byte by byte, not with [`super::super::packet`], so that they can
+//! be wrong, and so that a mistake there is not repeated here. The guest kicks only when the device has
+//! asked for it: if the device forgets to ask, a packet hangs and the test fails.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a failed expectation is how a test fails")]
 #![cfg_attr(fuzzing, allow(dead_code, reason = "tests use more of it than fuzzers"))]
@@ -31,15 +31,15 @@ use crate::virtio::device::{ConfigSpace, ReadyQueue};
 
 /// The device's number.
 const DEVICE: u8 = 0;
-/// A host port that takes one connection, and another.
+/// Two reserved host ports, each of which takes one connection.
 pub const RESERVED: u32 = 7000;
 pub const OTHER_RESERVED: u32 = 7001;
-/// The guest port of the first listener; what it falls back to; and that of the second listener,
-/// which falls back to nothing.
+/// The guest port of the first listener and its fallback; and that of the second listener, which has no
+/// fallback.
 pub const SERVER: u32 = 4089;
 pub const FALLBACK: u32 = 5089;
 pub const LONE_SERVER: u32 = 4090;
-/// What the guest grants unless a test says otherwise.
+/// The guest's credit in bytes, unless a test says otherwise.
 pub const GUEST_ALLOC: u32 = 256 * 1024;
 /// Entries of a ring, as in `QUEUE_SIZES`.
 pub const RING: u16 = 256;
@@ -50,7 +50,7 @@ pub const SEND: u32 = 2;
 /// Guest memory: rings below, then this much for each descriptor of either ring.
 const RAM: usize = 128 << 20;
 const SLOT: u64 = 128 << 10;
-/// Most rounds of the loop until everything must have come to rest.
+/// Most rounds of the loop until there must be no more events.
 const MAX_ROUNDS: usize = 20_000;
 
 /// A packet's header, as its bytes say.
@@ -174,7 +174,7 @@ impl Ring {
         ReadyQueue { queue, kick: self.kick.try_clone().expect("eventfd") }
     }
 
-    /// Where the buffer of this descriptor is, unless it is a raw one.
+    /// Address of this descriptor's buffer, unless it is a raw one.
     pub fn slot(&self, index: u16) -> u64 {
         self.slots + u64::from(index) * SLOT
     }
@@ -226,7 +226,7 @@ impl Ring {
         self.set_avail(self.avail);
     }
 
-    /// Sets the available ring's index, true or not.
+    /// Sets the available ring's index, to a right or a wrong value.
     pub fn set_avail(&self, avail: u16) {
         self.ram.write_obj(avail, GuestAddress(self.avail_ring() + 2)).expect("in RAM");
     }
@@ -242,12 +242,12 @@ impl Ring {
         self.kicked = self.avail;
     }
 
-    /// Kicks, asked for or not.
+    /// Kicks, whether or not the device has asked for it.
     pub fn kick_anyway(&self) {
         self.kick.write(1).expect("kick");
     }
 
-    /// Takes the chains back that the device has returned: the head, the bytes written, and those.
+    /// Takes the chains that the device has returned: each one's head, used length and bytes.
     pub fn returned(&mut self) -> Vec<(u16, u32, Vec<u8>)> {
         let used: u16 = self.ram.read_obj(GuestAddress(self.used_ring() + 2)).expect("in RAM");
         let mut returned = Vec::new();
@@ -272,7 +272,7 @@ impl Ring {
     }
 }
 
-/// The device as its main loop has it.
+/// The device, in place of the main loop.
 #[derive(Debug)]
 struct Device {
     mux: Mux,
@@ -294,7 +294,7 @@ impl MutEventSubscriber for Device {
 }
 
 impl Device {
-    /// As in the main loop.
+    /// Handles errors as the main loop does.
     fn check(&mut self, handled: Result<()>, watcher: &mut Watcher<'_, '_>) {
         if let Err(error) = handled {
             self.mux.reset(watcher).expect("reset");
@@ -349,7 +349,7 @@ impl Bench {
         Bench::new_with(Some(Policy::with_loopback()))
     }
 
-    /// The same, with flows to where `policy` says, if there are any.
+    /// The same, with flows to destinations that `policy` allows; with `None`, without flows.
     pub fn new_with(policy: Option<Policy>) -> Self {
         let (mut ours, mut theirs) = (HashMap::new(), HashMap::new());
         for port in [RESERVED, OTHER_RESERVED] {
@@ -379,7 +379,7 @@ impl Bench {
         Bench::with_policy(Some(Policy::with_loopback()), reserved, listeners, ours, addresses)
     }
 
-    /// The same, with flows to where `policy` says, if there are any.
+    /// The same, with flows to destinations that `policy` allows; with `None`, without flows.
     pub fn with_policy(
         policy: Option<Policy>,
         reserved: HashMap<u32, UnixStream>,
@@ -405,7 +405,7 @@ impl Bench {
         bench
     }
 
-    /// Sets the rings up anew and gives them to the device.
+    /// Sets up new rings and gives them to the device.
     pub fn activate(&mut self) {
         (self.rx, self.tx) = rings(&self.ram);
         let event = Ring::new(&self.ram, 0x30_000, 0);
@@ -419,20 +419,20 @@ impl Bench {
         self.call(|mux, watcher| mux.activate(activation, watcher));
     }
 
-    /// Calls the device as the main loop would, then lets it come to rest.
+    /// Calls the device as the main loop would, then runs the loop until nothing happens any more.
     pub fn call(&mut self, f: impl FnOnce(&mut Mux, &mut Watcher<'_, '_>) -> Result<()>) {
         self.call_only(f);
         self.run();
     }
 
-    /// Calls the device, and leaves what follows from it for later.
+    /// Calls the device without running the loop.
     pub fn call_only(&mut self, f: impl FnOnce(&mut Mux, &mut Watcher<'_, '_>) -> Result<()>) {
         let mut ops = self.events.event_ops(self.id).expect("ops");
         f(&mut self.device.borrow_mut().mux, &mut Watcher::new(&mut ops, DEVICE))
             .expect("the device lives");
     }
 
-    /// Moves time to when all flows opened so far have waited too long to say where to.
+    /// Moves time to when all flows opened so far have waited too long for their request.
     pub fn let_flows_expire(&mut self) {
         self.call(|mux, watcher| mux.end_round(Instant::now() + FLOW_LIMIT, watcher));
     }
@@ -524,7 +524,7 @@ impl Bench {
         self.run();
     }
 
-    /// The packets the guest has received; the buffers are gone.
+    /// The packets the guest has received; their buffers are not made available again.
     pub fn received(&mut self) -> Vec<(Packet, Vec<u8>)> {
         let returned = self.rx.returned();
         let packets = returned.into_iter().map(|(_, len, bytes)| {
@@ -551,7 +551,7 @@ impl Bench {
         }
     }
 
-    /// Has the device use up the receive buffers that earlier steps left it.
+    /// Makes the device use up the receive buffers that earlier steps have left.
     pub fn use_up_buffers(&mut self) {
         while self.rx.room() < RING.into() {
             self.tell(Packet::new(Op::CreditUpdate, Ports { host: 1, guest: 1 }), &[]);
@@ -571,7 +571,7 @@ impl Bench {
         client
     }
 
-    /// A connection from the guest to an offer, accepted.
+    /// A connection from the guest to a reserved port, accepted.
     pub fn open_offer(&mut self, host: u32) -> (Ports, UnixStream) {
         self.next_guest_port += 1;
         let ports = Ports { host, guest: self.next_guest_port };
@@ -630,7 +630,7 @@ pub struct Holdings {
 }
 
 impl Holdings {
-    /// What holds at any time.
+    /// Checks what must hold at any time.
     fn check(&self) {
         assert_eq!(self.connections, self.known, "each connection is known by its ports");
         assert_eq!(self.connections + self.free, self.slots, "each slot is in use or free");

@@ -1,4 +1,4 @@
-//! The vsock device against guests and clients that are hostile or merely odd.
+//! The vsock device against guests and clients that are hostile, or only unusual.
 
 #[path = "flow_test.rs"]
 mod flows;
@@ -25,20 +25,20 @@ const DATA: u16 = Op::Data as u16;
 const CREDIT_UPDATE: u16 = Op::CreditUpdate as u16;
 const CREDIT_REQUEST: u16 = Op::CreditRequest as u16;
 
-/// A connection that nobody has.
+/// Ports of a connection that does not exist.
 const STRAY: Ports = Ports { host: 9, guest: 8 };
 
 fn data(ports: Ports) -> Packet {
     Packet::new(Op::Data, ports)
 }
 
-/// That the guest can still send to this client.
+/// Asserts that the guest can still send to this client.
 fn assert_serves(bench: &mut Bench, ports: Ports, client: &mut UnixStream) {
     bench.tell(data(ports), b"still there");
     assert_eq!(read_all(client), (b"still there".to_vec(), Tail::More));
 }
 
-/// What a client reads that goes on reading, and how it ends, if it does.
+/// All that a client reads, and how the connection ends, if it does.
 fn read_to_the_end(bench: &mut Bench, client: &mut UnixStream) -> (Vec<u8>, Tail) {
     let mut all = Vec::new();
     loop {
@@ -217,8 +217,8 @@ fn the_guest_gets_no_more_than_it_says_it_has_room_for() {
 
 #[test]
 fn a_guest_without_room_is_asked_for_it_once() {
-    // The answer to a question is an update that may say the same again: once an endless exchange
-    // with any guest whose reader was slow.
+    // The answer to a credit request may be the same credit again. This once caused an endless
+    // exchange with any guest whose reader was slow.
     let mut bench = Bench::started();
     let (ports, mut client) = bench.open_client();
     client.write_all(b"hello").expect("written");
@@ -412,7 +412,7 @@ fn chains_longer_than_their_queue_are_not_served() {
 fn chains_that_loop_end() {
     let mut bench = Bench::started();
     let (ports, mut client) = bench.open_offer(RESERVED);
-    // A header's worth of bytes that is no header for us, over and over.
+    // As many bytes as a header has, but not a valid one, again and again.
     let slot = 1 << 20;
     for (len, flags) in [(44, 0), (0, 0), (1 << 20, 0), (44, VRING_DESC_F_WRITE)] {
         let head = bench.tx.add(&[Buffer::Raw(slot, len, flags)]);
@@ -421,7 +421,7 @@ fn chains_that_loop_end() {
         assert_eq!(bench.tx.returned().len(), 1, "{len} bytes");
         assert_serves(&mut bench, ports, &mut client);
     }
-    // To receive into as well: the packet is written over itself, and the guest has what it wanted.
+    // A looping chain to receive into, too: the packet is written over itself, as the guest asked.
     bench.use_up_buffers();
     let head = bench.rx.add(&[Buffer::Raw(slot, 64, VRING_DESC_F_WRITE)]);
     bench.rx.describe(head, slot, 64, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, head);
@@ -540,7 +540,7 @@ fn clients_beyond_the_limit_are_closed_and_the_guest_keeps_its_own() {
         bench.run();
         client
     };
-    // Their connections stay: that they have gone does not answer them.
+    // Their connections stay: a request still waits for its answer when its client has gone.
     for _ in 0..MAX_CLIENTS {
         drop(connect(&mut bench));
     }
@@ -610,8 +610,8 @@ fn the_time_of_a_refused_request_is_not_that_of_the_next_one_in_its_slot() {
 
 #[test]
 fn a_listener_that_cannot_accept_rests_for_a_while() {
-    // Not listening at all, which fails as having no descriptors left does: with the client, and so
-    // the event, still there. Once a loop at full speed.
+    // A socket that does not listen fails as for lack of descriptors: the client, and so the event,
+    // is still there. This once caused a loop at full speed.
     let (near, mut far) = UnixStream::pair().expect("a pair");
     far.write_all(b"knock").expect("written");
     let listeners = vec![Listener::Unix {
@@ -712,7 +712,7 @@ fn a_device_reset_ends_streams_after_what_was_sent() {
     let (_, mut other) = bench.open_client();
     other.write_all(b"lost on the way").expect("written");
     bench.tell(data(ports), b"delivered ");
-    // In the ring, but the device has not been told.
+    // In the ring, but without a kick.
     bench.send(data(ports), b"before the reset");
     bench.call(Mux::reset);
     assert_eq!(read_all(&mut client), (b"delivered before the reset".to_vec(), Tail::End));
@@ -988,14 +988,14 @@ impl Dice {
 struct Stream {
     ports: Ports,
     client: UnixStream,
-    /// What each end says, and how much of it is said.
+    /// The bytes that each end sends, and how many are sent.
     client_says: Vec<u8>,
     client_said: usize,
     client_ended: bool,
     guest_says: Vec<u8>,
     guest_said: usize,
     guest_ended: bool,
-    /// What each end has heard.
+    /// The bytes that each end has received.
     client_heard: Vec<u8>,
     client_heard_end: bool,
     guest_heard: Vec<u8>,
@@ -1028,7 +1028,7 @@ impl Stream {
             guest_heard: Vec::new(),
             guest_heard_end: false,
             reset: false,
-            // The device has been told GUEST_ALLOC, and hears of this only with the first packet.
+            // The device knows GUEST_ALLOC so far, and learns this only with the first packet.
             alloc: GUEST_ALLOC as usize,
             taken: 0,
             told_taken: 0,
