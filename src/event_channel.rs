@@ -1,24 +1,24 @@
 //! A channel into the main loop: values from other threads, and an event that says there are some.
 
-use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender};
 
 use anyhow::{Context, Result};
 use vmm_sys_util::eventfd::EventFd;
 
-/// The sending end.
+/// The sending end. All of them share one descriptor.
 #[derive(Debug)]
 pub struct Sender<T> {
     values: SyncSender<T>,
-    event: EventFd,
+    event: Arc<EventFd>,
 }
 
 /// The receiving end; its descriptor is readable when something was sent.
 #[derive(Debug)]
 pub struct Receiver<T> {
     values: mpsc::Receiver<T>,
-    event: EventFd,
+    event: Arc<EventFd>,
 }
 
 /// A channel that holds at most `bound` values: when it is full, a sender waits.
@@ -29,19 +29,18 @@ pub fn event_channel<T>(bound: usize) -> Result<(Sender<T>, Receiver<T>)> {
     let (sender, receiver) = mpsc::sync_channel(bound);
     let event =
         EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("create an eventfd")?;
-    let clone = event.try_clone().context("duplicate an eventfd")?;
-    Ok((Sender { values: sender, event: clone }, Receiver { values: receiver, event }))
+    let event = Arc::new(event);
+    let sender = Sender { values: sender, event: Arc::clone(&event) };
+    Ok((sender, Receiver { values: receiver, event }))
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Sender { values: self.values.clone(), event: Arc::clone(&self.event) }
+    }
 }
 
 impl<T> Sender<T> {
-    /// Another handle to the same receiver.
-    ///
-    /// # Errors
-    /// The host has no descriptor for it.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Sender { values: self.values.clone(), event: self.event.try_clone()? })
-    }
-
     /// Sends a value.
     ///
     /// # Errors

@@ -142,7 +142,7 @@ impl Vm {
         let (device_sender, device_events) = event_channel(DEVICE_EVENTS)?;
         let mut front_ends: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(device_count);
         for (number, device) in (0..).zip(devices.iter()) {
-            let (properties, events) = (device.properties(), device_sender.try_clone()?);
+            let (properties, events) = (device.properties(), device_sender.clone());
             front_ends.push(Box::new(Forwarder { device: number, properties, events }));
         }
         let mut backends =
@@ -211,7 +211,7 @@ impl Vm {
             };
             let index = index as u8;
             let (bus, counts) = (Arc::clone(&self.bus), Arc::clone(counts));
-            let exits = self.exits.try_clone().context("duplicate an eventfd")?;
+            let exits = self.exits.clone();
             let work = move || vcpu::serve(index, vcpu, start, opened, bus, counts, exits);
             sandbox.spawn(format!("vcpu{index}"), ThreadKind::Vcpu, ready.clone(), work)?;
         }
