@@ -9,8 +9,9 @@ cd "$(dirname "$0")/.."
 
 # The modules that take long, the longest first; a comma joins several to one group. All modules that are
 # not named here are one more group, the first, so a new module runs without being entered anywhere.
-long=(tsi:: lifecycle:: faults::back_ends:: passt:: faults::host::,faults::ends::,faults::callers::
-    exec::,terminal:: hostile:: datagrams:: ports:: outcomes::,shares::,sockets:: limits::)
+long=(tsi:: guest::,commands:: hostile:: faults::back_ends:: passt:: lifecycle::
+    faults::host::,faults::ends::,faults::callers:: datagrams:: limits:: ports:: exec::,terminal::
+    outcomes::,shares::,sockets::)
 
 MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
 export MOTE_TEST_DEBIAN
