@@ -3,7 +3,7 @@
 //! Data flows one way, and each arrow is one function:
 //!
 //! ```text
-//! JSON ─Spec::parse─▶ Spec ─Plan::new─▶ Plan ─Vm::build─▶ Vm ─run::run─▶ Outcome ─▶ exit code
+//! JSON ─Spec::parse─▶ Spec ─Plan::new─▶ Plan ─Vm::build─▶ Vm, Served ─run::run─▶ Outcome ─▶ exit code
 //! ```
 //!
 //! The modules, in an order in which each uses only those above it (`make check` proves it). A folder's

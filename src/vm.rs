@@ -67,9 +67,13 @@ pub struct Served {
 }
 
 /// A running VM. It must be kept as long as the VM runs: closing the descriptor would disconnect every
-/// interrupt, although the vCPUs still hold the VM.
+/// interrupt, although the vCPUs still hold the VM, and the last vCPU to drop the bus would end the
+/// back-ends' connections on its own thread.
 #[derive(Debug)]
-pub struct Running(#[expect(dead_code, reason = "held, not used")] VmFd);
+pub struct Running {
+    _fd: VmFd,
+    _bus: Arc<Bus>,
+}
 
 /// What the boot vCPU's thread starts with.
 #[derive(Debug)]
@@ -225,7 +229,7 @@ impl Vm {
                 self_test::wait(&tested)?;
             }
         }
-        Ok(Running(self.fd))
+        Ok(Running { _fd: self.fd, _bus: self.bus })
     }
 }
 

@@ -95,7 +95,7 @@ pub fn serve(
             return;
         }
     }
-    // Cannot fail: the main loop exists as long as the process, and the counter cannot overflow.
+    // Fails only when the main loop has ended.
     let _ = exits.send(run(index, &mut vcpu, &bus, &counts));
 }
 

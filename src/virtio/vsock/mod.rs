@@ -1,8 +1,8 @@
 //! virtio-vsock (virtio 1.2, 5.10): stream connections between guest and host.
 //!
-//! [`packet`] is the header codec, [`conn`] one connection's state machine, [`flow`] the framing of
-//! network connections, all three pure; [`endpoint`] is a connection's host socket; [`table`] holds all
-//! connections, [`listeners`] accepts clients, and [`source`] numbers what the device watches. [`mux`]
+//! [`packet`] is the header codec, [`conn`] one connection's state machine, half-closes included, [`flow`]
+//! the framing of network connections, all three pure; [`endpoint`] is a connection's host socket, of
+//! which it closes each direction when `conn` says so; [`table`] holds all connections, [`listeners`] accepts clients, and [`source`] numbers what the device watches. [`mux`]
 //! is the device: it moves packets between the queues and the connections.
 
 pub mod conn;

@@ -57,6 +57,7 @@ const FLOW_LIMIT: Duration = Duration::from_secs(30);
 /// How long a peer on the network may take none of the data left in a flow that the guest has closed and
 /// forgotten: such a flow takes the room of another.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(600);
+
 /// The queues, from activation to reset.
 #[derive(Debug)]
 struct Queues {
