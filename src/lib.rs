@@ -17,7 +17,8 @@
 //! - [`layout`], [`memory`]: the guest's physical addresses; its RAM
 //! - [`resolv_conf`], [`policy`]: the host's name servers; where the guest may connect to
 //! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, net on passt,
-//!   file systems on virtiofsd, and [`virtio::vsock`] with a connection's life and half-closes
+//!   file systems on virtiofsd, and [`virtio::vsock`], which accepts the
+//!   clients of sockets and published ports, with a connection's life and half-closes
 //! - [`confine`]: what mote gives up before it runs a guest, and which system calls are left; how it
 //!   reports an end that leaves no time for an outcome
 //! - [`cpuset`], [`cgroup`]: the host's limits on CPUs, CPU time and memory
@@ -26,7 +27,8 @@
 //! - [`console`], [`bus`]: the guest's output and serial port; its port and MMIO accesses
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
-//! - [`host`]: what a box needs on the host: its sockets, each share's virtiofsd, the janitor
+//! - [`host`]: what a box needs on the host: its sockets, as they are bound, each share's
+//!   virtiofsd, the janitor
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`probe`]: whether this host can run boxes

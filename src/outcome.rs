@@ -46,7 +46,7 @@ pub enum Outcome {
     },
     /// mote could not start the box.
     NotStarted(anyhow::Error),
-    /// A back-end process died while the guest ran.
+    /// A back-end process died while the guest ran (`on_backend_end` in `run.rs`).
     BackendDied(String),
     /// The guest kernel panicked or crashed.
     GuestCrashed(String),

@@ -1,4 +1,4 @@
-//! The `InstanceSpec` as written: the 16 fields of the contract (§1), the aliases and additions of
+//! The `InstanceSpec` as written: the fields of the contract (§1), the aliases and additions of
 //! later contract versions (§1.8), and nothing else. No I/O, and no checks of what the values mean:
 //! [`crate::plan`] does that.
 
