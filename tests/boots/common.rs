@@ -184,7 +184,7 @@ impl TestBox {
 
     /// Runs mote in this network.
     pub fn inside(mut self, network: &Network) -> Self {
-        self.within.extend(network.enter());
+        self.within.extend(network.host.enter());
         self
     }
 

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::common::{TestBox, compile, eventually};
-use crate::network::{Network, Server, python, run, shell};
+use crate::network::{Namespace, Network, Server, python, run, shell};
 
 /// Echoes datagrams on two ports of both families, each with the port's last digit in front.
 const ECHO: &str = include_str!("python/echo.py");
@@ -11,7 +11,7 @@ const ECHO: &str = include_str!("python/echo.py");
 #[test]
 fn datagrams_go_there_and_back() {
     let network = Network::new();
-    let _server = network.serve(ECHO);
+    let _server = network.outside.serve(ECHO);
     let (test, started) = TestBox::debian().inside(&network).idle();
     python(
         &test,
@@ -85,8 +85,8 @@ for family, host in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:d
 ///   long     as host, but only over TCP: what fits into a datagram is cut
 const RESOLVER: &str = include_str!("python/resolver.py");
 
-fn resolver(network: &Network, addresses: &[&str]) -> Server {
-    network.serve_with(RESOLVER, addresses)
+fn resolver(at: &Namespace, addresses: &[&str]) -> Server {
+    at.serve_with(RESOLVER, addresses)
 }
 
 /// Makes this the box's name server. The box repeats a question after 30 s only, and the tests give
@@ -106,7 +106,7 @@ fn install_musl_client(test: &TestBox) {
 #[test]
 fn names_resolve_at_once_or_fail_at_once() {
     let network = Network::new();
-    let mut server = resolver(&network, &["198.51.100.1", "2001:db8::1"]);
+    let mut server = resolver(&network.outside, &["198.51.100.1", "2001:db8::1"]);
     let test = TestBox::debian().inside(&network);
     asks(&test, "198.51.100.1");
     install_musl_client(&test);
@@ -158,7 +158,7 @@ fn names_resolve_at_once_or_fail_at_once() {
 #[test]
 fn busybox_resolves() {
     let network = Network::new();
-    let _server = resolver(&network, &["198.51.100.1"]);
+    let _server = resolver(&network.outside, &["198.51.100.1"]);
     let test = TestBox::busybox().inside(&network);
     asks(&test, "198.51.100.1");
     install_musl_client(&test);
@@ -173,13 +173,15 @@ fn busybox_resolves() {
 
 #[test]
 fn a_loopback_resolver_in_the_box_means_the_hosts() {
-    // A resolver of the host's on loopback, like systemd-resolved, and one on another address.
-    for (place, host) in [("127.0.0.53", "127.0.0.53"), ("198.51.100.1", "198.51.100.1")] {
+    // A resolver of the host's on loopback, like systemd-resolved, one on another of its addresses, and one
+    // elsewhere.
+    for place in ["127.0.0.53", "198.51.100.100", "198.51.100.1"] {
         let network = Network::new();
-        let mut server = resolver(&network, &[place]);
+        let at = if place == "198.51.100.1" { &network.outside } else { &network.host };
+        let mut server = resolver(at, &[place]);
         let test = TestBox::debian()
             .inside(&network)
-            .with_host_resolver(&format!("# the host's\nnameserver {host}\noptions edns0\n"));
+            .with_host_resolver(&format!("# the host's\nnameserver {place}\noptions edns0\n"));
         asks(&test, "127.0.0.53");
         install_musl_client(&test);
         let (test, started) = test.idle();
@@ -202,7 +204,7 @@ fn a_loopback_resolver_in_the_box_means_the_hosts() {
 #[test]
 fn five_hundred_questions_leave_nothing_behind() {
     let network = Network::new();
-    let _server = network.serve(ECHO);
+    let _server = network.outside.serve(ECHO);
     let (test, started) = TestBox::debian().inside(&network).idle();
     let before = started.descriptors();
     python(
@@ -246,7 +248,7 @@ while True:
 #[test]
 fn what_was_sent_before_a_close_arrives() {
     let network = Network::new();
-    let mut server = network.serve(SINK);
+    let mut server = network.outside.serve(SINK);
     let script = r#"
 import socket
 for number in range(20):

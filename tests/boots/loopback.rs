@@ -6,18 +6,14 @@ use crate::common::TestBox;
 use crate::network::{Network, python, run, shell};
 use crate::tsi::web;
 
-/// Serves on the host's loopback and on its outside address, and prints whom a client has reached.
-const LOOPBACK_SERVERS: &str = include_str!("python/loopback_servers.py");
+/// Serves on these addresses, and prints which of them a client has reached.
+const WITNESS: &str = include_str!("python/witness.py");
 
 #[test]
 fn the_hosts_loopback_is_out_of_reach() {
     let network = Network::new();
-    let mut server = network.serve(LOOPBACK_SERVERS);
-    // The host itself reaches it.
-    network.python(
-        "import socket; assert socket.create_connection(('127.0.0.1', 7777)).recv(9) == b'host'",
-    );
-    assert_eq!(server.line(), "reached ('127.0.0.1', 7777)");
+    let mut server = network.host.serve_with(WITNESS, &["127.0.0.1", "::1", "127.1.2.3"]);
+    let _outside = network.outside.serve_with(WITNESS, &["198.51.100.1"]);
     let test = TestBox::debian().inside(&network);
     fs::write(test.path("root/etc/hosts"), "127.0.0.1 localhost itself\n::1 localhost itself6\n")
         .expect("hosts");
@@ -53,10 +49,14 @@ for family, address in (
             assert False, address
         except ConnectionRefusedError:
             pass
-assert socket.create_connection(("198.51.100.1", 7777)).recv(9) == b"host"
+assert socket.create_connection(("198.51.100.1", 7777)).recv(9) == b"hello"
 "#,
     );
-    assert_eq!(server.line(), "reached ('198.51.100.1', 7777)", "and nobody else was");
+    // The host itself reaches it, as the first.
+    network.host.python(
+        "import socket; assert socket.create_connection(('127.1.2.3', 7777)).recv(9) == b'hello'",
+    );
+    assert_eq!(server.line(), "reached ('127.1.2.3', 7777)");
     started.stop();
 }
 

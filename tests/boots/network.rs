@@ -1,5 +1,5 @@
-//! A network of a test's own: a namespace where mote and the servers that the guest talks to run, with
-//! addresses that are not loopback and no route to anywhere else. When it is dropped, all of it goes.
+//! A network of a test's own: a namespace where mote runs, the host, and one where the servers are that the
+//! guest talks to, with a cable between them and no way to anywhere else. When it is dropped, all of it goes.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -12,25 +12,32 @@ use serde_json::json;
 use crate::client::{self, Done};
 use crate::common::TestBox;
 
-/// Two addresses of the host that are not loopback, on a link with nobody at its other end. The python
-/// programs contain them literally.
-const SETUP: &str = "
+/// Addresses of the host, and of what is outside. The python programs contain them literally.
+const HOST: &str = "
 link set lo up
-link add outside type veth peer name beyond
-link set beyond addrgenmode none up
 link set outside up
-address add 198.51.100.1/24 dev outside
-address add 198.51.100.2/24 dev outside
-address add 2001:db8::1/64 dev outside nodad
-address add 2001:db8::2/64 dev outside nodad
+address add 198.51.100.100/24 dev outside
+address add 2001:db8::100/64 dev outside nodad
+";
+const OUTSIDE: &str = "
+link set lo up
+link set inside addrgenmode none up
+address add 198.51.100.1/24 dev inside
+address add 198.51.100.2/24 dev inside
+address add 2001:db8::1/64 dev inside nodad
+address add 2001:db8::2/64 dev inside nodad
 ";
 
 /// Far beyond anything a test does: a helper that takes longer hangs, and its test fails by name.
 const DEADLINE_S: &str = "170";
 
-/// A network namespace, and a directory for its servers' files.
+/// The network.
 pub struct Network {
-    name: String,
+    /// Where mote runs.
+    pub host: Namespace,
+    /// Where the servers run.
+    pub outside: Namespace,
+    /// For the servers' files.
     pub dir: PathBuf,
 }
 
@@ -40,11 +47,32 @@ impl Network {
         let name = format!("mote-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run").join(&name);
         fs::create_dir(&dir).expect("directory");
+        let namespace = |role: &str| Namespace::new(format!("{name}-{role}"), dir.clone());
+        let (host, outside) = (namespace("host"), namespace("outside"));
+        host.ip(&format!("link add outside type veth peer name inside netns {}", outside.name));
+        host.ip(HOST);
+        outside.ip(OUTSIDE);
+        Network { host, outside, dir }
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A network namespace.
+pub struct Namespace {
+    name: String,
+    dir: PathBuf,
+}
+
+impl Namespace {
+    fn new(name: String, dir: PathBuf) -> Self {
         let status = Command::new("ip").args(["netns", "add", &name]).status().expect("ip runs");
         assert!(status.success(), "make a network namespace");
-        let network = Network { name, dir };
-        network.ip(SETUP);
-        network
+        Namespace { name, dir }
     }
 
     /// Gives commands to ip(8), one a line.
@@ -112,10 +140,9 @@ impl Network {
     }
 }
 
-impl Drop for Network {
+impl Drop for Namespace {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-        let _ = fs::remove_dir_all(&self.dir);
     }
 }
 

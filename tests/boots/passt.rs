@@ -35,7 +35,7 @@ const PASSTS_OPTIONS: &str = "--address 10.88.0.2 --gateway 10.88.0.1 --netmask 
 pub struct SocketDir(PathBuf);
 
 impl SocketDir {
-    fn new() -> Self {
+    pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = PathBuf::from(format!("/run/mote-passt-{}-{count}", std::process::id()));
@@ -187,9 +187,9 @@ fn a_box_on_passt_has_the_network_of_its_spec() {
 }
 
 /// Runs a passt in a network, for boxes there.
-fn passt_in(network: &Network, socket: &Path) -> Child {
-    network.ip("route add default dev outside\n");
-    let mut words = network.enter();
+pub fn passt_in(network: &Network, socket: &Path) -> Child {
+    network.host.ip("route add default dev outside\n");
+    let mut words = network.host.enter();
     words.extend(["passt", "--foreground", "--socket"].map(String::from));
     words.push(socket.to_str().expect("text").into());
     words.extend(PASSTS_OPTIONS.split(' ').map(String::from));
@@ -201,7 +201,7 @@ fn passt_in(network: &Network, socket: &Path) -> Child {
 #[test]
 fn usual_clients_fetch_while_a_server_stands_a_load() {
     let (outside, _web) = tsi::web();
-    let _servers = outside.serve(tsi::SERVERS);
+    let _servers = outside.outside.serve(tsi::SERVERS);
     let dir = SocketDir::new();
     let mut passt = passt_in(&outside, &dir.socket());
     let test = TestBox::debian().inside(&outside).with("network", network(&dir.socket()));

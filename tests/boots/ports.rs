@@ -25,16 +25,19 @@ fn a_server_sees_the_real_client_wherever_it_listens() {
     let network = Network::new();
     let test = serving(&network);
     let started = test.ready();
-    // Clients from another address of the host, and from its loopback.
-    let seen = network.python(
-        r#"
-import socket
-for source, host in (("198.51.100.2", "198.51.100.1"), ("127.0.0.1", "127.0.0.1")):
-    for port in range(18001, 18006):
-        conn = socket.create_connection((host, port), timeout=60, source_address=(source, 0))
-        print(port, conn.makefile().readline().strip())
-"#,
-    );
+    // Clients from outside, and from the host's loopback.
+    let clients = r#"
+import socket, sys
+source, host = sys.argv[1:]
+for port in range(18001, 18006):
+    conn = socket.create_connection((host, port), timeout=60, source_address=(source, 0))
+    print(port, conn.makefile().readline().strip())
+"#;
+    let seen = [
+        network.outside.python_with(clients, &["198.51.100.2", "198.51.100.100"]),
+        network.host.python_with(clients, &["127.0.0.1", "127.0.0.1"]),
+    ]
+    .concat();
     let expected: String = ["198.51.100.2", "127.0.0.1"]
         .iter()
         .flat_map(|ip| {
@@ -51,15 +54,15 @@ fn published_ports_are_there_for_ipv6_clients() {
     let network = Network::new();
     let test = serving(&network);
     let started = test.ready();
-    let seen = network.python(
+    let seen = network.outside.python(
         r#"
 import socket
 for port in (18002, 18004):
-    conn = socket.create_connection(("2001:db8::1", port), timeout=60, source_address=("2001:db8::2", 0))
+    conn = socket.create_connection(("2001:db8::100", port), timeout=60, source_address=("2001:db8::2", 0))
     print(port, conn.makefile().readline().strip())
 # Servers of IPv4 alone cannot name such a client, but serve it.
 for port in (18001, 18003):
-    conn = socket.create_connection(("2001:db8::1", port), timeout=60)
+    conn = socket.create_connection(("2001:db8::100", port), timeout=60)
     conn.sendall(b"abc")
     conn.shutdown(socket.SHUT_WR)
     print(port, conn.makefile().read().splitlines()[1])
@@ -74,19 +77,19 @@ fn halves_close_on_their_own_and_resets_cross() {
     let network = Network::new();
     let test = serving(&network);
     let started = test.ready();
-    network.python(
+    network.outside.python(
         r#"
 import errno, socket
 for port in range(18001, 18006):
     # The client ends first, and the answer still comes.
-    conn = socket.create_connection(("198.51.100.1", port), timeout=60)
+    conn = socket.create_connection(("198.51.100.100", port), timeout=60)
     conn.sendall(b"abc" * 100000)
     conn.shutdown(socket.SHUT_WR)
     reply = conn.makefile("rb").read().split(b"\n")[1]
     assert reply == b"ABC" * 100000 + b"tail", (port, len(reply))
 # Nobody listens behind this one: the client hears so, as a reset or an end.
 try:
-    assert socket.create_connection(("198.51.100.1", 18006), timeout=60).recv(9) == b""
+    assert socket.create_connection(("198.51.100.100", 18006), timeout=60).recv(9) == b""
 except ConnectionResetError:
     pass
 "#,
@@ -117,14 +120,14 @@ except OSError as e:
 "#;
     std::thread::scope(|scope| {
         let server = scope.spawn(|| python(&test, server));
-        network.python(
+        network.outside.python(
             r#"
 import socket, struct
 def reaches():
     # Until the server listens, connections end at once.
     while True:
         try:
-            conn = socket.create_connection(("198.51.100.1", 18006), timeout=60)
+            conn = socket.create_connection(("198.51.100.100", 18006), timeout=60)
             if conn.recv(3, socket.MSG_WAITALL) == b"bye":
                 return conn
         except ConnectionResetError:
@@ -133,13 +136,13 @@ conn = reaches()
 assert conn.recv(1) == b""
 conn.sendall(bytes(1 << 20))
 conn.close()
-conn = socket.create_connection(("198.51.100.1", 18006), timeout=60)
+conn = socket.create_connection(("198.51.100.100", 18006), timeout=60)
 conn.sendall(b"x")
 try:
     assert False, conn.recv(9)
 except ConnectionResetError:
     pass
-conn = socket.create_connection(("198.51.100.1", 18006), timeout=60)
+conn = socket.create_connection(("198.51.100.100", 18006), timeout=60)
 conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 conn.sendall(b"x")
 conn.close()
@@ -177,8 +180,8 @@ pub fn assert_stands_a_load(network: &Network, requests: u32) {
     until_answered(network, 18080);
     let number = requests.to_string();
     for how in [&["-c", "50"][..], &["-c", "50", "-k"]] {
-        let ab = [&["ab", "-q", "-n", &number], how, &["http://198.51.100.1:18080/"]].concat();
-        let said = network.run(&ab);
+        let ab = [&["ab", "-q", "-n", &number], how, &["http://198.51.100.100:18080/"]].concat();
+        let said = network.outside.run(&ab);
         assert!(said.contains(&format!("Complete requests:      {requests}\n")), "{said}");
         assert!(said.contains("Failed requests:        0\n"), "{said}");
         assert!(!said.contains("Non-2xx"), "{said}");
@@ -187,10 +190,10 @@ pub fn assert_stands_a_load(network: &Network, requests: u32) {
 
 /// Waits until a published web server answers. Until then, connections are closed.
 fn until_answered(network: &Network, port: u16) {
-    let url = format!("http://198.51.100.1:{port}/");
+    let url = format!("http://198.51.100.100:{port}/");
     eventually("the server answers", || {
         let curl = ["curl", "-sf", "--max-time", "60", "-o", "/dev/null", &url];
-        network.command(&curl).status().expect("curl runs").success()
+        network.outside.command(&curl).status().expect("curl runs").success()
     });
 }
 
@@ -200,12 +203,12 @@ fn five_hundred_clients_at_once() {
     let test = serving(&network);
     let started = test.ready();
     let before = started.descriptors();
-    network.python(
+    network.outside.python(
         r#"
 import asyncio
 async def main():
     pairs = await asyncio.gather(*(
-        asyncio.open_connection("198.51.100.1", 18001 + number % 5) for number in range(500)))
+        asyncio.open_connection("198.51.100.100", 18001 + number % 5) for number in range(500)))
     # All are open: each has been greeted before any says a word.
     for reader, _ in pairs:
         assert b"198.51.100.1" in await reader.readline()
@@ -230,14 +233,14 @@ fn a_server_may_come_late_and_come_again() {
     // The port is open before the guest is up: an early client is not refused, and its connection ends.
     let (test, started) = std::thread::scope(|scope| {
         let early = scope.spawn(|| {
-            network.python(
+            network.outside.python(
                 r#"
 import socket, time
 limit = time.monotonic() + 60
 while True:
     assert time.monotonic() < limit, "nobody ever listened"
     try:
-        assert socket.create_connection(("198.51.100.1", 18080), timeout=100).recv(9) == b""
+        assert socket.create_connection(("198.51.100.100", 18080), timeout=100).recv(9) == b""
         break
     except ConnectionRefusedError:  # mote has not begun
         pass
@@ -255,8 +258,8 @@ while True:
         let pid = shell(&test, serve);
         until_answered(&network, 18080);
         shell(&test, &format!("kill -9 {pid}"));
-        let curl = ["curl", "-s", "--max-time", "60", "http://198.51.100.1:18080/"];
-        let status = network.command(&curl).status().expect("curl runs");
+        let curl = ["curl", "-s", "--max-time", "60", "http://198.51.100.100:18080/"];
+        let status = network.outside.command(&curl).status().expect("curl runs");
         // Refused, an empty reply, or a reset before the request was sent or after it; not a time-out (28).
         assert!(matches!(status.code(), Some(7 | 52 | 55 | 56)), "{status}");
     }
@@ -269,7 +272,8 @@ fn only_mapped_ports_are_published() {
     for (map, expected) in [(json!([]), ""), (json!(["18003:8001"]), "18003")] {
         let test = serving(&network).with("port_map", map);
         let started = test.ready();
-        let listening = network.run(&["ss", "-H", "--listening", "--tcp", "--udp", "--numeric"]);
+        let listening =
+            network.host.run(&["ss", "-H", "--listening", "--tcp", "--udp", "--numeric"]);
         let ports: Vec<&str> = listening
             .lines()
             .filter_map(|line| line.split_whitespace().nth(4)?.rsplit(':').next())
@@ -278,7 +282,7 @@ fn only_mapped_ports_are_published() {
         assert_eq!(ports.is_empty(), expected.is_empty(), "{listening}");
         started.stop();
         // And no listener is left.
-        assert_eq!(network.run(&["ss", "-H", "--listening", "--tcp", "--numeric"]), "");
+        assert_eq!(network.host.run(&["ss", "-H", "--listening", "--tcp", "--numeric"]), "");
     }
 }
 
@@ -294,7 +298,7 @@ fn a_port_that_is_taken_is_named() {
     assert!(!ran.stderr.contains("18009"), "{}", ran.stderr);
     // The first box still works, and when it has ended the port is free at once.
     let greet = "import socket; print(socket.create_connection(('127.0.0.1', 18003), 60).recv(99).decode())";
-    assert_eq!(network.python(greet).trim(), "127.0.0.1");
+    assert_eq!(network.host.python(greet).trim(), "127.0.0.1");
     started.stop();
     assert_eq!(second.run().code, 0);
 }
@@ -329,7 +333,7 @@ const PUMP: &str = include_str!("python/pump.py");
 #[test]
 fn large_transfers_go_both_ways_on_both_kinds_of_connections() {
     let network = Network::new();
-    let _outside = network.serve_with(PUMP, &["serve", "198.51.100.1", "7010"]);
+    let _outside = network.outside.serve_with(PUMP, &["serve", "198.51.100.1", "7010"]);
     let (test, started) =
         TestBox::debian().inside(&network).with("port_map", json!(["18010:8010"])).idle();
     std::thread::scope(|scope| {
@@ -338,7 +342,7 @@ fn large_transfers_go_both_ways_on_both_kinds_of_connections() {
         let published =
             scope.spawn(|| python_with(&test, PUMP, &["serve", "0.0.0.0", "8010", "/listens"]));
         eventually("the server listens", || test.path("root/listens").exists());
-        network.python_with(PUMP, &["connect", "127.0.0.1", "18010"]);
+        network.host.python_with(PUMP, &["connect", "127.0.0.1", "18010"]);
         outbound.join().expect("outbound");
         published.join().expect("published");
     });

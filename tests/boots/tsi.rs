@@ -24,7 +24,7 @@ pub fn web() -> (Network, crate::network::Server) {
         .output()
         .expect("openssl runs");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let server = network.serve(WEB);
+    let server = network.outside.serve(WEB);
     (network, server)
 }
 
@@ -96,7 +96,7 @@ fn an_entrypoint_without_privileges_connects() {
 #[test]
 fn a_program_that_makes_its_own_system_calls_connects() {
     let network = Network::new();
-    let _servers = network.serve(SERVERS);
+    let _servers = network.outside.serve(SERVERS);
     let test = TestBox::busybox().inside(&network);
     let options = "-O1 -static -nostdlib -ffreestanding -fno-stack-protector -Wall -Werror";
     compile("gcc", options, "raw.c", &test.path("root/bin/raw"));
@@ -115,7 +115,7 @@ refused, non-blocking: errno 115, then 111
 #[test]
 fn the_peer_is_who_was_asked_for() {
     let network = Network::new();
-    let _servers = network.serve(SERVERS);
+    let _servers = network.outside.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
     let said = python(
         &test,
@@ -151,16 +151,16 @@ fn errors_of(test: &TestBox, destinations: &[(&str, u16)]) -> String {
 #[test]
 fn a_failed_connect_says_why() {
     let network = Network::new();
-    let _servers = network.serve(SERVERS);
+    let _servers = network.outside.serve(SERVERS);
     // To .9 and ::9, packets are sent and nobody answers. Others on the link do not answer the question for
     // their hardware address.
-    network.ip("neighbour add 198.51.100.9 lladdr 02:00:00:00:00:09 dev outside nud permanent
+    network.host.ip("neighbour add 198.51.100.9 lladdr 02:00:00:00:00:09 dev outside nud permanent
         neighbour add 2001:db8::9 lladdr 02:00:00:00:00:09 dev outside nud permanent
         route add unreachable 198.51.100.66
         route add unreachable 2001:db8::66");
     // A connect gives up after seconds instead of two minutes, and a question for an address after one
     // second instead of three.
-    network.run(&[
+    network.host.run(&[
         "sh",
         "-c",
         "cd /proc/sys/net/ipv4 && echo 2 >tcp_syn_retries && echo 1 >neigh/outside/mcast_solicit",
@@ -207,7 +207,7 @@ fn a_failed_connect_says_why() {
 #[test]
 fn a_forbidden_destination_is_named_as_such() {
     let network = Network::new();
-    network.ip("route add prohibit 198.51.100.67
+    network.host.ip("route add prohibit 198.51.100.67
         route add prohibit 2001:db8::67
         route add blackhole 198.51.100.68");
     let (test, started) = TestBox::debian().inside(&network).idle();
@@ -220,7 +220,7 @@ fn a_forbidden_destination_is_named_as_such() {
 #[test]
 fn ends_and_resets_cross_as_they_are() {
     let network = Network::new();
-    let mut servers = network.serve(SERVERS);
+    let mut servers = network.outside.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
     for host in ["198.51.100.1", "2001:db8::1"] {
         python_with(&test, ENDS, &[host, "the_guest_ends_first"]);
@@ -243,7 +243,7 @@ fn ends_and_resets_cross_as_they_are() {
 #[test]
 fn the_last_words_of_a_box_arrive() {
     let network = Network::new();
-    let mut servers = network.serve(SERVERS);
+    let mut servers = network.outside.serve(SERVERS);
     let test =
         TestBox::debian().inside(&network).python(ENDS, &["198.51.100.1", "sends", "8388608"]);
     assert_eq!(test.run().code, 0);
@@ -314,7 +314,7 @@ print(conn.recv(64, socket.MSG_WAITALL).decode() == digest.hexdigest())
 #[test]
 fn a_reader_that_stops_holds_up_its_writer_and_nobody_else() {
     let network = Network::new();
-    let mut servers = network.serve(SERVERS);
+    let mut servers = network.outside.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
     let mote = started.pid();
     let mut sent = String::new();
@@ -370,7 +370,7 @@ print(sent + 7, received)
 #[test]
 fn two_hundred_connections_live_side_by_side() {
     let network = Network::new();
-    let _servers = network.serve(SERVERS);
+    let _servers = network.outside.serve(SERVERS);
     let (test, started) = TestBox::debian().inside(&network).idle();
     let before = started.descriptors();
     two_hundred_connections(&test, &["198.51.100.1", "2001:db8::1"], "half-close");

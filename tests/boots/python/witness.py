@@ -1,20 +1,20 @@
-"""Serves on the host's loopback and on its outside address, and says so when somebody comes."""
+"""Serves on these addresses, by TCP and UDP at port 7777, and says so when somebody comes.
 
-import socket, threading
+    witness.py ADDRESS..."""
+
+import socket, sys, threading
 
 
 def serve(server):
     while True:
         conn, client = server.accept()
         print("reached", server.getsockname(), flush=True)
-        conn.sendall(b"host")
+        conn.sendall(b"hello")
         conn.close()
 
 
-for family, address in (
-    (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET, "127.1.2.3"),
-    (socket.AF_INET, "198.51.100.1"),
-):
+for address in sys.argv[1:]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.create_server((address, 7777), family=family)
     threading.Thread(target=serve, args=(server,)).start()
     udp = socket.socket(family, socket.SOCK_DGRAM)
