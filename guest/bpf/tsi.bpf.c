@@ -47,6 +47,8 @@
 
 #define CONNECTED_MAX 65536
 #define DATAGRAM_MAX 4096
+/* How long an application is told that its datagrams are refused, before the host is asked again. */
+#define REFUSED_S 10
 #define EVENTS_LEN (256 * 1024)
 #define RESOLVERS 4
 
@@ -58,6 +60,7 @@ enum state {
 	NEW,   /* no SYN yet */
 	ASKED, /* the agent was given one, and has not let them pass */
 	OPEN,  /* the host has connected: SYNs may pass */
+	REFUSED, /* the host does not carry these datagrams */
 };
 
 struct flow {
@@ -66,7 +69,8 @@ struct flow {
 	__u16 port;   /* big-endian */
 	__u8 protocol;
 	__u8 state;
-	__u32 reserved;
+	__u16 error;    /* REFUSED: why */
+	__u16 second_s; /* REFUSED: when, of the monotonic clock, without its upper bits */
 };
 
 struct datagram_key {
@@ -248,9 +252,9 @@ static __always_inline __u32 new_id(void *map, __u32 kind, const struct flow *fl
 	return 0;
 }
 
-static __always_inline int refuse(void)
+static __always_inline int refuse(int error)
 {
-	bpf_set_retval(-ENOBUFS);
+	bpf_set_retval(-error);
 	return 0;
 }
 
@@ -290,8 +294,19 @@ static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struc
 	return 0;
 }
 
-/* sendto(): the socket has a flow per destination. 0: no id is free. */
-static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct ip *ip)
+/* Why the datagrams of a flow are refused, if that is no longer than REFUSED_S ago; else 0. The socket is not
+ * connected, so no ICMP tells it. */
+static __always_inline int refusal(const struct flow *flow)
+{
+	__u16 now_s = bpf_ktime_get_ns() / 1000000000;
+
+	if (flow->state != REFUSED || (__u16)(now_s - flow->second_s) >= REFUSED_S)
+		return 0;
+	return flow->error;
+}
+
+/* sendto(): the socket has a flow per destination. 0: there is none, for this reason. */
+static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct ip *ip, int *why)
 {
 	struct datagram_key key = {
 		.cookie = bpf_get_socket_cookie(ctx),
@@ -306,11 +321,15 @@ static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const stru
 	};
 	__u32 *known = bpf_map_lookup_elem(&datagram_ids, &key);
 	__u32 zero = 0;
+	struct flow *old;
 	__u32 id;
 
 	/* Looking it up keeps it from being forgotten. */
-	if (known && bpf_map_lookup_elem(&datagram_flows, known))
-		return *known;
+	if (known && (old = bpf_map_lookup_elem(&datagram_flows, known))) {
+		*why = refusal(old);
+		return *why ? 0 : *known;
+	}
+	*why = ENOBUFS;
 	id = new_id(&datagram_flows, KIND_DATAGRAM, &flow);
 	if (!id)
 		return 0;
@@ -346,13 +365,14 @@ static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct ip
 static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 {
 	struct ip ip = mapped(ctx->user_ip4);
+	int why = ENOBUFS;
 	__u32 id;
 
 	if (!is_carried(ctx, &ip))
 		return 1;
-	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip);
+	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
 	if (!id)
-		return refuse();
+		return refuse(why);
 	ctx->user_ip4 = bpf_htonl(FLOW_NET4 | id);
 	ctx->user_port = AGENT_PORT;
 	return 1;
@@ -361,13 +381,14 @@ static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 {
 	struct ip ip = read_ip6(ctx);
+	int why = ENOBUFS;
 	__u32 id;
 
 	if (!is_carried(ctx, &ip))
 		return 1;
-	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip);
+	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
 	if (!id)
-		return refuse();
+		return refuse(why);
 	ip = flow_ip(id, is_mapped(&ip));
 	write_ip6(ctx, &ip);
 	ctx->user_port = AGENT_PORT;

@@ -27,6 +27,8 @@ pub enum Received<'a> {
     Datagram(&'a [u8]),
     /// An errno: an earlier datagram has not arrived.
     Error(u16),
+    /// An errno: the host does not carry the flow.
+    Refused(u16),
 }
 
 /// A flow of datagrams.
@@ -130,7 +132,7 @@ impl Datagrams {
                 match message {
                     Message::Accepted => self.accepted = true,
                     Message::Refused(errno) => {
-                        hand_on(Received::Error(errno));
+                        hand_on(Received::Refused(errno));
                         return Err(io::Error::from_raw_os_error(errno.into()));
                     }
                     Message::Error(errno) => hand_on(Received::Error(errno)),
@@ -196,6 +198,7 @@ mod tests {
     enum Seen {
         Datagram(Vec<u8>),
         Error(u16),
+        Refused(u16),
     }
 
     fn receive(flow: &mut Datagrams) -> (Vec<Seen>, io::Result<bool>) {
@@ -204,6 +207,7 @@ mod tests {
             seen.push(match received {
                 Received::Datagram(bytes) => Seen::Datagram(bytes.to_vec()),
                 Received::Error(errno) => Seen::Error(errno),
+                Received::Refused(errno) => Seen::Refused(errno),
             });
         });
         (seen, result)
@@ -246,7 +250,7 @@ mod tests {
         let (mut flow, mut host) = flow();
         host.write_all(&[0, 111]).expect("written");
         let (seen, result) = receive(&mut flow);
-        assert_eq!(seen, [Seen::Error(111)]);
+        assert_eq!(seen, [Seen::Refused(111)]);
         assert!(result.is_err());
     }
 }

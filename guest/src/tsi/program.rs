@@ -32,9 +32,12 @@ const FLOW_IP: usize = 8;
 const FLOW_PORT: usize = 24;
 const FLOW_PROTOCOL: usize = 26;
 const FLOW_STATE: usize = 27;
-/// `NEW`, `OPEN`.
+const FLOW_ERROR: usize = 28;
+const FLOW_SECOND: usize = 30;
+/// `NEW`, `OPEN`, `REFUSED`.
 const STATE_NEW: u8 = 0;
 const STATE_OPEN: u8 = 2;
+const STATE_REFUSED: u8 = 3;
 
 /// `struct syn_event`, as bytes.
 const SYN_LEN: usize = 176;
@@ -169,6 +172,9 @@ impl Event {
     }
 }
 
+/// Changes only an entry that exists (`BPF_EXIST`): the socket may be gone meanwhile.
+const EXISTING: u64 = 2;
+
 /// What of TSI a box needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
@@ -241,9 +247,20 @@ impl Programs {
         self.set_state(id, STATE_NEW);
     }
 
+    /// Has the next datagrams of a socket that is not connected fail with this errno, for some seconds. A
+    /// connected one is told by ICMP.
+    pub fn refuse(&mut self, id: Id, errno: u16, now_ns: u64) {
+        if let Ok(mut raw) = self.datagrams.get(&id.0, 0) {
+            raw[FLOW_STATE] = STATE_REFUSED;
+            raw[FLOW_ERROR..FLOW_SECOND].copy_from_slice(&errno.to_ne_bytes());
+            let second_s = (now_ns / 1_000_000_000) as u16;
+            raw[FLOW_SECOND..].copy_from_slice(&second_s.to_ne_bytes());
+            // Without it the datagrams vanish.
+            let _ = self.datagrams.insert(id.0, raw, EXISTING);
+        }
+    }
+
     fn set_state(&mut self, id: Id, state: u8) {
-        /// Only what exists (`BPF_EXIST`): the socket may be gone meanwhile.
-        const EXISTING: u64 = 2;
         if let Ok(mut raw) = self.connected.get(&id.0, 0) {
             raw[FLOW_STATE] = state;
             // A failure is the same as a lost packet: it is asked for again.

@@ -13,7 +13,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind};
 use super::shared::{BATCH, Injector, Shared, Token, Wake};
-use crate::sys::net::{self, ReceivedDatagram};
+use crate::sys::net::ReceivedDatagram;
+use crate::sys::{self, net};
 use crate::tsi::datagrams::{Datagrams, Received};
 use crate::tsi::packet::{self, Unreachable};
 use crate::tsi::program::{AGENT_PORT, Id, Original};
@@ -194,7 +195,7 @@ impl Flow {
     /// Moves what can be moved, `socket` being the one to the applications; `false` at the flow's end.
     fn step(&mut self, key: Key, socket: &UdpSocket, shared: &mut Shared) -> bool {
         let Ends { id, source } = self.ends;
-        let Shared { scratch, injector, .. } = shared;
+        let Shared { scratch, injector, programs, .. } = shared;
         let received = self.datagrams.receive(scratch, Instant::now(), |received| match received {
             Received::Datagram(bytes) => {
                 let from = if source.ip().to_ipv4_mapped().is_some() {
@@ -205,10 +206,13 @@ impl Flow {
                 // As on any network, a receiver without room loses it.
                 let _ = net::send_datagram(socket, bytes, from, source);
             }
-            Received::Error(errno) => {
-                if let Some(why) = Unreachable::from_errno(errno) {
-                    tell_sender(self.ends, why, injector);
-                }
+            Received::Error(errno) => tell_sender(self.ends, errno, injector),
+            Received::Refused(errno) => {
+                tell_sender(self.ends, errno, injector);
+                // As ICMP over IPv4 would say it.
+                let is_prohibited = i32::from(errno) == libc::EACCES;
+                let errno = if is_prohibited { libc::EHOSTUNREACH as u16 } else { errno };
+                programs.refuse(id, errno, sys::monotonic_ns());
             }
         });
         let sent = self.datagrams.flush();
@@ -225,7 +229,8 @@ impl Flow {
 }
 
 /// Has the next call on the application's socket fail.
-fn tell_sender(Ends { id, source }: Ends, why: Unreachable, injector: &Injector) {
+fn tell_sender(Ends { id, source }: Ends, errno: u16, injector: &Injector) {
+    let Some(why) = Unreachable::from_errno(errno) else { return };
     let ip = source.ip().to_canonical();
     let flow = match ip {
         IpAddr::V4(_) => IpAddr::V4(id.ip4()),
