@@ -12,10 +12,10 @@
 //! - [`sys`]: the system calls that no crate covers; with [`memory`] the only unsafe code
 //! - [`log`], [`token`], [`event_channel`]: messages on stderr; what the main loop's events are about; how
 //!   other threads reach the main loop
-//! - [`outcome`], [`timeline`]: how a box ended, with the table of exit codes; what happened when
 //! - [`spec`]: what was asked for, as written: one struct for each object of the JSON
 //! - [`layout`], [`memory`]: the guest's physical addresses; its RAM
 //! - [`resolv_conf`], [`policy`]: the host's name servers; where the guest may connect to
+//! - [`outcome`], [`timeline`]: how a box ended, with the table of exit codes; what happened when
 //! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, net on passt,
 //!   file systems on virtiofsd, and [`virtio::vsock`], which accepts the
 //!   clients of sockets and published ports, with a connection's life and half-closes
@@ -81,7 +81,7 @@ use crate::cli::{Command, Config};
 use crate::confine::sudden_end;
 use crate::host::janitor::Janitor;
 use crate::host::sockets;
-use crate::outcome::{Outcome, USAGE};
+use crate::outcome::{Outcome, Record, USAGE};
 use crate::plan::{Environment, Plan};
 use crate::run::Signals;
 use crate::spec::Spec;
@@ -162,7 +162,7 @@ fn run_box(
     let mut outcome_file = None;
     let mut timeline_file = None;
     // First, so that the list has nothing that mote opens itself.
-    let outcome = sys::confine::inherited_descriptors()
+    let record = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
             outcome_file = ReportFile::open(outcome_path, "outcome")?;
@@ -170,11 +170,12 @@ fn run_box(
             sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
             run_to_end(config, environment, &inherited, &mut timeline)
         })
-        .unwrap_or_else(Outcome::NotStarted);
+        .unwrap_or_else(|error| Outcome::NotStarted(error).into());
+    let outcome = &record.outcome;
     timeline.mark("exit");
     sudden_end::decide(outcome.exit_code());
     let reported = outcome_file
-        .map_or(Ok(()), |to| to.write(|file| outcome.write_to(file)))
+        .map_or(Ok(()), |to| to.write(|file| record.write_to(file)))
         .and_then(|()| timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f))));
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
@@ -213,7 +214,7 @@ fn run_to_end(
     environment: &Environment,
     inherited: &[RawFd],
     timeline: &mut Timeline,
-) -> Result<Outcome> {
+) -> Result<Record> {
     let plan = read_plan(config, environment, timeline)?.map_err(|faults| {
         let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
         anyhow!("spec: {}", faults.join("; "))
@@ -231,10 +232,11 @@ fn run_to_end(
         let signal = || sys::next_signal(&signals.stop);
         match (signal(), signal()) {
             (None, _) => Err(error),
-            (Some(only), None) => Ok(Outcome::Signaled(only as u8)),
+            (Some(only), None) => Ok(Outcome::Signaled(only as u8).into()),
             // As in the main loop. Which signal came first is not known.
             (Some(_), Some(_)) => {
-                Ok(Outcome::Stopped("stopped hard by a second signal before the guest ran".into()))
+                let reason = "stopped hard by a second signal before the guest ran".into();
+                Ok(Outcome::Stopped(reason).into())
             }
         }
     })
@@ -246,7 +248,7 @@ fn run_on_host(
     inherited: &[RawFd],
     signals: &Rc<Signals>,
     timeline: &mut Timeline,
-) -> Result<Outcome> {
+) -> Result<Record> {
     // The host's limits on this process, before there are threads and children to inherit them.
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
@@ -264,10 +266,10 @@ fn run_on_host(
         ensure!(!is_stopped, "stopped before the guest ran");
         run::run(vm, served, &plan.sandbox, Rc::clone(signals), timeline)
     };
-    let outcome = run(timeline);
+    let record = run(timeline);
     // The VM is dropped and its back-ends have ended, so that nothing outlives this process.
     janitor.dismiss();
-    outcome
+    record
 }
 
 fn read_config(config: &Config) -> Result<String> {

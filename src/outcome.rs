@@ -20,6 +20,8 @@ use std::io::{self, Write};
 
 use serde_json::json;
 
+use crate::policy::refusals::Refusals;
+
 /// Exit code for a wrong command line and for errors that `mote check` finds.
 pub const USAGE: u8 = 2;
 
@@ -106,8 +108,7 @@ impl Outcome {
         }
     }
 
-    /// The object that `--outcome FILE` receives.
-    pub fn to_json(&self) -> serde_json::Value {
+    fn to_json(&self) -> serde_json::Value {
         let mut object = json!({ "kind": self.kind(), "exit_code": self.exit_code() });
         match self {
             Outcome::Exited(code) => object["code"] = json!(code),
@@ -119,8 +120,35 @@ impl Outcome {
         }
         object
     }
+}
 
-    /// Writes [`Outcome::to_json`] to a file, as a line.
+/// How a box ended, and what is to be told of its life.
+#[derive(Debug)]
+pub struct Record {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What it was not let connect to.
+    pub refusals: Refusals,
+}
+
+impl From<Outcome> for Record {
+    /// Of a box that has not run.
+    fn from(outcome: Outcome) -> Self {
+        Record { outcome, refusals: Refusals::default() }
+    }
+}
+
+impl Record {
+    /// The object that `--outcome FILE` receives.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut object = self.outcome.to_json();
+        if !self.refusals.is_empty() {
+            object["refused"] = self.refusals.to_json();
+        }
+        object
+    }
+
+    /// Writes [`Record::to_json`] to a file, as a line.
     ///
     /// # Errors
     /// The writer fails.

@@ -21,7 +21,7 @@ use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Ma
 use crate::confine::Sandbox;
 use crate::kvm::vcpu::Exit;
 use crate::log;
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Record};
 use crate::sys;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
@@ -77,7 +77,7 @@ pub fn run(
     sandbox: &Sandbox,
     signals: Rc<Signals>,
     timeline: &mut Timeline,
-) -> Result<Outcome> {
+) -> Result<Record> {
     let counts = timeline.count_exits();
     let state = Rc::new(RefCell::new(MainLoop {
         served,
@@ -118,7 +118,8 @@ pub fn run(
     if let Some(at) = state.served.first_output.get().copied() {
         state.timeline.mark_at("first_output", at);
     }
-    Ok(outcome)
+    let refusals = state.served.refusals.take();
+    Ok(Record { outcome, refusals })
 }
 
 struct MainLoop<'a> {

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
 
@@ -22,14 +23,18 @@ use crate::host::virtiofsd::{self, Virtiofsd};
 use crate::kvm::vcpu::{self, Exit, Start};
 use crate::kvm::{cpu, self_test};
 use crate::memory::{self, GuestRam, RegisterPages};
-use crate::plan::{Network, PasstSocket, Plan};
+use crate::plan::{Network, Networking, PasstSocket, Plan};
+use crate::policy::filter::Filter;
+use crate::policy::refusals::SharedRefusals;
 use crate::timeline::{ExitCounts, Timeline};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
 use crate::virtio::fs::Fs;
 use crate::virtio::main_loop::{DeviceEvent, Forwarder};
 use crate::virtio::mmio::MmioDevice;
-use crate::virtio::net::{Net, Reconnect, passt};
+use crate::virtio::net::Net;
+use crate::virtio::net::filter::FrameFilter;
+use crate::virtio::net::passt::{self, Reconnect};
 use crate::virtio::vsock::listeners::Listener;
 use crate::virtio::vsock::mux::Mux;
 use crate::{boot, kvm, layout, sys};
@@ -64,6 +69,8 @@ pub struct Served {
     pub panic: PanicMessage,
     /// The virtio-fs back-ends.
     pub backends: Vec<Virtiofsd>,
+    /// What the box was not let connect to.
+    pub refusals: SharedRefusals,
 }
 
 /// A running VM. It must be kept as long as the VM runs: closing the descriptor would disconnect every
@@ -100,8 +107,15 @@ impl Vm {
 
         // Host resources. The back-ends start while the kernel is being loaded.
         let sinks = Sinks::open(plan.console_output.as_deref())?;
-        let net = plan.networking.own().map(|network| connect_network(network, janitor, stop));
-        let net = net.transpose()?;
+        let refusals = SharedRefusals::default();
+        let filter = Filter::new(plan.networking.policy().clone(), Rc::clone(&refusals))
+            .context("open a socket to ask for the host's routes")?;
+        let (outgoing, net) = match &plan.networking {
+            Networking::Hosts(_) => (Some(filter), None),
+            Networking::Own(network) => {
+                (None, Some(connect_network(network, FrameFilter::new(filter), janitor, stop)?))
+            }
+        };
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
 
@@ -133,7 +147,7 @@ impl Vm {
         let (control, theirs) = UnixStream::pair().context("create a socket pair")?;
         control.set_nonblocking(true).context("prepare the control channel")?;
         reserved_ports.insert(CONTROL_PORT, theirs);
-        let vsock = Mux::new(reserved_ports, listeners, plan.networking.policy().cloned());
+        let vsock = Mux::new(reserved_ports, listeners, outgoing);
         let devices = Devices::new(vsock, net);
 
         // The initial contents of guest memory.
@@ -186,6 +200,7 @@ impl Vm {
             first_output,
             panic,
             backends,
+            refusals,
         };
         Ok((vm, served))
     }
@@ -242,17 +257,22 @@ fn eventfd() -> Result<EventFd> {
 
 /// Connects the box to its passt. Called before back-ends start, which would inherit the descriptor that
 /// mote was started with.
-fn connect_network(network: &Network, janitor: &Janitor, stop: &File) -> Result<Net> {
+fn connect_network(
+    network: &Network,
+    filter: FrameFilter,
+    janitor: &Janitor,
+    stop: &File,
+) -> Result<Net> {
     match &network.passt {
         PasstSocket::Path(path) => {
             let mut line = janitor.passt_line()?;
             let again = Reconnect { path: path.clone(), connect: Box::new(move || line.connect()) };
-            Net::new(network.mac_address, passt::connect(path, stop)?, Some(again))
+            Net::new(network.mac_address, passt::connect(path, stop)?, filter, Some(again))
         }
         PasstSocket::Inherited(fd) => {
             let socket = sys::socket::inherited_stream(*fd);
             let socket = socket.context("take over the network's socket")?;
-            Net::new(network.mac_address, socket, None)
+            Net::new(network.mac_address, socket, filter, None)
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 use mote_agent::flow::{
     CHUNK_HEADER_LEN, DATAGRAM_ERROR, DATAGRAM_HEADER_LEN, FLOW_PORT, MAX_DATAGRAM_LEN,
@@ -15,6 +15,7 @@ use mote_agent::flow::{
 
 use super::Input;
 use crate::policy::Policy;
+use crate::policy::rules::Rules;
 use crate::sys;
 use crate::virtio::vsock::conn::BUFFER_LEN;
 use crate::virtio::vsock::flow;
@@ -75,11 +76,13 @@ fn codecs(data: &[u8]) {
         && let Some(request) = Request::decode(bytes)
     {
         assert_eq!(Request::decode(&request.encode()), Some(request));
-        let policy = Policy::new("nameserver 127.0.0.53");
-        if let Ok(to) = policy.resolve(request.protocol, request.destination) {
+        let policy = Policy::of_host("nameserver 127.0.0.53", Rules::default());
+        let is_local = |_| Ok(false);
+        if let Ok(to) = policy.resolve(request.protocol, request.destination, is_local) {
             let ip = to.ip().to_canonical();
             assert!(!ip.is_unspecified() && !ip.is_multicast() && to.port() != 0);
             assert!(!ip.is_loopback() || to.to_string() == "127.0.0.53:53");
+            assert!(!matches!(ip, IpAddr::V4(ip) if ip.is_link_local()));
         }
     }
     if let Some(bytes) = data.first_chunk() {

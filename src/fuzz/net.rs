@@ -1,5 +1,6 @@
 //! The network device with any driver and any passt. Whatever they do, the device does not loop for ever,
-//! a driver's mistakes stop only its device, passt's only the link, and only whole frames arrive.
+//! a driver's mistakes stop only its device, passt's only the link, and only whole frames arrive. And the
+//! filter judges any frame.
 
 use std::io::Write;
 
@@ -7,11 +8,13 @@ use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use vm_memory::{Address, Bytes};
 
 use super::Input;
+use crate::policy::rules::{Action, Rules};
 use crate::virtio::device::{F_EVENT_IDX, F_VERSION_1};
 use crate::virtio::net::bench::*;
 use crate::virtio::net::passt::FRAME_LEN;
 
 pub fn run(data: &[u8]) {
+    judge(data);
     let mut input = Input(data);
     let mut bench = Bench::new(None);
     let mut stream = Vec::new();
@@ -42,6 +45,16 @@ pub fn run(data: &[u8]) {
         stream.extend(bench.sent());
     }
     check_frames(&stream);
+}
+
+/// Any bytes as a frame, where nothing may go out. What is answered is a frame too.
+fn judge(frame: &[u8]) {
+    let mut filter = frame_filter(Rules { rules: Vec::new(), default: Action::Deny });
+    filter.note(frame);
+    let admitted = filter.admits(frame);
+    if let Some(answer) = filter.answer() {
+        assert!(!admitted && FRAME_LEN.contains(&answer.len()));
+    }
 }
 
 fn activate(bench: &mut Bench, input: &mut Input<'_>) {

@@ -14,8 +14,13 @@ use crate::spec::{self, Spec};
 /// Longest host name in bytes (`HOST_NAME_MAX`, gethostname(2)).
 const MAX_HOSTNAME: usize = 64;
 
-/// Checks the entrypoint and everything else that the guest carries out.
-pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) -> Instance {
+/// Checks the entrypoint and everything else that the guest carries out. `host` is the host's resolv.conf.
+pub(super) fn plan(
+    spec: &Spec,
+    networking: &Networking,
+    host: &str,
+    report: &mut Report,
+) -> Instance {
     let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
     if executable.is_empty() {
         report.error("entrypoint.executable", "is empty; name a program");
@@ -94,7 +99,7 @@ pub(super) fn plan(spec: &Spec, networking: &Networking, report: &mut Report) ->
         syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
-        resolv_conf: name_servers::plan(spec),
+        resolv_conf: name_servers::plan(spec, host),
     }
 }
 

@@ -5,6 +5,7 @@
 //! Planning changes nothing on the host, so `mote check` is this stage and a printout. [`Plan::new`]
 //! lists the parts that are checked; each has a file of its own.
 
+mod egress;
 mod environment;
 mod guest_init;
 mod image;
@@ -37,6 +38,7 @@ use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
 use crate::layout;
+use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
 use crate::virtio::vsock::table::MAX_CONNECTIONS;
@@ -92,9 +94,11 @@ impl Plan {
         let sockets = sockets::plan(spec, report);
         let published_ports = ports::plan(&spec.port_map, report);
         paths::check_console(spec.console_output.as_deref(), report);
-        let networking = Networking::new(spec, report);
+        // Read once. A box with a network of its own has name servers of its own.
+        let host = spec.network.is_none().then(resolv_conf::of_host).unwrap_or_default();
+        let networking = Networking::new(spec, &host, report);
         shares::warn_of_paths_that_guests_can_move(spec, &shares, report);
-        let instance = instance::plan(spec, &networking, report);
+        let instance = instance::plan(spec, &networking, &host, report);
         refuse_unsupported(spec, report);
         let kernel =
             image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
@@ -178,6 +182,7 @@ impl fmt::Display for Plan {
         if let Some(network) = self.networking.own() {
             writeln!(f, "network    {network}")?;
         }
+        writeln!(f, "egress     {}", self.networking.policy().rules())?;
         match &self.console_output {
             Some(path) => writeln!(f, "console    {}", path.display())?,
             None => writeln!(f, "console    mote's stdout and stderr")?,
@@ -310,7 +315,7 @@ mod tests {
 
     #[test]
     fn without_a_network_of_its_own_the_guest_uses_the_hosts() {
-        assert!(plan(|_| ()).expect("a plan").networking.policy().is_some());
+        assert_eq!(plan(|_| ()).expect("a plan").networking.own(), None);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use mote_agent::instance::ResolvConf;
 
 use crate::resolv_conf;
-use crate::spec::Spec;
+use crate::spec::{self, Spec};
 
 /// Name server of a box with a network of its own that names none (contract §7.2 step 4).
 const DEFAULT_SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
@@ -13,11 +13,18 @@ const DEFAULT_SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 const DEFAULT_LINES: &str = "nameserver 8.8.8.8\nnameserver 8.8.4.4\n";
 
 /// The box's name servers (contract §2.7, §7.2 step 4). A box with a network of its own gets those that
-/// the spec names for it; any other keeps those that the runtime wrote into the image, or gets the host's.
-pub(super) fn plan(spec: &Spec) -> ResolvConf {
+/// the spec names for it; any other keeps those that the runtime wrote into the image, or gets those of the
+/// host, whose resolv.conf is `host`.
+pub(super) fn plan(spec: &Spec, host: &str) -> ResolvConf {
     let Some(network) = &spec.network else {
-        return ResolvConf::IfUnserved(nameserver_lines(&resolv_conf::of_host()));
+        return ResolvConf::IfUnserved(nameserver_lines(host));
     };
+    let servers = of_own_network(spec, network);
+    ResolvConf::Always(servers.iter().map(|server| format!("nameserver {server}\n")).collect())
+}
+
+/// The name servers of a box with a network of its own.
+pub(super) fn of_own_network(spec: &Spec, network: &spec::Network) -> Vec<Ipv4Addr> {
     let given = spec.entrypoint.variable("A3S_NET_DNS");
     let given = given.map_or("", |index| &spec.entrypoint.env[index].1);
     let given = given.split(',').filter_map(|server| server.trim().parse::<Ipv4Addr>().ok());
@@ -28,7 +35,7 @@ pub(super) fn plan(spec: &Spec) -> ResolvConf {
     if servers.is_empty() {
         servers.push(DEFAULT_SERVER);
     }
-    ResolvConf::Always(servers.iter().map(|server| format!("nameserver {server}\n")).collect())
+    servers
 }
 
 /// The lines of a resolv.conf(5) that name servers, or the default ones.
@@ -61,7 +68,7 @@ mod tests {
         });
         let variable = variable.map(|value| ("A3S_NET_DNS".to_owned(), value.to_owned()));
         spec.entrypoint.env.extend(variable);
-        plan(&spec)
+        plan(&spec, "")
     }
 
     #[test]
@@ -73,7 +80,7 @@ mod tests {
             always("nameserver 1.1.1.1\nnameserver 9.9.9.9\n")
         );
         assert_eq!(own(&[Ipv4Addr::new(9, 9, 9, 9)], None), always("nameserver 9.9.9.9\n"));
-        assert!(matches!(plan(&spec()), ResolvConf::IfUnserved(_)));
+        assert!(matches!(plan(&spec(), ""), ResolvConf::IfUnserved(_)));
         let host =
             "search x\nnameserver 127.0.0.53\n#nameserver 1.1.1.1\nnameserver\tfe80::1%eth0 \n";
         assert_eq!(nameserver_lines(host), "nameserver 127.0.0.53\nnameserver fe80::1%eth0\n");

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use mote_agent::instance::Interface;
 
+use super::egress;
+use super::name_servers;
 use super::paths::{MAX_SOCKET_PATH, parent_problem};
 use crate::confine::NetworkAccess;
 use crate::policy::Policy;
-use crate::resolv_conf;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
@@ -25,19 +26,23 @@ const PREFIX_LEN: std::ops::RangeInclusive<u8> = 1..=31;
 pub enum Networking {
     /// It has a network of its own.
     Own(Network),
-    /// mote makes its connections with sockets of the host (TSI), as far as the policy allows.
+    /// mote makes its connections with sockets of the host (TSI), as far as the policy lets it.
     Hosts(Policy),
 }
 
 impl Networking {
-    /// Checks the spec's network, and the variables that describe it to a guest init. Adds what is
-    /// wrong to `report`.
-    pub(super) fn new(spec: &Spec, report: &mut Report) -> Networking {
+    /// Checks the spec's network, egress rules, and the variables that describe the network to a guest init.
+    /// Adds what is wrong to `report`. `host` is the host's resolv.conf.
+    pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
         check_variables(spec, report);
+        let rules = egress::plan(spec.egress.as_deref(), report);
         match &spec.network {
-            Some(network) => Networking::Own(Network::new(network, report)),
-            // The host's name servers are read now, and never again.
-            None => Networking::Hosts(Policy::new(&resolv_conf::of_host())),
+            Some(network) => {
+                let servers = name_servers::of_own_network(spec, network);
+                let policy = Policy::of_own_network(network.gateway, &servers, rules);
+                Networking::Own(Network::new(network, policy, report))
+            }
+            None => Networking::Hosts(Policy::of_host(host, rules)),
         }
     }
 
@@ -49,11 +54,10 @@ impl Networking {
         }
     }
 
-    /// Where the box's connections may go, if mote makes them with sockets of the host.
-    pub fn policy(&self) -> Option<&Policy> {
+    /// Where the box may connect to.
+    pub fn policy(&self) -> &Policy {
         match self {
-            Networking::Own(_) => None,
-            Networking::Hosts(policy) => Some(policy),
+            Networking::Own(Network { policy, .. }) | Networking::Hosts(policy) => policy,
         }
     }
 
@@ -83,6 +87,8 @@ pub struct Network {
     pub mac_address: [u8; 6],
     /// What the agent sets on the interface.
     pub interface: Interface,
+    /// Which frames may go to passt.
+    pub policy: Policy,
 }
 
 /// How to reach passt.
@@ -95,7 +101,7 @@ pub enum PasstSocket {
 }
 
 impl Network {
-    fn new(network: &spec::Network, report: &mut Report) -> Network {
+    fn new(network: &spec::Network, policy: Policy, report: &mut Report) -> Network {
         let mac = network.mac_address;
         if mac[0] & 1 != 0 {
             report.error(
@@ -112,7 +118,7 @@ impl Network {
         for (index, server) in network.dns_servers.iter().enumerate() {
             check_server(*server, &format!("network.dns_servers[{index}]"), report);
         }
-        Network { passt: plan_passt(network, report), mac_address: mac, interface }
+        Network { passt: plan_passt(network, report), mac_address: mac, interface, policy }
     }
 }
 
@@ -310,7 +316,7 @@ mod tests {
         let mut report = Report::default();
         let mut spec = Spec::parse(text, &mut report).expect("a spec");
         change(&mut spec);
-        let network = Networking::new(&spec, &mut report).own().cloned();
+        let network = Networking::new(&spec, "", &mut report).own().cloned();
         let texts =
             |faults: &[crate::spec::json::Fault]| faults.iter().map(|f| f.to_string()).collect();
         (network, texts(&report.errors), texts(&report.warnings))

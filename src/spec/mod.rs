@@ -43,6 +43,8 @@ pub struct Spec {
     pub user: Option<String>,
     /// Virtual network interface; `None` is TSI.
     pub network: Option<Network>,
+    /// Rules for where the box may connect to; `None` is no rules.
+    pub egress: Option<Vec<String>>,
     /// Limits on the box.
     pub resource_limits: ResourceLimits,
 }
@@ -172,6 +174,7 @@ fn read_spec(mut o: Object<'_>) -> Option<Spec> {
     let port_map = read_or_default(o.optional("port_map"), |n| n.array(Node::string));
     let user = read_nullable(o.optional("user"), Node::string);
     let network = read_nullable(o.optional("network"), read_network);
+    let egress = read_nullable(o.optional("egress"), |n| n.array(Node::string));
     let resource_limits = read_or_default(o.optional("resource_limits"), read_resource_limits);
     refuse_later_fields(&mut o);
     o.finish();
@@ -191,6 +194,7 @@ fn read_spec(mut o: Object<'_>) -> Option<Spec> {
         port_map: port_map?,
         user: user?,
         network: network?,
+        egress: egress?,
         resource_limits: resource_limits?,
     })
 }

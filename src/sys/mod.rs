@@ -15,6 +15,7 @@ use std::time::Duration;
 pub mod confine;
 pub mod fatal;
 pub mod process;
+pub mod routes;
 pub mod socket;
 pub mod terminal;
 

@@ -14,20 +14,21 @@
 //!
 //! A side that cannot take more holds up the other: no frame is read from passt while the driver has
 //! no buffers, and none is taken from the driver while the socket is full. Without passt the link is
-//! down: frames from the driver are dropped, and the device tries to connect again.
+//! down: frames from the driver are dropped, and the device tries to connect again. A [`filter`] says
+//! which of the driver's frames go to passt at all.
 
+pub mod filter;
 pub mod passt;
 
-use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use event_manager::EventSet;
-use passt::{Connection, FRAME_LEN, Lost};
+use filter::FrameFilter;
+use passt::{Connection, FRAME_LEN, Lost, Reconnect};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
@@ -119,26 +120,13 @@ impl From<Lost> for Fault {
     }
 }
 
-/// How to connect to passt again.
-pub struct Reconnect {
-    /// Its socket, for messages.
-    pub path: PathBuf,
-    /// Connects to it if it listens at this moment, without waiting.
-    pub connect: Box<dyn FnMut() -> io::Result<UnixStream>>,
-}
-
-impl fmt::Debug for Reconnect {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Reconnect({})", self.path.display())
-    }
-}
-
 /// The device at work.
 #[derive(Debug)]
 pub struct Net {
     mac: [u8; 6],
     queues: Option<Queues>,
     passt: Option<Connection>,
+    filter: FrameFilter,
     /// How to connect to passt again; `None` if the connection was inherited.
     reconnect: Option<Reconnect>,
     linked_at: Instant,
@@ -155,16 +143,22 @@ pub struct Net {
 }
 
 impl Net {
-    /// A device with this hardware address, its link up, on a connection to passt; `reconnect` makes a
-    /// new connection when this one is lost.
+    /// A device with this hardware address, its link up, on a connection to passt, to which it sends the
+    /// frames that `filter` admits; `reconnect` makes a new connection when this one is lost.
     ///
     /// # Errors
     /// The host refuses to adjust the socket.
-    pub fn new(mac: [u8; 6], socket: UnixStream, reconnect: Option<Reconnect>) -> Result<Self> {
+    pub fn new(
+        mac: [u8; 6],
+        socket: UnixStream,
+        filter: FrameFilter,
+        reconnect: Option<Reconnect>,
+    ) -> Result<Self> {
         Ok(Net {
             mac,
             queues: None,
             passt: Some(Connection::new(socket).context("prepare the connection to passt")?),
+            filter,
             reconnect,
             linked_at: Instant::now(),
             retry_at: None,
@@ -190,7 +184,7 @@ impl Net {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         queues.receive.clear_kick();
         let Some(passt) = &mut self.passt else { return Ok(()) };
-        let moved = queues.receive_from(passt, &mut self.filled);
+        let moved = queues.receive_from(passt, &mut self.filter, &mut self.filled);
         queues.receive.notify(&queues.ram)?;
         moved
     }
@@ -202,9 +196,10 @@ impl Net {
             return Ok(queues.transmit.serve(&queues.ram, QUEUE_SIZES[1].into(), |_| 0)?);
         };
         queues.transmit.clear_kick();
-        let moved = queues.transmit_to(passt);
+        let moved = queues.transmit_to(passt, &mut self.filter);
         queues.transmit.notify(&queues.ram)?;
-        moved
+        moved?;
+        if self.filter.answer().is_some() { self.receive() } else { Ok(()) }
     }
 
     /// Stops the device or takes the link down, depending on whose fault it is. The errors returned
@@ -368,21 +363,33 @@ impl Queues {
     fn receive_from(
         &mut self,
         passt: &mut Connection,
+        filter: &mut FrameFilter,
         filled: &mut Vec<Filled>,
     ) -> Result<(), Fault> {
+        while let Some(answer) = filter.answer() {
+            if !self.deliver(answer, filled)? {
+                return Ok(());
+            }
+            filter.take_answer();
+        }
         for _ in 0..RECEIVE_BATCH {
             let Some(frame) = passt.frame()? else { return Ok(()) };
             let len = frame.len();
             if !self.deliver(frame, filled)? {
                 return Ok(());
             }
+            filter.note(frame);
             passt.take_frame(len);
         }
         // There may be more frames: they wait until all others had their turn.
         Ok(self.receive.kick().write(1).context("go on receiving")?)
     }
 
-    fn transmit_to(&mut self, passt: &mut Connection) -> Result<(), Fault> {
+    fn transmit_to(
+        &mut self,
+        passt: &mut Connection,
+        filter: &mut FrameFilter,
+    ) -> Result<(), Fault> {
         let Queues { ram, transmit, .. } = self;
         for _ in 0..TRANSMIT_BATCH {
             // The socket is full: epoll reports when it has room again.
@@ -400,8 +407,8 @@ impl Queues {
                     return Ok(());
                 };
                 let head = chain.head_index();
-                // An invalid frame is dropped.
-                let _ = put(chain, ram, passt);
+                // An invalid frame is dropped, and one that is refused.
+                let _ = put(chain, ram, passt, filter);
                 transmit.push(ram, head, 0)?;
             }
         }
@@ -456,13 +463,23 @@ impl Queues {
     }
 }
 
-/// Adds the driver's frame to what is sent to passt, without its header, which passt does not need.
-fn put(chain: Chain<'_>, ram: &GuestRam, passt: &mut Connection) -> Result<()> {
+/// Adds the driver's frame to what is sent to passt, without its header, which passt does not need. It is judged
+/// after it was copied: the driver can change it no more.
+fn put(
+    chain: Chain<'_>,
+    ram: &GuestRam,
+    passt: &mut Connection,
+    filter: &mut FrameFilter,
+) -> Result<()> {
     let mut reader = Reader::new(chain, ram)?;
     reader.read_exact(&mut [0; HEADER_LEN])?;
     let len = reader.available_bytes();
     ensure!(FRAME_LEN.contains(&len), "a frame of {len} bytes");
-    passt.put_frame(len, |bytes| Ok(reader.read_exact(bytes)?))
+    passt.put_frame(len, |bytes| {
+        reader.read_exact(bytes)?;
+        ensure!(filter.admits(bytes), "a frame that is refused");
+        Ok(())
+    })
 }
 
 #[cfg(any(test, fuzzing))]

@@ -14,7 +14,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -67,6 +67,20 @@ pub fn connect(path: &Path, stop: &File) -> Result<UnixStream> {
 /// Nobody listens.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     sys::socket::connect_unix(path.as_os_str().as_bytes())
+}
+
+/// How to connect to passt again.
+pub struct Reconnect {
+    /// Its socket, for messages.
+    pub path: PathBuf,
+    /// Connects to it if it listens at this moment, without waiting.
+    pub connect: Box<dyn FnMut() -> io::Result<UnixStream>>,
+}
+
+impl fmt::Debug for Reconnect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Reconnect({})", self.path.display())
+    }
 }
 
 /// Why a connection cannot be used any more. The text fits after "passt".

@@ -26,6 +26,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::policy::Policy;
+use crate::policy::refusals::SharedRefusals;
 use crate::token::Token;
 use crate::virtio::device::{ConfigSpace, ReadyQueue};
 
@@ -387,7 +389,8 @@ impl Bench {
         ours: HashMap<u32, UnixStream>,
         addresses: Vec<SocketAddr>,
     ) -> Self {
-        let mux = Mux::new(reserved, listeners, policy);
+        let filter = |policy| Filter::new(policy, SharedRefusals::default()).expect("a socket");
+        let mux = Mux::new(reserved, listeners, policy.map(filter));
         let device = Rc::new(RefCell::new(Device { mux, failure: None }));
         let mut events = EventManager::new().expect("an event loop");
         let id = events.add_subscriber(Rc::clone(&device));

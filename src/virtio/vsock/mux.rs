@@ -22,7 +22,7 @@ use super::packet::{Foreign, GUEST_CID, HEADER_LEN, Header, MAX_PACKET, Op, Port
 use super::source::Source;
 use super::table::{Entry, MAX_FLOWS, Table};
 use crate::memory::GuestRam;
-use crate::policy::Policy;
+use crate::policy::filter::Filter;
 use crate::virtio::buffers::{Reader, Writer};
 use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::virtio::main_loop::{MainLoopDevice, Properties, Watcher};
@@ -78,8 +78,8 @@ pub struct Mux {
     unfinished: BTreeSet<usize>,
     /// Sockets for the guest's connections to these host ports, one each.
     reserved_ports: HashMap<u32, UnixStream>,
-    /// Where outgoing flows may go; with `None`, there are no outgoing flows.
-    outgoing: Option<Policy>,
+    /// What judges where outgoing flows go; with `None`, there are no outgoing flows.
+    outgoing: Option<Filter>,
     listeners: Listeners,
     /// Whether the guest's servers listen; until they do, clients' connections wait.
     guest_ready: bool,
@@ -92,7 +92,7 @@ impl Mux {
     pub fn new(
         reserved_ports: HashMap<u32, UnixStream>,
         listeners: Vec<Listener>,
-        outgoing: Option<Policy>,
+        outgoing: Option<Filter>,
     ) -> Self {
         Mux {
             queues: None,
@@ -288,7 +288,7 @@ impl Mux {
 
     /// Connects an outgoing flow, once the guest's request for it is complete.
     fn take_flow_request(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) {
-        let (Some(entry), Some(policy)) = (self.table.get_mut(index), &self.outgoing) else {
+        let (Some(entry), Some(filter)) = (self.table.get_mut(index), &self.outgoing) else {
             return;
         };
         let Entry { conn, endpoint, .. } = entry;
@@ -304,7 +304,7 @@ impl Mux {
         conn.host_took(REQUEST_LEN);
         // A complete datagram is always sent: an abort that comes later does not drop it.
         conn.set_abortable(protocol == Protocol::Tcp);
-        let connected = policy
+        let connected = filter
             .resolve(protocol, destination)
             .map_err(io::Error::from_raw_os_error)
             .and_then(|destination| endpoint.connect(protocol, destination))
