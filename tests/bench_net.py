@@ -211,6 +211,8 @@ def mote(work, root, network, helpers):
     spec = {
         "box_id": "bench-net", "vcpus": 1, "memory_mib": MEMORY_MIB, "rootfs_path": str(root),
         "exec_socket_path": "", "fs_mounts": [], "workdir": "/", "network": network,
+        # The peer is on an address of the host.
+        "egress": [f"allow:{HOST}"],
         "entrypoint": {"executable": "python3", "env": [], "args": [
             "/client.py", HOST, str(SECONDS), str(CONNECTIONS), str(DOWNLOAD_MIB)]},
     }

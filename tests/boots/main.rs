@@ -19,6 +19,7 @@ mod client;
 mod commands;
 mod common;
 mod datagrams;
+mod egress;
 mod exec;
 mod faults;
 mod guest;
