@@ -274,7 +274,12 @@ fn run_on_host(
 
 fn read_config(config: &Config) -> Result<String> {
     match config {
-        Config::Text(text) => Ok(text.clone()),
+        Config::Text(text) => {
+            if !sys::arguments::erase(text) {
+                log::warn("the spec stays readable in /proc/PID/cmdline; use --config-file -");
+            }
+            Ok(text.clone())
+        }
         Config::File(path) if path.as_os_str() == "-" => {
             let mut text = String::new();
             std::io::stdin()

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::ptr;
 use std::time::Duration;
 
+pub mod arguments;
 pub mod confine;
 pub mod fatal;
 pub mod process;

@@ -116,8 +116,9 @@ pub fn raise_open_file_limit() {
 }
 
 /// Forks a process under this name that does `work` and ends, and returns its number. It is a child of
-/// this one, but in a session of its own and with no descriptors but those to `keep`. Signals that are
-/// blocked in this thread are blocked in the child.
+/// this one, but in a session of its own, with no descriptors but those to `keep`, and with memory that
+/// other processes of the user cannot read. Signals that are blocked in this thread are blocked in the
+/// child.
 ///
 /// `work` must not panic, and must not take a lock that another thread may hold: fork does not copy
 /// other threads.
@@ -149,6 +150,8 @@ pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::R
     }
     // SAFETY: plain system calls; the strings are NUL-terminated and outlive the calls.
     unsafe {
+        // A copy of its parent's memory, with the secrets of the box's spec in it.
+        libc::prctl(libc::PR_SET_DUMPABLE, 0);
         // Fills 0 to 2, so that no file that the child opens becomes a standard stream.
         while (0..=2).contains(&libc::open(c"/dev/null".as_ptr(), libc::O_RDWR)) {}
         libc::setsid();

@@ -166,6 +166,30 @@ fn nothing_inherited_is_kept() {
     started.stop();
 }
 
+#[test]
+fn no_process_shows_the_spec() {
+    const SECRET: &str = "hunter2-of-the-spec";
+    let test = TestBox::streaming("echo $SECRET; echo ready; exec sleep 10000")
+        .with_entrypoint("env", json!([["SECRET", SECRET]]));
+    let spec = test.spec.to_string();
+    for config in [vec!["--config".into(), spec.clone()], vec![format!("--config={spec}")]] {
+        let outcome = test.path("out/outcome.json");
+        let mut command = Command::new(mote());
+        command.args(config).arg("--outcome").arg(&outcome).env("TMPDIR", test.path("tmp"));
+        let mut started = test.start_by(&mut command);
+        started.wait_for_line(SECRET);
+        started.wait_for_line("ready");
+        for (pid, name) in processes_of(&test, &started) {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).expect("a process");
+            let line = String::from_utf8_lossy(&line);
+            assert!(!line.contains(SECRET) && !line.contains("box_id"), "{name}: {line}");
+            // Nothing else is hidden.
+            assert_eq!(name == "virtiofsd", !line.contains(outcome.to_str().expect("text")));
+        }
+        assert_eq!(started.stop().stderr, "");
+    }
+}
+
 /// A box's processes, by number and command: mote, its janitor and virtiofsd.
 fn processes_of(test: &TestBox, mote: &Started) -> Vec<(u32, String)> {
     let pids =
@@ -286,6 +310,11 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
         started.wait_for_line("ready");
         let pid = started.pid();
         assert_confined(pid);
+        for (pid, name) in processes_of(&test, &started) {
+            // The kernel gives what others must not read to root (proc_pid(5)); virtiofsd's is the guest's.
+            let owner = fs::metadata(format!("/proc/{pid}/mem")).expect("a process").uid();
+            assert!(owner == 0 || name == "virtiofsd", "{name}: {owner}");
+        }
         if namespaces {
             assert_in_an_empty_root(pid);
         }
