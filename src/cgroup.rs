@@ -12,7 +12,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -21,6 +21,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+
+use crate::sys;
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -36,8 +38,6 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(600);
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
 /// How long to try to remove a cgroup; a process that is not dead by then is stuck in the kernel.
 const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
-/// Longest time between two attempts to take the lock.
-const MAX_LOCK_STEP: Duration = Duration::from_millis(50);
 /// Time between two attempts on a busy cgroup.
 const RETRY_STEP: Duration = Duration::from_millis(1);
 
@@ -315,29 +315,17 @@ impl Lock {
 
     /// Waits until no other process holds the lock, for as long as `limit` says.
     fn of(parent: &Path, limit: Duration) -> Result<Lock> {
-        let deadline = Instant::now() + limit;
         let file = Lock::file(parent);
         let file = file.with_context(|| format!("open the cgroup {}", parent.display()))?;
-        // The lock is held for milliseconds; many boxes that wait must not slow the holder by trying.
-        let mut step = RETRY_STEP;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(Lock(file.into())),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    thread::sleep(step);
-                    step = MAX_LOCK_STEP.min(step * 2);
-                }
-                Err(TryLockError::WouldBlock) => bail!(
-                    "another box's mote holds the lock of the cgroup {} for {} s already: is one stopped in the middle of its start?",
-                    parent.display(),
-                    limit.as_secs()
-                ),
-                Err(TryLockError::Error(error)) => {
-                    return Err(error)
-                        .with_context(|| format!("lock the cgroup {}", parent.display()));
-                }
-            }
+        let locked = sys::lock(&file, limit);
+        if !locked.with_context(|| format!("lock the cgroup {}", parent.display()))? {
+            bail!(
+                "another box's mote holds the lock of the cgroup {} for {} s already: is one stopped in the middle of its start?",
+                parent.display(),
+                limit.as_secs()
+            );
         }
+        Ok(Lock(file.into()))
     }
 }
 

@@ -4,13 +4,14 @@
 //! Unix sockets (contract §2.8) are private to the user; the [`crate::host::janitor`] makes their files, and
 //! unlinks them at the end. Published ports (§1.6) are open to everybody who can reach the host.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -23,24 +24,98 @@ const BACKLOG: i32 = 4096;
 /// Why a socket cannot be bound if somebody listens on its path.
 const TAKEN: &str = "another process listens on it; is this box running already?";
 
+/// How long to wait for the lock of a socket's directory, which is held for a few system calls.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+/// How long a janitor that removes a socket waits for it: others wait for the janitor.
+const REMOVAL_LOCK_LIMIT: Duration = Duration::from_millis(100);
+
 /// A socket file that this process has made.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    device: u64,
-    inode: u64,
+    /// The file itself (`O_PATH`): as long as this is open, no other file has its inode number.
+    file: File,
 }
 
 impl SocketFile {
+    /// The socket file at this path.
+    fn at(path: &Path) -> io::Result<SocketFile> {
+        let flags = libc::O_PATH | libc::O_NOFOLLOW;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        Ok(SocketFile { path: path.into(), file })
+    }
+
+    fn is_there(&self) -> bool {
+        let number =
+            |file: io::Result<fs::Metadata>| file.map(|file| (file.dev(), file.ino())).ok();
+        let ours = number(self.file.metadata());
+        ours.is_some() && ours == number(fs::symlink_metadata(&self.path))
+    }
+
     /// Removes the file, if nobody has replaced it.
     pub fn remove(self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|file| (file.dev(), file.ino()) == (self.device, self.inode));
-        if ours {
+        // Somebody who holds the lock for long only gets what a lock would prevent, a file that another
+        // start makes at this moment: nothing may stay.
+        let _locked = lock_directory(&self.path, REMOVAL_LOCK_LIMIT);
+        if self.is_there() {
             // Fails if somebody has removed the directory, and with it the file.
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Whether a dead process has left a socket file at this path.
+///
+/// # Errors
+/// Another process listens there, or the file is no socket.
+fn is_stale(path: &Path) -> Result<bool> {
+    match sys::socket::connect_unix(path.as_os_str().as_bytes()) {
+        Ok(_) => bail!(TAKEN),
+        // Somebody listens, but the queue of clients is full.
+        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!(TAKEN),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            // A file that is no socket gives the same error.
+            ensure!(
+                fs::symlink_metadata(path)?.file_type().is_socket(),
+                "a file that is not a socket is in the way; remove it or choose another path"
+            );
+            Ok(true)
+        }
+        Err(_) => Ok(false),
+    }
+}
+
+/// Removes a socket file that a dead process has left behind, unless another start has been faster.
+///
+/// # Errors
+/// That other start's socket is there, or the file cannot be removed.
+fn remove_stale(path: &Path) -> Result<()> {
+    // Nothing takes a socket file's name away without the lock, so what is stale under it stays so.
+    let _locked = lock_directory(path, LOCK_LIMIT)?;
+    if is_stale(path)? {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Keeps other motes from removing socket files in the directory of this one, for as long as the result
+/// is there (flock(2)). Making one needs no lock, if it appears with its listener.
+///
+/// # Errors
+/// The directory cannot be read, or somebody else holds its lock.
+fn lock_directory(path: &Path, limit: Duration) -> Result<File> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    let lock = || -> Result<File> {
+        let file = File::open(directory)?;
+        ensure!(
+            sys::lock(&file, limit)?,
+            "another process holds its lock (flock) for {} s already",
+            limit.as_secs()
+        );
+        Ok(file)
+    };
+    lock().with_context(|| format!("lock the directory {}", directory.display()))
 }
 
 /// All listeners of the plan: its sockets, which are `bound` already, in the plan's order, and its ports,
@@ -79,19 +154,8 @@ pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>>
 pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     let path = &plan.path;
     let bind = || -> Result<(UnixListener, SocketFile)> {
-        match sys::socket::connect_unix(path.as_os_str().as_bytes()) {
-            Ok(_) => bail!(TAKEN),
-            // Somebody listens, but the queue of clients is full.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => bail!(TAKEN),
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                // A file that is no socket gives the same error.
-                ensure!(
-                    fs::symlink_metadata(path)?.file_type().is_socket(),
-                    "a file that is not a socket is in the way; remove it or choose another path"
-                );
-                fs::remove_file(path)?;
-            }
-            Err(_) => {}
+        if is_stale(path)? {
+            remove_stale(path)?;
         }
         // Bound under another name first, so that the path appears only when somebody listens on it.
         let mut random = [0; 4];
@@ -113,13 +177,21 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
         };
         let socket = match linked {
             Ok(socket) => socket,
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(error.into()),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                // Another start has been faster, which is said if it listens.
+                is_stale(path)?;
+                return Err(error.into());
+            }
             // The other name is too long, or the file system has no hard links. Then there is a
-            // moment between bind and listen in which a client is refused.
-            Err(_) => bind_at(path)?,
+            // moment between bind and listen in which a client is refused, and another start would take
+            // the file for a stale one.
+            Err(_) => {
+                let _locked = lock_directory(path, LOCK_LIMIT)?;
+                is_stale(path)?;
+                bind_at(path)?
+            }
         };
-        let metadata = fs::symlink_metadata(path)?;
-        let file = SocketFile { path: path.clone(), device: metadata.dev(), inode: metadata.ino() };
+        let file = SocketFile::at(path)?;
         let listener = UnixListener::from(socket);
         listener.set_nonblocking(true)?;
         Ok((listener, file))
@@ -209,6 +281,55 @@ mod tests {
         assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
         UnixStream::connect(&plan.path).expect("still there");
         fs::remove_file(&plan.path).expect("cleaned");
+    }
+
+    #[test]
+    fn the_slower_of_two_starts_leaves_the_socket_of_the_faster_one() {
+        let plan = scratch("two-starts");
+        drop(UnixListener::bind(&plan.path).expect("leaves a file behind"));
+        // Both have found the stale file when one of them goes on.
+        assert!(is_stale(&plan.path).expect("nobody listens"));
+        let (_listener, file) = listen(&plan).expect("the faster one");
+        let error = remove_stale(&plan.path).expect_err("taken");
+        assert!(error.to_string().contains("is this box running already?"), "{error:#}");
+        UnixStream::connect(&plan.path).expect("still there");
+        file.remove();
+    }
+
+    #[test]
+    fn of_many_starts_on_one_stale_socket_one_gets_it() {
+        let plan = scratch("many-starts");
+        for _ in 0..50 {
+            drop(UnixListener::bind(&plan.path).expect("leaves a file behind"));
+            let start = std::sync::Barrier::new(4);
+            let started: Vec<_> = std::thread::scope(|scope| {
+                let one = || {
+                    start.wait();
+                    listen(&plan)
+                };
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(one)).collect();
+                threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+            });
+            UnixStream::connect(&plan.path).expect("the winner's");
+            let mut winners = started.into_iter().filter_map(Result::ok);
+            let (_listener, file) = winners.next().expect("a winner");
+            assert!(winners.next().is_none());
+            assert!(file.is_there());
+            file.remove();
+        }
+    }
+
+    #[test]
+    fn an_end_leaves_the_socket_of_the_next_start() {
+        let plan = scratch("next-start");
+        let (listener, file) = listen(&plan).expect("binds");
+        // mote has been killed, and its janitor comes late.
+        drop(listener);
+        let (_listener, next) = listen(&plan).expect("replaces it");
+        assert!(!file.is_there());
+        file.remove();
+        UnixStream::connect(&plan.path).expect("still there");
+        next.remove();
     }
 
     #[test]

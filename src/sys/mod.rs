@@ -4,13 +4,14 @@
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::ptr;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub mod arguments;
 pub mod confine;
@@ -211,6 +212,31 @@ pub fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Locks a file against other processes (flock(2)), until it is closed. Waits for whoever holds the lock,
+/// at most for `limit`; `false` if that is over.
+///
+/// # Errors
+/// Those of flock(2).
+pub fn lock(file: &File, limit: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + limit;
+    // Locks are held for milliseconds; many that wait must not slow the holder by trying.
+    let mut step = Duration::from_millis(1);
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                thread::sleep(step);
+                step = MAX_LOCK_STEP.min(step * 2);
+            }
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+/// Longest time between two attempts of [`lock`].
+const MAX_LOCK_STEP: Duration = Duration::from_millis(50);
 
 /// What to wait for on one descriptor.
 #[derive(Debug, Clone, Copy)]
