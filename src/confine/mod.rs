@@ -30,6 +30,7 @@ use anyhow::{Context, Result};
 use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
 
 use crate::log;
+use crate::sys;
 use crate::sys::confine::{self, Namespaces, Resource};
 pub use seccomp::{NetworkAccess, ThreadKind};
 
@@ -147,6 +148,8 @@ impl Sandbox {
         confine::close_inherited(inherited);
         let nothing = File::open("/dev/null").context("open /dev/null")?;
         confine::replace_stdin(&nothing).context("empty standard input")?;
+        sys::socket::fix_linger_values()
+            .context("map the values of SO_LINGER at 1 MiB (is vm.mmap_min_addr above that?)")?;
         let address_space = confine::address_space().context("read /proc/self/statm")?;
         for (resource, most) in [
             (Resource::AddressSpace, address_space + ADDRESS_SPACE_ROOM),

@@ -9,6 +9,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
+use std::sync::OnceLock;
 
 use super::{check, fill_random, owned, set_nonblocking};
 
@@ -160,10 +161,50 @@ fn raw_address(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t)
 /// than ending it in order (socket(7), `SO_LINGER` of zero).
 ///
 /// # Errors
-/// Those of setsockopt(2).
+/// Those of setsockopt(2) and of [`fix_linger_values`].
 pub fn set_reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
-    let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
-    set_option(stream, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
+    let values = fix_linger_values()?;
+    set_option(stream, libc::SOL_SOCKET, libc::SO_LINGER, &values[usize::from(reset)])
+}
+
+/// Where the two values of `SO_LINGER` are that mote uses. The filters allow these addresses and no others
+/// (`resources/seccomp/main.json`), and no call that would change what is there: a filter cannot look at
+/// the value itself, and with other values a close waits, in whichever process has the socket last. It is
+/// below all other memory, so that the filters can tell it apart.
+const LINGER_VALUES: usize = 0x10_0000;
+
+/// Bytes of a page.
+const PAGE_LEN: usize = 4096;
+
+/// Puts the values of `SO_LINGER` in their place, read-only: a close ends in order, or resets. Must be
+/// called once before the filters, which allow it no more.
+///
+/// # Errors
+/// Those of mmap(2) and mprotect(2): EPERM where the sysctl vm.mmap_min_addr is higher than usual.
+pub fn fix_linger_values() -> io::Result<&'static [libc::linger; 2]> {
+    static FIXED: OnceLock<Result<&'static [libc::linger; 2], libc::c_int>> = OnceLock::new();
+    let fix = || {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let wanted = LINGER_VALUES as *mut libc::c_void;
+        // SAFETY: the mapping replaces no other. It is as long and as aligned as the values need, is
+        // written before there is a reference to it, and never goes away.
+        unsafe {
+            let page = libc::mmap(wanted, PAGE_LEN, access, flags, -1, 0);
+            if page == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            } else if page != wanted {
+                // Linux before 4.17, where the place is taken.
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            let values = page.cast::<[libc::linger; 2]>();
+            values.write([0, 1].map(|l_onoff| libc::linger { l_onoff, l_linger: 0 }));
+            check(libc::mprotect(page, PAGE_LEN, libc::PROT_READ))?;
+            Ok(&*values)
+        }
+    };
+    let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EEXIST);
+    FIXED.get_or_init(|| fix().map_err(errno)).map_err(io::Error::from_raw_os_error)
 }
 
 /// The value of a socket option that is switched on.

@@ -216,6 +216,7 @@ fn broken(thread: &str, number: i64, arguments: [u64; 3]) -> Finished {
 fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
     const EXECUTABLE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
     const UNIX: u64 = libc::AF_UNIX as u64;
+    const LINGER: [u64; 3] = [0, libc::SOL_SOCKET as u64, libc::SO_LINGER as u64];
     for (thread, name, call, number, arguments) in [
         ("mote", "main", "openat", libc::SYS_openat, [0, 0, 0]),
         ("mote", "main", "socket", libc::SYS_socket, [UNIX, libc::SOCK_STREAM as u64, 0]),
@@ -225,6 +226,10 @@ fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
         ("vcpu0", "vcpu0", "ioctl", libc::SYS_ioctl, [0, 0xae01, 0]),
         // By this call, the listener of a published port could connect after a shutdown.
         ("vcpu1", "vcpu1", "sendmsg", libc::SYS_sendmsg, [0, 0, libc::MSG_FASTOPEN as u64]),
+        // By these calls, the close of a connection could be made to wait.
+        ("mote", "main", "setsockopt", libc::SYS_setsockopt, LINGER),
+        ("vcpu1", "vcpu1", "mprotect", libc::SYS_mprotect, [0x10_0000, 4096, 3]),
+        ("vcpu1", "vcpu1", "munmap", libc::SYS_munmap, [0, 0x20_0000, 0]),
         ("stdout", "stdout", "execve", libc::SYS_execve, [0, 0, 0]),
     ] {
         let ran = broken(thread, number, arguments);
