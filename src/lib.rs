@@ -260,6 +260,7 @@ fn run_on_host(
         }
         let listeners = sockets::listeners(plan, resources.sockets)?;
         let (vm, served) = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
+        janitor.end_set_up()?;
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
         let [is_stopped] = sys::poll([Interest::read(&signals.stop)], Some(Duration::ZERO))?;

@@ -7,14 +7,20 @@
 //! janitor         └ make resources ─┘ connect to passt when asked …… sockets, virtiofsd …… cgroup
 //! ```
 //!
-//! Whatever ends mote, even SIGKILL, closes the line, a socket pair between mote and the janitor. The
-//! janitor then removes what it has made, and kills the box's virtiofsd processes: one under an
-//! attacker's control may not end with mote. A mote under an attacker's control can make the janitor
-//! connect to the box's passt, and remove the sockets early. It cannot make the janitor remove the
-//! cgroup, which limits mote: the janitor waits until mote has ended.
+//! There are two ways between them. Over the line, a pair of sockets, mote gives the janitor the processes
+//! of its virtiofsd, and closes its direction for good before it is confined; the janitor gives mote the
+//! sockets and connections. On the pipe mote asks for those. Descriptors do not pass through a pipe, and
+//! the janitor never waits for mote to read: closing a descriptor of an attacker's choice could take
+//! forever, and so could an answer.
+//!
+//! Whatever ends mote, even SIGKILL, closes the pipe, and the janitor sees the process's end, too. It then
+//! kills the box's virtiofsd processes (one under an attacker's control may not end with mote), and
+//! removes what it has made. A mote under an attacker's control can make the janitor connect to the box's
+//! passt, and remove the sockets early. It cannot make the janitor remove the cgroup, which limits mote:
+//! the janitor waits until mote has ended.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -27,7 +33,6 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::cgroup::{self, Cgroup, Remains};
 use crate::host::sockets::{self, SocketFile};
-use crate::layout;
 use crate::plan::{HostSocket, Plan};
 use crate::sys::{self, Interest};
 use crate::virtio::net::passt;
@@ -35,9 +40,6 @@ use crate::virtio::net::passt;
 /// How long mote waits for an answer while the box runs. The janitor answers without waiting, but may
 /// have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
-
-/// Most processes that the janitor accepts: two for each share, and two for the root file system.
-const MAX_PROCESSES: usize = 2 * (layout::MAX_SHARES + 1);
 
 /// How long the janitor sleeps after each connection to passt: the box's limit on CPU time does not hold
 /// for it, so a mote under an attacker's control must not keep it busy. mote asks less often.
@@ -93,8 +95,8 @@ struct Leftovers {
 impl Leftovers {
     /// Removes everything but the cgroup.
     fn remove_most(&mut self) {
-        self.sockets.drain(..).for_each(SocketFile::remove);
         self.processes.drain(..).for_each(|process| sys::process::kill_process(&process));
+        self.sockets.drain(..).for_each(SocketFile::remove);
     }
 }
 
@@ -111,8 +113,18 @@ impl Drop for Leftovers {
 #[derive(Debug)]
 pub struct Janitor {
     line: UnixStream,
+    requests: PipeWriter,
     /// The janitor's process id, if it ends before this process: with a cgroup it does not.
     ends_first: Option<u32>,
+}
+
+/// The janitor's side of what connects it with mote.
+#[derive(Debug)]
+struct Mote {
+    line: UnixStream,
+    requests: PipeReader,
+    /// Readable when mote has ended.
+    process: OwnedFd,
 }
 
 impl Janitor {
@@ -124,14 +136,16 @@ impl Janitor {
     /// the latest when this process has ended.
     pub fn start(duties: Duties<'_>, stop: &File) -> Result<(Janitor, HostResources)> {
         let (line, theirs) = UnixStream::pair().context("create the janitor's line")?;
-        let mote =
+        let (read, requests) = io::pipe().context("create the janitor's pipe")?;
+        let process =
             sys::process::process_file(std::process::id()).context("watch mote for its janitor")?;
-        let keep = [theirs.as_raw_fd(), mote.as_raw_fd()];
-        let work = || work(&duties, &theirs, &mote);
-        let pid = sys::process::start_detached(c"mote-janitor", &keep, work)
+        let mote = Mote { line: theirs, requests: read, process };
+        let keep = [mote.line.as_raw_fd(), mote.requests.as_raw_fd(), mote.process.as_raw_fd()];
+        let pid = sys::process::start_detached(c"mote-janitor", &keep, || work(&duties, &mote))
             .context("start the janitor")?;
-        drop(theirs);
-        let janitor = Janitor { line, ends_first: duties.cgroup.is_none().then_some(pid) };
+        drop(mote);
+        let ends_first = duties.cgroup.is_none().then_some(pid);
+        let janitor = Janitor { line, requests, ends_first };
         match HostResources::take(&duties, &janitor.line, stop) {
             Ok(resources) => {
                 janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
@@ -144,10 +158,10 @@ impl Janitor {
         }
     }
 
-    /// Makes the janitor kill these processes when the line closes.
+    /// Makes the janitor kill these processes at the end.
     ///
     /// # Errors
-    /// The janitor has ended.
+    /// The janitor has ended, or [`Janitor::end_set_up`] was called.
     pub fn kill_at_end<'a>(&self, processes: impl IntoIterator<Item = &'a OwnedFd>) -> Result<()> {
         for process in processes {
             self.line
@@ -158,18 +172,29 @@ impl Janitor {
         Ok(())
     }
 
+    /// Makes it impossible, from now on, to send the janitor a descriptor: what it has been sent, it gets.
+    /// Must be called before the guest runs.
+    ///
+    /// # Errors
+    /// Those of shutdown(2).
+    pub fn end_set_up(&self) -> Result<()> {
+        self.line.shutdown(Shutdown::Write).context("close the way for descriptors to the janitor")
+    }
+
     /// A handle for asking the janitor for connections to passt.
     ///
     /// # Errors
     /// The host has no descriptor for it.
     pub fn passt_line(&self) -> Result<PasstLine> {
-        Ok(PasstLine(self.line.try_clone().context("duplicate the janitor's line")?))
+        let answers = self.line.try_clone().context("duplicate the janitor's line")?;
+        let requests = self.requests.try_clone().context("duplicate the janitor's pipe")?;
+        Ok(PasstLine { requests, answers })
     }
 
     /// Makes the janitor clean up, and waits for its end, unless it waits for the end of this process.
     /// Every [`PasstLine`] must be dropped before.
     pub fn dismiss(self) {
-        drop(self.line);
+        drop((self.requests, self.line));
         if let Some(pid) = self.ends_first {
             sys::process::reap(pid, CLEANING_LIMIT);
         }
@@ -177,25 +202,25 @@ impl Janitor {
 }
 
 /// All that the janitor's process does.
-fn work(duties: &Duties<'_>, line: &UnixStream, mote: &OwnedFd) {
+fn work(duties: &Duties<'_>, mote: &Mote) {
     let mut leftovers = Leftovers::default();
-    match HostResources::make(duties, line, &mut leftovers) {
+    match HostResources::make(duties, &mote.line, &mut leftovers) {
         Ok(resources) => {
-            match resources.give(line).context("hand a descriptor to mote") {
-                Ok(()) => serve(line, mote, duties.passt, &mut leftovers.processes),
-                Err(error) => refuse(line, &error),
+            match resources.give(&mote.line).context("hand a descriptor to mote") {
+                Ok(()) => serve(mote, duties.passt, &mut leftovers.processes),
+                Err(error) => refuse(&mote.line, &error),
             }
             // First, because mote may be waiting for an answer, and the janitor waits for mote below.
-            let _ = line.shutdown(Shutdown::Both);
+            let _ = mote.line.shutdown(Shutdown::Both);
             // At once: clients take an existing socket for a running box (contract §2.8).
             leftovers.remove_most();
             if leftovers.cgroup.is_some() {
-                let _ = sys::poll([Interest::read(mote)], None);
+                let _ = sys::poll([Interest::read(&mote.process)], None);
             }
         }
         Err(error) => {
             drop(leftovers);
-            refuse(line, &error);
+            refuse(&mote.line, &error);
         }
     }
 }
@@ -275,51 +300,65 @@ fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
     }
 }
 
-/// Serves mote until the line closes or mote ends; the line alone would not do, because a mote under an
-/// attacker's control may have passed its end to another process. A byte with a descriptor adds a process
-/// to kill at the end. A byte without one asks for a connection to passt: the answer is the connection, or
-/// an errno in a byte.
-fn serve(mut line: &UnixStream, mote: &OwnedFd, passt: Option<&Path>, processes: &mut Vec<File>) {
+/// Serves mote until it closes the pipe or ends; the pipe alone would not do, because a mote under an
+/// attacker's control may have passed its end to another process.
+fn serve(mote: &Mote, passt: Option<&Path>, processes: &mut Vec<File>) {
+    // From here on nothing waits for mote, but for a limited time.
+    if mote.line.set_nonblocking(true).is_err() {
+        return;
+    }
+    take_processes(mote, processes);
+    // Any number of requests that wait at once are one.
+    let mut bytes = [0; 64];
     loop {
-        let both = [Interest::read(line), Interest::read(mote)];
-        let Ok([_, false]) = sys::poll(both, None) else {
-            // Takes the processes that mote has sent before its end.
-            let _ = line.set_nonblocking(true);
-            while processes.len() < MAX_PROCESSES
-                && let Ok((1, Some(process))) = line.recv_with_fd(&mut [0])
-            {
-                processes.push(process);
-            }
-            return;
-        };
-        match line.recv_with_fd(&mut [0]) {
-            Ok((1, Some(process))) if processes.len() < MAX_PROCESSES => {
-                processes.push(process);
-                continue;
-            }
-            Ok((1, None)) => {}
-            // A process, but the janitor can have no more descriptors.
-            Err(error) if error.errno() == libc::ENOBUFS => continue,
-            _ => return,
-        }
-        let connected = passt.map_or(Err(ErrorKind::Unsupported.into()), passt::connect_now);
-        let answered = match connected {
-            Ok(socket) => line.send_with_fd(&[GIVEN][..], socket.as_raw_fd()).is_ok(),
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                line.write_all(&[errno as u8]).is_ok()
-            }
-        };
-        if !answered {
-            return;
-        }
+        let both = [Interest::read(&mote.requests), Interest::read(&mote.process)];
+        let Ok([true, false]) = sys::poll(both, None) else { return };
+        let Ok(1..) = (&mote.requests).read(&mut bytes) else { return };
+        // In a process of its own. The last one to close a connection closes the descriptors that a passt
+        // under an attacker's control may have sent over it; that may take long, but not at a process's end.
+        sys::confine::succeeds_in_child(|| answer(&mote.line, passt));
         thread::sleep(CONNECT_PAUSE);
     }
 }
 
-/// The line to the janitor, used to ask for connections to passt.
+/// Takes the processes that mote sends, each with a byte, until it closes that direction or ends.
+fn take_processes(mote: &Mote, processes: &mut Vec<File>) {
+    loop {
+        match mote.line.recv_with_fd(&mut [0]) {
+            Ok((1, Some(process))) => processes.push(process),
+            // A process, but the janitor can have no more descriptors.
+            Err(error) if error.errno() == libc::ENOBUFS => {}
+            Err(error) if error.errno() == libc::EAGAIN => {
+                let both = [Interest::read(&mote.line), Interest::read(&mote.process)];
+                let Ok([true, _]) = sys::poll(both, None) else { return };
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Connects to passt, and answers with the connection, or with an errno in a byte. An answer for which
+/// the line has no room is not given: mote does not read.
+fn answer(mut line: &UnixStream, passt: Option<&Path>) -> io::Result<()> {
+    match passt.map_or(Err(ErrorKind::Unsupported.into()), passt::connect_now) {
+        Ok(socket) => {
+            line.send_with_fd(&[GIVEN][..], socket.as_raw_fd())?;
+            // Closed by the end of this process.
+            std::mem::forget(socket);
+        }
+        Err(error) => {
+            line.write_all(&[error.raw_os_error().unwrap_or(libc::EIO) as u8])?;
+        }
+    }
+    Ok(())
+}
+
+/// The way to the janitor and back, used to ask for connections to passt.
 #[derive(Debug)]
-pub struct PasstLine(UnixStream);
+pub struct PasstLine {
+    requests: PipeWriter,
+    answers: UnixStream,
+}
 
 impl PasstLine {
     /// A new connection to the box's passt, if passt listens at this moment. Waits for the janitor, not
@@ -330,13 +369,13 @@ impl PasstLine {
     pub fn connect(&mut self) -> io::Result<UnixStream> {
         let mut byte = [0];
         // A late answer to an earlier request is dropped: its connection is old.
-        while let Ok((1, _)) = self.0.recv_with_fd(&mut byte) {}
-        self.0.write_all(&[0])?;
-        let [ready] = sys::poll([Interest::read(&self.0)], Some(ANSWER_LIMIT))?;
+        while let Ok((1, _)) = self.answers.recv_with_fd(&mut byte) {}
+        self.requests.write_all(&[0])?;
+        let [ready] = sys::poll([Interest::read(&self.answers)], Some(ANSWER_LIMIT))?;
         if !ready {
             return Err(ErrorKind::TimedOut.into());
         }
-        match self.0.recv_with_fd(&mut byte) {
+        match self.answers.recv_with_fd(&mut byte) {
             Ok((1, Some(socket))) => Ok(UnixStream::from(OwnedFd::from(socket))),
             Ok((1, None)) => Err(io::Error::from_raw_os_error(byte[0].into())),
             Ok(_) => Err(ErrorKind::BrokenPipe.into()),
@@ -348,7 +387,10 @@ impl PasstLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::ExitStatusExt;
     use std::path::PathBuf;
+    use std::process::Command;
+    use std::sync::mpsc;
 
     /// Never readable.
     fn never() -> File {
@@ -365,6 +407,7 @@ mod tests {
         let listener = UnixListener::bind(&path).expect("bound");
         let duties = Duties { passt: Some(&path), ..Duties::default() };
         let (janitor, _) = Janitor::start(duties, &never()).expect("a janitor");
+        janitor.end_set_up().expect("closed");
         let mut line = janitor.passt_line().expect("a line");
         for text in ["first", "second"] {
             let mut socket = line.connect().expect("connected");
@@ -382,8 +425,45 @@ mod tests {
     }
 
     #[test]
+    fn processes_are_taken_before_the_guest_runs_and_no_descriptor_after_that() {
+        let (janitor, _) = Janitor::start(Duties::default(), &never()).expect("a janitor");
+        let mut sleeping = Command::new("sleep").arg("1000").spawn().expect("a process");
+        let process = sys::process::process_file(sleeping.id()).expect("it runs");
+        janitor.kill_at_end([&process]).expect("before");
+        janitor.end_set_up().expect("closed");
+        let error = janitor.kill_at_end([&process]).expect_err("after");
+        assert!(format!("{error:#}").contains("Broken pipe"), "{error:#}");
+        janitor.dismiss();
+        assert_eq!(sleeping.wait().expect("its end").signal(), Some(libc::SIGKILL));
+    }
+
+    #[test]
+    fn a_mote_that_reads_no_answers_does_not_hold_the_janitor() {
+        let (mut ours, line) = UnixStream::pair().expect("a pair");
+        let (read, mut requests) = io::pipe().expect("a pipe");
+        let process = sys::process::process_file(std::process::id()).expect("a process");
+        let mote = Mote { line, requests: read, process };
+        mote.line.set_nonblocking(true).expect("set");
+        while (&mote.line).write(&[0; 4096]).is_ok() {}
+        ours.shutdown(Shutdown::Write).expect("closed");
+        let (served, over) = mpsc::channel();
+        thread::spawn(move || {
+            serve(&mote, None, &mut Vec::new());
+            served.send(()).expect("somebody waits");
+        });
+        requests.write_all(&[0]).expect("a request");
+        drop(requests);
+        over.recv_timeout(Duration::from_secs(30)).expect("it has ended");
+        // Nothing was answered: nothing else is in the line.
+        let mut answers = Vec::new();
+        ours.read_to_end(&mut answers).expect("the end");
+        assert_eq!(answers.len() % 4096, 0);
+    }
+
+    #[test]
     fn a_box_without_passt_has_nothing_to_connect_to() {
         let (janitor, _) = Janitor::start(Duties::default(), &never()).expect("a janitor");
+        janitor.end_set_up().expect("closed");
         assert!(janitor.passt_line().expect("a line").connect().is_err());
     }
 }

@@ -38,6 +38,21 @@ pub fn name_of(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
 }
 
+/// The number of a mote's janitor.
+pub fn janitor_of(pid: u32) -> Option<u32> {
+    children_of(pid).into_iter().find(|pid| name_of(*pid) == "mote-janitor")
+}
+
+/// A process's descriptors, and what they are.
+pub fn descriptors_of(pid: u32) -> Vec<(i32, String)> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("a process").flatten();
+    fds.filter_map(|fd| {
+        let what = fs::read_link(fd.path()).ok()?.display().to_string();
+        Some((fd.file_name().to_str()?.parse().ok()?, what))
+    })
+    .collect()
+}
+
 /// The numbers of the virtiofsd processes that serve a directory.
 pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
     let path = path.to_str().expect("text").to_owned();

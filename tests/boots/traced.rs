@@ -1,8 +1,11 @@
-//! ptrace(2): makes a thread of mote do a system call, and kills mote between two calls.
+//! ptrace(2): makes a thread of mote do a system call, kills mote between two calls, and takes what a mote
+//! that was broken into could use.
 #![allow(unsafe_code, reason = "ptrace is not in std")]
 
 use std::io;
-use std::mem::zeroed;
+use std::mem::{size_of, zeroed};
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr::{null, null_mut};
@@ -62,6 +65,39 @@ pub fn confined_before(program: &mut Command, index: usize) -> bool {
     child.kill().expect("killed");
     child.wait().expect("its end");
     confined
+}
+
+/// A duplicate of another process's descriptor (pidfd_getfd(2)).
+pub fn descriptor(pid: u32, fd: i32) -> OwnedFd {
+    // SAFETY: plain system calls; what they return is open and nobody else's.
+    unsafe {
+        let process = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        assert!(process >= 0, "{}", io::Error::last_os_error());
+        let process = OwnedFd::from_raw_fd(process as i32);
+        let fd = libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0);
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as i32)
+    }
+}
+
+/// What waits to be read from a socket, at most so many bytes, and stays there.
+pub fn peek(socket: &impl AsRawFd, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: pointer and length describe `bytes`.
+    let got = unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), len, flags) };
+    bytes.truncate(usize::try_from(got).unwrap_or(0));
+    bytes
+}
+
+/// Has the close of a connection wait, for so many seconds, until its peer has taken everything.
+pub fn linger(connection: &TcpStream, l_linger: i32) {
+    let value = libc::linger { l_onoff: 1, l_linger };
+    let (fd, len) = (connection.as_raw_fd(), size_of::<libc::linger>() as u32);
+    let pointer = (&raw const value).cast();
+    // SAFETY: pointer and length describe `value`.
+    let ret = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, pointer, len) };
+    assert_eq!(ret, 0);
 }
 
 /// The signal of a stop at the entry to or the return from a system call (`PTRACE_O_TRACESYSGOOD`).

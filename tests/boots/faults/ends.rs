@@ -2,15 +2,23 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::json;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::back_ends::{GET_FEATURES, dies_at, started_on_back_end};
 use crate::common::{Started, TestBox, eventually, eventually_nothing};
-use crate::passt::small_box;
-use crate::processes::{children_of, has_vcpu, is_frozen, name_of, processes_with, virtiofsd_of};
-use crate::traced::confined_before;
+use crate::passt::{network, small_box};
+use crate::processes::{
+    descriptors_of, has_vcpu, is_frozen, janitor_of, processes_with, virtiofsd_of,
+};
+use crate::traced::{confined_before, descriptor, linger, peek};
 
 // ---- SIGKILL ------------------------------------------------------------------------------------
 
@@ -118,9 +126,7 @@ fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() 
     let _ = fs::create_dir(parent);
     let busy = others_lock(parent);
     let started = test.start();
-    eventually("its janitor is there", || {
-        children_of(started.pid()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
-    });
+    eventually("its janitor is there", || janitor_of(started.pid()).is_some());
     started.kill();
     assert!(!test.path("sock/exec.sock").exists() && !test.cgroup().exists());
     drop(busy);
@@ -129,14 +135,75 @@ fn a_mote_killed_while_its_place_is_made_leaves_nothing_and_is_in_nobodys_way() 
     eventually_nothing("of both", || left_of(&test));
 }
 
+#[test]
+fn a_mote_that_was_broken_into_cannot_hold_its_janitor() {
+    let test = TestBox::streaming("echo ready; exec sleep 10000")
+        .with("resource_limits", json!({"cpu_shares": 1024}));
+    let socket = test.path("out/passt.sock");
+    let _passt = UnixListener::bind(&socket).expect("bound");
+    let test = test.with("network", network(&socket));
+    let started = test.ready();
+    let pid = started.pid();
+    let janitor = janitor_of(pid).expect("a janitor");
+
+    // What mote could use: its ends of the pipe and of the line. The line's is found by what comes out.
+    let theirs = |kind: &str| {
+        let all = descriptors_of(janitor);
+        let mut of_kind = all.into_iter().filter(|(_, what)| what.starts_with(kind));
+        let found = of_kind.next().expect(kind);
+        assert!(of_kind.next().is_none(), "two of {kind}");
+        found
+    };
+    let mut line = UnixStream::from(descriptor(janitor, theirs("socket:").0));
+    line.write_all(MARK).expect("room");
+    let motes = descriptors_of(pid);
+    let is_motes = |fd: &OwnedFd| peek(fd, MARK.len()) == MARK;
+    let sockets = motes.iter().filter(|(_, what)| what.starts_with("socket:"));
+    let found = sockets.map(|(fd, _)| descriptor(pid, *fd)).find(is_motes).expect("the line");
+    let motes_line = UnixStream::from(found);
+    let pipe = theirs("pipe:").1;
+    let (fd, _) = motes.iter().find(|(_, what)| *what == pipe).expect("the pipe");
+    let mut requests = fs::File::from(descriptor(pid, *fd));
+
+    // A connection whose close would wait for a quarter of an hour is not taken.
+    let server = TcpListener::bind("127.0.0.1:0").expect("bound");
+    let mut lingers = TcpStream::connect(server.local_addr().expect("bound")).expect("connected");
+    let (peer, _) = server.accept().expect("accepted");
+    lingers.set_nonblocking(true).expect("set");
+    while lingers.write(&[0; 65536]).is_ok() {}
+    linger(&lingers, 900);
+    let error = motes_line.send_with_fd(&[0][..], lingers.as_raw_fd()).expect_err("closed");
+    assert_eq!(error.errno(), libc::EPIPE);
+    drop(peer);
+
+    // Requests for connections without end, and nobody reads the answers. They are served: there is room
+    // for more.
+    line.set_nonblocking(true).expect("set");
+    while line.write(&[0; 4096]).is_ok() {}
+    mote::sys::set_nonblocking(&requests).expect("set");
+    while requests.write(&[0; 4096]).is_ok() {}
+    eventually("the janitor goes on", || (&requests).write(&[0; 4096]).is_ok());
+
+    // The test still holds mote's ends, as another process of the attacker's might.
+    let killed = Instant::now();
+    started.kill();
+    eventually_nothing("of it", || {
+        let mut left = left_of(&test);
+        left.extend(Path::new(&format!("/proc/{janitor}")).exists().then(|| "a janitor".into()));
+        left
+    });
+    println!("its janitor was gone after {:?}", killed.elapsed());
+}
+
+/// What the test writes to the janitor's line, to know it again.
+const MARK: &[u8] = b"the line";
+
 // ---- a signal to stop, before there is a guest --------------------------------------------------
 
 #[test]
 fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     let has_socket = |test: &TestBox, _: &Started| test.path("sock/exec.sock").exists();
-    let has_janitor = |_: &TestBox, started: &Started| {
-        children_of(started.pid()).into_iter().any(|pid| name_of(pid) == "mote-janitor")
-    };
+    let has_janitor = |_: &TestBox, started: &Started| janitor_of(started.pid()).is_some();
     let virtiofsd_is_frozen =
         |test: &TestBox, _: &Started| virtiofsd_of(&test.dir).into_iter().any(is_frozen);
     type Waits = fn(&TestBox, &Started) -> bool;
