@@ -6,12 +6,10 @@
 //! and nothing else. A thread ends at end of file, when everything has been written: nothing is
 //! lost at exit.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -21,6 +19,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log;
+use crate::output_file::OutputFile;
 use crate::sys::{self, Interest};
 
 /// What the kernel prints first when it gives up (kernel/panic.c).
@@ -40,24 +39,18 @@ pub struct Sinks {
 }
 
 impl Sinks {
-    /// Opens `console_output` (created 0600, or emptied; contract §2.5) or mote's own streams.
+    /// Opens `console_output` (created 0600, or emptied; contract §2.5) or mote's own streams. Gives up
+    /// when `stop` is readable.
     ///
     /// # Errors
     /// The file cannot be created or emptied, or the host has no descriptor.
-    pub fn open(console_output: Option<&Path>) -> Result<Sinks> {
+    pub fn open(console_output: Option<&OutputFile>, stop: &File) -> Result<Sinks> {
         match console_output {
-            Some(path) => {
+            Some(output) => {
                 // Appending: the three writers never overwrite each other.
-                let open = || {
-                    let file =
-                        OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
-                    if file.metadata()?.is_file() {
-                        file.set_len(0)?;
-                    }
-                    Ok::<File, io::Error>(file)
-                };
-                let file =
-                    open().with_context(|| format!("console_output: create {}", path.display()))?;
+                let file = output
+                    .open(Some(stop))
+                    .with_context(|| format!("console_output: create {}", output.path.display()))?;
                 let copy = || file.try_clone().context("duplicate the console file");
                 Ok(Sinks { stdout: copy()?, stderr: copy()?, kernel: file })
             }
@@ -227,7 +220,7 @@ mod tests {
 
     #[test]
     fn an_endless_line_is_bounded() {
-        let null = OpenOptions::new().write(true).open("/dev/null").expect("null");
+        let null = File::options().write(true).open("/dev/null").expect("null");
         let mut log = KernelLog::new(null, PanicMessage::default());
         log.write_all(&vec![b'x'; 10 * MAX_LINE]).expect("writes");
         assert!(log.line.len() < MAX_LINE);

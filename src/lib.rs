@@ -14,7 +14,8 @@
 //!   other threads reach the main loop
 //! - [`spec`]: what was asked for, as written: one struct for each object of the JSON
 //! - [`layout`], [`memory`]: the guest's physical addresses; its RAM
-//! - [`resolv_conf`], [`policy`]: the host's name servers; where the guest may connect to
+//! - [`resolv_conf`], [`policy`], [`output_file`]: the host's name servers; where the guest may connect to;
+//!   files that mote writes where a guest may have been
 //! - [`outcome`], [`timeline`]: how a box ended, with the table of exit codes; what happened when
 //! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, net on passt,
 //!   file systems on virtiofsd, and [`virtio::vsock`], which accepts the
@@ -56,6 +57,7 @@ pub mod layout;
 pub mod log;
 pub mod memory;
 pub mod outcome;
+pub mod output_file;
 pub mod plan;
 pub mod policy;
 pub mod probe;
@@ -71,7 +73,7 @@ pub mod vm;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -82,7 +84,8 @@ use crate::confine::sudden_end;
 use crate::host::janitor::Janitor;
 use crate::host::sockets;
 use crate::outcome::{Outcome, Record, USAGE};
-use crate::plan::{Environment, Plan};
+use crate::output_file::OutputFile;
+use crate::plan::{Environment, Plan, guests_directories};
 use crate::run::Signals;
 use crate::spec::Spec;
 use crate::spec::json::{Fault, Report};
@@ -120,7 +123,10 @@ fn print(text: &str) -> u8 {
 }
 
 fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) -> u8 {
-    match read_plan(config, environment, timeline) {
+    let mut report = Report::default();
+    let checked = read_spec(config, &mut report, timeline)
+        .map(|spec| make_plan(spec.as_ref(), environment, report));
+    match checked {
         Ok(Ok(plan)) => print(&format!("{plan}\n")),
         Ok(Err(faults)) => {
             for fault in &faults {
@@ -135,21 +141,28 @@ fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) ->
     }
 }
 
-/// Reads and checks a spec: returns the plan, or everything that is wrong. Logs warnings at once.
-fn read_plan(
+/// Reads a spec. `None` if something is wrong with it, which is in `report` then.
+fn read_spec(
     config: &Config,
-    environment: &Environment,
+    report: &mut Report,
     timeline: &mut Timeline,
-) -> Result<Result<Plan, Vec<Fault>>> {
-    let mut report = Report::default();
-    let text = read_config(config)?;
-    let spec = Spec::parse(&text, &mut report);
+) -> Result<Option<Spec>> {
+    let spec = Spec::parse(&read_config(config)?, report);
     timeline.mark("spec_parsed");
-    let plan = spec.and_then(|spec| Plan::new(&spec, environment, &mut report));
+    Ok(spec)
+}
+
+/// Checks a spec: returns the plan, or everything that is wrong. Logs warnings at once.
+fn make_plan(
+    spec: Option<&Spec>,
+    environment: &Environment,
+    mut report: Report,
+) -> Result<Plan, Vec<Fault>> {
+    let plan = spec.and_then(|spec| Plan::new(spec, environment, &mut report));
     for warning in &report.warnings {
         log::warn(&warning.to_string());
     }
-    Ok(plan.ok_or(report.errors))
+    plan.ok_or(report.errors)
 }
 
 fn run_box(
@@ -165,10 +178,19 @@ fn run_box(
     let record = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
-            outcome_file = ReportFile::open(outcome_path, "outcome")?;
-            timeline_file = ReportFile::open(timeline_path, "timeline")?;
+            let mut report = Report::default();
+            let spec = read_spec(config, &mut report, &mut timeline);
+            // The reports are opened whatever is wrong with the spec, but it says where a guest has been.
+            let guests = spec.as_ref().ok().and_then(Option::as_ref).map(guests_directories);
+            outcome_file = ReportFile::open(outcome_path, "outcome", guests.as_deref())?;
+            timeline_file = ReportFile::open(timeline_path, "timeline", guests.as_deref())?;
             sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
-            run_to_end(config, environment, &inherited, &mut timeline)
+            let plan = make_plan(spec?.as_ref(), environment, report).map_err(|faults| {
+                let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+                anyhow!("spec: {}", faults.join("; "))
+            })?;
+            timeline.mark("plan_ready");
+            run_to_end(&plan, &inherited, &mut timeline)
         })
         .unwrap_or_else(|error| Outcome::NotStarted(error).into());
     let outcome = &record.outcome;
@@ -196,9 +218,19 @@ struct ReportFile<'a> {
 }
 
 impl<'a> ReportFile<'a> {
-    fn open(path: Option<&'a Path>, what: &'static str) -> Result<Option<Self>> {
+    /// Opens the file; `guests` as in [`OutputFile::new`].
+    fn open(
+        path: Option<&'a Path>,
+        what: &'static str,
+        guests: Option<&[PathBuf]>,
+    ) -> Result<Option<Self>> {
         let Some(path) = path else { return Ok(None) };
-        let file = File::create(path)
+        let output = OutputFile::new(path, guests);
+        if let Some(problem) = output.warning() {
+            log::warn(&format!("--{what}: {problem}"));
+        }
+        let file = output
+            .open(None)
             .with_context(|| format!("create the {what} file {}", path.display()))?;
         Ok(Some(ReportFile { what, path, file }))
     }
@@ -209,24 +241,14 @@ impl<'a> ReportFile<'a> {
     }
 }
 
-fn run_to_end(
-    config: &Config,
-    environment: &Environment,
-    inherited: &[RawFd],
-    timeline: &mut Timeline,
-) -> Result<Record> {
-    let plan = read_plan(config, environment, timeline)?.map_err(|faults| {
-        let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
-        anyhow!("spec: {}", faults.join("; "))
-    })?;
-    timeline.mark("plan_ready");
+fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Result<Record> {
     let signals = Rc::new(Signals::block()?);
     sys::process::raise_open_file_limit();
     // A core dump would hold the guest's memory: nobody gets a copy of that.
     sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::confine::share_heap();
     sys::process::adopt_orphans().context("become the parent of back-ends' children")?;
-    run_on_host(&plan, inherited, &signals, timeline).or_else(|error| {
+    run_on_host(plan, inherited, &signals, timeline).or_else(|error| {
         // A stop signal ends whatever waits during the start, with an error. The outcome is then the one
         // that the guest would have had from this signal.
         let signal = || sys::next_signal(&signals.stop);

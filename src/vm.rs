@@ -106,7 +106,7 @@ impl Vm {
         let kvm = kvm::open()?;
 
         // Host resources. The back-ends start while the kernel is being loaded.
-        let sinks = Sinks::open(plan.console_output.as_deref())?;
+        let sinks = Sinks::open(plan.console_output.as_ref(), stop)?;
         let refusals = SharedRefusals::default();
         let filter = Filter::new(plan.networking.policy().clone(), Rc::clone(&refusals))
             .context("open a socket to ask for the host's routes")?;

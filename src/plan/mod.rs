@@ -31,13 +31,14 @@ pub use image::Image;
 pub use network::{Network, Networking, PasstSocket};
 pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
-pub use shares::Share;
+pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
 
 use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
 use crate::layout;
+use crate::output_file::OutputFile;
 use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
@@ -68,7 +69,7 @@ pub struct Plan {
     /// How the box reaches the network.
     pub networking: Networking,
     /// File for the guest's output; `None` is mote's own stdout and stderr.
-    pub console_output: Option<PathBuf>,
+    pub console_output: Option<OutputFile>,
     /// What the agent is told.
     pub instance: Instance,
     /// The vmlinux to boot.
@@ -93,11 +94,12 @@ impl Plan {
         let shares = shares::plan(spec, report);
         let sockets = sockets::plan(spec, report);
         let published_ports = ports::plan(&spec.port_map, report);
-        paths::check_console(spec.console_output.as_deref(), report);
+        let guests = guests_directories(spec);
+        let console_output = paths::plan_console(spec, &guests, report);
         // Read once. A box with a network of its own has name servers of its own.
         let host = spec.network.is_none().then(resolv_conf::of_host).unwrap_or_default();
         let networking = Networking::new(spec, &host, report);
-        shares::warn_of_paths_that_guests_can_move(spec, &shares, report);
+        shares::warn_of_paths_that_guests_can_move(spec, &guests, report);
         let instance = instance::plan(spec, &networking, &host, report);
         refuse_unsupported(spec, report);
         let kernel =
@@ -130,7 +132,7 @@ impl Plan {
             sockets,
             published_ports,
             networking,
-            console_output: spec.console_output.clone(),
+            console_output,
             instance,
             kernel: kernel?,
             initramfs: initramfs?,
@@ -184,7 +186,7 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "egress     {}", self.networking.policy().rules())?;
         match &self.console_output {
-            Some(path) => writeln!(f, "console    {}", path.display())?,
+            Some(file) => writeln!(f, "console    {}", file.path.display())?,
             None => writeln!(f, "console    mote's stdout and stderr")?,
         }
         for mount in mounts {

@@ -3,24 +3,14 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
+use crate::output_file::OutputFile;
+use crate::spec::Spec;
 use crate::spec::json::Report;
 
 /// Longest Unix socket path in bytes (`sun_path` less its terminator, unix(7)).
 pub const MAX_SOCKET_PATH: usize = 107;
-
-/// A path as the spec has it, made absolute; `None` if it contains `..`.
-pub(super) fn as_written(path: &Path) -> Option<PathBuf> {
-    let goes_up = path.components().any(|part| part == Component::ParentDir);
-    std::path::absolute(path).ok().filter(|_| !goes_up)
-}
-
-/// A path with the symbolic links in its directory resolved; a link in its last part is kept.
-pub(super) fn as_it_is(path: &Path) -> Option<PathBuf> {
-    let directory = std::path::absolute(path).ok()?.parent()?.canonicalize().ok()?;
-    Some(directory.join(path.file_name()?))
-}
 
 /// An existing directory that can be read, as an absolute path.
 pub(super) fn directory(path: &Path, field: &str, report: &mut Report) -> Option<PathBuf> {
@@ -87,9 +77,13 @@ pub(super) fn parent_problem(path: &Path) -> Option<String> {
     }
 }
 
-/// Reports why the console file cannot be created.
-pub(super) fn check_console(path: Option<&Path>, report: &mut Report) {
-    let Some(path) = path else { return };
+/// The spec's console file, if it can be created; `guests` as in [`OutputFile::new`].
+pub(super) fn plan_console(
+    spec: &Spec,
+    guests: &[PathBuf],
+    report: &mut Report,
+) -> Option<OutputFile> {
+    let path = spec.console_output.as_ref()?;
     let problem = if path.is_dir() {
         Some(format!("{} is a directory; name a file", path.display()))
     } else {
@@ -98,4 +92,9 @@ pub(super) fn check_console(path: Option<&Path>, report: &mut Report) {
     if let Some(problem) = problem {
         report.error("console_output", problem);
     }
+    let file = OutputFile::new(path, Some(guests));
+    if let Some(problem) = file.warning() {
+        report.warn("console_output", problem);
+    }
+    Some(file)
 }

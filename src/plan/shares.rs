@@ -1,12 +1,14 @@
 //! The directories of the host that the guest gets as virtio-fs shares.
 
 use std::collections::HashSet;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use mote_agent::instance::ROOT_TAG;
 
-use super::paths::{as_it_is, as_written, directory};
+use super::paths::directory;
 use crate::layout;
+use crate::output_file::enters;
 use crate::spec::Spec;
 use crate::spec::json::Report;
 use crate::virtio::fs::MAX_TAG;
@@ -63,11 +65,20 @@ pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<Share> {
     shares
 }
 
-/// Warns of paths that mote opens inside a share that the guest can write to: the guest can put a symbolic
-/// link in their place, which the next start follows with this user's rights.
+/// The directories that the guest can write to, without symbolic links in their paths. A guest that has
+/// all of the host is not among them: there is nothing outside.
+pub fn guests_directories(spec: &Spec) -> Vec<PathBuf> {
+    let writable = spec.fs_mounts.iter().filter(|mount| !mount.read_only);
+    let all = [&spec.rootfs_path].into_iter().chain(writable.map(|mount| &mount.host_path));
+    let directories = all.filter_map(|path| fs::canonicalize(path).ok());
+    directories.filter(|directory| directory != Path::new("/")).collect()
+}
+
+/// Warns of paths that mote opens inside a directory that the guest can write to: the guest can put a
+/// symbolic link in their place, which the next start follows with this user's rights.
 pub(super) fn warn_of_paths_that_guests_can_move(
     spec: &Spec,
-    shares: &[Share],
+    guests: &[PathBuf],
     report: &mut Report,
 ) {
     let mounts = spec.fs_mounts.iter().enumerate();
@@ -77,7 +88,6 @@ pub(super) fn warn_of_paths_that_guests_can_move(
     let network = spec.network.as_ref();
     for (field, path) in [
         ("rootfs_path", Some(spec.rootfs_path.as_path())),
-        ("console_output", spec.console_output.as_deref()),
         ("exec_socket_path", Some(spec.exec_socket_path.as_path())),
         ("pty_socket_path", Some(spec.pty_socket_path.as_path())),
         ("attest_socket_path", Some(spec.attest_socket_path.as_path())),
@@ -85,21 +95,16 @@ pub(super) fn warn_of_paths_that_guests_can_move(
     ] {
         paths.extend(path.map(|path| (field.into(), path)));
     }
-    let writable = |share: &&Share| !share.read_only && share.host_path != Path::new("/");
-    for share in shares.iter().filter(writable) {
-        for (field, path) in &paths {
-            let inside =
-                |path: &Path| path != share.host_path && path.starts_with(&share.host_path);
-            if [as_written(path), as_it_is(path)].iter().flatten().any(|path| inside(path)) {
-                report.warn(
-                    field,
-                    format!(
-                        "{} is inside {}, where the guest can put a link to another file of yours in its place; choose a path outside",
-                        path.display(),
-                        share.host_path.display()
-                    ),
-                );
-            }
+    for (field, path) in &paths {
+        if let Some((_, directory)) = enters(path, guests) {
+            report.warn(
+                field,
+                format!(
+                    "{} is inside {}, where the guest can put a link to another file of yours in its place; choose a path outside",
+                    path.display(),
+                    directory.display()
+                ),
+            );
         }
     }
 }
@@ -110,7 +115,6 @@ mod tests {
     use crate::plan::Plan;
     use crate::plan::testing::{environment, errors, plan, spec};
     use crate::spec::FsMount;
-    use std::fs;
 
     fn share(tag: &str, host_path: &str) -> FsMount {
         FsMount { tag: tag.into(), host_path: host_path.into(), read_only: true }

@@ -8,6 +8,7 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
 use std::thread;
@@ -105,6 +106,27 @@ pub fn exists_in_root(root: &Path, path: &str) -> bool {
         }
         Err(error) => !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)),
     }
+}
+
+/// Opens a file for appending: creates it, mode 0600, or empties it. Neither opening nor writing waits;
+/// a FIFO that nobody reads is an error (ENXIO). Without `follows_links`, so is any symbolic link (ELOOP).
+///
+/// # Errors
+/// Those of openat2(2).
+pub fn create(path: &Path, follows_links: bool) -> io::Result<File> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let access = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | libc::O_TRUNC;
+    let flags = access | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: an all-zero open_how is valid; the string and the structure outlive the call.
+    let fd = unsafe {
+        let mut how: libc::open_how = zeroed();
+        how.flags = flags as u64;
+        how.mode = 0o600;
+        how.resolve = if follows_links { 0 } else { libc::RESOLVE_NO_SYMLINKS };
+        let size = size_of::<libc::open_how>();
+        libc::syscall(libc::SYS_openat2, libc::AT_FDCWD, path.as_ptr(), &raw const how, size)
+    };
+    Ok(File::from(owned(check(fd as libc::c_int)?)))
 }
 
 /// Fills `buffer` from the kernel's random number generator.

@@ -54,14 +54,16 @@ fn a_process_left_behind_does_not_hold_the_box() {
 }
 
 #[test]
-fn a_console_file_is_private_and_emptied() {
+fn console_file_and_reports_are_private_and_emptied() {
     use std::os::unix::fs::PermissionsExt;
     let test = TestBox::busybox().shell("echo first run with a long line");
     assert_eq!(test.run().code, 0);
     let test = test.shell("echo second");
     assert_eq!(test.run().console, "second\n");
-    let mode = std::fs::metadata(test.path("out/console.log")).expect("there").permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
+    for file in ["console.log", "outcome.json", "timeline.json"] {
+        let file = std::fs::metadata(test.path("out").join(file)).expect("there");
+        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Instant;
 
 use serde_json::json;
@@ -228,6 +229,14 @@ fn a_box_that_waits_for_something_when_it_is_stopped_ends_by_that_signal() {
     test.finished(output);
 
     let (_passt, test) = small_box();
+    let started = test.start();
+    stopped(test, started, has_socket);
+
+    // It waits for somebody to read its output.
+    let test = TestBox::busybox();
+    let fifo = test.path("out/fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo runs").success());
+    let test = test.with("console_output", json!(fifo));
     let started = test.start();
     stopped(test, started, has_socket);
 

@@ -54,6 +54,61 @@ fn a_full_disk_under_console_output_costs_output_only() {
 }
 
 #[test]
+fn a_link_that_a_guest_has_left_is_not_followed() {
+    let test = TestBox::busybox();
+    let precious = test.path("precious");
+    fs::write(&precious, "precious").expect("file");
+    let [log, outcome] = ["root/log", "root/outcome"].map(|name| test.path(name));
+    let links = ["/log", "/outcome"];
+    let links =
+        links.map(|link| format!("rm -f {link}; busybox ln -s {} {link};", precious.display()));
+    let test = test.shell(&links.concat()).with("console_output", json!(log));
+    let warning = |field: &str, file: &Path| {
+        let (file, root) = (file.display(), test.path("root"));
+        let root = root.display();
+        format!(
+            "mote: warning: {field}: {file} is inside {root}, where the guest can change and replace it; choose a path outside\n"
+        )
+    };
+    let warnings = [warning("--outcome", &outcome), warning("console_output", &log)];
+    let ran = reporting_to(&test, &outcome);
+    assert_eq!((ran.code, ran.stderr), (0, warnings.concat()));
+
+    for (file, error) in [
+        (
+            &outcome,
+            format!("create the outcome file {}: a symbolic link is in the way", outcome.display()),
+        ),
+        (
+            &test.path("out/outcome"),
+            format!("console_output: create {}: a symbolic link is in the way", log.display()),
+        ),
+    ] {
+        let ran = reporting_to(&test, file);
+        assert!(ran.code == 125 && ran.stderr.contains(&error), "{}: {}", ran.code, ran.stderr);
+    }
+    assert_eq!(fs::read_to_string(precious).expect("there"), "precious");
+}
+
+#[test]
+fn reports_to_a_fifo_need_a_reader() {
+    let test = TestBox::streaming("exit 6");
+    let fifo = test.path("out/fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo runs").success());
+    let ran = reporting_to(&test, &fifo);
+    let expected = format!(
+        "mote: create the outcome file {}: nobody reads this FIFO; start its reader before the box\n",
+        fifo.display()
+    );
+    assert_eq!((ran.code, ran.stderr), (125, expected));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read_to_string(&fifo).expect("text"));
+        assert_eq!(reporting_to(&test, &fifo).code, 6);
+        assert!(reader.join().expect("reads").contains("\"exit_code\":6"));
+    });
+}
+
+#[test]
 fn a_full_root_share_is_the_guests_to_handle() {
     let test = TestBox::streaming(
         "dd if=/dev/zero of=/small/big bs=64k 2>&1 | grep -o 'No space.*'
