@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -19,7 +20,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log;
-use crate::output_file::OutputFile;
+use crate::plan::ConsoleFile;
 use crate::sys::{self, Interest};
 
 /// What the kernel prints first when it gives up (kernel/panic.c).
@@ -31,11 +32,11 @@ const MAX_LINE: usize = 1024;
 #[derive(Debug)]
 pub struct Sinks {
     /// The entrypoint's standard output.
-    pub stdout: File,
+    pub stdout: Sink,
     /// The entrypoint's standard error.
-    pub stderr: File,
+    pub stderr: Sink,
     /// Kernel messages.
-    pub kernel: File,
+    pub kernel: Sink,
 }
 
 impl Sinks {
@@ -44,19 +45,31 @@ impl Sinks {
     ///
     /// # Errors
     /// The file cannot be created or emptied, or the host has no descriptor.
-    pub fn open(console_output: Option<&OutputFile>, stop: &File) -> Result<Sinks> {
+    pub fn open(console_output: Option<&ConsoleFile>, stop: &File) -> Result<Sinks> {
         match console_output {
-            Some(output) => {
+            Some(ConsoleFile { file, limit_bytes }) => {
+                let open = || {
+                    let opened = file.open(Some(stop))?;
+                    // Others keep nothing that fills a disk.
+                    let is_kept = opened.metadata()?.is_file();
+                    Ok::<_, io::Error>((
+                        opened,
+                        is_kept.then(|| Arc::new(Limit::new(*limit_bytes))),
+                    ))
+                };
+                let (opened, limit) = open()
+                    .with_context(|| format!("console_output: create {}", file.path.display()))?;
                 // Appending: the three writers never overwrite each other.
-                let file = output
-                    .open(Some(stop))
-                    .with_context(|| format!("console_output: create {}", output.path.display()))?;
-                let copy = || file.try_clone().context("duplicate the console file");
-                Ok(Sinks { stdout: copy()?, stderr: copy()?, kernel: file })
+                let sink = || {
+                    let file = opened.try_clone().context("duplicate the console file")?;
+                    Ok::<_, anyhow::Error>(Sink { file, limit: limit.clone() })
+                };
+                Ok(Sinks { stdout: sink()?, stderr: sink()?, kernel: sink()? })
             }
             None => {
                 let duplicate = |fd: io::Result<std::os::fd::OwnedFd>| {
-                    fd.map(File::from).context("duplicate mote's own output streams")
+                    let file = fd.map(File::from).context("duplicate mote's own output streams")?;
+                    Ok::<_, anyhow::Error>(Sink { file, limit: None })
                 };
                 Ok(Sinks {
                     stdout: duplicate(io::stdout().as_fd().try_clone_to_owned())?,
@@ -65,6 +78,64 @@ impl Sinks {
                 })
             }
         }
+    }
+}
+
+/// Where one stream goes.
+#[derive(Debug)]
+pub struct Sink {
+    file: File,
+    /// Shared by all that write to the file.
+    limit: Option<Arc<Limit>>,
+}
+
+impl Sink {
+    /// Writes everything, even if the descriptor does not wait: another process may have made it so, since
+    /// mote shares its stdout with the process that started it. Beyond the limit nothing is written.
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let room = self.limit.as_ref().map_or(bytes.len(), |limit| limit.take(bytes.len()));
+        let mut bytes = &bytes[..room];
+        while !bytes.is_empty() {
+            match self.file.write(bytes) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let _ = sys::poll([Interest::write(&self.file)], None);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How much more a file may get from its writers.
+#[derive(Debug)]
+struct Limit {
+    bytes: u64,
+    left: AtomicU64,
+    is_told: AtomicBool,
+}
+
+impl Limit {
+    fn new(bytes: u64) -> Limit {
+        Limit { bytes, left: AtomicU64::new(bytes), is_told: AtomicBool::new(false) }
+    }
+
+    /// How many of so many bytes may still be written. The first that may not are told of.
+    fn take(&self, wanted: usize) -> usize {
+        let less = |left: u64| Some(left.saturating_sub(wanted as u64));
+        let left = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let (Ok(left) | Err(left)) = left;
+        let taken = usize::try_from(left).map_or(wanted, |left| wanted.min(left));
+        if taken < wanted && !self.is_told.swap(true, Ordering::Relaxed) {
+            log::error(&format!(
+                "console_output has {} bytes, its limit (console_limit_bytes); the rest of the guest's output is lost",
+                self.bytes
+            ));
+        }
+        taken
     }
 }
 
@@ -79,7 +150,7 @@ pub struct OutputStream {
     /// Where its bytes come from.
     pub from: UnixStream,
     /// Where they go.
-    pub to: File,
+    pub to: Sink,
     /// Set when the first byte is written.
     pub first_output: FirstOutput,
     /// Written to once, when all bytes have been written.
@@ -100,7 +171,7 @@ impl OutputStream {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(_) => break,
             };
-            if !failed && let Err(error) = write_all(&mut to, &buffer[..read]) {
+            if !failed && let Err(error) = to.write_all(&buffer[..read]) {
                 failed = true;
                 log::error(&format!(
                     "{name}: write the guest's output: {error}; the rest of it is lost"
@@ -111,23 +182,6 @@ impl OutputStream {
         // Fails only if the counter overflows: there are two writes at most.
         let _ = done.write(1);
     }
-}
-
-/// Writes everything, even if another process has made the descriptor non-blocking: mote shares its
-/// stdout with the process that started it.
-fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match to.write(bytes) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                let _ = sys::poll([Interest::write(to)], None);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// The serial port's interrupt line.
@@ -157,13 +211,13 @@ pub type PanicMessage = Arc<Mutex<Option<String>>>;
 #[derive(Debug)]
 pub struct KernelLog {
     line: Vec<u8>,
-    to: File,
+    to: Sink,
     panic: PanicMessage,
 }
 
 impl KernelLog {
     /// Writes to `to`, noting a panic in `panic`.
-    pub fn new(to: File, panic: PanicMessage) -> Self {
+    pub fn new(to: Sink, panic: PanicMessage) -> Self {
         KernelLog { line: Vec::new(), to, panic }
     }
 
@@ -175,7 +229,7 @@ impl KernelLog {
         }
         // If writing fails, the guest must not stop. A full pipe slows the guest down, like a real
         // serial line.
-        let _ = write_all(&mut self.to, &self.line);
+        let _ = self.to.write_all(&self.line);
         self.line.clear();
     }
 }
@@ -203,11 +257,29 @@ impl Write for KernelLog {
 mod tests {
     use super::*;
 
+    fn sink(to: io::PipeWriter) -> Sink {
+        Sink { file: File::from(std::os::fd::OwnedFd::from(to)), limit: None }
+    }
+
+    #[test]
+    fn a_limit_holds_for_all_writers_together() {
+        let (mut reader, writer) = io::pipe().expect("pipe");
+        let limit = Some(Arc::new(Limit::new(10)));
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        let other = Sink { file: file.try_clone().expect("clone"), limit: limit.clone() };
+        for mut sink in [Sink { file, limit }, other] {
+            sink.write_all(b"seven b").expect("written, or dropped");
+        }
+        let mut text = String::new();
+        reader.read_to_string(&mut text).expect("text");
+        assert_eq!(text, "seven bsev");
+    }
+
     #[test]
     fn a_panic_is_noticed_and_lines_pass_through() {
         let (mut reader, writer) = io::pipe().expect("pipe");
         let panic = PanicMessage::default();
-        let mut log = KernelLog::new(File::from(std::os::fd::OwnedFd::from(writer)), panic.clone());
+        let mut log = KernelLog::new(sink(writer), panic.clone());
         for byte in b"[    1.0] hello\r\n[    2.0] Kernel panic - not syncing: no root\r\n" {
             log.write_all(&[*byte]).expect("writes");
         }
@@ -220,8 +292,8 @@ mod tests {
 
     #[test]
     fn an_endless_line_is_bounded() {
-        let null = File::options().write(true).open("/dev/null").expect("null");
-        let mut log = KernelLog::new(null, PanicMessage::default());
+        let file = File::options().write(true).open("/dev/null").expect("null");
+        let mut log = KernelLog::new(Sink { file, limit: None }, PanicMessage::default());
         log.write_all(&vec![b'x'; 10 * MAX_LINE]).expect("writes");
         assert!(log.line.len() < MAX_LINE);
     }
@@ -231,12 +303,11 @@ mod tests {
         let (mut ours, theirs) = UnixStream::pair().expect("pair");
         let (mut reader, writer) = io::pipe().expect("pipe");
         let done = EventFd::new(0).expect("eventfd");
-        let sink = File::from(std::os::fd::OwnedFd::from(writer));
         let first = FirstOutput::default();
         let stream = OutputStream {
             name: "test",
             from: theirs,
-            to: sink,
+            to: sink(writer),
             first_output: first.clone(),
             done: done.try_clone().expect("clone"),
         };

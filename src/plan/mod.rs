@@ -29,7 +29,7 @@ use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 pub use environment::{Environment, find_virtiofsd};
 pub use image::Image;
 pub use network::{Network, Networking, PasstSocket};
-pub use paths::MAX_SOCKET_PATH;
+pub use paths::{ConsoleFile, MAX_SOCKET_PATH};
 pub use ports::PublishedPort;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
@@ -38,7 +38,6 @@ use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
 use crate::layout;
-use crate::output_file::OutputFile;
 use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
@@ -69,7 +68,7 @@ pub struct Plan {
     /// How the box reaches the network.
     pub networking: Networking,
     /// File for the guest's output; `None` is mote's own stdout and stderr.
-    pub console_output: Option<OutputFile>,
+    pub console_output: Option<ConsoleFile>,
     /// What the agent is told.
     pub instance: Instance,
     /// The vmlinux to boot.
@@ -186,7 +185,9 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "egress     {}", self.networking.policy().rules())?;
         match &self.console_output {
-            Some(file) => writeln!(f, "console    {}", file.path.display())?,
+            Some(ConsoleFile { file, limit_bytes }) => {
+                writeln!(f, "console    {} (at most {limit_bytes} bytes)", file.path.display())?
+            }
             None => writeln!(f, "console    mote's stdout and stderr")?,
         }
         for mount in mounts {

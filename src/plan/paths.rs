@@ -77,13 +77,31 @@ pub(super) fn parent_problem(path: &Path) -> Option<String> {
     }
 }
 
+/// The file for the guest's output, and the most bytes it gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsoleFile {
+    /// The file.
+    pub file: OutputFile,
+    /// Most bytes, at least 1.
+    pub limit_bytes: u64,
+}
+
+/// What a console file may have when the spec does not say: more than anybody reads, and less than a disk
+/// has that others share.
+const CONSOLE_LIMIT_BYTES: u64 = 1 << 30;
+
 /// The spec's console file, if it can be created; `guests` as in [`OutputFile::new`].
 pub(super) fn plan_console(
     spec: &Spec,
     guests: &[PathBuf],
     report: &mut Report,
-) -> Option<OutputFile> {
-    let path = spec.console_output.as_ref()?;
+) -> Option<ConsoleFile> {
+    let Some(path) = &spec.console_output else {
+        if spec.console_limit_bytes.is_some() {
+            report.warn("console_limit_bytes", "limits console_output, which is not given");
+        }
+        return None;
+    };
     let problem = if path.is_dir() {
         Some(format!("{} is a directory; name a file", path.display()))
     } else {
@@ -92,9 +110,13 @@ pub(super) fn plan_console(
     if let Some(problem) = problem {
         report.error("console_output", problem);
     }
+    let limit_bytes = spec.console_limit_bytes.unwrap_or(CONSOLE_LIMIT_BYTES);
+    if limit_bytes == 0 {
+        report.error("console_limit_bytes", "is 0, must be at least 1");
+    }
     let file = OutputFile::new(path, Some(guests));
     if let Some(problem) = file.warning() {
         report.warn("console_output", problem);
     }
-    Some(file)
+    Some(ConsoleFile { file, limit_bytes })
 }

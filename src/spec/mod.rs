@@ -33,6 +33,8 @@ pub struct Spec {
     pub entrypoint: Entrypoint,
     /// File that receives the guest's output; `None` is mote's own stdout and stderr.
     pub console_output: Option<PathBuf>,
+    /// Most bytes of `console_output`; mote's own.
+    pub console_limit_bytes: Option<u64>,
     /// Directory the entrypoint starts in.
     pub workdir: String,
     /// Confidential computing.
@@ -168,6 +170,7 @@ fn read_spec(mut o: Object<'_>) -> Option<Spec> {
         .required("entrypoint", "an object with executable, args and env")
         .and_then(read_entrypoint);
     let console_output = read_nullable(o.optional("console_output"), path);
+    let console_limit_bytes = read_nullable(o.optional("console_limit_bytes"), Node::integer);
     let workdir =
         o.required("workdir", "the entrypoint's directory, \"/\"").and_then(|n| n.string());
     let tee_config = read_nullable(o.optional("tee_config"), read_tee_config);
@@ -189,6 +192,7 @@ fn read_spec(mut o: Object<'_>) -> Option<Spec> {
         fs_mounts: fs_mounts?,
         entrypoint: entrypoint?,
         console_output: console_output?,
+        console_limit_bytes: console_limit_bytes?,
         workdir: workdir?,
         tee_config: tee_config?,
         port_map: port_map?,

@@ -54,6 +54,20 @@ fn a_full_disk_under_console_output_costs_output_only() {
 }
 
 #[test]
+fn output_beyond_its_limit_is_dropped_with_one_line() {
+    let test = TestBox::busybox()
+        .shell("(seq 100000; echo more) & seq 100000 >&2; wait; exit 6")
+        .with("console_limit_bytes", json!(100_000));
+    let ran = test.run();
+    ran.assert_ended(6, "exited");
+    assert_eq!(
+        ran.stderr,
+        "mote: console_output has 100000 bytes, its limit (console_limit_bytes); the rest of the guest's output is lost\n"
+    );
+    assert_eq!(ran.console.len(), 100_000);
+}
+
+#[test]
 fn a_link_that_a_guest_has_left_is_not_followed() {
     let test = TestBox::busybox();
     let precious = test.path("precious");
