@@ -35,7 +35,7 @@ pub const PML4: u64 = 0x9000;
 pub const PDPT: u64 = 0xa000;
 /// See [`PML4`].
 pub const PD: u64 = 0xb000;
-/// The program of [`crate::kvm::self_test`], gone before the kernel runs.
+/// The program of [`crate::kvm::self_test`], which the kernel may overwrite.
 pub const SELF_TEST: u64 = 0x1_0000;
 /// Kernel command line.
 pub const COMMAND_LINE: u64 = 0x2_0000;

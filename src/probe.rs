@@ -45,11 +45,13 @@ fn test_kvm() -> Result<()> {
     memory::add_ram(&vm, &ram)?;
     let cpuid = cpu::cpuid(&kvm::supported_cpuid(&kvm)?, 0, 1, true);
     let mut vcpu = vcpu::create(&vm, 0, &cpuid)?;
+    // There is no kernel to enter, and the vCPU does not run on.
+    vcpu::prepare_boot(&vcpu, &cpuid, &ram, 0)?;
     let (sender, result) = mpsc::channel();
     thread::Builder::new()
         .name("kvm-self-test".into())
         // Sending fails if the test took too long and nobody waits for it any more.
-        .spawn(move || drop(sender.send(self_test::run(&mut vcpu, &cpuid, &ram))))
+        .spawn(move || drop(sender.send(self_test::run(&mut vcpu))))
         .context("start the KVM self-test")?;
     self_test::wait(&result)
 }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use anyhow::{Context, Result};
-use kvm_bindings::CpuId;
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
@@ -44,7 +43,6 @@ use crate::{boot, kvm, layout, sys};
 pub struct Vm {
     fd: VmFd,
     vcpus: Vec<VcpuFd>,
-    boot: Boot,
     outputs: Vec<OutputStream>,
     bus: Arc<Bus>,
     exits: Sender<Exit>,
@@ -80,14 +78,6 @@ pub struct Served {
 pub struct Running {
     _fd: VmFd,
     _bus: Arc<Bus>,
-}
-
-/// What the boot vCPU's thread starts with.
-#[derive(Debug)]
-struct Boot {
-    cpuid: CpuId,
-    ram: GuestRam,
-    entry: u64,
 }
 
 impl Vm {
@@ -153,6 +143,7 @@ impl Vm {
         // The initial contents of guest memory.
         let device_count = devices.iter().count() + plan.shares.len();
         let entry = boot::load(plan, &ram, device_count)?;
+        vcpu::prepare_boot(&vcpus[0], &cpuid(0), &ram, entry)?;
         timeline.mark("kernel_loaded");
 
         // The transports' side of the devices, in the order of their addresses: first those of the main
@@ -189,8 +180,7 @@ impl Vm {
 
         // Each vCPU stops once.
         let (exit_sender, exits) = event_channel(plan.vcpus.into())?;
-        let boot = Boot { cpuid: cpuid(0), ram, entry };
-        let vm = Vm { fd: vm, vcpus, boot, outputs, bus, exits: exit_sender };
+        let vm = Vm { fd: vm, vcpus, outputs, bus, exits: exit_sender };
         let served = Served {
             devices,
             control,
@@ -217,16 +207,13 @@ impl Vm {
             sandbox.spawn(name, ThreadKind::Output, ready.clone(), || stream.copy())?;
         }
         let (result, tested) = mpsc::channel();
-        let mut boot = Some(self.boot);
         let mut gates = Vec::new();
         for (index, vcpu) in self.vcpus.into_iter().enumerate() {
             let (gate, opened) = mpsc::channel();
             gates.push(gate);
-            let start = match boot.take() {
-                Some(Boot { cpuid, ram, entry }) => {
-                    Start::Boot { cpuid, ram, entry, result: result.clone() }
-                }
-                None => Start::Wait,
+            let start = match index {
+                0 => Start::Boot { result: result.clone() },
+                _ => Start::Wait,
             };
             let index = index as u8;
             let (bus, counts) = (Arc::clone(&self.bus), Arc::clone(counts));

@@ -2,7 +2,7 @@
 //! kvm-bindings types; [`super::vcpu`] hands the results to KVM.
 
 use kvm_bindings::{
-    CpuId, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    CpuId, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment,
     kvm_sregs,
 };
 
@@ -94,17 +94,13 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
     }
 }
 
-/// Model-specific registers that differ from their reset value.
-///
-/// # Errors
-/// There are more than KVM takes at once, which cannot happen.
-pub fn boot_msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
+/// Model-specific registers that differ from their reset value when the kernel is entered.
+pub fn boot_msrs() -> [kvm_msr_entry; 2] {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries = [
+    [
         entry(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
         entry(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
-    ];
-    Msrs::from_entries(&entries)
+    ]
 }
 
 /// General registers at the kernel's 64-bit entry (Documentation/arch/x86/boot.rst, "64-bit boot

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
 use anyhow::{Context, Result, bail};
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, Msrs};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use crate::bus::{Bus, Effect};
@@ -38,35 +38,36 @@ pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd> {
     Ok(vcpu)
 }
 
-/// Sets the boot vCPU's registers for the kernel entry. The other vCPUs wait for a start-up message
-/// from it; KVM creates them in that state.
-fn prepare_boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
-    let msrs = cpu::boot_msrs().context("list MSRs of the boot vCPU")?;
+/// Sets the boot vCPU up to run the self-test, which then enters the kernel at `entry`. The other vCPUs
+/// wait for a start-up message from it; KVM creates them in that state.
+///
+/// # Errors
+/// KVM refuses.
+pub fn prepare_boot(vcpu: &VcpuFd, cpuid: &CpuId, ram: &GuestRam, entry: u64) -> Result<()> {
+    self_test::load(ram).context("load the KVM self-test")?;
+    let msrs = [cpu::boot_msrs(), self_test::msrs()].concat();
+    let msrs = Msrs::from_entries(&msrs).context("list MSRs of the boot vCPU")?;
     let written = vcpu.set_msrs(&msrs).context("set MSRs of the boot vCPU")?;
     if written != msrs.as_slice().len() {
         bail!("set MSRs of the boot vCPU: KVM refused MSR {:#x}", msrs.as_slice()[written].index);
     }
-    let sregs = vcpu.get_sregs().context("read special registers of the boot vCPU")?;
-    vcpu.set_sregs(&cpu::long_mode_sregs(&sregs))
+    let fresh = vcpu.get_sregs().context("read special registers of the boot vCPU")?;
+    let kernels = cpu::long_mode_sregs(&fresh);
+    vcpu.set_sregs(&self_test::sregs(&kernels))
         .context("set special registers of the boot vCPU")?;
-    vcpu.set_regs(&cpu::boot_regs(entry)).context("set registers of the boot vCPU")?;
+    vcpu.set_regs(&self_test::regs(&cpu::boot_regs(entry), kernels.cr3, cpuid))
+        .context("set registers of the boot vCPU")?;
     vcpu.set_fpu(&cpu::boot_fpu()).context("set floating-point state of the boot vCPU")?;
     let mut lapic = vcpu.get_lapic().context("read the boot vCPU's APIC")?;
     cpu::connect_local_interrupts(&mut lapic);
     vcpu.set_lapic(&lapic).context("set the boot vCPU's APIC")
 }
 
-/// What a vCPU does before it runs the guest.
+/// How a vCPU starts.
 #[derive(Debug)]
 pub enum Start {
-    /// Finds out whether KVM can run a guest, and enters the kernel.
+    /// As [`prepare_boot`] has left it: finds out whether KVM can run a guest, and enters the kernel.
     Boot {
-        /// The vCPU's CPUID.
-        cpuid: CpuId,
-        /// Guest memory, loaded.
-        ram: GuestRam,
-        /// Where the kernel starts.
-        entry: u64,
         /// Receives `Ok` just before the kernel is entered, or the reason why it is not.
         result: Sender<Result<()>>,
     },
@@ -87,11 +88,10 @@ pub fn serve(
     if gate.recv().is_err() {
         return;
     }
-    if let Start::Boot { cpuid, ram, entry, result } = start {
-        let prepared =
-            self_test::run(&mut vcpu, &cpuid, &ram).and_then(|()| prepare_boot(&vcpu, entry));
-        let goes_on = prepared.is_ok();
-        if result.send(prepared).is_err() || !goes_on {
+    if let Start::Boot { result } = start {
+        let tested = self_test::run(&mut vcpu);
+        let goes_on = tested.is_ok();
+        if result.send(tested).is_err() || !goes_on {
             return;
         }
     }

@@ -217,13 +217,18 @@ fn a_system_call_that_mote_never_makes_ends_it_with_a_message() {
     const EXECUTABLE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
     const UNIX: u64 = libc::AF_UNIX as u64;
     const LINGER: [u64; 3] = [0, libc::SOL_SOCKET as u64, libc::SO_LINGER as u64];
+    // include/uapi/linux/kvm.h
+    const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+    const KVM_SET_REGS: u64 = 0x4090_ae82;
     for (thread, name, call, number, arguments) in [
         ("mote", "main", "openat", libc::SYS_openat, [0, 0, 0]),
         ("mote", "main", "socket", libc::SYS_socket, [UNIX, libc::SOCK_STREAM as u64, 0]),
         ("mote", "main", "mmap", libc::SYS_mmap, [0, 4096, EXECUTABLE]),
         ("mote", "main", "prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0]),
         ("vcpu1", "vcpu1", "socket", libc::SYS_socket, [libc::AF_INET as u64, 1, 0]),
-        ("vcpu0", "vcpu0", "ioctl", libc::SYS_ioctl, [0, 0xae01, 0]),
+        ("vcpu0", "vcpu0", "ioctl", libc::SYS_ioctl, [0, KVM_SET_USER_MEMORY_REGION, 0]),
+        // Was needed once, before the guest ran.
+        ("vcpu1", "vcpu1", "ioctl", libc::SYS_ioctl, [0, KVM_SET_REGS, 0]),
         // By this call, the listener of a published port could connect after a shutdown.
         ("vcpu1", "vcpu1", "sendmsg", libc::SYS_sendmsg, [0, 0, libc::MSG_FASTOPEN as u64]),
         // By these calls, the close of a connection could be made to wait.
