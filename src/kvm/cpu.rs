@@ -29,14 +29,18 @@ const RFLAGS_RESERVED: u64 = 2;
 /// `__BOOT_CS` 0x10 and `__BOOT_DS` 0x18).
 pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
+/// What describes performance counters: Intel's (0xa, 0x23), and AMD's second version. A guest gets none:
+/// each is an exit at its start, and a clock by which it can measure what others do on the same core.
+/// [`super::create_vm`] has KVM refuse them, too.
+const PMU_LEAVES: [u32; 3] = [0xa, 0x23, 0x8000_0022];
+
 /// CPUID of the `index`-th of `count` vCPUs, from what KVM supports on this host.
 ///
 /// `tsc_deadline` is KVM_CAP_TSC_DEADLINE_TIMER: KVM_GET_SUPPORTED_CPUID does not report the bit,
 /// and without it the guest calibrates its APIC timer for 240 ms (`resources/guest-kernel.md`, "Timers").
 pub fn cpuid(supported: &CpuId, index: u8, count: u8, tsc_deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();
-    // No PMU for the guest: leaf 0xa makes the kernel set one up, at an exit per counter.
-    cpuid.retain(|entry| entry.function != 0xa);
+    cpuid.retain(|entry| !PMU_LEAVES.contains(&entry.function));
     for entry in cpuid.as_mut_slice() {
         adjust(entry, u32::from(index), u32::from(count), tsc_deadline);
     }
@@ -62,6 +66,9 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
             if tsc_deadline {
                 entry.ecx |= 1 << 24;
             }
+            // With the PMU goes what it reports by: PDCM, DS and its 64-bit area.
+            entry.ecx &= !(1 << 15 | 1 << 2);
+            entry.edx &= !(1 << 21);
             entry.edx = entry.edx & !(1 << 28) | u32::from(count > 1) << 28; // HTT
         }
         // Deterministic cache parameters (Intel 4, AMD 0x8000_001d): each core has its own first and
@@ -85,6 +92,8 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
                 level => (0, 0, level & 0xff),
             };
         }
+        // AMD's counters: of the core, of the node, of the third-level cache.
+        0x8000_0001 => entry.ecx &= !(1 << 23 | 1 << 24 | 1 << 28),
         0x8000_0008 => entry.ecx = id_bits(count) << 12 | (count - 1), // AMD: cores, id size
         0x8000_001e => {
             // AMD: extended APIC id; one thread per core, one node.
@@ -205,8 +214,29 @@ mod tests {
     }
 
     #[test]
-    fn the_pmu_leaf_is_gone() {
-        assert_eq!(adjusted(&[entry(0xa, 0), entry(0xb, 0)], 0, 1).len(), 1);
+    fn there_are_no_performance_counters() {
+        let all = |function| kvm_cpuid_entry2 {
+            function,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        };
+        let entries = adjusted(&[0x1, 0xa, 0x23, 0x8000_0001, 0x8000_0022].map(all), 0, 1);
+        let left: Vec<u32> = entries.iter().map(|entry| entry.function).collect();
+        assert_eq!(left, [0x1, 0x8000_0001]);
+        // Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+        let [pdcm, dtes64, ds] = [entries[0].ecx >> 15, entries[0].ecx >> 2, entries[0].edx >> 21];
+        let [core, northbridge, cache] = [23, 24, 28].map(|bit| entries[1].ecx >> bit);
+        for (name, bits) in [
+            ("PDCM", pdcm),
+            ("DTES64", dtes64),
+            ("DS", ds),
+            ("PerfCtrExtCore", core),
+            ("PerfCtrExtNB", northbridge),
+            ("PerfCtrExtLLC", cache),
+        ] {
+            assert_eq!(bits & 1, 0, "{name}");
+        }
     }
 
     #[test]

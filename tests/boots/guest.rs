@@ -27,6 +27,54 @@ fn all_vcpus_are_up() {
 }
 
 #[test]
+fn there_are_no_performance_counters() {
+    let script = r#"
+import ctypes, mmap, os, signal, struct
+libc = ctypes.CDLL(None, use_errno=True)
+
+def function(code, *types):
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    function.pages = getattr(function, "pages", []) + [page]
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return ctypes.CFUNCTYPE(None, *types)(address)
+
+# push rbx; mov eax, edi; xor ecx, ecx; mov r8, rsi; cpuid; mov [r8], eax to edx; pop rbx; ret
+code = bytes.fromhex("53 89f8 31c9 4989f0 0fa2 418900 41895804 41894808 4189500c 5b c3")
+cpuid_into = function(code, ctypes.c_uint, ctypes.c_void_p)
+def cpuid(leaf):
+    words = (ctypes.c_uint * 4)()
+    cpuid_into(leaf, words)
+    return list(words)
+
+if cpuid(0)[0] >= 0xa:
+    assert cpuid(0xa) == [0, 0, 0, 0], cpuid(0xa)
+assert not cpuid(1)[2] >> 15 & 1, "PDCM"
+assert not cpuid(0x80000001)[2] & (1 << 23 | 1 << 24 | 1 << 28), "AMD's counters"
+if cpuid(0x80000000)[0] >= 0x80000022:
+    assert cpuid(0x80000022)[0] & 1 == 0, "PerfMonV2"
+
+def perf_event_open(kind):
+    attributes = struct.pack("=IIQ", kind, 112, 0) + bytes(112 - 16)
+    fd = libc.syscall(298, attributes, 0, -1, -1, 0)
+    return "opened" if fd >= 0 else os.strerror(ctypes.get_errno())
+print("cycles", perf_event_open(0))
+print("cpu-clock", perf_event_open(1))
+
+# xor ecx, ecx; rdpmc; ret
+rdpmc = function(bytes.fromhex("31c9 0f33 c3"))
+child = os.fork()
+if child == 0:
+    rdpmc()
+    os._exit(0)
+print("rdpmc", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV)
+"#;
+    let ran = TestBox::debian().python(script, &[]).run();
+    let expected = "cycles No such file or directory\ncpu-clock opened\nrdpmc True\n";
+    assert_eq!((ran.code, ran.console.as_str()), (0, expected), "{}", ran.stderr);
+}
+
+#[test]
 fn memory_is_what_was_asked_for() {
     for mib in [64u64, 256, 3328, 6144] {
         let ran = TestBox::busybox()
