@@ -241,7 +241,7 @@ mod tests {
     fn scratch(name: &str) -> HostSocket {
         let path = std::env::temp_dir().join(format!("mote-{name}-{}", std::process::id()));
         let _ = fs::remove_file(&path);
-        HostSocket { path, guest_port: 1, fallback_port: None }
+        HostSocket { path, guest_port: None, fallback_port: None }
     }
 
     #[test]
@@ -264,7 +264,7 @@ mod tests {
         let room = MAX_SOCKET_PATH - dir.as_os_str().len() - 1;
         for name in ["s".repeat(room), "x".into()] {
             let path = dir.join(name);
-            let plan = HostSocket { path: path.clone(), guest_port: 1, fallback_port: None };
+            let plan = HostSocket { path: path.clone(), guest_port: None, fallback_port: None };
             let (_listener, file) = listen(&plan).expect("binds");
             UnixStream::connect(&path).expect("connects");
             assert_eq!(fs::read_dir(&dir).expect("directory").count(), 1);

@@ -94,9 +94,8 @@ impl GuestInit {
         let encoded = vars.value("BOX_EXEC_B64") == Some("1");
         let vars = Variables { encoded, ..vars };
         let is_init = vars.value("BOX_EXEC_EXEC").is_some();
-        let as_given = is_init && is_in_image(spec);
         let container_env = vars.container_env(report);
-        if as_given {
+        if is_of_image(spec) {
             return GuestInit {
                 mounts: Vec::new(),
                 read_only_root: false,
@@ -130,6 +129,11 @@ impl GuestInit {
             container_env,
         }
     }
+}
+
+/// Whether the box's main program is a guest init that the image has.
+pub(super) fn is_of_image(spec: &Spec) -> bool {
+    spec.entrypoint.variable("BOX_EXEC_EXEC").is_some() && is_in_image(spec)
 }
 
 /// Whether the image has the spec's executable. A bare name, which only the guest can look up, counts as

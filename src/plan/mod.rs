@@ -170,12 +170,14 @@ impl fmt::Display for Plan {
             writeln!(f, "share      {name} = {} ({mode})", share.host_path.display())?;
         }
         for socket in &self.sockets {
-            writeln!(
-                f,
-                "socket     {} -> guest port {}",
-                socket.path.display(),
-                socket.guest_port
-            )?;
+            let path = socket.path.display();
+            match (socket.guest_port, socket.fallback_port) {
+                (Some(port), Some(own)) => {
+                    writeln!(f, "socket     {path} -> guest port {port}, or {own} (mote's agent)")?
+                }
+                (Some(port), None) => writeln!(f, "socket     {path} -> guest port {port}")?,
+                (None, _) => writeln!(f, "socket     {path} -> nobody")?,
+            }
         }
         for PublishedPort { host, guest } in &self.published_ports {
             writeln!(f, "port       {host} -> guest port {guest}")?;

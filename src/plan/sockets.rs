@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
+use super::guest_init;
 use super::paths::socket_problem;
-use crate::spec::Spec;
 use crate::spec::json::Report;
+use crate::spec::{GuestAgent, Spec};
 
-/// Guest vsock ports of the box services (contract §3).
+/// Guest vsock ports of the box services (contract §3), where an agent of the image's own listens.
 const EXEC_PORT: u32 = 4089;
 const PTY_PORT: u32 = 4090;
 const ATTEST_PORT: u32 = 4091;
@@ -18,20 +19,26 @@ const ATTEST_PORT: u32 = 4091;
 pub struct HostSocket {
     /// Where mote listens.
     pub path: PathBuf,
-    /// Guest vsock port of the contract, on which an agent of the image itself may listen.
-    pub guest_port: u32,
-    /// Guest vsock port of mote's own agent, used when nobody listens on the first.
+    /// Guest vsock port to connect clients to; `None` closes them at once.
+    pub guest_port: Option<u32>,
+    /// Guest vsock port to try when nobody listens on the first.
     pub fallback_port: Option<u32>,
 }
 
-/// The sockets that the spec has a path for.
+/// The sockets that the spec has a path for. Any program in the box can listen on the contract's ports, and
+/// would be sent commands, uploads and keystrokes that are meant for root: they are asked only where that
+/// program is the image's own guest init, or the spec says so. mote's agent has ports of its own, which it
+/// holds before any other program runs.
 pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
+    let images = spec.guest_agent == GuestAgent::Image || guest_init::is_of_image(spec);
     let mut sockets: Vec<HostSocket> = Vec::new();
-    for (field, path, guest_port, fallback_port) in [
+    for (field, path, images_port, own_port) in [
         ("exec_socket_path", &spec.exec_socket_path, EXEC_PORT, Some(EXEC_SERVER_PORT)),
         ("pty_socket_path", &spec.pty_socket_path, PTY_PORT, Some(PTY_SERVER_PORT)),
         ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT, None),
     ] {
+        let (guest_port, fallback_port) =
+            if images { (Some(images_port), own_port) } else { (own_port, None) };
         if path.as_os_str().is_empty() {
             continue;
         }
@@ -51,7 +58,31 @@ pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
 
 #[cfg(test)]
 mod tests {
-    use crate::plan::testing::errors;
+    use super::*;
+    use crate::plan::testing::{errors, plan};
+
+    #[test]
+    fn only_an_agent_of_the_images_own_gets_the_contracts_ports() {
+        let ports = |change: fn(&mut Spec)| {
+            let plan = plan(|s| {
+                s.exec_socket_path = "/tmp/exec".into();
+                s.attest_socket_path = "/tmp/attest".into();
+                change(s);
+            });
+            let sockets = plan.expect("a plan").sockets;
+            sockets.into_iter().map(|s| (s.guest_port, s.fallback_port)).collect::<Vec<_>>()
+        };
+        let own = [(Some(EXEC_SERVER_PORT), None), (None, None)];
+        let images = [(Some(EXEC_PORT), Some(EXEC_SERVER_PORT)), (Some(ATTEST_PORT), None)];
+        fn init(spec: &mut Spec, executable: &str) {
+            spec.entrypoint.executable = executable.into();
+            spec.entrypoint.env = vec![("BOX_EXEC_EXEC".into(), "sleep".into())];
+        }
+        assert_eq!(ports(|_| ()), own);
+        assert_eq!(ports(|s| s.guest_agent = GuestAgent::Image), images);
+        assert_eq!(ports(|s| init(s, "/bin/sh")), images);
+        assert_eq!(ports(|s| init(s, "/no/such/init")), own);
+    }
 
     #[test]
     fn socket_and_console_paths_are_checked() {

@@ -21,11 +21,11 @@ pub struct Spec {
     pub memory_mib: u32,
     /// Host directory that becomes the guest's `/`.
     pub rootfs_path: PathBuf,
-    /// Host Unix socket for exec (guest vsock port 4089); empty for none.
+    /// Host Unix socket for exec; empty for none.
     pub exec_socket_path: PathBuf,
-    /// Host Unix socket for terminals (4090); empty for none.
+    /// Host Unix socket for terminals; empty for none.
     pub pty_socket_path: PathBuf,
-    /// Host Unix socket for attestation (4091); empty for none.
+    /// Host Unix socket for attestation; empty for none.
     pub attest_socket_path: PathBuf,
     /// Further host directories for the guest.
     pub fs_mounts: Vec<FsMount>,
@@ -45,10 +45,22 @@ pub struct Spec {
     pub user: Option<String>,
     /// Virtual network interface; `None` is TSI.
     pub network: Option<Network>,
+    /// Whose agent serves the box's sockets.
+    pub guest_agent: GuestAgent,
     /// Rules for where the box may connect to; `None` is no rules.
     pub egress: Option<Vec<String>>,
     /// Limits on the box.
     pub resource_limits: ResourceLimits,
+}
+
+/// Whose agent serves the box's sockets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GuestAgent {
+    /// mote's own.
+    #[default]
+    Mote,
+    /// One that a program of the image starts; mote's own until it listens.
+    Image,
 }
 
 /// One shared directory.
@@ -177,6 +189,7 @@ fn read_spec(mut o: Object<'_>) -> Option<Spec> {
     let port_map = read_or_default(o.optional("port_map"), |n| n.array(Node::string));
     let user = read_nullable(o.optional("user"), Node::string);
     let network = read_nullable(o.optional("network"), read_network);
+    let guest_agent = read_or_default(o.optional("guest_agent"), read_guest_agent);
     let egress = read_nullable(o.optional("egress"), |n| n.array(Node::string));
     let resource_limits = read_or_default(o.optional("resource_limits"), read_resource_limits);
     refuse_later_fields(&mut o);
@@ -198,6 +211,7 @@ fn read_spec(mut o: Object<'_>) -> Option<Spec> {
         port_map: port_map?,
         user: user?,
         network: network?,
+        guest_agent: guest_agent?,
         egress: egress?,
         resource_limits: resource_limits?,
     })
@@ -274,6 +288,17 @@ fn read_entrypoint(node: Node<'_>) -> Option<Entrypoint> {
     let env = env.and_then(|n| n.array(read_pair));
     o.finish();
     Some(Entrypoint { executable: executable?, args: args?, env: env? })
+}
+
+fn read_guest_agent(node: &Node<'_>) -> Option<GuestAgent> {
+    match node.string()?.as_str() {
+        "mote" => Some(GuestAgent::Mote),
+        "image" => Some(GuestAgent::Image),
+        other => {
+            node.error(format!("is \"{other}\", must be \"mote\" or \"image\""));
+            None
+        }
+    }
 }
 
 fn read_pair(node: &Node<'_>) -> Option<(String, String)> {

@@ -11,12 +11,14 @@ use serde_json::json;
 use crate::client;
 use crate::common::TestBox;
 use crate::processes::own_memory_kib;
+use crate::terminal;
 
 /// Serves vsock port 4089: sends everything back in capitals, and `tail` after end of file.
 const AGENT: &str = include_str!("python/vsock_agent.py");
 
 fn with_agent() -> TestBox {
-    TestBox::debian().without_console_file().python(AGENT, &[])
+    let test = TestBox::debian().without_console_file().python(AGENT, &[]);
+    test.with("guest_agent", json!("image"))
 }
 
 fn connect(test: &TestBox) -> UnixStream {
@@ -61,6 +63,28 @@ fn bytes_and_ends_of_file_cross_in_both_directions() {
         }
     });
     started.stop();
+}
+
+/// Listens where an agent of the image's own would.
+const EAVESDROPPER: &str = include_str!("python/eavesdropper.py");
+
+#[test]
+fn nobody_in_the_box_gets_what_is_meant_for_its_agent() {
+    let test = TestBox::debian().without_console_file().python(EAVESDROPPER, &[]);
+    let (pty, attest) = (test.path("sock/pty.sock"), test.path("sock/attest.sock"));
+    let test = test
+        .with("user", json!("1000"))
+        .with("pty_socket_path", json!(pty))
+        .with("attest_socket_path", json!(attest));
+    let mut started = test.start();
+    started.wait_for_line("listening");
+    assert_eq!(client::shell(&test, "id -u"), "0\n");
+    let mut stream = UnixStream::connect(&attest).expect("connects");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout");
+    assert_eq!(stream.read(&mut [0]).expect("the end, not a time-out"), 0);
+    let mut terminal = terminal::open(&test, &["sh", "-c", "echo served; exit 5"]);
+    assert_eq!(terminal.rest().last(), Some(&terminal::exit(5)));
+    assert_eq!(started.stop().stdout, "", "the listener got nobody");
 }
 
 #[test]

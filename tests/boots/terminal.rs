@@ -11,7 +11,8 @@ const RESIZE: u8 = 3;
 const EXIT: u8 = 4;
 const ERROR: u8 = 5;
 
-fn open(test: &TestBox, cmd: &[&str]) -> Client {
+/// Asks for a terminal with this command.
+pub fn open(test: &TestBox, cmd: &[&str]) -> Client {
     let mut client = Client::connect(test, "pty");
     let request = json!({"cmd": cmd, "env": ["PS1=$ "], "working_dir": "/tmp", "user": null, "cols": 80, "rows": 24});
     client.send_json(REQUEST, &request);
@@ -30,7 +31,8 @@ fn wait_for(client: &mut Client, wanted: &str) -> String {
     shown
 }
 
-fn exit(code: i32) -> Frame {
+/// The frame that says that the command has exited.
+pub fn exit(code: i32) -> Frame {
     (EXIT, format!("{{\"exit_code\":{code}}}").into_bytes())
 }
 

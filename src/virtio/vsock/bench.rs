@@ -361,7 +361,9 @@ impl Bench {
             theirs.insert(port, far);
         }
         let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
-        for (guest_port, fallback_port) in [(SERVER, Some(FALLBACK)), (LONE_SERVER, None)] {
+        for (guest_port, fallback_port) in
+            [(Some(SERVER), Some(FALLBACK)), (Some(LONE_SERVER), None)]
+        {
             let address = fresh_address();
             let socket = UnixListener::bind_addr(&address).expect("bound");
             socket.set_nonblocking(true).expect("non-blocking");

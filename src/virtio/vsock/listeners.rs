@@ -29,8 +29,8 @@ pub enum Listener {
     Unix {
         /// The socket.
         socket: UnixListener,
-        /// The guest's vsock port.
-        guest_port: u32,
+        /// The guest's vsock port; with `None`, clients are closed at once.
+        guest_port: Option<u32>,
         /// The vsock port to try when the guest refuses the first.
         fallback_port: Option<u32>,
     },
@@ -141,10 +141,10 @@ impl Listeners {
         let Some(listener) = self.listeners.get(index) else { return Ok(None) };
         let accepted = match listener {
             Listener::Unix { socket, guest_port, fallback_port } => {
-                socket.accept().map(|(socket, _)| Client {
-                    endpoint: Endpoint::unix(socket),
-                    guest_port: *guest_port,
-                    fallback_port: *fallback_port,
+                let fallback_port = *fallback_port;
+                socket.accept().map(|(socket, _)| {
+                    let endpoint = Endpoint::unix(socket);
+                    guest_port.map(|guest_port| Client { endpoint, guest_port, fallback_port })
                 })
             }
             Listener::Published { .. } if !has_room_for_flow => {
@@ -153,16 +153,16 @@ impl Listeners {
             Listener::Published { socket, guest_port } => {
                 socket.accept().map(|(socket, client)| {
                     let header = Published { guest_port: *guest_port, client };
-                    Client {
+                    Some(Client {
                         endpoint: Endpoint::published(socket, header),
                         guest_port: PUBLISH_PORT,
                         fallback_port: None,
-                    }
+                    })
                 })
             }
         };
         match accepted {
-            Ok(client) => Ok(Some(client)),
+            Ok(client) => Ok(client),
             Err(error)
                 if matches!(
                     error.kind(),

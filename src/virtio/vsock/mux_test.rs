@@ -616,7 +616,7 @@ fn a_listener_that_cannot_accept_rests_for_a_while() {
     far.write_all(b"knock").expect("written");
     let listeners = vec![Listener::Unix {
         socket: UnixListener::from(OwnedFd::from(near)),
-        guest_port: SERVER,
+        guest_port: Some(SERVER),
         fallback_port: None,
     }];
     let mut bench = Bench::with(HashMap::new(), listeners, HashMap::new(), Vec::new());
