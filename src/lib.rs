@@ -182,9 +182,16 @@ fn run_box(
             let spec = read_spec(config, &mut report, &mut timeline);
             // The reports are opened whatever is wrong with the spec, but it says where a guest has been.
             let guests = spec.as_ref().ok().and_then(Option::as_ref).map(guests_directories);
-            outcome_file = ReportFile::open(outcome_path, "outcome", guests.as_deref())?;
-            timeline_file = ReportFile::open(timeline_path, "timeline", guests.as_deref())?;
-            sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))?;
+            let mut open_reports = || -> Result<()> {
+                outcome_file = ReportFile::open(outcome_path, "outcome", guests.as_deref())?;
+                timeline_file = ReportFile::open(timeline_path, "timeline", guests.as_deref())?;
+                sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))
+            };
+            match open_reports() {
+                // What is wrong with the spec is the outcome.
+                Err(error) if guests.is_none() => log::error(&format!("{error:#}")),
+                opened => opened?,
+            }
             let plan = make_plan(spec?.as_ref(), environment, report).map_err(|faults| {
                 let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
                 anyhow!("spec: {}", faults.join("; "))

@@ -445,6 +445,7 @@ mod tests {
         let mote = Mote { line, requests: read, process };
         mote.line.set_nonblocking(true).expect("set");
         while (&mote.line).write(&[0; 4096]).is_ok() {}
+        mote.line.set_nonblocking(false).expect("set");
         ours.shutdown(Shutdown::Write).expect("closed");
         let (served, over) = mpsc::channel();
         thread::spawn(move || {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -90,6 +91,21 @@ fn not_json_and_missing_fields_are_refused() {
         stderr.contains("workdir: is missing") && stderr.contains("box_id: is missing"),
         "{stderr}"
     );
+}
+
+#[test]
+fn without_a_spec_the_outcome_goes_through_no_link() {
+    let test = TestBox::busybox();
+    let [precious, link] = ["precious", "link"].map(|name| test.path(name));
+    fs::write(&precious, "precious").expect("file");
+    symlink(&precious, &link).expect("link");
+    let mut command = Command::new(mote());
+    let ran = test.run_by(command.args(["--config", "{nonsense", "--outcome"]).arg(&link));
+    let lines: Vec<&str> = ran.stderr.lines().collect();
+    assert_eq!((ran.code, lines.len()), (125, 2), "{lines:?}");
+    assert!(lines[0].contains("a symbolic link is in the way"), "{lines:?}");
+    assert!(lines[1].starts_with("mote: spec: is not JSON"), "{lines:?}");
+    assert_eq!(fs::read_to_string(&precious).expect("there"), "precious");
 }
 
 #[test]
