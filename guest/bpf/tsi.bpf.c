@@ -27,11 +27,13 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define ENOBUFS 105
+#define ECONNREFUSED 111
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 
 /* These and the layout of the structures: guest/src/tsi/program.rs. */
 #define AGENT_PORT bpf_htons(1)
+#define CLIENT_PORT bpf_htons(2) /* of its connections for clients of published ports */
 #define DNS_PORT bpf_htons(53)
 #define FLOW_NET4 0x7f800000
 #define FLOW_MASK4 0xffc00000
@@ -47,8 +49,6 @@
 
 #define CONNECTED_MAX 65536
 #define DATAGRAM_MAX 4096
-/* How long an application is told that its datagrams are refused, before the host is asked again. */
-#define REFUSED_S 10
 #define EVENTS_LEN (256 * 1024)
 #define RESOLVERS 4
 
@@ -60,7 +60,6 @@ enum state {
 	NEW,   /* no SYN yet */
 	ASKED, /* the agent was given one, and has not let them pass */
 	OPEN,  /* the host has connected: SYNs may pass */
-	REFUSED, /* the host does not carry these datagrams */
 };
 
 struct flow {
@@ -69,8 +68,7 @@ struct flow {
 	__u16 port;   /* big-endian */
 	__u8 protocol;
 	__u8 state;
-	__u16 error;    /* REFUSED: why */
-	__u16 second_s; /* REFUSED: when, of the monotonic clock, without its upper bits */
+	__u32 error; /* of datagrams that the host has refused, until the socket has been told; else 0 */
 };
 
 struct datagram_key {
@@ -137,9 +135,10 @@ static __always_inline struct ip mapped(__u32 ip4)
 	return (struct ip){ { 0, 0, bpf_htonl(0xffff), ip4 } };
 }
 
+/* Words are compared at once, here and below: each branch makes the verifier walk all that follows again. */
 static __always_inline bool is_mapped(const struct ip *ip)
 {
-	return ip->word[0] == 0 && ip->word[1] == 0 && ip->word[2] == bpf_htonl(0xffff);
+	return (ip->word[0] | ip->word[1] | (ip->word[2] ^ bpf_htonl(0xffff))) == 0;
 }
 
 static __always_inline bool is_flow4(__u32 ip4)
@@ -149,7 +148,7 @@ static __always_inline bool is_flow4(__u32 ip4)
 
 static __always_inline bool is_flow6(const struct ip *ip)
 {
-	return ip->word[0] == FLOW_NET6_0 && ip->word[1] == 0 && ip->word[2] == 0;
+	return ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1] | ip->word[2]) == 0;
 }
 
 /* The id that an address names, or -1. */
@@ -178,13 +177,12 @@ static __always_inline bool is_outside(const struct ip *ip)
 
 		return top != 0 && top != 127 && top < 224 && ip->word[3] != OWN_IP4;
 	}
-	if (ip->word[0] == 0 && ip->word[1] == 0 && ip->word[2] == 0 &&
-	    bpf_ntohl(ip->word[3]) <= 1)
+	if ((ip->word[0] | ip->word[1] | ip->word[2]) == 0 && bpf_ntohl(ip->word[3]) <= 1)
 		return false;
 	__u32 top = bpf_ntohl(ip->word[0]);
 
 	return top >> 24 != 0xff && top >> 22 != 0xfe80 >> 6 &&
-	       !(ip->word[0] == FLOW_NET6_0 && ip->word[1] == 0);
+	       ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1]) != 0;
 }
 
 /* Whether a loopback address is a resolver of resolv.conf that nobody in the guest plays. */
@@ -220,13 +218,17 @@ static __always_inline bool is_hosts_resolver(struct bpf_sock_addr *ctx, const s
 	return true;
 }
 
+/* Other network namespaces have a loopback of their own. */
+static __always_inline bool is_of_box(struct bpf_sock_addr *ctx)
+{
+	return bpf_get_netns_cookie(ctx) == bpf_get_netns_cookie(NULL);
+}
+
 static __always_inline bool is_carried(struct bpf_sock_addr *ctx, const struct ip *ip)
 {
 	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
 		return false;
-	if (bpf_get_netns_cookie(ctx) != bpf_get_netns_cookie(NULL))
-		return false;
-	return is_outside(ip) || is_hosts_resolver(ctx, ip);
+	return is_of_box(ctx) && (is_outside(ip) || is_hosts_resolver(ctx, ip));
 }
 
 /* ---- ids ---------------------------------------------------------------------------------------- */
@@ -294,17 +296,6 @@ static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struc
 	return 0;
 }
 
-/* Why the datagrams of a flow are refused, if that is no longer than REFUSED_S ago; else 0. The socket is not
- * connected, so no ICMP tells it. */
-static __always_inline int refusal(const struct flow *flow)
-{
-	__u16 now_s = bpf_ktime_get_ns() / 1000000000;
-
-	if (flow->state != REFUSED || (__u16)(now_s - flow->second_s) >= REFUSED_S)
-		return 0;
-	return flow->error;
-}
-
 /* sendto(): the socket has a flow per destination. 0: there is none, for this reason. */
 static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct ip *ip, int *why)
 {
@@ -324,9 +315,11 @@ static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const stru
 	struct flow *old;
 	__u32 id;
 
-	/* Looking it up keeps it from being forgotten. */
+	/* Looking it up keeps it from being forgotten. An error is told once, like a socket's own: no ICMP tells a
+	 * socket that is not connected. */
 	if (known && (old = bpf_map_lookup_elem(&datagram_flows, known))) {
-		*why = refusal(old);
+		*why = old->error;
+		old->error = 0;
 		return *why ? 0 : *known;
 	}
 	*why = ENOBUFS;
@@ -345,7 +338,10 @@ static __always_inline struct flow *find(__u32 id)
 	return bpf_map_lookup_elem(&flows, &id);
 }
 
-/* ---- destinations ------------------------------------------------------------------------------- */
+/* ---- destinations -------------------------------------------------------------------------------
+ *
+ * Addresses that name flows are for the agent and these programs alone: nobody in the box may connect to one
+ * or send to it, which would be another socket's flow. */
 
 /* The kernel gives these fields only by constant offsets, so they are copied one by one. */
 static __always_inline struct ip read_ip6(const struct bpf_sock_addr *ctx)
@@ -362,6 +358,17 @@ static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct ip
 	ctx->user_ip6[3] = ip->word[3];
 }
 
+/* An application names a flow: only its own, as the kernel does for connected sockets with IPv4-mapped
+ * addresses. */
+static __always_inline int name_flow(struct bpf_sock_addr *ctx, __u32 id)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+
+	if ((flow && flow->cookie == bpf_get_socket_cookie(ctx)) || !is_of_box(ctx))
+		return 1;
+	return refuse(ECONNREFUSED);
+}
+
 static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 {
 	struct ip ip = mapped(ctx->user_ip4);
@@ -369,7 +376,9 @@ static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 	__u32 id;
 
 	if (!is_carried(ctx, &ip))
-		return 1;
+		return is_flow4(ctx->user_ip4) ?
+			       name_flow(ctx, bpf_ntohl(ctx->user_ip4) & ~FLOW_MASK4) :
+			       1;
 	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
 	if (!id)
 		return refuse(why);
@@ -385,7 +394,8 @@ static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 	__u32 id;
 
 	if (!is_carried(ctx, &ip))
-		return 1;
+		return id_of(&ip) >= 0 ? name_flow(ctx, bpf_ntohl(ip.word[3]) & ~FLOW_MASK4) :
+				      1;
 	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
 	if (!id)
 		return refuse(why);
@@ -415,13 +425,24 @@ SEC("cgroup/sendmsg6") int tsi_sendmsg6(struct bpf_sock_addr *ctx)
 	return send6(ctx, false);
 }
 
-/* ---- sources and peers -------------------------------------------------------------------------- */
+/* ---- sources and peers --------------------------------------------------------------------------
+ *
+ * Any program may bind to an address that names a flow, or send from it by IP_PKTINFO. So it counts only with
+ * a port of the agent's, which ordinary users cannot have: two programs for bind() would cost every start more
+ * than a millisecond. */
+
+static __always_inline bool is_agents_port(__u32 port, __u32 id)
+{
+	_Static_assert(CLIENT_PORT == AGENT_PORT << 1, "by the bit that says which it is");
+	return port == (__u32)AGENT_PORT << (id >> (ID_BITS + 1) & 1);
+}
 
 static __always_inline int show4(struct bpf_sock_addr *ctx)
 {
 	struct flow *flow;
 
-	if (!is_flow4(ctx->user_ip4))
+	if (!is_flow4(ctx->user_ip4) ||
+	    !is_agents_port(ctx->user_port, bpf_ntohl(ctx->user_ip4)))
 		return 1;
 	flow = find(bpf_ntohl(ctx->user_ip4) & ~FLOW_MASK4);
 	if (!flow)
@@ -438,7 +459,7 @@ static __always_inline int show6(struct bpf_sock_addr *ctx)
 	__s64 id = id_of(&ip);
 	struct flow *flow;
 
-	if (id < 0)
+	if (id < 0 || !is_agents_port(ctx->user_port, id))
 		return 1;
 	flow = find(id);
 	if (!flow)

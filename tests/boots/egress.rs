@@ -140,7 +140,7 @@ fn what_no_rule_allows_fails_at_once() {
     };
     assert_eq!(count("tcp", "198.51.100.2:7777"), Some(json!(1)));
     assert_eq!(count("tcp", "[2001:db8::1]:7777"), Some(json!(1)));
-    assert_eq!(count("udp", "192.0.2.1:7777"), Some(json!(1)));
+    assert_eq!(count("udp", "192.0.2.1:7777"), Some(json!(2)));
     assert!(count("udp", "198.51.100.2:53").is_some(), "{refusals}");
 }
 

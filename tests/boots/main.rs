@@ -35,6 +35,7 @@ mod processes;
 mod sandbox;
 mod shares;
 mod sockets;
+mod spoofing;
 mod terminal;
 mod traced;
 mod tsi;

@@ -181,15 +181,14 @@ const KEEPALIVE_IDLE_S: libc::c_int = 90;
 /// Starts a TCP connection from one of the machine's addresses, or one that is only routed to it. It
 /// becomes writable when there is an answer. The kernel forgets the server's end a minute after its
 /// close, without a packet; the answer to a probe is then a reset.
-pub fn tcp_connect(from: IpAddr, to: SocketAddr) -> io::Result<OwnedFd> {
+pub fn tcp_connect(from: SocketAddr, to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = ip_socket(family, libc::SOCK_STREAM, 0)?;
-    // Valid for both families (ip(7)), as are addresses that are not on an interface.
-    set_option(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, &1)?;
+    // For an address that is not on an interface; valid for both families (ip(7)).
     set_option(&socket, libc::SOL_IP, libc::IP_FREEBIND, &1)?;
     set_option(&socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1)?;
     set_option(&socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &KEEPALIVE_IDLE_S)?;
-    bind(&socket, SocketAddr::new(from, 0))?;
+    bind(&socket, from)?;
     let (raw, len) = raw_address(to);
     // SAFETY: pointer and length describe `raw`.
     match check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) }) {

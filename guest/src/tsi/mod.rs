@@ -27,7 +27,6 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use mote_agent::flow::PUBLISH_PORT;
 use mote_agent::instance::Networking;
 
 use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
@@ -66,6 +65,7 @@ pub struct Tsi {
     needs: Needs,
     cgroup: OwnedFd,
     resolvers: Vec<Ipv6Addr>,
+    sockets: Sockets,
     process: Option<Process>,
 }
 
@@ -94,19 +94,23 @@ impl Tsi {
         }
         let cgroup = cgroup.try_clone_to_owned()?;
         let resolvers = loopback_resolvers(resolv_conf);
-        let mut tsi = Tsi { needs, cgroup, resolvers, process: None };
+        let sockets = Sockets::open(needs.is_outgoing(), needs.published)?;
+        let mut tsi = Tsi { needs, cgroup, resolvers, sockets, process: None };
         tsi.start_process()?;
         Ok(Some(tsi))
     }
 
     fn start_process(&mut self) -> io::Result<()> {
         const NAME: &CStr = c"mote-network";
-        let Tsi { needs, cgroup, resolvers, .. } = &*self;
+        let Tsi { needs, cgroup, resolvers, sockets, .. } = &*self;
         let (end, lifeline) = sys::pipe()?;
         let (outcome, outcome_end) = sys::input_pipe()?;
-        let keep = [end.as_fd(), outcome_end.as_fd(), cgroup.as_fd()];
+        let keep: Vec<BorrowedFd<'_>> = [end.as_fd(), outcome_end.as_fd(), cgroup.as_fd()]
+            .into_iter()
+            .chain(sockets.descriptors())
+            .collect();
         let pid = sys::fork(&keep, NAME, || {
-            serve(*needs, cgroup.as_fd(), resolvers, &end, &outcome_end);
+            serve(*needs, cgroup.as_fd(), resolvers, sockets, &end, &outcome_end);
         })?;
         self.process =
             Some(Process { pid, lifeline: Some(lifeline), outcome: File::from(outcome) });
@@ -159,10 +163,11 @@ fn serve(
     needs: Needs,
     cgroup: BorrowedFd<'_>,
     resolvers: &[Ipv6Addr],
+    sockets: &Sockets,
     lifeline: &File,
     mut outcome: &File,
 ) {
-    let SetUp { programs, sockets, published } = match set_up(needs, cgroup, resolvers) {
+    let (programs, sockets) = match set_up(needs, cgroup, resolvers, sockets) {
         Ok(made) => made,
         Err(reason) => {
             let reason = format!("set up the box's connections: {reason}");
@@ -171,23 +176,20 @@ fn serve(
             return;
         }
     };
-    let relay = Relay::new(programs, sockets, published, lifeline);
+    let relay = Relay::new(programs, sockets, lifeline);
     let _ = outcome.write(READY);
     if let Err(error) = relay.and_then(|mut relay| relay.run()) {
         eprintln!("mote-agent: carry the box's connections: {error}");
     }
 }
 
-/// What the process works with.
-struct SetUp {
-    programs: Programs,
-    /// Where applications are redirected to, if they are.
-    sockets: Option<Sockets>,
-    /// Where the host's connections come, if there are published ports.
-    published: Option<File>,
-}
-
-fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Result<SetUp, String> {
+/// Sets everything up, and returns what the process works with.
+fn set_up(
+    needs: Needs,
+    cgroup: BorrowedFd<'_>,
+    resolvers: &[Ipv6Addr],
+    sockets: &Sockets,
+) -> Result<(Programs, Sockets), String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     net::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
     if let Networking::Hosts { ip6 } = needs.networking {
@@ -201,16 +203,11 @@ fn set_up(needs: Needs, cgroup: BorrowedFd<'_>, resolvers: &[Ipv6Addr]) -> Resul
     if let Some(retries) = needs.syn_retries {
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
-    let sockets = needs.is_outgoing().then(Sockets::open).transpose().map_err(failed("listen"))?;
-    let published = needs
-        .published
-        .then(|| net::vsock_listen(PUBLISH_PORT))
-        .transpose()
-        .map_err(failed("listen for clients of published ports"))?;
+    let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
     let extent = if needs.is_outgoing() { Extent::Everything } else { Extent::Clients };
     // Last, so that whatever is redirected finds its listener.
     let programs = Programs::attach(cgroup, extent, resolvers)?;
-    Ok(SetUp { programs, sockets, published })
+    Ok((programs, sockets))
 }
 
 /// Sets how often SYNs are repeated, at intervals that double from the first on: once more than the

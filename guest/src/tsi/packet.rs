@@ -113,6 +113,13 @@ pub fn complete_tcp(packet: &[u8]) -> Option<Packet> {
     Some(Packet { bytes, destination })
 }
 
+/// Who has sent a TCP packet.
+pub fn tcp_source(packet: &[u8]) -> Option<SocketAddr> {
+    let IpHeader { source, len, .. } = parse_ip_header(packet)?;
+    let port = packet.get(len..len + 2)?.try_into().ok()?;
+    Some(SocketAddr::new(source, u16::from_be_bytes(port)))
+}
+
 /// The answer to a SYN where nobody listens (RFC 9293, 3.5.2): `ECONNREFUSED`.
 pub fn reset(syn: &[u8]) -> Option<Packet> {
     const RST_ACK: u8 = 0x14;

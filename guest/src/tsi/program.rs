@@ -11,6 +11,8 @@ use mote_agent::flow::Protocol;
 
 /// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
 pub const AGENT_PORT: u16 = 1;
+/// Source port of its connections for clients of published ports (`CLIENT_PORT`).
+pub const CLIENT_PORT: u16 = 2;
 /// Network of the IPv6 addresses that name flows (`FLOW_NET6`).
 pub const FLOW_NET6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0, 0, 0, 0);
 /// Its prefix length.
@@ -33,11 +35,9 @@ const FLOW_PORT: usize = 24;
 const FLOW_PROTOCOL: usize = 26;
 const FLOW_STATE: usize = 27;
 const FLOW_ERROR: usize = 28;
-const FLOW_SECOND: usize = 30;
-/// `NEW`, `OPEN`, `REFUSED`.
+/// `NEW`, `OPEN`.
 const STATE_NEW: u8 = 0;
 const STATE_OPEN: u8 = 2;
-const STATE_REFUSED: u8 = 3;
 
 /// `struct syn_event`, as bytes.
 const SYN_LEN: usize = 176;
@@ -247,15 +247,12 @@ impl Programs {
         self.set_state(id, STATE_NEW);
     }
 
-    /// Has the next datagrams of a socket that is not connected fail with this errno, for some seconds. A
-    /// connected one is told by ICMP.
-    pub fn refuse(&mut self, id: Id, errno: u16, now_ns: u64) {
+    /// Has the next datagram of a socket that is not connected fail with this errno, once. A connected one is
+    /// told by ICMP.
+    pub fn refuse(&mut self, id: Id, errno: u16) {
         if let Ok(mut raw) = self.datagrams.get(&id.0, 0) {
-            raw[FLOW_STATE] = STATE_REFUSED;
-            raw[FLOW_ERROR..FLOW_SECOND].copy_from_slice(&errno.to_ne_bytes());
-            let second_s = (now_ns / 1_000_000_000) as u16;
-            raw[FLOW_SECOND..].copy_from_slice(&second_s.to_ne_bytes());
-            // Without it the datagrams vanish.
+            raw[FLOW_ERROR..].copy_from_slice(&u32::from(errno).to_ne_bytes());
+            // Without it the datagram vanishes.
             let _ = self.datagrams.insert(id.0, raw, EXISTING);
         }
     }

@@ -19,9 +19,10 @@ mod udp;
 use std::fs::File;
 use std::io;
 use std::net::{TcpListener, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use mote_agent::flow::PUBLISH_PORT;
 use vmm_sys_util::epoll::{EpollEvent, EventSet};
 
 use self::flows::{Key, Kind};
@@ -37,25 +38,52 @@ const DRAIN_PATIENCE: Duration = Duration::from_millis(400);
 /// How often that is looked at, in milliseconds.
 const DRAIN_STEP_MS: i32 = 50;
 
-/// Where applications are redirected to, and what sends packets to them.
+/// Where the box's connections come to the agent. PID 1 has them too: when a relay is killed, nobody else can
+/// have its ports before the next one is there.
 #[derive(Debug)]
 pub struct Sockets {
-    listener: TcpListener,
-    datagrams: UdpSocket,
-    raw: net::RawSockets,
+    /// Where applications are redirected to, if they are: both on the agent's port.
+    applications: Option<(TcpListener, UdpSocket)>,
+    /// Where the host's connections come, if there are published ports.
+    published: Option<File>,
 }
 
 impl Sockets {
-    /// Opens them all; the first two are bound to the agent's port.
+    /// Opens those that a box needs.
     ///
     /// # Errors
     /// If the kernel refuses one of them.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(is_outgoing: bool, is_published: bool) -> io::Result<Self> {
+        let applications = || {
+            Ok::<_, io::Error>((net::tcp_listen(AGENT_PORT)?, net::datagram_socket(AGENT_PORT)?))
+        };
         Ok(Sockets {
-            listener: net::tcp_listen(AGENT_PORT)?,
-            datagrams: net::datagram_socket(AGENT_PORT)?,
-            raw: net::RawSockets::open()?,
+            applications: is_outgoing.then(applications).transpose()?,
+            published: is_published.then(|| net::vsock_listen(PUBLISH_PORT)).transpose()?,
         })
+    }
+
+    /// All of their descriptors.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let applications = self.applications.iter();
+        applications
+            .flat_map(|(listener, datagrams)| [listener.as_fd(), datagrams.as_fd()])
+            .chain(self.published.iter().map(AsFd::as_fd))
+    }
+
+    /// The same sockets, on descriptors of their own.
+    ///
+    /// # Errors
+    /// If there is no room for more descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let applications = self.applications.as_ref();
+        let applications = applications
+            .map(|(listener, datagrams)| {
+                Ok::<_, io::Error>((listener.try_clone()?, datagrams.try_clone()?))
+            })
+            .transpose()?;
+        let published = self.published.as_ref().map(File::try_clone).transpose()?;
+        Ok(Sockets { applications, published })
     }
 }
 
@@ -81,24 +109,15 @@ struct DrainProgress {
 }
 
 impl Relay {
-    /// Prepares to serve the flows that `programs` know of. `sockets` are there if applications are
-    /// redirected, `published` if there are published ports; the end of `lifeline` asks the process
-    /// to finish.
+    /// Prepares to serve the flows that `programs` know of and that come to `sockets`; the end of `lifeline`
+    /// asks the process to finish.
     ///
     /// # Errors
-    /// If the kernel has no room for the epoll or for what it is to watch.
-    pub fn new(
-        programs: Programs,
-        sockets: Option<Sockets>,
-        published: Option<File>,
-        lifeline: &File,
-    ) -> io::Result<Self> {
-        let (listener, datagrams, raw) = match sockets {
-            Some(Sockets { listener, datagrams, raw }) => {
-                (Some(listener), Some(datagrams), Some(raw))
-            }
-            None => (None, None, None),
-        };
+    /// If the kernel refuses a raw socket, or has no room for the epoll or for what it is to watch.
+    pub fn new(programs: Programs, sockets: Sockets, lifeline: &File) -> io::Result<Self> {
+        let Sockets { applications, published } = sockets;
+        let (listener, datagrams) = applications.unzip();
+        let raw = listener.is_some().then(net::RawSockets::open).transpose()?;
         let relay = Relay {
             shared: Shared::new(programs, Injector(raw))?,
             outgoing: Outgoing::new(listener),

@@ -59,6 +59,8 @@ struct Asking {
 struct Answered {
     vsock: File,
     id: Id,
+    /// The application's socket, from which the connection must come.
+    source: SocketAddr,
     since: Instant,
 }
 
@@ -125,7 +127,9 @@ impl Outgoing {
         let SocketAddr::V6(address) = tcp.local_addr().ok()? else { return None };
         let key = *self.by_id.get(&Id::of(*address.ip())?)?;
         match self.flows.take(key)? {
-            Connection::Answered(answered) => Some((key, answered)),
+            Connection::Answered(answered) if is_from(tcp, answered.source) => {
+                Some((key, answered))
+            }
             other => {
                 self.flows.put(key, other);
                 None
@@ -237,8 +241,10 @@ impl Asking {
                     shared.injector.inject(&packet);
                 }
                 shared.limit_time();
-                let Asking { vsock, id, .. } = self;
-                return Some(Connection::Answered(Answered { vsock, id, since: Instant::now() }));
+                let Asking { vsock, id, syn, .. } = self;
+                let source = packet::tcp_source(&syn)?;
+                let since = Instant::now();
+                return Some(Connection::Answered(Answered { vsock, id, source, since }));
             }
             Ok(Some(errno)) => {
                 if let Some(why) = Unreachable::from_errno(errno) {
@@ -265,6 +271,13 @@ impl Asking {
         let is_whole = fill(&mut self.vsock, &mut self.status, STATUS_LEN)?;
         Ok(is_whole.then(|| u16::from_be_bytes([self.status[0], self.status[1]])))
     }
+}
+
+/// Whether this is the other end of a connection.
+fn is_from(tcp: &TcpStream, source: SocketAddr) -> bool {
+    tcp.peer_addr().is_ok_and(|peer| {
+        (peer.ip().to_canonical(), peer.port()) == (source.ip().to_canonical(), source.port())
+    })
 }
 
 /// Has connect(2) fail.

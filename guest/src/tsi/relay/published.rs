@@ -18,7 +18,7 @@ use super::flows::{Flows, Key, Kind, Side};
 use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Token, Wake, fill};
 use super::spliced::Spliced;
 use crate::sys::net;
-use crate::tsi::program::Id;
+use crate::tsi::program::{CLIENT_PORT, Id};
 use crate::tsi::stream::Stream;
 
 /// Clients of published ports.
@@ -174,6 +174,7 @@ impl Named {
             Loopback::Ip4 => (self.id.ip4().into(), Ipv4Addr::LOCALHOST.into()),
             Loopback::Ip6 => (self.id.ip6().into(), Ipv6Addr::LOCALHOST.into()),
         };
+        let from = SocketAddr::new(from, CLIENT_PORT);
         let to = SocketAddr::new(to, self.guest_port);
         let connecting = net::tcp_connect(from, to).and_then(|tcp| {
             shared.watch_flow(tcp.as_raw_fd(), key, Side::Tcp)?;

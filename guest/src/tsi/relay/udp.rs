@@ -13,8 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind};
 use super::shared::{BATCH, Injector, Shared, Token, Wake};
-use crate::sys::net::ReceivedDatagram;
-use crate::sys::{self, net};
+use crate::sys::net::{self, ReceivedDatagram};
 use crate::tsi::datagrams::{Datagrams, Received};
 use crate::tsi::packet::{self, Unreachable};
 use crate::tsi::program::{AGENT_PORT, Id, Original};
@@ -212,7 +211,7 @@ impl Flow {
                 // As ICMP over IPv4 would say it.
                 let is_prohibited = i32::from(errno) == libc::EACCES;
                 let errno = if is_prohibited { libc::EHOSTUNREACH as u16 } else { errno };
-                programs.refuse(id, errno, sys::monotonic_ns());
+                programs.refuse(id, errno);
             }
         });
         let sent = self.datagrams.flush();
