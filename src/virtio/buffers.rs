@@ -143,6 +143,7 @@ mod tests {
     use crate::virtio::queue::ServedQueue;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
+    use virtio_queue::{Queue, QueueT};
     use vm_memory::GuestAddress;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -253,5 +254,117 @@ mod tests {
                 describe(200, NEXT);
             }
         });
+    }
+
+    const RAM_LEN: u64 = 2 << 20;
+    /// Where the queue's own table is, and an indirect one.
+    const DIRECT: u64 = 0x1000;
+    const INDIRECT_TABLE: u64 = 0x6000;
+
+    /// A descriptor as the driver writes it.
+    #[derive(Debug, Clone, Copy)]
+    struct Entry {
+        address: u64,
+        len: u32,
+        flags: u16,
+        next: u16,
+    }
+
+    /// Every kind of descriptor in a table of two: a buffer in RAM or beyond all bounds, for either side,
+    /// the last or with a next one before, behind or outside of the table; and these.
+    fn entries(more: &[(u64, u32, u16)]) -> Vec<Entry> {
+        let mut all = Vec::new();
+        for (address, len) in [(0x8000, 3), (RAM_LEN - 1, u32::MAX)] {
+            for flags in [0, WRITE] {
+                all.push(Entry { address, len, flags, next: 0 });
+                for next in 0..3 {
+                    all.push(Entry { address, len, flags: flags | NEXT, next });
+                }
+            }
+        }
+        let more = more.iter().map(|&(address, len, flags)| Entry { address, len, flags, next: 0 });
+        all.extend(more);
+        all
+    }
+
+    /// The buffers of a chain by the specification (virtio 1.2, 2.7.5): as many as its table has, one
+    /// indirect table, less than 4 GiB.
+    fn walk<'a>(direct: &'a [Entry; 2], indirect: &'a [Entry; 2]) -> Vec<&'a Entry> {
+        let (mut table, mut is_indirect) = (direct, false);
+        let (mut at, mut left, mut total) = (0, 2, 0);
+        let mut found = Vec::new();
+        while left > 0
+            && let Some(entry) = table.get(at)
+        {
+            if entry.flags & INDIRECT != 0 {
+                table = match entry {
+                    _ if is_indirect => break,
+                    Entry { address: DIRECT, len: 32, .. } => direct,
+                    Entry { address: INDIRECT_TABLE, len: 32, .. } => indirect,
+                    _ => break,
+                };
+                (is_indirect, at, left) = (true, 0, 2);
+                continue;
+            }
+            total += u64::from(entry.len);
+            if total > u32::MAX.into() {
+                break;
+            }
+            found.push(entry);
+            (at, left) =
+                if entry.flags & NEXT != 0 { (entry.next.into(), left - 1) } else { (0, 0) };
+        }
+        found
+    }
+
+    /// All chains that two descriptors and an indirect table of two can make.
+    #[test]
+    fn every_chain_is_bounded_by_its_table_and_by_ram() {
+        let ram = ram();
+        let mut queue = Queue::new(2).expect("a queue");
+        queue.set_desc_table_address(Some(DIRECT as u32), None);
+        queue.set_avail_ring_address(Some(0x2000), None);
+        queue.set_used_ring_address(Some(0x3000), None);
+        queue.set_ready(true);
+        ram.write_obj(1u16, GuestAddress(0x2002)).expect("in RAM");
+        let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
+        let ready = ReadyQueue { queue, kick: eventfd() };
+        let mut queue = ServedQueue::new(ready, 0, &eventfd()).expect("served");
+        let write = |table: u64, entries: &[Entry; 2]| {
+            for (at, entry) in (0..).zip(entries) {
+                let Entry { address, len, flags, next } = *entry;
+                let descriptor = RawDescriptor::from(Descriptor::new(address, len, flags, next));
+                ram.write_obj(descriptor, GuestAddress(table + 16 * at)).expect("in RAM");
+            }
+        };
+        let tables = [
+            (INDIRECT_TABLE, 32, INDIRECT),
+            (INDIRECT_TABLE, 33, INDIRECT),
+            (INDIRECT_TABLE, 0, INDIRECT),
+            (DIRECT, 32, INDIRECT),
+            (u64::MAX - 15, 32, INDIRECT),
+        ];
+        let direct = entries(&tables);
+        let indirect = entries(&tables[..1]);
+        for indirect in pairs(&indirect) {
+            write(INDIRECT_TABLE, &indirect);
+            for direct in pairs(&direct) {
+                write(DIRECT, &direct);
+                let walked = walk(&direct, &indirect);
+                for to_write in [false, true] {
+                    let wanted = walked.iter().filter(|e| (e.flags & WRITE != 0) == to_write);
+                    let inside = wanted.clone().all(|e| e.address + u64::from(e.len) <= RAM_LEN);
+                    let expected = inside.then(|| wanted.map(|e| e.len as usize).sum::<usize>());
+                    let buffers = Buffers::of(chain(&mut queue, &ram), &ram, to_write);
+                    queue.unpop();
+                    let found = buffers.ok().map(|buffers| buffers.len());
+                    assert_eq!(found, expected, "{direct:?}, {indirect:?}, to write: {to_write}");
+                }
+            }
+        }
+    }
+
+    fn pairs(of: &[Entry]) -> impl Iterator<Item = [Entry; 2]> {
+        of.iter().flat_map(|a| of.iter().map(|b| [*a, *b]))
     }
 }

@@ -283,6 +283,54 @@ mod tests {
         }
     }
 
+    /// One queue goes around its rings, and the driver's event is at each distance once.
+    #[test]
+    fn indices_and_events_hold_at_every_position_and_distance() {
+        const SIZE: u16 = 4;
+        let ram = ram();
+        let write = |value: u16, at: u64| ram.write_obj(value, GuestAddress(at)).expect("in RAM");
+        let read = |at: u64| ram.read_obj::<u16>(GuestAddress(at)).expect("in RAM");
+        // One and three lead to every position.
+        for chains in [1, 3, 4] {
+            let mut queue = served_at(&ram, SIZE, 0, 0);
+            let mut position = 0u16;
+            for distance in 0..=u16::MAX {
+                write(position.wrapping_add(chains), AVAIL + 2);
+                write(position.wrapping_add(distance), AVAIL + 4 + 2 * u64::from(SIZE));
+                let mut heads = 0..chains;
+                queue
+                    .serve(&ram, SIZE.into(), |chain| {
+                        let expected = heads.next().map(|i| position.wrapping_add(i) % SIZE);
+                        assert_eq!(Some(chain.head_index()), expected, "at {position}");
+                        0
+                    })
+                    .expect("served");
+                assert_eq!(heads.len(), 0, "at {position}");
+                let at = format!("{chains} at {position}, event {distance} further");
+                position = position.wrapping_add(chains);
+                assert_eq!(read(USED + 2), position, "{at}");
+                assert_eq!(queue.interrupt.read().is_ok(), distance < chains, "{at}");
+                if chains < SIZE {
+                    // It has seen that there is no more, and asks for a kick at the next.
+                    assert_eq!(read(USED + 4 + 8 * u64::from(SIZE)), position, "{at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_chains_than_the_queue_holds_are_an_error_at_every_distance() {
+        let ram = ram();
+        for position in [0, 0x7fff, 0xffff] {
+            let mut queue = served_at(&ram, 8, position, 0);
+            for distance in 9..=u16::MAX {
+                let index = position.wrapping_add(distance);
+                ram.write_obj(index, GuestAddress(AVAIL + 2)).expect("in RAM");
+                assert!(queue.pop_or_wait(&ram).is_err(), "{distance} from {position}");
+            }
+        }
+    }
+
     #[test]
     fn a_flood_is_cut_and_continued() {
         let ram = ram();

@@ -222,6 +222,97 @@ fn stream_from(start: u32, read: HostRead) {
     }
 }
 
+/// Where counters wrap soon, and where they change their sign.
+const STARTS: [u32; 3] = [0, u32::MAX - 2, (1 << 31) - 3];
+
+/// Every sequence of a few events of a guest that takes bytes and announces room as it likes, against
+/// counts that do not wrap.
+#[test]
+fn no_order_of_events_sends_more_than_the_guest_has_room_for() {
+    const DEPTH: u32 = 5;
+    const EVENTS: usize = 8;
+    for start in STARTS {
+        for sequence in 0..EVENTS.pow(DEPTH) {
+            let mut conn = open();
+            (conn.sent, conn.guest_taken, conn.guest_alloc) = (start, start, 0);
+            let (mut sent, mut taken) = (0u64, 0u64);
+            // As announced: the room, and what was taken by then.
+            let (mut room, mut told) = (0u64, 0u64);
+            for position in 0..DEPTH {
+                let event = sequence / EVENTS.pow(position) % EVENTS;
+                match event {
+                    0..3 => {
+                        (room, told) = ([0, 1, 3][event], taken);
+                        let fwd_cnt = start.wrapping_add(taken as u32);
+                        let credit = packet(Op::CreditUpdate, 0);
+                        conn.on_packet(&Header { buf_alloc: room as u32, fwd_cnt, ..credit }, &[]);
+                    }
+                    3 => taken = sent.min(taken + 1),
+                    4 => taken = sent,
+                    _ => {
+                        let there = [1, 2, 5][event - 5];
+                        let left = room.saturating_sub(sent - told);
+                        let header = next(&mut conn, HostRead::Data(there));
+                        let data = header.filter(|header| header.op == Op::Data);
+                        let len = data.map_or(0, |header| u64::from(header.len));
+                        assert_eq!(len, left.min(there as u64), "{sequence} from {start}");
+                        sent += len;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Every sequence of a few events of a guest that keeps to its credit, against counts that do not wrap.
+#[test]
+fn no_order_of_events_takes_more_than_the_buffer_or_leaves_the_guest_without_credit() {
+    const DEPTH: u32 = 6;
+    const EVENTS: usize = 6;
+    const BUFFER: u64 = 4;
+    for start in STARTS {
+        for sequence in 0..EVENTS.pow(DEPTH) {
+            let mut conn = open();
+            conn.set_buffer_len(BUFFER as u32);
+            (conn.taken, conn.told_taken) = (start, start);
+            // What the guest has sent, what the host took of it, and what the guest knows of that.
+            let (mut sent, mut taken, mut told) = (0u64, 0u64, 0u64);
+            let receive = |conn: &mut Conn, taken: u64, told: &mut u64| {
+                while let Some(header) = next(conn, HostRead::Empty) {
+                    assert_eq!(header.op, Op::CreditUpdate, "{sequence} from {start}");
+                    assert_eq!(header.fwd_cnt, start.wrapping_add(taken as u32));
+                    *told = taken;
+                }
+            };
+            for position in 0..DEPTH {
+                let event = sequence / EVENTS.pow(position) % EVENTS;
+                match event {
+                    0..3 => {
+                        let len = (BUFFER - (sent - told)).min([1, 2, BUFFER][event]);
+                        conn.on_packet(&packet(Op::Data, 0), &vec![0; len as usize]);
+                        sent += len;
+                    }
+                    3 | 4 => {
+                        let len = conn.for_host().len().min([1, BUFFER as usize][event - 3]);
+                        conn.host_took(len);
+                        taken += len as u64;
+                    }
+                    _ => receive(&mut conn, taken, &mut told),
+                }
+                assert_eq!(conn.len_for_host() as u64, sent - taken, "{sequence} from {start}");
+                assert!(sent - taken <= BUFFER, "{sequence} from {start}");
+            }
+            // When all has been taken and told, the guest may go on.
+            conn.host_took(conn.len_for_host());
+            receive(&mut conn, sent, &mut told);
+            assert!(sent - told < BUFFER, "{sequence} from {start}");
+            // And when it does not keep to its credit, it is cut off.
+            conn.on_packet(&packet(Op::Data, 0), &[0; BUFFER as usize + 1]);
+            assert_eq!(next(&mut conn, HostRead::Empty).map(|h| h.op), Some(Op::Reset));
+        }
+    }
+}
+
 /// Every sequence of a few events: checks what must hold for all connections.
 #[test]
 fn no_order_of_events_breaks_the_rules() {
