@@ -45,6 +45,8 @@ pub struct Program<'a> {
     pub rlimits: &'a [Rlimit],
     /// Whether its standard streams are a terminal.
     pub terminal: bool,
+    /// Whether a session starts it, and not the agent itself.
+    pub by_session: bool,
     /// What it gives up.
     pub security: &'a Security,
 }
@@ -107,6 +109,7 @@ pub fn start(
         stdio,
         terminal: program.terminal,
         cgroup,
+        spared: program.by_session,
         no_new_privs: program.security.no_new_privs,
         drop_capabilities: &program.security.drop_capabilities,
         filter: &if program.security.seccomp { seccomp::filter() } else { Vec::new() },
@@ -281,6 +284,7 @@ mod tests {
             user,
             rlimits: &[],
             terminal: false,
+            by_session: false,
             security: &NONE,
         }
     }

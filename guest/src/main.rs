@@ -138,6 +138,7 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
         user: instance.user.as_deref(),
         rlimits: &instance.rlimits,
         terminal: false,
+        by_session: false,
         security: &instance.security,
     };
     let stdio = [stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];

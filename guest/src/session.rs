@@ -33,7 +33,8 @@ pub fn program<'a>(
     let (executable, args) = cmd.split_first().map_or(("", &[][..]), |(e, a)| (e.as_str(), a));
     let Instance { rlimits, security, .. } = context.instance;
     let user = user.filter(|user| !user.is_empty());
-    Program { executable, args, env, workdir, user, rlimits, terminal: false, security }
+    let (terminal, by_session) = (false, true);
+    Program { executable, args, env, workdir, user, rlimits, terminal, by_session, security }
 }
 
 /// The box's environment with a request's own entries over it.

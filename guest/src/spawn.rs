@@ -11,7 +11,7 @@ use std::ptr;
 
 use mote_agent::instance::Rlimit;
 
-use crate::sys::{check, owned};
+use crate::sys::{self, check, owned};
 
 /// A process to start. All strings are ready for the kernel, so that the child allocates nothing.
 #[derive(Debug)]
@@ -38,6 +38,8 @@ pub struct Spawn<'a> {
     pub terminal: bool,
     /// `cgroup.procs` of the cgroup to join.
     pub cgroup: BorrowedFd<'a>,
+    /// Whether this process is a fork of the agent ([`sys::fork`]), and so spared when memory runs out.
+    pub spared: bool,
     /// Whether `execve` grants no privileges.
     pub no_new_privs: bool,
     /// Capabilities to drop from the bounding set.
@@ -171,6 +173,10 @@ unsafe fn child(
         // stops forks, not moves).
         if libc::write(spawn.cgroup.as_raw_fd(), c"0".as_ptr().cast(), 1) < 0 {
             return failed(Step::Cgroup, 0);
+        }
+        // While it is root: then the program cannot take it back, unless it is root, too.
+        if spawn.spared {
+            sys::no_longer_spare();
         }
         for (target, source) in spawn.stdio.iter().enumerate() {
             if libc::dup2(source.as_raw_fd(), target as libc::c_int) < 0 {

@@ -28,6 +28,7 @@ mod lifecycle;
 mod limits;
 mod loopback;
 mod network;
+mod out_of_memory;
 mod outcomes;
 mod passt;
 mod ports;

@@ -237,9 +237,35 @@ pub fn raise_open_file_limit(limit: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// `oom_score_adj` of the agent's forks (proc_pid_oom_score_adj(5)): the last to be killed. With -1000 they
+/// never were, and a kernel that has nobody left to kill panics. PID 1 it never kills.
+const SPARED: &CStr = c"-999";
+
+/// That of every program of the box, unless it changes it.
+const NOT_SPARED: &CStr = c"0";
+
+/// Sets this process's `oom_score_adj`. In a box that hides /proc, it stays as it is. Makes only
+/// async-signal-safe calls.
+fn set_oom_score(score: &CStr) {
+    // SAFETY: system calls on NUL-terminated strings that outlive them, and on a descriptor of this
+    // function's own; after a failed open they are refused.
+    unsafe {
+        let file =
+            libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        libc::write(file, score.as_ptr().cast(), score.count_bytes());
+        libc::close(file);
+    }
+}
+
+/// Makes this process, which may be a [`fork`], as good as any program of the box to kill for want of
+/// memory, for good unless it is root. Makes only async-signal-safe calls.
+pub fn no_longer_spare() {
+    set_oom_score(NOT_SPARED);
+}
+
 /// Continues as two processes; the new one runs `work` and ends. In it only the descriptors of
-/// `keep` and the standard streams are open, all signals are blocked, and its `comm` is `name`.
-/// Returns the new process's id.
+/// `keep` and the standard streams are open, all signals are blocked, its `comm` is `name`, and it is the
+/// last that the kernel kills for want of memory. Returns the new process's id.
 pub fn fork(keep: &[BorrowedFd<'_>], name: &CStr, work: impl FnOnce()) -> io::Result<i32> {
     // SAFETY: the agent has one thread, so the child is a whole copy of it and may do anything. It
     // never returns: nothing of the parent's is dropped in it, and descriptors of the parent's that
@@ -263,6 +289,7 @@ pub fn fork(keep: &[BorrowedFd<'_>], name: &CStr, work: impl FnOnce()) -> io::Re
             first = first.max(fd + 1);
         }
         libc::syscall(libc::SYS_close_range, first, u32::MAX, 0);
+        set_oom_score(SPARED);
         work();
         libc::_exit(0)
     }
