@@ -11,12 +11,13 @@
 # make reproducible   the guest's files, built twice, have the same bytes
 # make fuzz    fuzz what guests and clients drive, FUZZ_S seconds each (ARGS='target …' for some)
 # make sanitize   the unit tests under AddressSanitizer
+# make miri    unit tests of what guests and clients drive, interpreted: no undefined behaviour, in dependencies either
 # make tools   install what the tests need, saying what and why
 
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net soak soak-flood lab tools check unit boots fuzz sanitize deny \
+.PHONY: build test demo bench bench-net soak soak-flood lab tools check unit boots fuzz sanitize miri deny \
 	reproducible clean
 
 build:
@@ -53,6 +54,20 @@ fuzz: tools
 sanitize: tools
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address \
 		cargo test --locked --workspace --lib --bins --target-dir target/sanitize $(ARGS)
+
+# What Miri can run: no polls, processes or namespaces. What tries all cases is left out, since Miri takes a
+# thousand times as long.
+MIRI_TESTS := virtio::queue virtio::buffers virtio::vsock::conn virtio::vsock::packet spec:: boot::tests
+MIRI_TOO_LONG := every_chain every_distance every_position no_order positions_wrap the_driver_is credit_is_what \
+	streams_go_on that_grows fuzz
+
+miri: export MIRIFLAGS = -Zmiri-disable-isolation
+miri:
+	@cargo +nightly miri --version >/dev/null 2>&1 || { echo "make miri: there is no Miri here; install it: \
+	rustup toolchain install nightly --profile minimal --component miri,rust-src" >&2; exit 1; }
+	cargo +nightly miri test --locked --target-dir target/miri -p mote-agent --lib
+	cargo +nightly miri test --locked --target-dir target/miri -p mote --lib -- \
+		$(MIRI_TESTS) $(MIRI_TOO_LONG:%=--skip %)
 
 demo: tools build
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
