@@ -9,11 +9,17 @@ const SOURCE: &str = "bpf/tsi.bpf.c";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={SOURCE}");
-    let object = PathBuf::from(env::var("OUT_DIR")?).join("tsi.bpf.o");
+    compile("tsi.bpf.o", &[])?;
+    compile("tsi-resolvers.bpf.o", &["-DWITH_RESOLVERS"])
+}
+
+fn compile(name: &str, options: &[&str]) -> Result<(), Box<dyn Error>> {
+    let object = PathBuf::from(env::var("OUT_DIR")?).join(name);
     // Debian's headers of the kernel's own types are below the architecture's directory. No debug
     // information: it would only make the agent larger, and the kernel has no BTF to match.
     let status = Command::new("clang")
         .args(["-target", "bpf", "-mcpu=v3", "-O2", "-Wall", "-Wextra", "-Werror"])
+        .args(options)
         .args(["-I", "/usr/include/x86_64-linux-gnu", "-c", SOURCE, "-o"])
         .arg(&object)
         .status()

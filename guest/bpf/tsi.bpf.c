@@ -123,8 +123,10 @@ MAP(datagram_flows, LRU_HASH, sizeof(__u32), sizeof(struct flow), DATAGRAM_MAX, 
 MAP(datagram_ids, LRU_HASH, sizeof(struct datagram_key), sizeof(__u32), DATAGRAM_MAX, 0);
 /* last id given out, per kind */
 MAP(last_ids, ARRAY, sizeof(__u32), sizeof(__u32), 2, 0);
+#ifdef WITH_RESOLVERS
 /* loopback addresses of resolv.conf; the values mean nothing */
 MAP(resolvers, HASH, sizeof(struct ip), sizeof(__u8), RESOLVERS, BPF_F_NO_PREALLOC);
+#endif
 /* for the agent */
 MAP(events, RINGBUF, 0, 0, EVENTS_LEN, 0);
 
@@ -185,6 +187,7 @@ static __always_inline bool is_outside(const struct ip *ip)
 	       ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1]) != 0;
 }
 
+#ifdef WITH_RESOLVERS
 /* Whether a loopback address is a resolver of resolv.conf that nobody in the guest plays. */
 static __always_inline bool is_hosts_resolver(struct bpf_sock_addr *ctx, const struct ip *ip)
 {
@@ -217,6 +220,16 @@ static __always_inline bool is_hosts_resolver(struct bpf_sock_addr *ctx, const s
 	}
 	return true;
 }
+#else
+/* Few resolv.confs name one, and to verify this costs a start more than a millisecond: the agent loads these
+ * programs with it only if they do. */
+static __always_inline bool is_hosts_resolver(const struct bpf_sock_addr *ctx, const struct ip *ip)
+{
+	(void)ctx;
+	(void)ip;
+	return false;
+}
+#endif
 
 /* Other network namespaces have a loopback of their own. */
 static __always_inline bool is_of_box(struct bpf_sock_addr *ctx)

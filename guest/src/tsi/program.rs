@@ -203,10 +203,12 @@ impl Programs {
         extent: Extent,
         resolvers: &[Ipv6Addr],
     ) -> Result<Self, String> {
-        const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
+        const PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
+        const WITH_RESOLVERS: &[u8] =
+            aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi-resolvers.bpf.o"));
         let mut ebpf = EbpfLoader::new()
             .btf(None)
-            .load(OBJECT)
+            .load(if resolvers.is_empty() { PLAIN } else { WITH_RESOLVERS })
             .map_err(|e| format!("load the BPF programs: {}", chain(&e)))?;
         let mut take =
             |name: &str| ebpf.take_map(name).ok_or_else(|| format!("there is no map {name}"));
@@ -214,10 +216,18 @@ impl Programs {
         let connected = HashMap::try_from(take("flows")?).map_err(failed)?;
         let datagrams = HashMap::try_from(take("datagram_flows")?).map_err(failed)?;
         let events = RingBuf::try_from(take("events")?).map_err(failed)?;
-        let mut known = HashMap::<_, [u8; 16], u8>::try_from(take("resolvers")?).map_err(failed)?;
-        for ip in resolvers.iter().take(MAX_RESOLVERS) {
-            known.insert(ip.octets(), 1, 0).map_err(failed)?;
-        }
+        // Open until the programs that refer to it are loaded.
+        let _known = match resolvers {
+            [] => None,
+            _ => {
+                let known = take("resolvers")?;
+                let mut known = HashMap::<_, [u8; 16], u8>::try_from(known).map_err(failed)?;
+                for ip in resolvers.iter().take(MAX_RESOLVERS) {
+                    known.insert(ip.octets(), 1, 0).map_err(failed)?;
+                }
+                Some(known)
+            }
+        };
         for (name, program) in ebpf.programs_mut() {
             if extent == Extent::Clients && !name.starts_with("tsi_getpeername") {
                 continue;
