@@ -1,13 +1,21 @@
 //! The spec's `egress`, checked: rules, and what is done with the rest.
 
+use std::net::Ipv4Addr;
+
+use crate::policy::DNS_PORT;
 use crate::policy::rules::{Action, Rule, Rules};
 use crate::spec::json::Report;
 
 /// Most rules: each connection is held against them one by one.
 const MAX_RULES: usize = 1024;
 
-/// Reads the rules. Without `egress`, everything above the floor is allowed ([`crate::policy`]).
-pub(super) fn plan(entries: Option<&[String]>, report: &mut Report) -> Rules {
+/// Reads the rules of a box with this gateway, if it has a network of its own. Without `egress`, everything above
+/// the floor is allowed ([`crate::policy`]).
+pub(super) fn plan(
+    entries: Option<&[String]>,
+    gateway: Option<Ipv4Addr>,
+    report: &mut Report,
+) -> Rules {
     let Some(entries) = entries else { return Rules::default() };
     if entries.is_empty() {
         report.error(
@@ -33,7 +41,7 @@ pub(super) fn plan(entries: Option<&[String]>, report: &mut Report) -> Rules {
         }
         match entry.parse::<Rule>() {
             Ok(rule) => {
-                warn_of_no_effect(&rules, &rule, &path, report);
+                warn_of_no_effect(&rules, &rule, gateway, &path, report);
                 rules.push(rule);
             }
             Err(problem) => report.error(
@@ -52,11 +60,20 @@ pub(super) fn plan(entries: Option<&[String]>, report: &mut Report) -> Rules {
 }
 
 /// Warns of a rule that never decides anything.
-fn warn_of_no_effect(earlier: &[Rule], rule: &Rule, path: &str, report: &mut Report) {
-    if rule.action == Action::Allow && rule.to.is_loopback() {
+fn warn_of_no_effect(
+    earlier: &[Rule],
+    rule: &Rule,
+    gateway: Option<Ipv4Addr>,
+    path: &str,
+    report: &mut Report,
+) {
+    let is_gateway = rule.to.is_single() && gateway.is_some_and(|ip| rule.to.contains(ip.into()));
+    let is_dns = matches!(rule.by, Some((_, Some(port))) if port.get() == DNS_PORT);
+    if rule.action == Action::Allow && (rule.to.is_loopback() || is_gateway) && !is_dns {
+        let what = if is_gateway { ", nor what passt can take for it" } else { "" };
         report.warn(
             path,
-            format!("{rule} opens nothing but the host's name server, if that is there: no rule opens the host's loopback"),
+            format!("{rule} opens nothing but a name server there: no rule opens the host's loopback{what}"),
         );
     }
     // A rule that names an address of the host opens it, which a wider one does not.
@@ -83,7 +100,7 @@ mod tests {
     fn plan(entries: &[&str]) -> (String, Vec<String>, Vec<String>) {
         let entries: Vec<String> = entries.iter().map(|entry| (*entry).into()).collect();
         let mut report = Report::default();
-        let rules = super::plan(Some(&entries), &mut report);
+        let rules = super::plan(Some(&entries), Some([10, 88, 0, 1].into()), &mut report);
         let texts =
             |faults: &[crate::spec::json::Fault]| faults.iter().map(|f| f.to_string()).collect();
         (rules.to_string(), texts(&report.errors), texts(&report.warnings))
@@ -100,7 +117,7 @@ mod tests {
         ] {
             assert_eq!(plan(entries), (expected.into(), vec![], vec![]));
         }
-        assert_eq!(super::plan(None, &mut Report::default()), Rules::default());
+        assert_eq!(super::plan(None, None, &mut Report::default()), Rules::default());
     }
 
     #[test]
@@ -138,6 +155,9 @@ mod tests {
         assert_eq!(shadowed(&["allow:10.0.0.0/8", "allow:10.1.2.3"]), Vec::<String>::new());
         assert_eq!(shadowed(&["allow:10.1.2.3", "allow:10.1.2.3"]).len(), 1);
         assert!(shadowed(&["deny:10.0.0.0/8"])[0].starts_with("egress: denies everything"));
-        assert!(shadowed(&["allow:127.0.0.0/8"])[0].contains("no rule opens the host's loopback"));
+        for entry in ["allow:127.0.0.0/8", "allow:10.88.0.1"] {
+            assert!(shadowed(&[entry])[0].contains("no rule opens the host's loopback"), "{entry}");
+        }
+        assert_eq!(shadowed(&["allow:10.88.0.1:udp:53"]), Vec::<String>::new());
     }
 }

@@ -35,7 +35,8 @@ impl Networking {
     /// Adds what is wrong to `report`. `host` is the host's resolv.conf.
     pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
         check_variables(spec, report);
-        let rules = egress::plan(spec.egress.as_deref(), report);
+        let gateway = spec.network.as_ref().map(|network| network.gateway);
+        let rules = egress::plan(spec.egress.as_deref(), gateway, report);
         match &spec.network {
             Some(network) => {
                 let servers = name_servers::of_own_network(spec, network);

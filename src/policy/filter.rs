@@ -45,7 +45,10 @@ impl Filter {
     pub fn admit(&self, destination: Destination) -> Result<(), i32> {
         let Filter { policy, routes, .. } = self;
         // Whether there is a way is for those to say who have the network.
-        let admitted = policy.admit(destination, |ip| Ok(routes.is_local(ip).unwrap_or(false)));
+        let admitted = policy.admit(destination, |ip| match is_local(routes, ip) {
+            Err(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL) => Ok(false),
+            known => known,
+        });
         admitted.map_err(|refusal| self.errno(destination, refusal))
     }
 

@@ -6,8 +6,9 @@
 //! - The floor, below every rule: the host's loopback is out of reach (contract §9.4), and so are the host's
 //!   own addresses, link-local ones and the metadata services of clouds, however they are spelled.
 //!   A service there is not meant for boxes, and a connection that mote makes passes the host's firewall. A
-//!   rule opens such an address, but for loopback, by naming it: it is the address itself, or a range of
-//!   link-local addresses.
+//!   rule opens such an address by naming it: it is the address itself, or a range of link-local addresses.
+//!   Nothing opens loopback, nor what passt may take for it: the gateway of the box's own network, and
+//!   link-local addresses of IPv6.
 //! - The host's name servers are above the floor, at their port: a resolv.conf copied from the host may name
 //!   one on loopback or another of its addresses. Rules bind them too.
 //!
@@ -30,7 +31,7 @@ use destination::Destination;
 use rules::{Action, Rules};
 
 /// The port of name servers.
-const DNS_PORT: u16 = 53;
+pub const DNS_PORT: u16 = 53;
 /// What a refused destination looks like: a host that cannot be reached. For datagrams another errno, because
 /// Linux tells a socket of a host that cannot be reached only if it asks for such errors: this one is told to
 /// every connected socket, as EHOSTUNREACH over IPv4, and over IPv6 as it is.
@@ -193,13 +194,13 @@ impl Policy {
         if is_resolver || protocol.is_none() {
             return Ok(());
         }
-        if spellings.iter().any(|ip| ip.is_loopback() || ip.is_unspecified()) {
+        if spellings.iter().any(|ip| self.is_loopback(*ip)) {
             return Err(refused(protocol));
         }
         let route = is_local(ip);
         let is_on_floor = |spelling: &IpAddr| {
             let route = if *spelling == ip { route } else { is_local(*spelling) };
-            route == Ok(true) || is_reserved(*spelling) || Some(*spelling) == self.gateway
+            route == Ok(true) || is_reserved(*spelling)
         };
         let on_floor: Vec<IpAddr> = spellings.iter().copied().filter(is_on_floor).collect();
         if on_floor.is_empty() {
@@ -207,6 +208,14 @@ impl Policy {
             return route.map(drop).map_err(Refusal::NoWay);
         }
         self.apply_rules(destination, &spellings, &on_floor)
+    }
+
+    /// Whether this may be the host's loopback, to the host or to passt (`--map-gw`).
+    fn is_loopback(&self, ip: IpAddr) -> bool {
+        ip.is_loopback()
+            || ip.is_unspecified()
+            || Some(ip) == self.gateway
+            || matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
     }
 
     /// Finds the first rule about a destination with these spellings, of which some are on the floor.
@@ -243,11 +252,11 @@ impl Policy {
     }
 }
 
-/// Link-local addresses, and metadata services elsewhere.
+/// Link-local addresses of IPv4, and metadata services elsewhere.
 fn is_reserved(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local() || METADATA.contains(&ip),
+        IpAddr::V6(ip) => METADATA.contains(&ip),
     }
 }
 

@@ -77,10 +77,8 @@ impl Cidr {
     /// Whether it means this address in particular, and not by the accident of a wide range: it is the address,
     /// or a range of link-local addresses.
     pub fn names(&self, ip: IpAddr) -> bool {
-        let is_link_local = match self.first {
-            IpAddr::V4(first) => first.is_link_local() && self.prefix_len >= 16,
-            IpAddr::V6(first) => first.is_unicast_link_local() && self.prefix_len >= 10,
-        };
+        let is_link_local =
+            matches!(self.first, IpAddr::V4(ip) if ip.is_link_local()) && self.prefix_len >= 16;
         self.contains(ip) && (self.is_single() || is_link_local)
     }
 

@@ -24,6 +24,8 @@ pub fn embedded(ip: IpAddr) -> Vec<Ipv4Addr> {
         }
         // ISATAP (RFC 5214, 6.1).
         [_, _, _, _, 0 | 0x200, 0x5efe, ..] => vec![at([12, 13, 14, 15])],
+        // IPv4-translated (RFC 2765, 2.1).
+        [0, 0, 0, 0, 0xffff, 0, ..] => vec![at([12, 13, 14, 15])],
         // IPv4-compatible.
         [0, 0, 0, 0, 0, 0, ..] => vec![at([12, 13, 14, 15])],
         _ => Vec::new(),
@@ -55,6 +57,7 @@ mod tests {
             "2001:db8::5efe:169.254.169.254",
             "2001:db8::200:5efe:169.254.169.254",
             "::169.254.169.254",
+            "::ffff:0:169.254.169.254",
         ] {
             let ip: IpAddr = spelling.parse().expect("an address");
             assert!(embedded(ip).contains(&target), "{spelling}: {:?}", embedded(ip));

@@ -241,6 +241,6 @@ fn on_a_network_of_its_own_the_gateway_is_the_host() {
     // ICMP reaches no service.
     assert!(admits(&plain, None, 0));
     assert!(admits(&policy(&[gateway], &[]), udp, 53));
-    assert!(admits(&policy(&[], &["allow:10.88.0.1:tcp:80"]), tcp, 80));
+    assert!(!admits(&policy(&[], &["allow:10.88.0.1:tcp:80"]), tcp, 80));
     assert!(!admits(&policy(&[], &["deny:10.88.0.0/24"]), None, 0));
 }

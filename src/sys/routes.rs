@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
@@ -11,6 +12,8 @@ use super::{check, owned};
 /// `struct nlmsghdr` and `struct rtmsg` (linux/netlink.h, linux/rtnetlink.h).
 const HEADER_LEN: usize = 16;
 const ROUTE_LEN: usize = 12;
+/// Offset of `nlmsg_seq`.
+const SEQUENCE: usize = 8;
 /// Offset of `rtm_type` in an answer.
 const ROUTE_TYPE: usize = HEADER_LEN + 7;
 /// Far more than an answer's attributes take.
@@ -20,6 +23,8 @@ const ANSWER_LEN: usize = 4096;
 #[derive(Debug)]
 pub struct Routes {
     socket: File,
+    /// Of the last question.
+    sequence: Cell<u32>,
 }
 
 impl Routes {
@@ -31,7 +36,7 @@ impl Routes {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: plain system call.
         let socket = check(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) })?;
-        Ok(Routes { socket: owned(socket).into() })
+        Ok(Routes { socket: owned(socket).into(), sequence: Cell::new(0) })
     }
 
     /// Whether a packet to this address would not leave the host: it is the host's own, a broadcast or an
@@ -40,20 +45,28 @@ impl Routes {
     /// # Errors
     /// The one that connecting to an address without a route has; or the kernel does not answer.
     pub fn is_local(&self, ip: IpAddr) -> io::Result<bool> {
-        (&self.socket).write_all(&question(ip))?;
+        let sequence = self.sequence.get().wrapping_add(1);
+        self.sequence.set(sequence);
+        (&self.socket).write_all(&question(ip, sequence))?;
         let mut answer = [0; ANSWER_LEN];
-        let len = loop {
+        loop {
             match (&self.socket).read(&mut answer) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                read => break read?,
+                // One to an earlier question, which could not be read then.
+                Ok(len)
+                    if word(&answer[..len], SEQUENCE).is_some_and(|other| other != sequence) => {}
+                len => return parse(&answer[..len?]),
             }
-        };
-        parse(&answer[..len])
+        }
     }
 }
 
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
 /// `RTM_GETROUTE` for one address.
-fn question(ip: IpAddr) -> Vec<u8> {
+fn question(ip: IpAddr, sequence: u32) -> Vec<u8> {
     let (family, address) = match ip {
         IpAddr::V4(ip) => (libc::AF_INET, ip.octets().to_vec()),
         IpAddr::V6(ip) => (libc::AF_INET6, ip.octets().to_vec()),
@@ -63,8 +76,9 @@ fn question(ip: IpAddr) -> Vec<u8> {
     bytes.extend(((HEADER_LEN + ROUTE_LEN + attribute_len) as u32).to_ne_bytes());
     bytes.extend(libc::RTM_GETROUTE.to_ne_bytes());
     bytes.extend((libc::NLM_F_REQUEST as u16).to_ne_bytes());
-    // Sequence number and port: there is one question at a time, and one who answers.
-    bytes.extend([0; 8]);
+    bytes.extend(sequence.to_ne_bytes());
+    // The kernel knows whom to answer.
+    bytes.extend([0; 4]);
     // Family, length of the destination's prefix in bits; the rest is for the kernel to choose.
     bytes.extend([family as u8, (address.len() * 8) as u8]);
     bytes.extend([0; ROUTE_LEN - 2]);

@@ -190,7 +190,7 @@ fn on_passt_the_same_holds() {
     assert_eq!(
         reach_connected(&test, &["198.51.100.1", "198.51.100.2", "10.88.0.1", "203.0.113.1"]),
         "198.51.100.1 ok EHOSTUNREACH\n198.51.100.2 EHOSTUNREACH EHOSTUNREACH\n\
-            10.88.0.1 ok EHOSTUNREACH\n203.0.113.1 EHOSTUNREACH EHOSTUNREACH\n"
+            10.88.0.1 EHOSTUNREACH EHOSTUNREACH\n203.0.113.1 EHOSTUNREACH EHOSTUNREACH\n"
     );
     // Its name server is refused too, and says so at once.
     let asked = "timeout 25 python3 -c 'import socket; socket.gethostbyname(\"host.mote.test\")' 2>&1 | tail -n 1";
