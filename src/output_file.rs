@@ -9,7 +9,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::sys::{self, Interest};
+use crate::sys::{self, Interest, Links};
 
 /// How long somebody may take to read a FIFO that mote is to write to: as long as passt may take.
 const READER_LIMIT: Duration = Duration::from_secs(5);
@@ -27,8 +27,8 @@ pub struct OutputFile {
     guests: Option<PathBuf>,
     /// The path to open.
     place: PathBuf,
-    /// Whether a symbolic link in `place` can only be the user's.
-    follows_links: bool,
+    /// Which symbolic links in `place` can only be the user's.
+    links: Links,
 }
 
 impl OutputFile {
@@ -36,11 +36,13 @@ impl OutputFile {
     /// in their paths; `None` if they are not known.
     pub fn new(path: &Path, guests: Option<&[PathBuf]>) -> OutputFile {
         let entered = guests.and_then(|guests| enters(path, guests));
-        let (place, guests, follows_links) = match entered {
-            Some((place, directory)) => (place, Some(directory.to_owned()), false),
-            None => (path.to_owned(), None, guests.is_some()),
+        let (place, entered, links) = match entered {
+            Some((place, directory)) => (place, Some(directory.to_owned()), Links::None),
+            None if guests.is_some() => (path.to_owned(), None, Links::Any),
+            // A guest's link could at most choose the directory.
+            None => (path.to_owned(), None, Links::OfDirectories),
         };
-        OutputFile { path: path.to_owned(), guests, place, follows_links }
+        OutputFile { path: path.to_owned(), guests: entered, place, links }
     }
 
     /// What is wrong with a path that leads to where guests can write.
@@ -55,20 +57,25 @@ impl OutputFile {
     }
 
     /// Creates the file, mode 0600, or empties it; what is written is appended. Writing does not wait.
-    /// Where a guest may have put a symbolic link, none is followed. A FIFO needs a reader, for which this
-    /// waits 5 s, or until `stop` is readable.
+    /// Where a guest may have put a symbolic link, none is followed; where nobody knows that, none to a regular
+    /// file. A FIFO needs a reader, for which this waits 5 s, or until `stop` is readable.
     ///
     /// # Errors
     /// Those of openat2(2).
     pub fn open(&self, stop: Option<&File>) -> io::Result<File> {
         let deadline = Instant::now() + READER_LIMIT;
+        let links = match self.links {
+            // Such as /dev/stdout: there is nothing to overwrite.
+            Links::OfDirectories if !may_be_regular(&self.place) => Links::Any,
+            links => links,
+        };
         loop {
-            let error = match sys::create(&self.place, self.follows_links) {
+            let error = match sys::create(&self.place, links) {
                 Ok(file) => return Ok(file),
                 Err(error) => error,
             };
             let fault = match error.raw_os_error() {
-                Some(libc::ELOOP) if !self.follows_links => {
+                Some(libc::ELOOP) if links != Links::Any => {
                     "a symbolic link is in the way, which a guest may have put there; remove it or choose another path"
                 }
                 Some(libc::ENXIO) if is_fifo(&self.place) => {
@@ -89,6 +96,11 @@ impl OutputFile {
             }
         }
     }
+}
+
+/// Whether there is a regular file, or may be made one.
+fn may_be_regular(path: &Path) -> bool {
+    fs::metadata(path).map_or(true, |file| file.file_type().is_file())
 }
 
 fn is_fifo(path: &Path) -> bool {
@@ -135,6 +147,7 @@ fn parts(path: &Path) -> Vec<OsString> {
 mod tests {
     use super::*;
     use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     /// A directory with `share` in it, without symbolic links in its path.
@@ -206,9 +219,14 @@ mod tests {
         let mode = fs::metadata(&made).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         // As long as nobody knows what a guest can write to, it may be everything.
-        let unknown = OutputFile::new(&scratch.0.join("link"), None);
-        assert!(unknown.open(None).is_err());
-        OutputFile::new(&made, None).open(None).expect("no link");
+        let unknown = |path: &Path| OutputFile::new(path, None).open(None);
+        assert!(unknown(&scratch.0.join("link")).is_err());
+        unknown(&made).expect("no link");
+        symlink(".", scratch.0.join("here")).expect("a link");
+        unknown(&scratch.0.join("here/file")).expect("a link of a directory");
+        let (_reader, writer) = io::pipe().expect("a pipe");
+        let link = format!("/proc/self/fd/{}", writer.as_raw_fd());
+        unknown(Path::new(&link)).expect("nothing to overwrite");
     }
 
     #[test]

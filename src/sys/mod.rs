@@ -108,25 +108,44 @@ pub fn exists_in_root(root: &Path, path: &str) -> bool {
     }
 }
 
+/// Which symbolic links on the way to a file are followed; any other is an error (ELOOP).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// All.
+    Any,
+    /// Those of directories, but not the file's own.
+    OfDirectories,
+    /// None.
+    None,
+}
+
 /// Opens a file for appending: creates it, mode 0600, or empties it. Neither opening nor writing waits;
-/// a FIFO that nobody reads is an error (ENXIO). Without `follows_links`, so is any symbolic link (ELOOP).
+/// a FIFO that nobody reads is an error (ENXIO).
 ///
 /// # Errors
-/// Those of openat2(2).
-pub fn create(path: &Path, follows_links: bool) -> io::Result<File> {
+/// Those of open(2), or of openat2(2) if no link is to be followed.
+pub fn create(path: &Path, links: Links) -> io::Result<File> {
+    const MODE: libc::mode_t = 0o600;
     let path = CString::new(path.as_os_str().as_bytes())?;
     let access = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | libc::O_TRUNC;
     let flags = access | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-    // SAFETY: an all-zero open_how is valid; the string and the structure outlive the call.
+    // SAFETY: an all-zero open_how is valid; the string and the structure outlive the calls.
     let fd = unsafe {
-        let mut how: libc::open_how = zeroed();
-        how.flags = flags as u64;
-        how.mode = 0o600;
-        how.resolve = if follows_links { 0 } else { libc::RESOLVE_NO_SYMLINKS };
-        let size = size_of::<libc::open_how>();
-        libc::syscall(libc::SYS_openat2, libc::AT_FDCWD, path.as_ptr(), &raw const how, size)
+        match links {
+            Links::Any => libc::open(path.as_ptr(), flags, MODE),
+            Links::OfDirectories => libc::open(path.as_ptr(), flags | libc::O_NOFOLLOW, MODE),
+            Links::None => {
+                let mut how: libc::open_how = zeroed();
+                how.flags = flags as u64;
+                how.mode = MODE.into();
+                how.resolve = libc::RESOLVE_NO_SYMLINKS;
+                let size = size_of::<libc::open_how>();
+                let (at, how) = (libc::AT_FDCWD, &raw const how);
+                libc::syscall(libc::SYS_openat2, at, path.as_ptr(), how, size) as libc::c_int
+            }
+        }
     };
-    Ok(File::from(owned(check(fd as libc::c_int)?)))
+    Ok(File::from(owned(check(fd)?)))
 }
 
 /// Fills `buffer` from the kernel's random number generator.
