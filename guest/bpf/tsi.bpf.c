@@ -26,6 +26,7 @@
 #define SOCK_DGRAM 2
 #define AF_INET 2
 #define AF_INET6 10
+#define EADDRNOTAVAIL 99
 #define ENOBUFS 105
 #define ECONNREFUSED 111
 #define ETH_P_IP 0x0800
@@ -354,7 +355,7 @@ static __always_inline struct flow *find(__u32 id)
 /* ---- destinations -------------------------------------------------------------------------------
  *
  * Addresses that name flows are for the agent and these programs alone: nobody in the box may connect to one
- * or send to it, which would be another socket's flow. */
+ * or send to it, which would be another socket's flow, nor bind to one, and pose as somebody outside. */
 
 /* The kernel gives these fields only by constant offsets, so they are copied one by one. */
 static __always_inline struct ip read_ip6(const struct bpf_sock_addr *ctx)
@@ -438,11 +439,22 @@ SEC("cgroup/sendmsg6") int tsi_sendmsg6(struct bpf_sock_addr *ctx)
 	return send6(ctx, false);
 }
 
+SEC("cgroup/bind4") int tsi_bind4(struct bpf_sock_addr *ctx)
+{
+	return is_flow4(ctx->user_ip4) ? refuse(EADDRNOTAVAIL) : 1;
+}
+
+SEC("cgroup/bind6") int tsi_bind6(struct bpf_sock_addr *ctx)
+{
+	struct ip ip = read_ip6(ctx);
+
+	return id_of(&ip) >= 0 ? refuse(EADDRNOTAVAIL) : 1;
+}
+
 /* ---- sources and peers --------------------------------------------------------------------------
  *
- * Any program may bind to an address that names a flow, or send from it by IP_PKTINFO. So it counts only with
- * a port of the agent's, which ordinary users cannot have: two programs for bind() would cost every start more
- * than a millisecond. */
+ * An address that names a flow counts only with a port of the agent's, which ordinary users cannot have: any
+ * program may send from it by IP_PKTINFO. */
 
 static __always_inline bool is_agents_port(__u32 port, __u32 id)
 {

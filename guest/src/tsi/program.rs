@@ -229,7 +229,8 @@ impl Programs {
             }
         };
         for (name, program) in ebpf.programs_mut() {
-            if extent == Extent::Clients && !name.starts_with("tsi_getpeername") {
+            let for_clients = name.starts_with("tsi_getpeername") || name.starts_with("tsi_bind");
+            if extent == Extent::Clients && !for_clients {
                 continue;
             }
             attach(program, cgroup).map_err(|e| format!("attach {name}: {}", chain(&e)))?;

@@ -23,6 +23,7 @@ def attack(port):
             try:
                 with sockets(family, freebind) as bound:
                     bound.bind((ip, 0))
+                    print("bound", ip)
                     bound.sendto(b"forged", (target, port))
             except OSError:
                 pass
