@@ -29,6 +29,7 @@
 #define EADDRNOTAVAIL 99
 #define ENOBUFS 105
 #define ECONNREFUSED 111
+#define EHOSTUNREACH 113
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 
@@ -52,6 +53,8 @@
 #define DATAGRAM_MAX 4096
 #define EVENTS_LEN (256 * 1024)
 #define RESOLVERS 4
+#define PREFIXES_MAX 4096
+#define EXCEPTIONS 8
 
 struct ip {
 	__u32 word[4]; /* IPv6, or IPv4 as IPv4-mapped */
@@ -83,6 +86,7 @@ enum event_kind {
 	SYN,
 	RELEASED, /* a socket was closed */
 	REPLACED, /* a socket has a new flow in this one's place */
+	REFUSED,  /* a datagram, by what the host has said beforehand */
 };
 
 #define PACKET_MAX 128 /* IPv6 and TCP headers with all their options */
@@ -102,8 +106,27 @@ struct end_event {
 	__u64 cookie;
 };
 
+struct refused_event {
+	__u32 kind;
+	__u32 reserved;
+	struct flow flow; /* that it would have had */
+};
+
+/* Key of a trie. */
+struct prefix {
+	__u32 len;
+	struct ip ip;
+};
+
+/* What becomes of datagrams to a prefix. */
+struct outlook {
+	__u16 refused;            /* 0 or 1 */
+	__u16 except[EXCEPTIONS]; /* ports at which it is the other way round, big-endian; or 0 */
+};
+
 _Static_assert(sizeof(struct flow) == 32 && sizeof(struct syn_event) == 176 &&
-		       sizeof(struct end_event) == 16,
+		       sizeof(struct end_event) == 16 && sizeof(struct refused_event) == 40 &&
+		       sizeof(struct outlook) == 2 + 2 * EXCEPTIONS && EXCEPTIONS == 8,
 	       "as in program.rs");
 
 struct map_def {
@@ -122,6 +145,8 @@ MAP(sockets, HASH, sizeof(__u64), sizeof(__u32), CONNECTED_MAX, BPF_F_NO_PREALLO
 /* The same two for datagrams of sockets that are not connected. What is not used is forgotten. */
 MAP(datagram_flows, LRU_HASH, sizeof(__u32), sizeof(struct flow), DATAGRAM_MAX, 0);
 MAP(datagram_ids, LRU_HASH, sizeof(struct datagram_key), sizeof(__u32), DATAGRAM_MAX, 0);
+/* what the host has said beforehand */
+MAP(outlooks, LPM_TRIE, sizeof(struct prefix), sizeof(struct outlook), PREFIXES_MAX, BPF_F_NO_PREALLOC);
 /* last id given out, per kind */
 MAP(last_ids, ARRAY, sizeof(__u32), sizeof(__u32), 2, 0);
 #ifdef WITH_RESOLVERS
@@ -310,6 +335,25 @@ static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struc
 	return 0;
 }
 
+/* Whether the host has said beforehand that it carries no datagrams to there. Nothing else tells a socket that is
+ * not connected of the first one: the host answers when it has been sent. */
+static __always_inline bool is_refused(const struct ip *ip, __u32 port)
+{
+	struct prefix key = { .len = 128, .ip = *ip };
+	struct outlook *outlook = bpf_map_lookup_elem(&outlooks, &key);
+	__u64 low = 1, high = 1;
+
+	if (!outlook)
+		return false;
+	/* 0 if it is one of the four. */
+#pragma unroll
+	for (int i = 0; i < EXCEPTIONS / 2; i++) {
+		low *= outlook->except[i] ^ port;
+		high *= outlook->except[EXCEPTIONS / 2 + i] ^ port;
+	}
+	return (low && high) == outlook->refused;
+}
+
 /* sendto(): the socket has a flow per destination. 0: there is none, for this reason. */
 static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct ip *ip, int *why)
 {
@@ -335,6 +379,14 @@ static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const stru
 		*why = old->error;
 		old->error = 0;
 		return *why ? 0 : *known;
+	}
+	if (is_refused(ip, key.port)) {
+		struct refused_event event = { .kind = REFUSED, .flow = flow };
+
+		/* For the host to count. */
+		bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+		*why = EHOSTUNREACH;
+		return 0;
 	}
 	*why = ENOBUFS;
 	id = new_id(&datagram_flows, KIND_DATAGRAM, &flow);

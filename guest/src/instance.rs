@@ -5,7 +5,7 @@
 //! Everything here has been checked by the host's `Plan`; the agent only reports what the guest's
 //! own file system makes impossible.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +41,9 @@ pub struct Instance {
     pub exec_workdir: String,
     /// How the box is on the network.
     pub networking: Networking,
+    /// Where the host carries no datagrams to, as far as that is known beforehand: for an address the longest
+    /// prefix counts.
+    pub datagrams: Vec<Prefix>,
     /// How often the host repeats a SYN, where that is not Linux's default: connect(2) times out in
     /// the guest when it does on the host (tcp(7), `tcp_syn_retries`).
     pub syn_retries: Option<u8>,
@@ -64,6 +67,23 @@ pub enum Networking {
         ip6: bool,
     },
 }
+
+/// Addresses with a common prefix, and what becomes of datagrams to them from sockets without a network of the box's
+/// own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prefix {
+    /// The first of them, IPv4 as IPv4-mapped.
+    pub ip: Ipv6Addr,
+    /// How many bits they have in common.
+    pub len: u8,
+    /// Whether the host refuses them.
+    pub refused: bool,
+    /// Ports at which it is the other way round, at most [`MAX_EXCEPTIONS`].
+    pub except: Vec<u16>,
+}
+
+/// How many ports of a [`Prefix`] have room in the guest's kernel.
+pub const MAX_EXCEPTIONS: usize = 8;
 
 /// The network interface `eth0`. Its MTU is the device's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

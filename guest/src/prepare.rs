@@ -52,7 +52,8 @@ pub fn prepare() -> Result<Prepared, String> {
     net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.
     let Instance { networking, syn_retries, published, .. } = instance;
-    let needs = Needs { networking, syn_retries, published };
+    let datagrams = instance.datagrams.clone();
+    let needs = Needs { networking, datagrams, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;

@@ -8,8 +8,10 @@ use super::guest_init::{GuestInit, MainProcess};
 use super::limits;
 use super::name_servers;
 use super::network::Networking;
+use crate::policy::rules::Cidr;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
+use crate::sys::routes::Routes;
 
 /// Longest host name in bytes (`HOST_NAME_MAX`, gethostname(2)).
 const MAX_HOSTNAME: usize = 64;
@@ -96,6 +98,10 @@ pub(super) fn plan(
             Networking::Own(network) => instance::Networking::Own(network.interface),
             Networking::Hosts(_) => instance::Networking::Hosts { ip6: host_has_global_ip6() },
         },
+        datagrams: match networking {
+            Networking::Own(_) => Vec::new(),
+            Networking::Hosts(policy) => policy.datagrams(&addresses_of_host()),
+        },
         syn_retries: unusual_syn_retries(),
         published: !spec.port_map.is_empty(),
         security,
@@ -109,6 +115,12 @@ fn host_has_global_ip6() -> bool {
     const GLOBAL: &str = "00";
     let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
     addresses.lines().any(|line| line.split_whitespace().nth(SCOPE_COLUMN) == Some(GLOBAL))
+}
+
+/// Its addresses, as far as it can be asked: the policy asks again at each connection.
+fn addresses_of_host() -> Vec<Cidr> {
+    let local = Routes::open().and_then(|routes| routes.local());
+    local.unwrap_or_default().into_iter().map(|(first, len)| Cidr::new(first, len)).collect()
 }
 
 /// How often this host repeats a SYN, if that is not Linux's default.

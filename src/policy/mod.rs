@@ -13,8 +13,10 @@
 //!   one on loopback or another of its addresses. Rules bind them too.
 //!
 //! [`Policy`] decides, and is a pure function of the destination and of whether it is local to the host;
-//! [`filter::Filter`] asks the host that, and counts [`refusals`].
+//! [`filter::Filter`] asks the host that, and counts [`refusals`]. [`Policy::datagrams`] says beforehand what it can of
+//! datagrams.
 
+mod datagrams;
 pub mod destination;
 pub mod filter;
 pub mod refusals;
@@ -183,15 +185,13 @@ impl Policy {
         destination: Destination,
         is_local: impl Fn(IpAddr) -> Result<bool, i32>,
     ) -> Result<(), Refusal> {
-        let Destination { protocol, ip, port } = destination;
-        let is_resolver = protocol.is_some()
-            && self.resolvers.iter().any(|known| known.ip() == ip && known.port() == port);
+        let Destination { protocol, ip, .. } = destination;
         let spellings: Vec<IpAddr> =
             [ip].into_iter().chain(spelling::embedded(ip).into_iter().map(IpAddr::V4)).collect();
         // What is denied anyway needs no route.
         self.apply_rules(destination, &spellings, &[])?;
         // The floor is about services, which have ports.
-        if is_resolver || protocol.is_none() {
+        if self.is_resolver(destination) || protocol.is_none() {
             return Ok(());
         }
         if spellings.iter().any(|ip| self.is_loopback(*ip)) {
@@ -218,31 +218,22 @@ impl Policy {
             || matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
     }
 
-    /// Finds the first rule about a destination with these spellings, of which some are on the floor.
+    /// As [`Rules::apply`], with the errno.
     fn apply_rules(
         &self,
         destination: Destination,
         spellings: &[IpAddr],
         on_floor: &[IpAddr],
     ) -> Result<(), Refusal> {
-        let decisive = self.rules.rules.iter().find(|rule| match rule.action {
-            Action::Deny => spellings.iter().any(|spelling| rule.matches(destination, *spelling)),
-            // Who allows an IPv4 address does not mean every IPv6 address that could be read as that one: some
-            // of these are anybody's.
-            Action::Allow => {
-                rule.matches(destination, destination.ip)
-                    && on_floor.iter().all(|ip| rule.to.names(*ip))
-            }
-        });
-        let action = match decisive {
-            Some(rule) => rule.action,
-            None if on_floor.is_empty() => self.rules.default,
-            None => Action::Deny,
-        };
-        match action {
+        match self.rules.apply(destination, spellings, on_floor) {
             Action::Allow => Ok(()),
             Action::Deny => Err(refused(destination.protocol)),
         }
+    }
+
+    fn is_resolver(&self, Destination { protocol, ip, port }: Destination) -> bool {
+        let is_known = |known: &SocketAddr| known.ip() == ip && known.port() == port;
+        protocol.is_some() && self.resolvers.iter().any(is_known)
     }
 
     /// The host's name server for a loopback address: the one with this address, or else the first.

@@ -42,13 +42,19 @@ impl fmt::Display for Action {
 }
 
 /// The addresses with a common prefix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Cidr {
     first: IpAddr,
     prefix_len: u8,
 }
 
 impl Cidr {
+    /// Those that have so many bits in common with this one.
+    pub fn new(ip: IpAddr, prefix_len: u8) -> Cidr {
+        let prefix_len = prefix_len.min(Cidr::max_len(ip));
+        Cidr { first: masked(ip, prefix_len), prefix_len }
+    }
+
     /// How long a prefix can be in this family.
     fn max_len(ip: IpAddr) -> u8 {
         if ip.is_ipv4() { 32 } else { 128 }
@@ -57,6 +63,11 @@ impl Cidr {
     /// Its first address.
     pub fn first(&self) -> IpAddr {
         self.first
+    }
+
+    /// How many bits its addresses have in common.
+    pub fn prefix_len(&self) -> u8 {
+        self.prefix_len
     }
 
     /// Whether this is a single address.
@@ -117,7 +128,7 @@ impl FromStr for Cidr {
                 .filter(|len| *len <= max && len_is_plain(text))
                 .ok_or_else(|| format!("/{len} is no prefix length, must be from 0 to {max}"))?,
         };
-        let cidr = Cidr { first: masked(first, prefix_len), prefix_len };
+        let cidr = Cidr::new(first, prefix_len);
         if cidr.first != first {
             return Err(format!("{text} has bits set after its prefix; write {cidr}"));
         }
@@ -227,6 +238,31 @@ pub struct Rules {
     pub rules: Vec<Rule>,
     /// For what none of them is about.
     pub default: Action,
+}
+
+impl Rules {
+    /// What the first rule about a destination with these spellings says, of which some are on the floor.
+    pub(super) fn apply(
+        &self,
+        destination: Destination,
+        spellings: &[IpAddr],
+        on_floor: &[IpAddr],
+    ) -> Action {
+        let decisive = self.rules.iter().find(|rule| match rule.action {
+            Action::Deny => spellings.iter().any(|spelling| rule.matches(destination, *spelling)),
+            // Who allows an IPv4 address does not mean every IPv6 address that could be read as that one: some
+            // of these are anybody's.
+            Action::Allow => {
+                rule.matches(destination, destination.ip)
+                    && on_floor.iter().all(|ip| rule.to.names(*ip))
+            }
+        });
+        match decisive {
+            Some(rule) => rule.action,
+            None if on_floor.is_empty() => self.default,
+            None => Action::Deny,
+        }
+    }
 }
 
 impl Default for Rules {

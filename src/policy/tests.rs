@@ -1,5 +1,7 @@
 //! What policies allow.
 
+use mote_agent::instance::Prefix;
+
 use super::*;
 
 const HOST: &str = "# a comment\nsearch example.org\nnameserver 127.0.0.53\n\
@@ -243,4 +245,80 @@ fn on_a_network_of_its_own_the_gateway_is_the_host() {
     assert!(admits(&policy(&[gateway], &[]), udp, 53));
     assert!(!admits(&policy(&[], &["allow:10.88.0.1:tcp:80"]), tcp, 80));
     assert!(!admits(&policy(&[], &["deny:10.88.0.0/24"]), None, 0));
+}
+
+/// What the guest's kernel says of a datagram to there.
+fn is_refused_beforehand(prefixes: &[Prefix], destination: SocketAddr) -> bool {
+    let ip = match destination.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let common = |prefix: &&Prefix| {
+        (prefix.ip.to_bits() ^ ip.to_bits()).leading_zeros() >= prefix.len.into()
+    };
+    let longest = prefixes.iter().filter(common).max_by_key(|prefix| prefix.len);
+    longest.is_some_and(|prefix| prefix.refused ^ prefix.except.contains(&destination.port()))
+}
+
+#[test]
+fn datagrams_are_refused_beforehand_where_they_are_refused() {
+    let ips = [
+        "127.0.0.53",
+        "::1",
+        "198.51.100.1",
+        "2001:db8:5::1",
+        "10.9.8.7",
+        "10.9.8.6",
+        "10.9.0.1",
+        "10.0.0.1",
+        "169.254.169.254",
+        "169.254.10.1",
+        "192.0.2.53",
+        "192.0.2.1",
+        "2001:db8::53",
+        "2001:db8::1",
+        "2001:db9::1",
+        "fd00:ec2::254",
+    ];
+    let of_host = ["198.51.100.1", "2001:db8:5::1", "10.9.8.7", "127.0.0.0/8", "::1"]
+        .map(|cidr| cidr.parse().expect("a prefix"));
+    let allow = Action::Allow;
+    for (rules, default) in [
+        (&[][..], allow),
+        (&[], Action::Deny),
+        (&["deny:10.0.0.0/8", "allow:10.9.8.0/24"], allow),
+        (&["allow:10.9.8.0/24", "deny:10.0.0.0/8:udp", "allow:10.0.0.0/8"], allow),
+        (&["allow:10.9.8.7:udp:9", "deny:10.9.0.0/16:udp:7777"], allow),
+        (&["allow:0.0.0.0/0:udp:53", "allow:10.9.8.7:tcp:9", "allow:2000::/3"], Action::Deny),
+        (&["deny:0.0.0.0/0:udp:53", "deny:192.0.2.53:udp:9", "allow:169.254.0.0/16:udp"], allow),
+        (&["allow:169.254.10.0/24:udp:9", "deny:169.254.10.0/24:udp:7777"], allow),
+        (&["deny:::/0"], allow),
+        (&["allow:::/0"], Action::Deny),
+        (&["deny:2001:db8::/32:udp:53", "allow:2001:db8:5::1", "allow:192.0.2.53"], Action::Deny),
+    ] {
+        let policy = with_rules(HOST, rules, default);
+        let prefixes = policy.datagrams(&of_host);
+        for (ip, port) in ips.iter().flat_map(|ip| [53, 9, 7777].map(|port| (ip, port))) {
+            let destination = SocketAddr::new(ip.parse().expect("an address"), port);
+            let beforehand = is_refused_beforehand(&prefixes, destination);
+            let refused = policy.resolve(Protocol::Udp, destination, is_local).is_err();
+            // What loopback stands for, only the host knows.
+            let expected = refused && !destination.ip().is_loopback();
+            assert_eq!(beforehand, expected, "{destination} by {rules:?}");
+        }
+    }
+}
+
+#[test]
+fn what_has_no_room_in_the_guest_is_left_to_the_host() {
+    let rules: Vec<String> = (1..=9)
+        .map(|port| format!("deny:10.0.0.0/8:udp:{port}"))
+        .chain(["deny:0.0.0.0/0:udp:1".into()])
+        .collect();
+    let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
+    let policy = with_rules("", &rules, Action::Allow);
+    let prefixes = policy.datagrams(&[]);
+    assert!(is_refused_beforehand(&prefixes, address("192.0.2.1:1")));
+    assert!(!is_refused_beforehand(&prefixes, address("10.0.0.7:1")));
+    assert!(policy.resolve(Protocol::Udp, address("10.0.0.7:1"), is_local).is_err());
 }

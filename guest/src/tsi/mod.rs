@@ -27,17 +27,19 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use mote_agent::instance::Networking;
+use mote_agent::instance::{Networking, Prefix};
 
 use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
 use crate::sys::{self, ExitStatus, Reaped, net};
 
 /// What the box needs of TSI.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Needs {
     /// How it is on the network.
     pub networking: Networking,
+    /// Where the host carries no datagrams to.
+    pub datagrams: Vec<Prefix>,
     /// How often the host repeats a SYN, if not as often as usual.
     pub syn_retries: Option<u8>,
     /// It has published ports.
@@ -110,7 +112,7 @@ impl Tsi {
             .chain(sockets.descriptors())
             .collect();
         let pid = sys::fork(&keep, NAME, || {
-            serve(*needs, cgroup.as_fd(), resolvers, sockets, &end, &outcome_end);
+            serve(needs, cgroup.as_fd(), resolvers, sockets, &end, &outcome_end);
         })?;
         self.process =
             Some(Process { pid, lifeline: Some(lifeline), outcome: File::from(outcome) });
@@ -160,7 +162,7 @@ impl Tsi {
 
 /// The process: sets everything up, says so, and carries connections until the lifeline ends.
 fn serve(
-    needs: Needs,
+    needs: &Needs,
     cgroup: BorrowedFd<'_>,
     resolvers: &[Ipv6Addr],
     sockets: &Sockets,
@@ -185,7 +187,7 @@ fn serve(
 
 /// Sets everything up, and returns what the process works with.
 fn set_up(
-    needs: Needs,
+    needs: &Needs,
     cgroup: BorrowedFd<'_>,
     resolvers: &[Ipv6Addr],
     sockets: &Sockets,
@@ -206,7 +208,7 @@ fn set_up(
     let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
     let extent = if needs.is_outgoing() { Extent::Everything } else { Extent::Clients };
     // Last, so that whatever is redirected finds its listener.
-    let programs = Programs::attach(cgroup, extent, resolvers)?;
+    let programs = Programs::attach(cgroup, extent, resolvers, &needs.datagrams)?;
     Ok((programs, sockets))
 }
 

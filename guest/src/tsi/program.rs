@@ -4,10 +4,12 @@
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+use aya::maps::lpm_trie::{Key as TrieKey, LpmTrie};
 use aya::maps::{HashMap, MapData, RingBuf};
 use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr};
 use aya::{Ebpf, EbpfLoader};
 use mote_agent::flow::Protocol;
+use mote_agent::instance::{MAX_EXCEPTIONS, Prefix};
 
 /// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
 pub const AGENT_PORT: u16 = 1;
@@ -39,6 +41,9 @@ const FLOW_ERROR: usize = 28;
 const STATE_NEW: u8 = 0;
 const STATE_OPEN: u8 = 2;
 
+/// `struct outlook`, as bytes.
+type RawOutlook = [u8; 2 + 2 * MAX_EXCEPTIONS];
+
 /// `struct syn_event`, as bytes.
 const SYN_LEN: usize = 176;
 const SYN_FLOW: usize = 8;
@@ -47,10 +52,14 @@ const SYN_PACKET: usize = 44;
 const PACKET_MAX: usize = 128;
 /// `struct end_event`, as bytes.
 const END_LEN: usize = 16;
-/// `SYN`, `RELEASED`, `REPLACED`.
+/// `struct refused_event`, as bytes.
+const REFUSED_LEN: usize = 40;
+const REFUSED_FLOW: usize = 8;
+/// `SYN`, `RELEASED`, `REPLACED`, `REFUSED`.
 const EVENT_SYN: u32 = 0;
 const EVENT_RELEASED: u32 = 1;
 const EVENT_REPLACED: u32 = 2;
+const EVENT_REFUSED: u32 = 3;
 
 /// Names a flow, in the address that stands for its destination. 22 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -149,6 +158,8 @@ pub enum Event {
     },
     /// A socket has got a new flow in the place of this one.
     Replaced(Id),
+    /// A datagram was refused, by what the host has said beforehand.
+    Refused(Original),
 }
 
 impl Event {
@@ -167,6 +178,10 @@ impl Event {
                 Some(Event::Released { id: (id != 0).then_some(Id(id)), cookie })
             }
             (EVENT_REPLACED, END_LEN) => Some(Event::Replaced(Id(id))),
+            (EVENT_REFUSED, REFUSED_LEN) => {
+                let flow: &RawFlow = raw[REFUSED_FLOW..].try_into().ok()?;
+                Some(Event::Refused(Original::from_raw(flow)?))
+            }
             _ => None,
         }
     }
@@ -195,6 +210,7 @@ pub struct Programs {
 impl Programs {
     /// Loads the programs and attaches them to a cgroup. `resolvers` are the loopback addresses that
     /// stand for the host's resolver (IPv4 as IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not.
+    /// `prefixes` say where no datagrams may go.
     ///
     /// # Errors
     /// If the kernel refuses the programs or their maps, or to attach them.
@@ -202,6 +218,7 @@ impl Programs {
         cgroup: BorrowedFd<'_>,
         extent: Extent,
         resolvers: &[Ipv6Addr],
+        prefixes: &[Prefix],
     ) -> Result<Self, String> {
         const PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
         const WITH_RESOLVERS: &[u8] =
@@ -216,7 +233,7 @@ impl Programs {
         let connected = HashMap::try_from(take("flows")?).map_err(failed)?;
         let datagrams = HashMap::try_from(take("datagram_flows")?).map_err(failed)?;
         let events = RingBuf::try_from(take("events")?).map_err(failed)?;
-        // Open until the programs that refer to it are loaded.
+        // Open until the programs that refer to them are loaded.
         let _known = match resolvers {
             [] => None,
             _ => {
@@ -228,6 +245,13 @@ impl Programs {
                 Some(known)
             }
         };
+        let outlooks = take("outlooks")?;
+        let mut outlooks =
+            LpmTrie::<_, [u8; 16], RawOutlook>::try_from(outlooks).map_err(failed)?;
+        for prefix in prefixes {
+            let key = TrieKey::new(prefix.len.into(), prefix.ip.octets());
+            outlooks.insert(&key, outlook(prefix), 0).map_err(failed)?;
+        }
         for (name, program) in ebpf.programs_mut() {
             let for_clients = name.starts_with("tsi_getpeername") || name.starts_with("tsi_bind");
             if extent == Extent::Clients && !for_clients {
@@ -304,6 +328,15 @@ impl Programs {
     }
 }
 
+fn outlook(prefix: &Prefix) -> RawOutlook {
+    let mut raw = [0; size_of::<RawOutlook>()];
+    raw[..2].copy_from_slice(&u16::from(prefix.refused).to_ne_bytes());
+    for (place, port) in raw[2..].chunks_exact_mut(2).zip(&prefix.except) {
+        place.copy_from_slice(&port.to_be_bytes());
+    }
+    raw
+}
+
 fn attach(
     program: &mut aya::programs::Program,
     cgroup: BorrowedFd<'_>,
@@ -377,6 +410,13 @@ mod tests {
         let syn = Event::Syn { id: Id(9), original, packet: vec![0x45, 1] };
         assert_eq!(Event::from_raw(&event), Some(syn));
         assert_eq!(Event::from_raw(&event[1..]), None);
+
+        let (ip, except) = (Ipv6Addr::LOCALHOST, vec![53, 443]);
+        let raw_outlook = outlook(&Prefix { ip, len: 128, refused: true, except });
+        assert_eq!(raw_outlook[..8], [1, 0, 0, 53, 1, 187, 0, 0]);
+
+        let refused = [&[3, 0, 0, 0, 0, 0, 0, 0][..], &raw].concat();
+        assert_eq!(Event::from_raw(&refused), Some(Event::Refused(original)));
 
         let mut event = [1, 0, 0, 0, 9, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0];
         let released = Event::Released { id: Some(Id(9)), cookie: 7 };

@@ -1,7 +1,9 @@
-"""Says what becomes of a connection to each address, by TCP and by UDP, and of a datagram from a socket that
-is not connected, at last (the host has to be asked once).
+"""Says what becomes of a connection to each address, by TCP and by UDP, and of the first datagram from a socket that
+is not connected.
 
-    reach.py PORT [connected] ADDRESS..."""
+    reach.py PORT [connected | patient] ADDRESS...
+
+connected: by connected sockets alone. patient: datagrams are sent until one is answered or fails."""
 
 import errno, socket, sys
 
@@ -17,8 +19,8 @@ def outcome(attempt):
 
 
 port = int(sys.argv[1])
-only_connected = sys.argv[2] == "connected"
-for address in sys.argv[2 + only_connected:]:
+option = sys.argv[2] if sys.argv[2] in ("connected", "patient") else None
+for address in sys.argv[3 if option else 2:]:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
 
     def tcp():
@@ -36,8 +38,8 @@ for address in sys.argv[2 + only_connected:]:
 
     def unconnected():
         with socket.socket(family, socket.SOCK_DGRAM) as s:
-            s.settimeout(1)
-            for _ in range(60):
+            s.settimeout(1 if option == "patient" else 100)
+            for _ in range(60 if option == "patient" else 1):
                 try:
                     s.sendto(b"x", (address, port))
                     assert s.recvfrom(9)[0] == b"x"
@@ -46,5 +48,5 @@ for address in sys.argv[2 + only_connected:]:
                     pass
             raise TimeoutError
 
-    ways = [tcp, udp] if only_connected else [tcp, udp, unconnected]
+    ways = [tcp, udp] if option == "connected" else [tcp, udp, unconnected]
     print(address, *map(outcome, ways))

@@ -206,6 +206,7 @@ impl Relay {
                 }
                 Some(Event::Released { id, cookie }) => self.released(id, cookie),
                 Some(Event::Replaced(id)) => self.replaced(id),
+                Some(Event::Refused(original)) => self.udp.refused(original, &mut self.shared),
                 None => return,
             }
         }

@@ -42,7 +42,8 @@ struct Ends {
 #[derive(Debug)]
 struct Flow {
     datagrams: Datagrams,
-    ends: Ends,
+    /// `None` for one that was refused before it began: it goes to the host only to be counted.
+    ends: Option<Ends>,
     /// Names the application's socket.
     cookie: u64,
     /// Nothing more comes from the application.
@@ -107,15 +108,34 @@ impl Udp {
     }
 
     fn begin(&mut self, ends: Ends, now: Instant, shared: &mut Shared) -> Option<Key> {
-        let Original { cookie, destination, protocol } = shared.programs.original(ends.id)?;
+        let original = shared.programs.original(ends.id)?;
+        let key = self.place(original, Some(ends), now, shared)?;
+        self.by_ends.insert(ends, key);
+        self.by_cookie.entry(original.cookie).or_default().push(key);
+        Some(key)
+    }
+
+    /// Connects to the host.
+    fn place(
+        &mut self,
+        Original { cookie, destination, protocol }: Original,
+        ends: Option<Ends>,
+        now: Instant,
+        shared: &mut Shared,
+    ) -> Option<Key> {
         let vsock = net::vsock_connect(FLOW_PORT).ok()?;
         let key = shared.place(&mut self.flows, vsock.as_raw_fd()).ok()?;
         let datagrams = Datagrams::new(vsock, Request { protocol, destination }.encode(), now);
-        self.by_ends.insert(ends, key);
-        self.by_cookie.entry(cookie).or_default().push(key);
-        self.flows.put(key, Flow { datagrams, ends, cookie, released: false, queued: false });
+        let released = ends.is_none();
+        self.flows.put(key, Flow { datagrams, ends, cookie, released, queued: false });
         shared.limit_time();
         Some(key)
+    }
+
+    /// An application was refused a datagram. The host says so again, and counts it.
+    pub fn refused(&mut self, original: Original, shared: &mut Shared) {
+        // One for which there is no room is not counted.
+        let _ = self.place(original, None, Instant::now(), shared);
     }
 
     /// Serves a flow.
@@ -139,7 +159,9 @@ impl Udp {
     fn forget(&mut self, key: Key) {
         let Some(Flow { ends, cookie, .. }) = self.flows.take(key) else { return };
         self.flows.remove(key);
-        self.by_ends.remove(&ends);
+        if let Some(ends) = ends {
+            self.by_ends.remove(&ends);
+        }
         if let Some(keys) = self.by_cookie.get_mut(&cookie) {
             keys.retain(|known| *known != key);
             if keys.is_empty() {
@@ -193,25 +215,27 @@ impl Udp {
 impl Flow {
     /// Moves what can be moved, `socket` being the one to the applications; `false` at the flow's end.
     fn step(&mut self, key: Key, socket: &UdpSocket, shared: &mut Shared) -> bool {
-        let Ends { id, source } = self.ends;
         let Shared { scratch, injector, programs, .. } = shared;
-        let received = self.datagrams.receive(scratch, Instant::now(), |received| match received {
-            Received::Datagram(bytes) => {
-                let from = if source.ip().to_ipv4_mapped().is_some() {
-                    id.ip4().to_ipv6_mapped()
-                } else {
-                    id.ip6()
-                };
-                // As on any network, a receiver without room loses it.
-                let _ = net::send_datagram(socket, bytes, from, source);
-            }
-            Received::Error(errno) => tell_sender(self.ends, errno, injector),
-            Received::Refused(errno) => {
-                tell_sender(self.ends, errno, injector);
-                // As ICMP over IPv4 would say it.
-                let is_prohibited = i32::from(errno) == libc::EACCES;
-                let errno = if is_prohibited { libc::EHOSTUNREACH as u16 } else { errno };
-                programs.refuse(id, errno);
+        let received = self.datagrams.receive(scratch, Instant::now(), |received| {
+            let Some(ends @ Ends { id, source }) = self.ends else { return };
+            match received {
+                Received::Datagram(bytes) => {
+                    let from = if source.ip().to_ipv4_mapped().is_some() {
+                        id.ip4().to_ipv6_mapped()
+                    } else {
+                        id.ip6()
+                    };
+                    // As on any network, a receiver without room loses it.
+                    let _ = net::send_datagram(socket, bytes, from, source);
+                }
+                Received::Error(errno) => tell_sender(ends, errno, injector),
+                Received::Refused(errno) => {
+                    tell_sender(ends, errno, injector);
+                    // As ICMP over IPv4 would say it.
+                    let is_prohibited = i32::from(errno) == libc::EACCES;
+                    let errno = if is_prohibited { libc::EHOSTUNREACH as u16 } else { errno };
+                    programs.refuse(id, errno);
+                }
             }
         });
         let sent = self.datagrams.flush();
