@@ -465,6 +465,9 @@ static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
 	if (!id)
 		return refuse(why);
+	/* Read again: a family that is known from the beginning on would have the verifier walk all of the above twice. */
+	barrier();
+	ip = read_ip6(ctx);
 	ip = flow_ip(id, is_mapped(&ip));
 	write_ip6(ctx, &ip);
 	ctx->user_port = AGENT_PORT;
