@@ -87,7 +87,8 @@ pub struct FileRequest {
     #[serde(default)]
     pub data: Option<String>,
     /// mote's own: start of this part. An upload of another part than the first neither creates nor
-    /// empties the file.
+    /// empties the file, and one of any part creates no directory. One of a whole file, without `offset`,
+    /// creates those that its path names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
     /// mote's own: most bytes to download. Without it a file that does not fit is an error.

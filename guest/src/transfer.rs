@@ -28,7 +28,11 @@ fn upload(request: &FileRequest) -> Result<FileResponse, String> {
     options.write(true).custom_flags(libc::O_NONBLOCK);
     if offset == 0 {
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(text)?;
+            match request.offset {
+                None => fs::create_dir_all(parent).map_err(text)?,
+                Some(_) if parent.exists() => {}
+                Some(_) => return Err(format!("no such directory: {}", parent.display())),
+            }
         }
         options.create(true).truncate(true);
     }
@@ -107,10 +111,17 @@ mod tests {
     fn files_go_in_and_out_whole_and_in_parts() {
         let dir = std::env::temp_dir().join(format!("mote-agent-{}", std::process::id()));
         let path = dir.join("new/file");
-        let up = carry_out(&FileRequest {
+        let first = FileRequest {
+            offset: Some(0),
             mode: Some(0o640),
             ..request(FileOp::Upload, &path, Some(b"hello"))
-        });
+        };
+        // In parts, the caller is somebody who wants to be told of a directory that is not there.
+        let expected = format!("{}: no such directory: {}/new", path.display(), dir.display());
+        assert_eq!(carry_out(&first).error, Some(expected));
+        assert!(!dir.exists());
+        assert!(carry_out(&request(FileOp::Upload, &path, Some(b"whole"))).success);
+        let up = carry_out(&first);
         assert_eq!(up, FileResponse { success: true, size: 5, ..FileResponse::default() });
         let part = FileRequest { offset: Some(5), ..request(FileOp::Upload, &path, Some(b"!")) };
         assert!(carry_out(&part).success);

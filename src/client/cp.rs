@@ -154,17 +154,19 @@ impl Cp {
 
     fn download(&self, from: &str, to: &Path, stdio: &Stdio) -> Result<(), Stop> {
         exec::knock(&self.target)?;
-        let destination = Destination::open(from, to, stdio).map_err(Stop::Refused)?;
-        let mut offset = 0;
-        loop {
+        let ask = |offset, signals: Option<&File>| {
             let request = FileRequest {
                 offset: Some(offset),
                 length: Some(PART as u64),
                 ..file_request(FileOp::Download, from)
             };
-            let reply = self
-                .ask(&request, destination.signals())
-                .map_err(|stop| stop.context(format!("download :{from}")))?;
+            self.ask(&request, signals).map_err(|stop| stop.context(format!("download :{from}")))
+        };
+        // What the guest refuses is told before what is wrong with the destination, and leaves nothing there.
+        let mut reply = ask(0, None)?;
+        let destination = Destination::open(from, to, stdio).map_err(Stop::Refused)?;
+        let mut offset = 0;
+        loop {
             let data = from_base64(reply.data.as_deref().unwrap_or_default())
                 .map_err(|error| anyhow!("download :{from}: {error}"))?;
             let in_parts = reply.mode.is_some() && data.len() <= PART;
@@ -176,6 +178,7 @@ impl Cp {
             if !in_parts || data.len() < PART {
                 return destination.finish(reply.mode).map_err(Stop::Refused);
             }
+            reply = ask(offset, destination.signals())?;
         }
     }
 
@@ -197,9 +200,10 @@ impl Cp {
                     return Ok(reply);
                 }
                 let reason = reply.error.unwrap_or_else(|| "no reason given".into());
-                let hint = match reason.to_lowercase().contains("is a directory") {
-                    true => DIRECTORY_HINT,
-                    false => "",
+                let hint = match members.op {
+                    _ if !reason.to_lowercase().contains("is a directory") => "",
+                    FileOp::Upload => UPLOAD_HINT,
+                    FileOp::Download => DOWNLOAD_HINT,
                 };
                 Err(Stop::Refused(anyhow!("{reason}{hint}")))
             }
@@ -211,8 +215,8 @@ impl Cp {
     }
 }
 
-const DIRECTORY_HINT: &str = " (end its path with / to copy into it; for all that is in it, use \
-    mote exec SOCKET -- tar)";
+const UPLOAD_HINT: &str = " (end its path with / to copy into it)";
+const DOWNLOAD_HINT: &str = " (for all that is in it, use mote exec SOCKET -- tar -c -C DIR .)";
 
 fn no_parts(path: &str) -> Stop {
     Stop::Refused(anyhow!(
@@ -275,7 +279,8 @@ impl Destination {
             return Ok(Destination { sink, path: "standard output".into(), partial: None });
         }
         let mut path = to.to_path_buf();
-        if path.is_dir() {
+        let into_directory = path.is_dir();
+        if into_directory {
             path.push(Path::new(from).file_name().context("the guest's path names no file")?);
         }
         match fs::metadata(&path) {
@@ -289,8 +294,11 @@ impl Destination {
             Ok(_) => path = fs::canonicalize(&path).context("follow the destination's links")?,
             Err(_) => {
                 let shown = path.display();
-                let directory = to.as_os_str().as_encoded_bytes().ends_with(b"/");
-                ensure!(!directory, "{shown} is no directory; create it first");
+                let names_directory = to.as_os_str().as_encoded_bytes().ends_with(b"/");
+                ensure!(
+                    into_directory || !names_directory,
+                    "{shown} is no directory; create it first"
+                );
                 let link = fs::symlink_metadata(&path).is_ok();
                 ensure!(!link, "{shown} is a link to something that is not there");
             }
@@ -461,13 +469,16 @@ mod tests {
         let (link, file) = (here.join("link"), here.join("file"));
         fs::write(&file, "old").expect("written");
         std::os::unix::fs::symlink("file", &link).expect("linked");
-        let agent = guest(b"new".to_vec()).agent("replacing", 6);
+        let agent = guest(b"new".to_vec()).agent("replacing", 8);
         assert_eq!(run(&agent, down("/f", &link)), (0, String::new()));
         assert!(fs::symlink_metadata(&link).expect("there").is_symlink());
         assert_eq!((fs::read(&file).expect("there"), mode_of(&file)), (b"new".to_vec(), 0o640));
-        // Into a directory, and to a device.
-        assert_eq!(run(&agent, down("/etc/f", &here)), (0, String::new()));
-        assert_eq!(fs::read(here.join("f")).expect("there"), b"new");
+        // Into a directory, however that is written, and to a device.
+        for (name, directory) in [("f", here.clone()), ("g", here.join(""))] {
+            let from = format!("/etc/{name}");
+            assert_eq!(run(&agent, down(&from, &directory)), (0, String::new()));
+            assert_eq!(fs::read(here.join(name)).expect("there"), b"new");
+        }
         assert_eq!(run(&agent, down("/f", Path::new("/dev/null"))), (0, String::new()));
         agent.join();
         fs::remove_dir_all(here).expect("removed");
@@ -484,6 +495,19 @@ mod tests {
         assert_eq!(fs::read_dir(&here).expect("there").count(), 1);
         agent.join();
         fs::remove_dir_all(here).expect("removed");
+    }
+
+    #[test]
+    fn what_the_guest_refuses_comes_before_what_is_wrong_here() {
+        let absent = scratch("absent-directory").join("");
+        let agent = Guest { full: true, ..guest(vec![]) }.agent("refusing", 2);
+        assert_eq!(run(&agent, down("/f", &absent)), (1, "download :/f: disk full".into()));
+        agent.join();
+        let agent = guest(vec![]).agent("giving", 2);
+        let (code, message) = run(&agent, down("/f", &absent));
+        let expected = format!("{} is no directory; create it first", absent.display());
+        assert_eq!((code, message), (1, expected));
+        agent.join();
     }
 
     #[test]

@@ -141,6 +141,12 @@ fn files_are_copied_both_ways() {
     fs::write(&local, b"0123456789".repeat(900_000)).expect("written");
     fs::set_permissions(&local, fs::Permissions::from_mode(0o750)).expect("mode");
     let text = |path: &Path| path.to_str().expect("text").to_owned();
+    for guest_path in [":/new/dir/", ":/new/dir"] {
+        let (code, _, said) = texts(&cp(&test, &text(&local), guest_path));
+        assert!(code == 1 && said.contains("no such directory: /new"), "{said}");
+    }
+    assert!(!test.path("root/new").exists(), "no directory is made on the way");
+    fs::create_dir_all(test.path("root/new/dir")).expect("created");
     assert_eq!(texts(&cp(&test, &text(&local), ":/new/dir/")), (0, String::new(), String::new()));
     let inside = test.path("root/new/dir/tool");
     assert_eq!(sha256(&inside), sha256(&local));
@@ -158,6 +164,21 @@ fn files_are_copied_both_ways() {
     let (code, _, said) = texts(&cp(&test, ":/no/such", &text(&back)));
     assert!(code == 1 && said.contains("/no/such: No such file"), "{said}");
     assert_eq!(sha256(&back), sha256(&local), "a failed copy leaves the destination alone");
+
+    // Into a directory of this host, which is asked for only when the guest has given the file.
+    let directory = text(&test.path("out/")) + "/";
+    assert_eq!(texts(&cp(&test, ":/etc/passwd", &directory)), (0, String::new(), String::new()));
+    assert!(test.path("out/passwd").is_file());
+    let absent = directory.clone() + "absent/";
+    for (from, to, expected) in [
+        (":/etc/no-such", &directory, "/etc/no-such: No such file"),
+        (":/etc", &directory, "/etc: is a directory (for all that is in it"),
+        (":/etc/no-such", &absent, "/etc/no-such: No such file"),
+        (":/etc/passwd", &absent, "absent/ is no directory; create it first"),
+    ] {
+        let (code, _, said) = texts(&cp(&test, from, to));
+        assert!(code == 1 && said.contains(expected) && said.lines().count() == 1, "{said}");
+    }
     started.stop();
 }
 
