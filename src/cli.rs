@@ -1,6 +1,7 @@
 //! The command line: the form that the box runtime uses (contract §2.2), and the commands for people.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -57,6 +58,16 @@ pub enum Config {
     Text(String),
     /// In this file; `-` is standard input.
     File(PathBuf),
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Config::Text(_) => f.write_str("--config"),
+            Config::File(path) if path.as_os_str() == "-" => f.write_str("standard input"),
+            Config::File(path) => path.display().fmt(f),
+        }
+    }
 }
 
 /// What to do.

@@ -124,8 +124,8 @@ fn print(text: &str) -> u8 {
 
 fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) -> u8 {
     let mut report = Report::default();
-    let checked = read_spec(config, &mut report, timeline)
-        .map(|spec| make_plan(spec.as_ref(), environment, report));
+    let checked =
+        read_spec(config, &mut report, timeline).map(|spec| make_plan(&spec, environment, report));
     match checked {
         Ok(Ok(plan)) => print(&format!("{plan}\n")),
         Ok(Err(faults)) => {
@@ -141,24 +141,21 @@ fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) ->
     }
 }
 
-/// Reads a spec. `None` if something is wrong with it, which is in `report` then.
-fn read_spec(
-    config: &Config,
-    report: &mut Report,
-    timeline: &mut Timeline,
-) -> Result<Option<Spec>> {
-    let spec = Spec::parse(&read_config(config)?, report);
+/// Reads a spec. What is wrong with its members is in `report` then.
+fn read_spec(config: &Config, report: &mut Report, timeline: &mut Timeline) -> Result<Spec> {
+    let spec = Spec::parse(&read_config(config)?, report)
+        .map_err(|problem| anyhow!("{config} {problem}"))?;
     timeline.mark("spec_parsed");
     Ok(spec)
 }
 
 /// Checks a spec: returns the plan, or everything that is wrong. Logs warnings at once.
 fn make_plan(
-    spec: Option<&Spec>,
+    spec: &Spec,
     environment: &Environment,
     mut report: Report,
 ) -> Result<Plan, Vec<Fault>> {
-    let plan = spec.and_then(|spec| Plan::new(spec, environment, &mut report));
+    let plan = Plan::new(spec, environment, &mut report);
     for warning in &report.warnings {
         log::warn(&warning.to_string());
     }
@@ -181,7 +178,8 @@ fn run_box(
             let mut report = Report::default();
             let spec = read_spec(config, &mut report, &mut timeline);
             // The reports are opened whatever is wrong with the spec, but it says where a guest has been.
-            let guests = spec.as_ref().ok().and_then(Option::as_ref).map(guests_directories);
+            let is_whole = report.errors.is_empty();
+            let guests = spec.as_ref().ok().filter(|_| is_whole).map(guests_directories);
             let mut open_reports = || -> Result<()> {
                 outcome_file = ReportFile::open(outcome_path, "outcome", guests.as_deref())?;
                 timeline_file = ReportFile::open(timeline_path, "timeline", guests.as_deref())?;
@@ -192,7 +190,7 @@ fn run_box(
                 Err(error) if guests.is_none() => log::error(&format!("{error:#}")),
                 opened => opened?,
             }
-            let plan = make_plan(spec?.as_ref(), environment, report).map_err(|faults| {
+            let plan = make_plan(&spec?, environment, report).map_err(|faults| {
                 let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
                 anyhow!("spec: {}", faults.join("; "))
             })?;

@@ -50,7 +50,9 @@ pub(super) fn plan(
             ),
         }
     }
-    if default.is_none() && !rules.is_empty() && rules.iter().all(|r| r.action == Action::Deny) {
+    let all_are_read = rules.len() == entries.len();
+    let all_deny = rules.iter().all(|rule| rule.action == Action::Deny);
+    if default.is_none() && !rules.is_empty() && all_are_read && all_deny {
         report.warn(
             "egress",
             "denies everything: what no rule is about is denied; end it with \"allow\" to allow the rest",

@@ -95,12 +95,16 @@ impl GuestInit {
         let vars = Variables { encoded, ..vars };
         let is_init = vars.value("BOX_EXEC_EXEC").is_some();
         let container_env = vars.container_env(report);
-        if is_of_image(spec) {
+        // Without these it is not known whose the variables are, and whether one is missing.
+        let is_known = ["rootfs_path", "entrypoint.executable", "entrypoint.env"]
+            .iter()
+            .all(|field| report.has_read(field));
+        if is_of_image(spec) || (is_init && !is_known) {
             return GuestInit {
                 mounts: Vec::new(),
                 read_only_root: false,
                 main: None,
-                image_init: true,
+                image_init: is_known,
                 container_env,
             };
         }
@@ -296,10 +300,14 @@ impl<'a> Variables<'a> {
                         read_only: read_only || share.read_only,
                     });
                 }
-                Some((None, tag, ..)) => report.error(
-                    format!("entrypoint.env[{index}]"),
-                    format!("mounts '{tag}', which is no tag of fs_mounts"),
-                ),
+                Some((None, tag, path, _)) if path_ok(path) => {
+                    if report.has_read("fs_mounts") {
+                        report.error(
+                            format!("entrypoint.env[{index}]"),
+                            format!("mounts '{tag}', which is no tag of fs_mounts"),
+                        );
+                    }
+                }
                 _ => report.error(
                     format!("entrypoint.env[{index}]"),
                     format!(

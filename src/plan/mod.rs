@@ -84,9 +84,9 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Checks a spec against this host. Returns `None` if that adds errors to `report`.
+    /// Checks a spec against this host and adds what is wrong to `report`, which has what was wrong at
+    /// reading. Returns `None` if there are errors.
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
-        let errors_before = report.errors.len();
         check_size(spec, report);
         let cpus = limits::plan_cpus(spec, report);
         let cgroup = limits::plan_cgroup(spec, report);
@@ -110,7 +110,7 @@ impl Plan {
             report,
         );
         let virtiofsd = find_virtiofsd(environment, report);
-        if report.errors.len() > errors_before {
+        if !report.errors.is_empty() {
             return None;
         }
         let network = networking.access();
@@ -336,5 +336,124 @@ mod tests {
             s.resource_limits.pids_limit = Some(0);
         });
         assert_eq!(errors.len(), 8, "{errors:?}");
+    }
+
+    /// The errors of the spec that other tests change, with these members in place of its own.
+    fn errors_of(members: serde_json::Value) -> Vec<String> {
+        let mut spec = serde_json::json!({
+            "box_id": "b", "vcpus": 1, "memory_mib": 256, "rootfs_path": "/", "exec_socket_path": "",
+            "fs_mounts": [], "workdir": "/",
+            "entrypoint": {"executable": "/bin/true", "args": [], "env": []},
+        });
+        for (name, value) in members.as_object().expect("an object") {
+            spec[name] = value.clone();
+        }
+        let mut report = Report::default();
+        let spec = Spec::parse(&spec.to_string(), &mut report).expect("an object");
+        assert!(Plan::new(&spec, &testing::environment(), &mut report).is_none());
+        assert_eq!(report.warnings, []);
+        report.errors.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn errors_of_reading_do_not_hide_those_of_value() {
+        let errors = errors_of(serde_json::json!({
+            "vcpus": "2",
+            "memory_mib": 1,
+            "fs_mounts": [5, {"tag": "", "host_path": 7, "read_only": true}],
+            "port_map": [1, "x", "80:80"],
+            "workdir": null,
+            "egress": ["deny:10.0.0.0/8", 1, "permit:1.1.1.1"],
+            "resource_limits": {"pids_limit": -1, "cpu_period": 1},
+            "network": {
+                "ip_address": "10.0.0.300", "gateway": "127.0.0.1", "prefix_len": 40,
+                "mac_address": [1, 0, 0, 0, 0, 0], "dns_servers": ["x", "0.0.0.0"],
+            },
+            "entrypoint": {"executable": "", "env": [["A"], ["B=", ""]]},
+        }));
+        let fields = [
+            "vcpus: is a string",
+            "fs_mounts[0]: is a number",
+            "fs_mounts[1].host_path: is a number",
+            "entrypoint.args: is missing",
+            "entrypoint.env[0]: has 1 items",
+            "workdir: is null",
+            "port_map[0]: is a number",
+            "network.passt_socket_path: is missing",
+            "network.ip_address: is \"10.0.0.300\"",
+            "network.dns_servers[0]: is \"x\"",
+            "egress[1]: is a number",
+            "resource_limits.pids_limit: is -1",
+            // And those of value.
+            "memory_mib: is 1",
+            "resource_limits.cpu_period: is 1",
+            "fs_mounts[1].tag: is empty",
+            "port_map[1]: is \"x\"",
+            "egress[2]: is \"permit",
+            "network.mac_address: is 01:00:00:00:00:00",
+            "network.gateway: is 127.0.0.1",
+            "network.prefix_len: is 40",
+            "network.dns_servers[1]: is 0.0.0.0",
+            "entrypoint.executable: is empty",
+            "entrypoint.env[1]: has the name \"B=\"",
+        ];
+        assert_eq!(errors.len(), fields.len(), "{errors:#?}");
+        for (error, start) in errors.iter().zip(fields) {
+            assert!(error.starts_with(start), "{error} in place of {start}");
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_read_has_no_further_consequences() {
+        let init = |executable: serde_json::Value| {
+            serde_json::json!({"executable": executable, "args": [], "env": [
+                ["BOX_EXEC_EXEC", "sleep"], ["BOX_EXEC_ARGC", "1"], ["BOX_SIDECAR_IMAGE", "x"],
+            ]})
+        };
+        let network = |ip: &str, gateway: &str| {
+            serde_json::json!({"passt_socket_path": "/tmp/passt", "ip_address": ip,
+                "gateway": gateway, "prefix_len": 24, "mac_address": [2, 0, 0, 0, 0, 1]})
+        };
+        let env = |entries: serde_json::Value| serde_json::json!({"executable": "/bin/true", "args": [], "env": entries});
+        for (members, expected) in [
+            // Whose the variables are depends on what the image has.
+            (
+                serde_json::json!({"rootfs_path": 1, "user": "u", "entrypoint": init("/no".into())}),
+                "rootfs_path: is a number",
+            ),
+            (
+                serde_json::json!({"user": "u", "entrypoint": init(1.into())}),
+                "entrypoint.executable: is a number",
+            ),
+            (
+                serde_json::json!({"rootfs": {"kind": "disk"}, "rootfs_path": "/"}),
+                "rootfs: is the later name",
+            ),
+            (
+                serde_json::json!({"fs_mounts": 1, "entrypoint": env(serde_json::json!(
+                    [["BOX_VOL_0", "data:/data"]]))}),
+                "fs_mounts: is a number",
+            ),
+            (
+                serde_json::json!({"network": 1, "entrypoint": env(serde_json::json!(
+                    [["A3S_NET_IP", "10.0.0.2/24"]]))}),
+                "network: is a number",
+            ),
+            (serde_json::json!({"network": network("x", "10.0.0.1")}), "network.ip_address: is"),
+            (serde_json::json!({"network": network("10.0.0.2", "x")}), "network.gateway: is"),
+            (
+                serde_json::json!({"console_output": 1, "console_limit_bytes": 5}),
+                "console_output: is a number",
+            ),
+            (
+                serde_json::json!({"box_id": 1, "resource_limits": {"cpu_shares": 5}}),
+                "box_id: is a number",
+            ),
+            (serde_json::json!({"egress": ["deny:10.0.0.0/8", 1]}), "egress[1]: is a number"),
+        ] {
+            let errors = errors_of(members);
+            let [only] = &errors[..] else { panic!("{expected}: {errors:?}") };
+            assert!(only.starts_with(expected), "{only}");
+        }
     }
 }

@@ -191,6 +191,12 @@ fn path_problem(path: &Path) -> Option<String> {
 fn check_addresses(network: &spec::Network, report: &mut Report) -> Interface {
     let spec::Network { ip_address: address, gateway, prefix_len, .. } = *network;
     let interface = Interface { address, prefix_len, gateway };
+    let fields = [("network.ip_address", address), ("network.gateway", gateway)];
+    for (field, address) in fields {
+        if let Some(kind) = special(address) {
+            report.error(field, format!("is {address}, {kind}, which no host can have"));
+        }
+    }
     if !PREFIX_LEN.contains(&prefix_len) {
         let (min, max) = (PREFIX_LEN.start(), PREFIX_LEN.end());
         report.error(
@@ -200,23 +206,22 @@ fn check_addresses(network: &spec::Network, report: &mut Report) -> Interface {
         return interface;
     }
     let mask = u32::MAX << (32 - prefix_len);
-    let subnet = Ipv4Addr::from_bits(address.to_bits() & mask);
-    for (field, address) in [("network.ip_address", address), ("network.gateway", gateway)] {
+    // In a /31 every address is a host's.
+    let of_hosts = fields.into_iter().filter(|(_, a)| prefix_len < 31 && special(*a).is_none());
+    for (field, address) in of_hosts {
         let host = address.to_bits() & !mask;
-        let problem = if let Some(kind) = special(address) {
-            Some(format!("is {address}, {kind}, which no host can have"))
-        } else if prefix_len == 31 {
-            None
-        } else if host == 0 {
-            Some(format!("is {address}, the name of the subnet {address}/{prefix_len} itself"))
+        if host == 0 {
+            report.error(
+                field,
+                format!("is {address}, the name of the subnet {address}/{prefix_len} itself"),
+            );
         } else if host == !mask {
-            Some(format!("is {address}, the broadcast address of its subnet"))
-        } else {
-            None
-        };
-        if let Some(problem) = problem {
-            report.error(field, problem);
+            report.error(field, format!("is {address}, the broadcast address of its subnet"));
         }
+    }
+    let subnet = Ipv4Addr::from_bits(address.to_bits() & mask);
+    if !report.has_read("network.ip_address") {
+        return interface;
     }
     if gateway.to_bits() & mask != subnet.to_bits() {
         report.error(
@@ -262,12 +267,14 @@ fn variable<'a>(spec: &'a Spec, name: &str) -> Option<(String, &'a str)> {
 /// init that runs as given uses the variables.
 fn check_variables(spec: &Spec, report: &mut Report) {
     let network = spec.network.as_ref();
-    for (name, stated) in [
-        ("A3S_NET_IP", network.map(|n| format!("{}/{}", n.ip_address, n.prefix_len))),
-        ("A3S_NET_GATEWAY", network.map(|n| n.gateway.to_string())),
-        ("A3S_NET_DNS", network.map(|n| comma_list(&n.dns_servers))),
+    let address = network.map(|n| format!("{}/{}", n.ip_address, n.prefix_len));
+    for (name, fields, stated) in [
+        ("A3S_NET_IP", &["network.ip_address", "network.prefix_len"][..], address),
+        ("A3S_NET_GATEWAY", &["network.gateway"], network.map(|n| n.gateway.to_string())),
+        ("A3S_NET_DNS", &["network.dns_servers"], network.map(|n| comma_list(&n.dns_servers))),
     ] {
-        let Some((place, value)) = variable(spec, name) else { continue };
+        let are_read = fields.iter().all(|field| report.has_read(field));
+        let Some((place, value)) = variable(spec, name).filter(|_| are_read) else { continue };
         match stated {
             None if name == "A3S_NET_IP" => report.error(
                 place,

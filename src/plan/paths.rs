@@ -97,7 +97,7 @@ pub(super) fn plan_console(
     report: &mut Report,
 ) -> Option<ConsoleFile> {
     let Some(path) = &spec.console_output else {
-        if spec.console_limit_bytes.is_some() {
+        if spec.console_limit_bytes.is_some() && report.has_read("console_output") {
             report.warn("console_limit_bytes", "limits console_output, which is not given");
         }
         return None;

@@ -3,8 +3,13 @@
 //! serde's derived parsers stop at the first error and lose its position; a person fixing a spec
 //! wants every error at once, each with its path. So the text becomes a [`Json`] tree that keeps
 //! repeated keys, and [`Object`] reads the tree member by member and adds errors to a [`Report`].
+//!
+//! Reading goes on behind a value that is missing or of a wrong type: the caller puts a placeholder in its
+//! place, and the report knows where those are. Whoever judges the values afterwards judges them all alike,
+//! and what it says of a placeholder is dropped.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -12,7 +17,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 /// One error or warning about a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// Where, as a path from the root (`fs_mounts[2].tag`); empty for the document itself.
+    /// Where, as a path from the root (`fs_mounts[2].tag`).
     pub path: String,
     /// What is wrong, and what would be right.
     pub problem: String,
@@ -20,10 +25,7 @@ pub struct Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.path.is_empty() {
-            write!(f, "{}: ", self.path)?;
-        }
-        f.write_str(&self.problem)
+        write!(f, "{}: {}", self.path, self.problem)
     }
 }
 
@@ -34,17 +36,39 @@ pub struct Report {
     pub errors: Vec<Fault>,
     /// What is probably a mistake.
     pub warnings: Vec<Fault>,
+    /// The paths of what could not be read, where placeholders stand.
+    unread: BTreeSet<String>,
 }
 
 impl Report {
-    /// Adds an error.
+    /// Adds an error, unless it is about a placeholder, whose own error is there already.
     pub fn error(&mut self, path: impl Into<String>, problem: impl Into<String>) {
-        self.errors.push(Fault { path: path.into(), problem: problem.into() });
+        let path = path.into();
+        if !self.is_placeholder(&path) {
+            self.errors.push(Fault { path, problem: problem.into() });
+        }
     }
 
-    /// Adds a warning.
+    /// Adds a warning, unless it is about a placeholder.
     pub fn warn(&mut self, path: impl Into<String>, problem: impl Into<String>) {
-        self.warnings.push(Fault { path: path.into(), problem: problem.into() });
+        let path = path.into();
+        if !self.is_placeholder(&path) {
+            self.warnings.push(Fault { path, problem: problem.into() });
+        }
+    }
+
+    /// Whether the whole value at this path is as it was written: for a judgement about another field that
+    /// depends on it.
+    pub fn has_read(&self, path: &str) -> bool {
+        let from_here = self.unread.range(path.to_owned()..);
+        let mut rests = from_here.map_while(|unread| unread.strip_prefix(path));
+        !self.is_placeholder(path) && !rests.any(|rest| rest.starts_with(['.', '[']))
+    }
+
+    /// Whether the path is that of a placeholder, or leads into one.
+    fn is_placeholder(&self, path: &str) -> bool {
+        let mut ends = path.match_indices(['.', '[']).map(|(end, _)| end).chain([path.len()]);
+        !self.unread.is_empty() && ends.any(|end| self.unread.contains(&path[..end]))
     }
 }
 
@@ -146,11 +170,6 @@ pub struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    /// The root of a document.
-    pub fn root(json: &'a Json, report: &'a RefCell<Report>) -> Self {
-        Node { json, path: String::new(), report }
-    }
-
     /// This value's path.
     pub fn path(&self) -> &str {
         &self.path
@@ -164,11 +183,6 @@ impl<'a> Node<'a> {
     /// Records a warning about this value.
     pub fn warn(&self, problem: impl Into<String>) {
         self.report.borrow_mut().warn(&self.path, problem);
-    }
-
-    /// Whether this is `null`.
-    pub fn is_null(&self) -> bool {
-        *self.json == Json::Null
     }
 
     fn wrong_kind<T>(&self, wanted: &str) -> Option<T> {
@@ -209,9 +223,23 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// Every item of an array, read by `item`; items that are wrong are reported and left out.
-    pub fn array<T>(&self, item: impl Fn(&Node<'a>) -> Option<T>) -> Option<Vec<T>> {
-        Some(self.items()?.iter().filter_map(item).collect())
+    /// Every item of an array, read by `item`, with placeholders for those that are wrong.
+    pub fn array<T>(
+        &self,
+        item: impl Fn(&Node<'a>) -> Option<T>,
+        placeholder: impl Fn() -> T,
+    ) -> Option<Vec<T>> {
+        let read = |node: &Node<'a>| node.read(&item).unwrap_or_else(&placeholder);
+        Some(self.items()?.iter().map(read).collect())
+    }
+
+    /// This value as `read` reads it. If it cannot be read, the report notes that.
+    pub fn read<T>(&self, read: impl Fn(&Node<'a>) -> Option<T>) -> Option<T> {
+        let value = read(self);
+        if value.is_none() {
+            self.report.borrow_mut().unread.insert(self.path.clone());
+        }
+        value
     }
 
     /// The items of an array.
@@ -238,11 +266,6 @@ impl<'a> Node<'a> {
             return self.wrong_kind("an object");
         };
         Some(Object { node: self.clone(), members: members.iter().collect(), known: Vec::new() })
-    }
-
-    /// `null` as `None`, anything else as `read` reads it.
-    pub fn nullable<T>(&self, read: impl Fn(&Node<'a>) -> Option<T>) -> Option<Option<T>> {
-        if self.is_null() { Some(None) } else { read(self).map(Some) }
     }
 
     /// The string, or `None` for any other kind of value, which is no error.
@@ -291,8 +314,20 @@ pub struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
-    /// A member that may be absent. A member that is given twice is an error (contract §1.1).
-    pub fn optional(&mut self, name: &'static str) -> Option<Node<'a>> {
+    /// The object that a document is.
+    ///
+    /// # Errors
+    /// It is something else; the message goes on behind the document's name.
+    pub fn root(json: &'a Json, report: &'a RefCell<Report>) -> Result<Self, String> {
+        let Json::Object(members) = json else {
+            return Err(format!("is {}, must be an object", json.kind()));
+        };
+        let node = Node { json, path: String::new(), report };
+        Ok(Object { node, members: members.iter().collect(), known: Vec::new() })
+    }
+
+    /// A member's value, if it is there. A member that is given twice is an error (contract §1.1).
+    pub fn member(&mut self, name: &'static str) -> Option<Node<'a>> {
         self.known.push(name);
         let mut found = self.members.iter().filter(|(key, _)| key == name);
         let (_, json) = found.next()?;
@@ -303,14 +338,47 @@ impl<'a> Object<'a> {
         Some(node)
     }
 
-    /// A member that must be there.
-    pub fn required(&mut self, name: &'static str, wanted: &str) -> Option<Node<'a>> {
-        let node = self.optional(name);
-        if node.is_none() {
-            let path = self.path_of(name);
-            self.node.report.borrow_mut().error(path, format!("is missing; give {wanted}"));
+    /// A member that must be there, as `read` reads it. `None` is reported: a placeholder takes its place.
+    pub fn required<T>(
+        &mut self,
+        name: &'static str,
+        wanted: &str,
+        read: impl Fn(&Node<'a>) -> Option<T>,
+    ) -> Option<T> {
+        match self.member(name) {
+            Some(node) => node.read(read),
+            None => {
+                let path = self.path_of(name);
+                self.node.report.borrow_mut().error(path, format!("is missing; give {wanted}"));
+                self.unread(name)
+            }
         }
-        node
+    }
+
+    /// A member that has a default, which is also its placeholder. `null` is an error like any other wrong
+    /// type (contract §1.1).
+    pub fn optional<T: Default>(
+        &mut self,
+        name: &'static str,
+        read: impl Fn(&Node<'a>) -> Option<T>,
+    ) -> T {
+        self.member(name).and_then(|node| node.read(read)).unwrap_or_default()
+    }
+
+    /// A member that may be absent or `null`, which are both `None`, as is its placeholder.
+    pub fn nullable<T>(
+        &mut self,
+        name: &'static str,
+        read: impl Fn(&Node<'a>) -> Option<T>,
+    ) -> Option<T> {
+        self.member(name).filter(|node| *node.json != Json::Null).and_then(|node| node.read(read))
+    }
+
+    /// Notes that a placeholder takes the place of the member of this name.
+    pub fn unread<T>(&self, name: &str) -> Option<T> {
+        let path = self.path_of(name);
+        self.node.report.borrow_mut().unread.insert(path);
+        None
     }
 
     /// Warns about the members that were never asked for.
@@ -356,4 +424,31 @@ fn is_near(a: &str, b: &str) -> bool {
         }
     }
     row[b.len()] <= 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_a_placeholder_is_dropped() {
+        let unread = ["a", "b.c", "d[1]"].map(str::to_owned).into();
+        let mut report = Report { unread, ..Report::default() };
+        for (path, is_told, is_read) in [
+            ("a", false, false),
+            ("a.x", false, false),
+            ("a[0]", false, false),
+            ("a_b", true, true),
+            ("b", true, false),
+            ("b.c.x", false, false),
+            ("b.d", true, true),
+            ("d", true, false),
+            ("d[1].x", false, false),
+            ("d[10]", true, true),
+        ] {
+            report.error(path, "");
+            let told = report.errors.pop().is_some();
+            assert_eq!((told, report.has_read(path)), (is_told, is_read), "{path}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
@@ -82,7 +82,7 @@ fn not_json_and_missing_fields_are_refused() {
     let (code, stderr) = run("{nonsense");
     assert_eq!(code, Some(125));
     assert!(
-        stderr.starts_with("mote: spec: is not JSON: key must be a string at line 1"),
+        stderr.starts_with("mote: --config is not JSON: key must be a string at line 1"),
         "{stderr}"
     );
     let (code, stderr) = run("{}");
@@ -104,13 +104,15 @@ fn without_a_spec_the_outcome_goes_through_no_link() {
     let lines: Vec<&str> = ran.stderr.lines().collect();
     assert_eq!((ran.code, lines.len()), (125, 2), "{lines:?}");
     assert!(lines[0].contains("a symbolic link is in the way"), "{lines:?}");
-    assert!(lines[1].starts_with("mote: spec: is not JSON"), "{lines:?}");
+    assert!(lines[1].starts_with("mote: --config is not JSON"), "{lines:?}");
     assert_eq!(fs::read_to_string(&precious).expect("there"), "precious");
 }
 
 #[test]
 fn check_lists_every_error_and_exits_2() {
-    let test = TestBox::busybox().with("vcpus", json!(0)).with("workdir", json!("x"));
+    // Of value, of type, and one that is missing.
+    let mut test = TestBox::busybox().with("vcpus", json!(0)).with("workdir", json!(7));
+    test.spec.as_object_mut().expect("an object").remove("fs_mounts");
     let check = |spec: &Value| {
         Command::new(mote())
             .args(["check", "--config", &spec.to_string()])
@@ -119,7 +121,26 @@ fn check_lists_every_error_and_exits_2() {
     };
     let output = check(&test.spec);
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 2), "{stderr}");
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 3), "{stderr}");
+    for error in ["vcpus: is 0", "workdir: is a number", "fs_mounts: is missing"] {
+        assert!(stderr.contains(error), "{stderr}");
+    }
+    // A start says the same.
+    let message = refused(&test, 125);
+    assert!(message.contains("vcpus: is 0") && message.contains("fs_mounts: is"), "{message}");
+    // What is no spec at all is named.
+    for (args, expected) in [
+        (["--config", "[]"], "mote: --config is an array, must be an object\n"),
+        (["--config-file", "/etc/hostname"], "mote: /etc/hostname is not JSON: "),
+        (["--config-file", "/dev/null"], "mote: /dev/null is not JSON: EOF"),
+        (["--config-file", "-"], "mote: standard input is not JSON: EOF"),
+    ] {
+        let mut command = Command::new(mote());
+        let output = command.arg("check").args(args).stdin(Stdio::null()).output().expect("runs");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 1), "{stderr}");
+        assert!(stderr.starts_with(expected), "{stderr}");
+    }
     let output = check(&TestBox::busybox().spec);
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains("\"/bin/true\""));
