@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 
+use crate::client::Target;
 use crate::client::cp::{Cp, Route};
 use crate::client::exec::{Exec, NO_TIMEOUT, Program};
 use crate::client::pty::Pty;
-use crate::client::{DEFAULT_WAIT, Target};
 
 /// `--help`.
 pub const HELP: &str = "\
@@ -38,7 +38,8 @@ options for these:
   --user USER                run as uid, uid:gid, name or name:group
   --workdir DIR              start in this directory
   --timeout DURATION         (exec) kill it after this: 30, 1.5s, 500ms, 2m, 1h
-  --wait DURATION            how long the box may take to answer (10s)
+  --wait DURATION            wait so long for the box's socket, and for an answer on
+                             it; without this, 10s for an answer alone
 
 options for a run:
   --outcome FILE             write how the box ended, as JSON
@@ -198,7 +199,7 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
         }
     }
     let socket = socket.ok_or("give the path of the box's socket")?;
-    let target = Target { socket, wait: wait.unwrap_or(DEFAULT_WAIT) };
+    let target = Target { socket, wait };
     if client == Client::Cp {
         let [source, destination] =
             <[OsString; 2]>::try_from(words).map_err(|_| "give SOCKET, SRC and DST")?;
@@ -286,7 +287,7 @@ mod tests {
     }
 
     fn target() -> Target {
-        Target { socket: "s".into(), wait: DEFAULT_WAIT }
+        Target { socket: "s".into(), wait: None }
     }
 
     fn exec(cmd: &[&str]) -> Command {
@@ -307,7 +308,7 @@ mod tests {
     #[test]
     fn client_options_go_before_and_after_the_socket() {
         let expected = Command::Exec(Exec {
-            target: Target { socket: "s".into(), wait: Duration::from_secs(120) },
+            target: Target { socket: "s".into(), wait: Some(Duration::from_secs(120)) },
             program: Program {
                 env: vec!["A=1".into(), "B==".into()],
                 user: Some("u:g".into()),

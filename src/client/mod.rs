@@ -19,7 +19,7 @@ use anyhow::Context;
 
 pub use relay::Stdio;
 pub use stop::Stop;
-pub use target::{DEFAULT_WAIT, Target};
+pub use target::Target;
 
 use crate::log;
 

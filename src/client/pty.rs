@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_terminal_type_that_was_asked_for_wins() {
-        let target = Target { socket: "s".into(), wait: crate::client::DEFAULT_WAIT };
+        let target = Target { socket: "s".into(), wait: None };
         let mut pty = pty(&target);
         pty.program.env = vec!["TERM=dumb".into()];
         assert_eq!(pty.request(DEFAULT_SIZE, Some("vt100")).env, ["TERM=dumb"]);

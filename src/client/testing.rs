@@ -34,7 +34,7 @@ impl Agent {
                 serve(number, listener.accept().expect("a client").0);
             }
         });
-        Agent { target: Target { socket, wait: Duration::from_secs(5) }, thread }
+        Agent { target: Target { socket, wait: Some(Duration::from_secs(5)) }, thread }
     }
 
     /// An agent that answers a first connection with a frame, as agents answer [`Target::knock`], and

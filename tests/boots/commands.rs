@@ -126,9 +126,14 @@ fn failures_are_explained_in_one_line() {
 #[test]
 fn exec_waits_for_a_box_that_starts() {
     let test = TestBox::busybox().shell("exec sleep 10000");
+    // It may be looked for before it is started.
+    let waiting = exec(&test, &["--wait", "60"], &["echo", "hi"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("mote starts");
     let started = test.start();
-    eventually("the file appears", || test.path("sock/exec.sock").exists());
-    let ran = exec(&test, &["--wait", "60"], &["echo", "hi"]).output().expect("mote runs");
+    let ran = waiting.wait_with_output().expect("ends");
     assert_eq!(texts(&ran), (0, "hi\n".into(), String::new()));
     started.stop();
 }
