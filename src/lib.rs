@@ -72,6 +72,7 @@ pub mod vm;
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::iter;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -256,16 +257,16 @@ fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Resu
     run_on_host(plan, inherited, &signals, timeline).or_else(|error| {
         // A stop signal ends whatever waits during the start, with an error. The outcome is then the one
         // that the guest would have had from this signal.
-        let signal = || sys::next_signal(&signals.stop);
-        match (signal(), signal()) {
-            (None, _) => Err(error),
-            (Some(only), None) => Ok(Outcome::Signaled(only as u8).into()),
-            // As in the main loop. Which signal came first is not known.
-            (Some(_), Some(_)) => {
-                let reason = "stopped hard by a second signal before the guest ran".into();
-                Ok(Outcome::Stopped(reason).into())
+        let mut signals = iter::from_fn(|| sys::next_signal(&signals.stop));
+        let Some(first) = signals.next() else { return Err(error) };
+        // As in the main loop: the same one again is one request. Which signal came first is not known.
+        Ok(match signals.find(|signal| *signal != first) {
+            None => Outcome::Signaled(first as u8).into(),
+            Some(_) => {
+                Outcome::Stopped("stopped hard by a second signal before the guest ran".into())
+                    .into()
             }
-        }
+        })
     })
 }
 

@@ -34,6 +34,9 @@ const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc:
 /// How long the guest may take to stop: longer than the agent's own grace of 5 s, and well inside
 /// the 10 s after which the runtime sends SIGKILL (contract §2.6).
 const STOP_LIMIT: Duration = Duration::from_secs(8);
+/// How long the same signal is no second request: whoever signals a process and then its group (timeout(1),
+/// supervisors, a script's Ctrl-C handler) sends it twice.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
 /// How often the guest is told the time, against drift. It is also told when its clock may have become
 /// wrong at once.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(300);
@@ -139,8 +142,19 @@ struct MainLoop<'a> {
 #[derive(Debug, Clone, Copy)]
 struct StopRequest {
     signal: i32,
+    at: Instant,
+}
+
+impl StopRequest {
     /// When the guest must have stopped.
-    limit: Instant,
+    fn limit(&self) -> Instant {
+        self.at + STOP_LIMIT
+    }
+
+    /// Whether a later signal is this same request once more.
+    fn is_repeated_by(&self, signal: i32, at: Instant) -> bool {
+        signal == self.signal && at < self.at + ONE_REQUEST
+    }
 }
 
 /// Whether the box runs, ends or has ended.
@@ -209,7 +223,8 @@ impl MainLoop<'_> {
             Life::Over(_) => None,
         };
         let devices = self.served.devices.iter().filter_map(MainLoopDevice::next_deadline);
-        let deadlines = self.stop.map(|stop| stop.limit).into_iter().chain(limit).chain(devices);
+        let deadlines =
+            self.stop.as_ref().map(StopRequest::limit).into_iter().chain(limit).chain(devices);
         let Some(next) = deadlines.min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
@@ -218,13 +233,13 @@ impl MainLoop<'_> {
 
     /// Ends a round of events: does what is due by `now`, and what the events have made necessary.
     fn end_round(&mut self, now: Instant, ops: &mut EventOps<'_>) {
-        if let Some(StopRequest { signal, limit }) = self.stop
-            && now >= limit
+        if let Some(stop) = self.stop
+            && now >= stop.limit()
         {
             self.fail(Outcome::Stopped(format!(
                 "the guest did not stop within {} s of {}; stopped it hard",
                 STOP_LIMIT.as_secs(),
-                signal_name(signal)
+                signal_name(stop.signal)
             )));
         }
         if let Life::Running { agent_lost: Some(limit) } = self.life
@@ -295,14 +310,22 @@ impl MainLoop<'_> {
 
     fn on_stop_signals(&mut self) {
         while let Some(signal) = sys::next_signal(&self.signals.stop) {
-            if self.stop.is_some() {
-                let name = signal_name(signal);
-                self.fail(Outcome::Stopped(format!("stopped hard by a second signal ({name})")));
-                return;
-            }
-            self.stop = Some(StopRequest { signal, limit: Instant::now() + STOP_LIMIT });
-            if self.guest_clock.is_some() {
-                self.send_stop(signal);
+            let at = Instant::now();
+            match self.stop {
+                Some(stop) if stop.is_repeated_by(signal, at) => {}
+                Some(_) => {
+                    let name = signal_name(signal);
+                    self.fail(Outcome::Stopped(format!(
+                        "stopped hard by a second signal ({name})"
+                    )));
+                    return;
+                }
+                None => {
+                    self.stop = Some(StopRequest { signal, at });
+                    if self.guest_clock.is_some() {
+                        self.send_stop(signal);
+                    }
+                }
             }
         }
     }
@@ -575,5 +598,28 @@ fn signal_name(signal: i32) -> String {
         libc::SIGHUP => "SIGHUP".into(),
         libc::SIGQUIT => "SIGQUIT".into(),
         other => format!("signal {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_signal_within_a_second_is_one_request() {
+        let at = Instant::now();
+        let stop = StopRequest { signal: libc::SIGTERM, at };
+        for (signal, after_ms, is_one) in [
+            (libc::SIGTERM, 0, true),
+            (libc::SIGTERM, 999, true),
+            (libc::SIGTERM, 1000, false),
+            (libc::SIGTERM, 7000, false),
+            (libc::SIGINT, 0, false),
+            (libc::SIGINT, 999, false),
+        ] {
+            let later = at + Duration::from_millis(after_ms);
+            assert_eq!(stop.is_repeated_by(signal, later), is_one, "{signal} {after_ms}");
+        }
+        assert_eq!(stop.limit(), at + STOP_LIMIT);
     }
 }

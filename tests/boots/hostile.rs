@@ -240,7 +240,7 @@ fn end_of(order: Order, test: TestBox, codes: &[i32]) -> Option<Finished> {
     if running.watch(HANGS_TICKS) == Life::Over {
         return Some(running.over(codes));
     }
-    running.stop(&[libc::SIGTERM, libc::SIGTERM], "stopped hard by a second signal");
+    running.stop(&[libc::SIGTERM, libc::SIGINT], "stopped hard by a second signal");
     None
 }
 
@@ -355,7 +355,7 @@ fn mote_stays_small_and_heeds_signals_whatever_its_guest_does() {
         // Alternately by two signals and by one, which takes 8 seconds.
         match index % 2 {
             _ if life == Life::Over => drop(running.over(&OWN_ENDS)),
-            0 => running.stop(&[libc::SIGTERM, libc::SIGTERM], "stopped hard by a second signal"),
+            0 => running.stop(&[libc::SIGTERM, libc::SIGINT], "stopped hard by a second signal"),
             _ => running.stop(&[libc::SIGTERM], "the guest did not stop within 8 s of SIGTERM"),
         }
         if let Some(peer) = peer {

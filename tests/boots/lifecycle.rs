@@ -1,6 +1,7 @@
 //! Stopping, killing, dying back-ends, and many boxes.
 
 use std::os::unix::net::UnixListener;
+use std::process::Command;
 
 use serde_json::json;
 
@@ -33,6 +34,21 @@ fn an_entrypoint_that_ignores_the_signal_is_killed_after_the_grace() {
     let started = test.ready();
     started.signal(libc::SIGTERM);
     assert_eq!(started.wait().code, 137);
+}
+
+#[test]
+fn the_same_signal_at_once_is_one_request() {
+    let test = TestBox::streaming(
+        "trap 'echo got TERM; exit 9' TERM; echo ready; while :; do sleep 1; done",
+    );
+    let started = test.ready();
+    // As timeout(1) and supervisors do, which signal a process and its group. Many, so that some come one by
+    // one and not as one pending signal; from one process, since starting others takes long here.
+    let kills = "for i in $(seq 100); do kill -TERM $0 || exit 0; done";
+    let status = Command::new("sh").args(["-c", kills, &started.pid().to_string()]).status();
+    assert!(status.expect("sh runs").success());
+    let ran = started.wait();
+    assert_eq!((ran.code, ran.stdout.as_str()), (9, "got TERM\n"), "{}", ran.stderr);
 }
 
 #[test]
