@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use mote_agent::frame::{self, Frame};
 
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, HANG_UP_CHECK, Received};
-use crate::launch;
+use crate::launch::{self, Refusal, SETUP_FAILED, doing};
 use crate::session::{Context, environment, exit_code, program, working_dir};
 use crate::sys::{self, Interest, until};
 use crate::transfer;
@@ -21,7 +21,7 @@ use crate::transfer;
 /// Exit code of a command that could not be started (contract §4.4).
 const NOT_STARTED: i32 = 127;
 /// Exit code of a command that was killed at its time limit (contract §4.4).
-const TIMED_OUT: i32 = 137;
+const TIMED_OUT: u8 = 137;
 /// Input that waits for the command; above it the client's frames are left in the socket.
 const INPUT_FULL: usize = 256 * 1024;
 /// Most characters of a client's own words in a message to it.
@@ -46,7 +46,14 @@ pub fn session(mut connection: Connection, context: &Context<'_>) {
         Ok(Request::Exec(request)) => {
             let mut reply = Reply::new(request.streaming);
             match run(&request, &mut connection, &mut reply, context) {
-                Ended::Code(code) => reply.finish(code, &mut connection),
+                Ended::Code(code) => reply.finish(code, None, &mut connection),
+                Ended::ByAgent(end) if request.streaming && request.explain => {
+                    reply.finish(end.shell_code.into(), Some(end.reason), &mut connection);
+                }
+                Ended::ByAgent(end) => {
+                    reply.push(Stream::Stderr, &end.note, &mut connection);
+                    reply.finish(end.code, None, &mut connection);
+                }
                 Ended::HungUp => return,
             }
         }
@@ -59,8 +66,22 @@ pub fn session(mut connection: Connection, context: &Context<'_>) {
 enum Ended {
     /// With this exit code.
     Code(i32),
+    /// Not by what the command did itself.
+    ByAgent(EndByAgent),
     /// Without anybody to tell.
     HungUp,
+}
+
+/// Why there is no exit code of the command's own.
+struct EndByAgent {
+    /// The exit code in its place (contract §4.4).
+    code: i32,
+    /// What standard error says of it (contract §4.4).
+    note: Vec<u8>,
+    /// The exit code for a client that wants an explanation.
+    shell_code: u8,
+    /// The explanation.
+    reason: String,
 }
 
 fn run(
@@ -70,17 +91,24 @@ fn run(
     context: &Context<'_>,
 ) -> Ended {
     if request.cmd.is_empty() {
-        reply.push(Stream::Stderr, b"Empty command", connection);
-        return Ended::Code(1);
+        return Ended::ByAgent(EndByAgent {
+            code: 1,
+            note: b"Empty command".to_vec(),
+            shell_code: SETUP_FAILED,
+            reason: "the command is empty".into(),
+        });
     }
     match Command::start(request, context) {
         Ok(command) => command.serve(connection, reply, context),
-        Err(reason) => {
+        Err(Refusal { code, reason }) => {
             let name: String = request.cmd[0].chars().take(QUOTED).collect();
             let reason: String = reason.chars().take(4 * QUOTED).collect();
-            let text = format!("Failed to spawn command '{name}': {reason}");
-            reply.push(Stream::Stderr, text.as_bytes(), connection);
-            Ended::Code(NOT_STARTED)
+            Ended::ByAgent(EndByAgent {
+                code: NOT_STARTED,
+                note: format!("Failed to spawn command '{name}': {reason}").into_bytes(),
+                shell_code: code,
+                reason,
+            })
         }
     }
 }
@@ -117,13 +145,13 @@ struct Command {
     /// What a read of them fills.
     buffer: Vec<u8>,
     deadline: Option<Instant>,
+    time_limit: Duration,
     timed_out: bool,
     hung_up: bool,
 }
 
 impl Command {
-    fn start(request: &ExecRequest, context: &Context<'_>) -> Result<Self, String> {
-        let doing = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+    fn start(request: &ExecRequest, context: &Context<'_>) -> Result<Self, Refusal> {
         let cgroup =
             context.cgroup.create_command(context.session).map_err(doing("create its cgroup"))?;
         let (stdout, stdout_end) = sys::pipe().map_err(doing("create a pipe"))?;
@@ -139,13 +167,13 @@ impl Command {
         let workdir = working_dir(request.working_dir.as_deref(), context);
         let program = program(&request.cmd, &env, &workdir, request.user.as_deref(), context);
         let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
-        let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|e| e.reason)?;
+        let pid = launch::start(&program, stdio, cgroup.procs())?;
         let ended =
             sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(doing("watch it"))?;
-        let timeout_ns = match request.timeout_ns {
+        let time_limit = Duration::from_nanos(match request.timeout_ns {
             0 => DEFAULT_TIMEOUT_NS,
             other => other,
-        };
+        });
         Ok(Command {
             pid,
             ended,
@@ -160,7 +188,8 @@ impl Command {
             ],
             buffer: vec![0; MAX_CHUNK],
             // A limit beyond the clock's range is none.
-            deadline: Instant::now().checked_add(Duration::from_nanos(timeout_ns)),
+            deadline: Instant::now().checked_add(time_limit),
+            time_limit,
             timed_out: false,
             hung_up: false,
         })
@@ -333,17 +362,25 @@ impl Command {
             self.pump(at, Some(waiting), connection, reply);
         }
         if self.timed_out {
-            reply.push(Stream::Stderr, TIMEOUT_NOTE, connection);
-            return Ended::Code(TIMED_OUT);
+            return Ended::ByAgent(EndByAgent {
+                code: TIMED_OUT.into(),
+                note: TIMEOUT_NOTE.to_vec(),
+                shell_code: TIMED_OUT,
+                reason: format!(
+                    "the command was killed at its time limit of {:?}",
+                    self.time_limit
+                ),
+            });
         }
-        Ended::Code(match status {
-            Ok(status) => exit_code(status),
-            Err(error) => {
-                let text = format!("Failed to wait for command: {error}");
-                reply.push(Stream::Stderr, text.as_bytes(), connection);
-                1
-            }
-        })
+        match status {
+            Ok(status) => Ended::Code(exit_code(status)),
+            Err(error) => Ended::ByAgent(EndByAgent {
+                code: 1,
+                note: format!("Failed to wait for command: {error}").into_bytes(),
+                shell_code: SETUP_FAILED,
+                reason: format!("wait for the command: {error}"),
+            }),
+        }
     }
 }
 
@@ -407,9 +444,10 @@ impl Reply {
         }
     }
 
-    fn finish(self, exit_code: i32, connection: &mut Connection) {
+    /// Ends the reply; only a streaming one has a `reason`.
+    fn finish(self, exit_code: i32, reason: Option<String>, connection: &mut Connection) {
         match self {
-            Reply::Streaming => connection.send(&exec::exit_frame(exit_code)),
+            Reply::Streaming => connection.send(&exec::exit_frame(exit_code, reason)),
             Reply::Whole { stdout, stderr, truncated } => {
                 let end = if truncated { ",\"truncated\":true}" } else { "}" };
                 let end = format!("],\"exit_code\":{exit_code}{end}");

@@ -74,6 +74,10 @@ pub struct ExecRequest {
     /// Whether [`kind::DATA`] frames after this one are its standard input.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stdin_streaming: bool,
+    /// mote's own: whether an end that is not the command's own is told by [`ExecExit::reason`], not on
+    /// its standard error. For commands with `streaming`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub explain: bool,
 }
 
 /// Move a file.
@@ -162,10 +166,14 @@ pub struct ExecChunk {
 }
 
 /// The end of a streaming command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecExit {
     /// Its exit code; 128+n if signal n killed it.
     pub exit_code: i32,
+    /// mote's own, for requests with `explain`: why it did not start, with the code 127 (it is not there), 126
+    /// (it cannot be executed) or 125 (the guest could not set it up), or why the agent killed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// What a first [`kind::DATA`] frame asks for.
@@ -317,8 +325,10 @@ pub fn parse_chunk(payload: &[u8]) -> Option<ExecChunk> {
 }
 
 /// The frame of an [`ExecExit`].
-pub fn exit_frame(exit_code: i32) -> Vec<u8> {
-    crate::frame::encode(kind::CONTROL, format!("{{\"exit_code\":{exit_code}}}").as_bytes())
+pub fn exit_frame(exit_code: i32, reason: Option<String>) -> Vec<u8> {
+    // Plain data, which always serialises.
+    let json = serde_json::to_vec(&ExecExit { exit_code, reason }).unwrap_or_default();
+    crate::frame::encode(kind::CONTROL, &json)
 }
 
 #[cfg(test)]
@@ -336,6 +346,7 @@ mod tests {
             user: None,
             streaming: false,
             stdin_streaming: false,
+            explain: false,
         }
     }
 
@@ -358,7 +369,7 @@ mod tests {
             chunk_frame(Stream::Stdout, b"hi\n"),
             encode(kind::DATA, br#"{"stream":"Stdout","data":[104,105,10]}"#)
         );
-        assert_eq!(exit_frame(0), encode(kind::CONTROL, br#"{"exit_code":0}"#));
+        assert_eq!(exit_frame(0, None), encode(kind::CONTROL, br#"{"exit_code":0}"#));
 
         let upload = r#"{"op":"Upload","guest_path":"/tmp/f","data":"aGkK"}"#;
         let file = FileRequest {

@@ -64,6 +64,11 @@ fn refusal(code: u8, reason: String) -> Refusal {
     Refusal { code, reason }
 }
 
+/// The refusal for something that the guest could not set up.
+pub fn doing(what: &'static str) -> impl FnOnce(io::Error) -> Refusal + Copy {
+    move |error| refusal(SETUP_FAILED, format!("{what}: {error}"))
+}
+
 /// Starts a program in the cgroup whose `cgroup.procs` is given; returns its process id.
 ///
 /// # Errors
@@ -73,15 +78,13 @@ pub fn start(
     stdio: [BorrowedFd<'_>; 3],
     cgroup: BorrowedFd<'_>,
 ) -> Result<i32, Refusal> {
-    let io =
-        |doing: &'static str| move |e: io::Error| refusal(SETUP_FAILED, format!("{doing}: {e}"));
     let identity = user::resolve(program.user)
         .map_err(|reason| refusal(SETUP_FAILED, format!("user: {reason}")))?;
     // So that the program can open /dev/stdin, /dev/stdout, /dev/stderr or its terminal again. An
     // input that is no pipe of its own, /dev/null, stays as it is.
     let owned = if is_pipe(stdio[0]) { &stdio[..] } else { &stdio[1..] };
     for stream in owned {
-        sys::change_owner(stream, identity.uid).map_err(io("give the streams to the user"))?;
+        sys::change_owner(stream, identity.uid).map_err(doing("give the streams to the user"))?;
     }
     let environment = environment(program, &identity);
     let candidates = candidates(program.executable, &environment);

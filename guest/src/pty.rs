@@ -45,6 +45,10 @@ pub struct PtyRequest {
     pub cols: u16,
     /// Height in characters.
     pub rows: u16,
+    /// mote's own: whether a command that cannot be started is told of by [`PtyExit::reason`], not on the
+    /// terminal, and a directory that cannot be entered is such a case.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub explain: bool,
 }
 
 /// The terminal's new size.
@@ -57,10 +61,13 @@ pub struct PtyResize {
 }
 
 /// The command's end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PtyExit {
     /// Its exit code; 128+n if signal n killed it.
     pub exit_code: i32,
+    /// mote's own, for requests with `explain`: as [`crate::exec::ExecExit::reason`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 #[cfg(test)]
@@ -78,6 +85,7 @@ mod tests {
             user: None,
             cols: 80,
             rows: 24,
+            explain: false,
         };
         let text =
             r#"{"cmd":["/bin/sh"],"env":[],"working_dir":null,"user":null,"cols":80,"rows":24}"#;
@@ -86,7 +94,8 @@ mod tests {
         assert_eq!(encode(kind::REQUEST, text.as_bytes())[..5], [1, 0, 0, 0, 0x4f]);
         let resize = serde_json::to_string(&PtyResize { cols: 120, rows: 40 }).expect("serialises");
         assert_eq!(encode(kind::RESIZE, resize.as_bytes())[..5], [3, 0, 0, 0, 0x16]);
-        let exit = serde_json::to_string(&PtyExit { exit_code: 0 }).expect("serialises");
+        let exit =
+            serde_json::to_string(&PtyExit { exit_code: 0, reason: None }).expect("serialises");
         assert_eq!(encode(kind::EXIT, exit.as_bytes()), b"\x04\0\0\0\x0f{\"exit_code\":0}");
     }
 }

@@ -11,7 +11,7 @@ use mote_agent::pty::{MAX_DATA, PtyExit, PtyRequest, PtyResize, kind};
 
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, Received};
-use crate::launch::{self, Program};
+use crate::launch::{self, Program, Refusal, doing};
 use crate::session::{Context, environment, exit_code, program, working_dir};
 use crate::sys::{self, Interest};
 
@@ -41,23 +41,26 @@ pub fn session(mut connection: Connection, context: &Context<'_>) {
     match Terminal::open(&request, context) {
         Ok(terminal) => {
             if let Some(code) = terminal.serve(&mut connection) {
-                exit(code, &mut connection);
+                exit(code, None, &mut connection);
             }
         }
-        Err(reason) => {
+        Err(Refusal { code, reason }) if request.explain => {
+            exit(code.into(), Some(reason), &mut connection);
+        }
+        Err(Refusal { reason, .. }) => {
             let text = format!("{}: {reason}\r\n", request.cmd[0]);
             for part in text.as_bytes().chunks(MAX_DATA) {
                 connection.send(&frame::encode(kind::DATA, part));
             }
-            exit(NOT_STARTED, &mut connection);
+            exit(NOT_STARTED, None, &mut connection);
         }
     }
     connection.finish();
 }
 
-fn exit(exit_code: i32, connection: &mut Connection) {
+fn exit(exit_code: i32, reason: Option<String>, connection: &mut Connection) {
     // Plain data, which always serialises.
-    let json = serde_json::to_vec(&PtyExit { exit_code }).unwrap_or_default();
+    let json = serde_json::to_vec(&PtyExit { exit_code, reason }).unwrap_or_default();
     connection.send(&frame::encode(kind::EXIT, &json));
 }
 
@@ -73,26 +76,24 @@ struct Terminal {
 
 impl Terminal {
     /// Starts the command.
-    fn open(request: &PtyRequest, context: &Context<'_>) -> Result<Self, String> {
-        let failed = |what: &'static str| move |e: std::io::Error| format!("{what}: {e}");
+    fn open(request: &PtyRequest, context: &Context<'_>) -> Result<Self, Refusal> {
         let cgroup =
-            context.cgroup.create_command(context.session).map_err(failed("create its cgroup"))?;
-        let (master, slave) = sys::open_terminal().map_err(failed("open a terminal"))?;
+            context.cgroup.create_command(context.session).map_err(doing("create its cgroup"))?;
+        let (master, slave) = sys::open_terminal().map_err(doing("open a terminal"))?;
         sys::resize_terminal(&master, request.cols, request.rows)
-            .map_err(failed("size the terminal"))?;
+            .map_err(doing("size the terminal"))?;
         let env = environment(&request.env, context);
         let mut workdir = working_dir(request.working_dir.as_deref(), context);
-        if !Path::new(&workdir).is_dir() {
+        if !request.explain && !Path::new(&workdir).is_dir() {
             // Contract §5: a directory that cannot be entered is ignored.
             workdir = "/".into();
         }
         let user = request.user.as_deref();
         let program = program(&request.cmd, &env, &workdir, user, context);
         let stdio = [slave.as_fd(); 3];
-        let pid = launch::start(&Program { terminal: true, ..program }, stdio, cgroup.procs())
-            .map_err(|refusal| refusal.reason)?;
+        let pid = launch::start(&Program { terminal: true, ..program }, stdio, cgroup.procs())?;
         let ended =
-            sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(failed("watch it"))?;
+            sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(doing("watch it"))?;
         Ok(Terminal { master, input: Vec::new(), pid, ended, cgroup })
     }
 

@@ -63,6 +63,7 @@ impl Exec {
             user: program.user,
             streaming: true,
             stdin_streaming: true,
+            explain: true,
         }
     }
 }
@@ -83,6 +84,15 @@ pub fn knock(target: &Target) -> Result<(), Stop> {
 /// The error for a box's answer that refuses a request.
 pub fn refusal(payload: &[u8]) -> anyhow::Error {
     anyhow!("the box refused: {}", String::from_utf8_lossy(payload))
+}
+
+/// What the guest's word of a command's end means.
+///
+/// # Errors
+/// It is not the command's own end.
+pub fn ended(exit_code: i32, reason: Option<String>) -> Result<Option<u8>, Stop> {
+    let code = exit_code as u8;
+    reason.map_or(Ok(Some(code)), |reason| Err(Stop::Ended(code, reason)))
 }
 
 struct Running {
@@ -128,7 +138,7 @@ impl Session for Running {
             kind::CONTROL => {
                 let exit: ExecExit =
                     serde_json::from_slice(payload).context("read the command's exit code")?;
-                Ok(Some(exit.exit_code as u8))
+                ended(exit.exit_code, exit.reason)
             }
             kind::ERROR => Err(Stop::Failed(refusal(payload))),
             other => {
@@ -167,7 +177,7 @@ mod tests {
     }
 
     fn write_exit(client: &mut UnixStream, code: i32) {
-        client.write_all(&exec::exit_frame(code)).expect("taken");
+        client.write_all(&exec::exit_frame(code, None)).expect("taken");
     }
 
     /// Runs with a closed input and returns code and message, output, and errors.
@@ -193,7 +203,7 @@ mod tests {
         let (end, output, errors) = run("split", |mut client| {
             let request = request(&mut client);
             assert_eq!(request.cmd, ["x"]);
-            assert!(request.streaming && request.stdin_streaming);
+            assert!(request.streaming && request.stdin_streaming && request.explain);
             assert_eq!(request.timeout_ns, 315_360_000_000_000_000);
             let end = read_frame(&mut client).expect("the input's end");
             assert_eq!((end.kind, &end.payload[..]), (kind::CONTROL, control::STDIN_CLOSE));
@@ -262,6 +272,17 @@ mod tests {
         });
         assert_eq!(code, 125);
         assert!(message.starts_with("read the box's answer: "), "{message}");
+    }
+
+    #[test]
+    fn what_the_guest_says_of_a_commands_end_comes_after_its_output() {
+        let (end, output, _) = run("explained", |mut client| {
+            request(&mut client);
+            write_chunk(&mut client, Stream::Stdout, b"so far");
+            let frame = exec::exit_frame(137, Some("killed at its limit".into()));
+            client.write_all(&frame).expect("taken");
+        });
+        assert_eq!((end, &output[..]), ((137, "killed at its limit".into()), &b"so far"[..]));
     }
 
     #[test]

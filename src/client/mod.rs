@@ -15,7 +15,7 @@ mod target;
 #[cfg(test)]
 mod testing;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 
 pub use relay::Stdio;
 pub use stop::Stop;
@@ -34,6 +34,7 @@ pub fn run(command: impl FnOnce(&Stdio) -> Result<u8, Stop>) -> u8 {
     let stdio = Stdio::of_process().context("open standard input and output");
     let (code, error) = match stdio.map_err(Stop::from).and_then(|stdio| command(&stdio)) {
         Ok(code) | Err(Stop::Quiet(code)) => return code,
+        Err(Stop::Ended(code, reason)) => (code, anyhow!(reason)),
         Err(Stop::Failed(error)) => (FAILED, error),
         Err(Stop::Refused(error)) => (REFUSED, error),
     };

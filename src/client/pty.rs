@@ -11,7 +11,7 @@ use mote_agent::exec::Stream;
 use mote_agent::pty::{MAX_DATA, MAX_PAYLOAD, PtyExit, PtyRequest, PtyResize, kind};
 
 use super::channel::{Channel, request};
-use super::exec::{Program, refusal};
+use super::exec::{Program, ended, refusal};
 use super::relay::{Output, Session, Stdio, relay};
 use super::stop::Stop;
 use super::target::Target;
@@ -89,6 +89,7 @@ impl Pty {
             user: program.user,
             cols,
             rows,
+            explain: true,
         }
     }
 }
@@ -158,7 +159,7 @@ impl Session for Running<'_> {
             kind::EXIT => {
                 let exit: PtyExit =
                     serde_json::from_slice(payload).context("read the command's exit code")?;
-                Ok(Some(exit.exit_code as u8))
+                ended(exit.exit_code, exit.reason)
             }
             kind::ERROR => Err(Stop::Failed(refusal(payload))),
             other => {
@@ -275,9 +276,20 @@ mod tests {
             request(&mut client);
             write_frame(&mut client, kind::ERROR, b"no such user");
         });
+        let (ours, _ends) = stdio();
+        let refused = said(pty(&agent.target).run(&ours, None));
+        assert_eq!(refused, (125, "the box refused: no such user".into()));
+        agent.join();
+
+        let agent = Agent::answering("not-started", kind::ERROR, |mut client| {
+            assert!(request(&mut client).explain);
+            let exit = PtyExit { exit_code: 126, reason: Some("is a directory".into()) };
+            let json = serde_json::to_vec(&exit).expect("serialises");
+            write_frame(&mut client, kind::EXIT, &json);
+        });
         let (stdio, _ends) = stdio();
         let refused = said(pty(&agent.target).run(&stdio, None));
-        assert_eq!(refused, (125, "the box refused: no such user".into()));
+        assert_eq!(refused, (126, "is a directory".into()));
         agent.join();
     }
 }

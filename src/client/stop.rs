@@ -7,6 +7,8 @@ pub enum Stop {
     Failed(anyhow::Error),
     /// A file cannot be copied.
     Refused(anyhow::Error),
+    /// The guest has ended the command, or not started it: the exit code that it says, and why.
+    Ended(u8, String),
     /// The reader of the output has gone, or a signal came: ends with this code, without a message.
     Quiet(u8),
 }
@@ -23,7 +25,7 @@ impl Stop {
         match self {
             Stop::Failed(error) => Stop::Failed(error.context(what)),
             Stop::Refused(error) => Stop::Refused(error.context(what)),
-            Stop::Quiet(code) => Stop::Quiet(code),
+            Stop::Ended(..) | Stop::Quiet(_) => self,
         }
     }
 }

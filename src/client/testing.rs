@@ -122,6 +122,7 @@ pub fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
 pub fn said(result: Result<u8, Stop>) -> (u8, String) {
     match result {
         Ok(code) | Err(Stop::Quiet(code)) => (code, String::new()),
+        Err(Stop::Ended(code, reason)) => (code, reason),
         Err(Stop::Failed(error)) => (super::FAILED, format!("{error:#}")),
         Err(Stop::Refused(error)) => (super::REFUSED, format!("{error:#}")),
     }

@@ -57,9 +57,8 @@ fn exec_is_like_the_command_itself() {
     );
     assert_eq!(shaped, (0, "1 2 1000 /etc\n".into(), String::new()));
     let late = run(&["--timeout", "500ms"], &["sleep", "1000"]);
-    assert_eq!(late, (137, String::new(), "\nProcess killed: timeout exceeded".into()));
-    let (code, _, said) = run(&[], &["nothing"]);
-    assert!(code == 127 && said.contains("'nothing' is in no directory of PATH"), "{said}");
+    let said = "mote: the command was killed at its time limit of 500ms\n";
+    assert_eq!(late, (137, String::new(), said.into()));
     assert_eq!(run(&[], &["sh", "-c", "kill -15 $$"]).0, 143);
 
     // The end of the input reaches the command, and its answer to that comes back.
@@ -73,6 +72,30 @@ fn exec_is_like_the_command_itself() {
         texts(&child.wait_with_output().expect("ends")),
         (0, "xtail\n".into(), String::new())
     );
+    started.stop();
+}
+
+#[test]
+fn commands_that_cannot_start_say_why_in_one_line() {
+    let (test, started) = TestBox::busybox().idle();
+    for verb in ["exec", "pty"] {
+        let socket = test.path(&format!("sock/{verb}.sock"));
+        for (options, cmd, code, said) in [
+            (&[][..], "nothing", 127, "'nothing' is in no directory of PATH ("),
+            (&[], "/no/such", 127, "'/no/such' is not in the root file system"),
+            (&[], "/etc/passwd", 126, "'/etc/passwd' may not be executed by this user"),
+            (&[], "/etc", 126, "'/etc' is a directory"),
+            (&["--user", "ghost"], "id", 125, "user: user 'ghost' is not in the guest's"),
+            (&["--workdir", "/no"], "id", 125, "workdir: enter '/no' in the guest: No such file"),
+        ] {
+            let mut command = Command::new(mote());
+            command.arg(verb).args(options).arg(&socket).args(["--", cmd]).stdin(Stdio::null());
+            let (ended, out, error) = texts(&command.output().expect("mote runs"));
+            assert_eq!((ended, out.as_str()), (code, ""), "{verb} {cmd}: {error}");
+            assert!(error.starts_with(&format!("mote: {said}")), "{verb} {cmd}: {error}");
+            assert!(error.ends_with('\n') && error.lines().count() == 1, "{verb} {cmd}: {error}");
+        }
+    }
     started.stop();
 }
 
