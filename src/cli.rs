@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use lexopt::prelude::*;
+use mote_agent::text::Text;
 
 use crate::client::Target;
 use crate::client::cp::{Cp, Route};
@@ -117,7 +119,7 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
             Long("config") => {
-                let text = parser.value()?.string()?;
+                let text = parsed("--config", parser.value()?, |text| Ok(text.into()))?;
                 once("--config or --config-file", &mut config, Config::Text(text))?;
             }
             Long("config-file") => {
@@ -127,7 +129,7 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("outcome") => once("--outcome", &mut outcome, PathBuf::from(parser.value()?))?,
             Long("timeline") => once("--timeline", &mut timeline, PathBuf::from(parser.value()?))?,
             Value(word) if verb.is_none() => {
-                let word = word.string()?;
+                let word = word.to_string_lossy().into_owned();
                 if let Some(kind) = Client::named(&word) {
                     return match (config, outcome, timeline) {
                         (None, None, None) => parse_client(kind, parser),
@@ -177,16 +179,22 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
     while let Some(argument) = parser.next()? {
         match argument {
             Short('h') | Long("help") => return Ok(Command::Help),
-            Long("wait") => once("--wait", &mut wait, parser.value()?.parse_with(duration)?)?,
-            Long("timeout") if client == Client::Exec => {
-                once("--timeout", &mut timeout, parser.value()?.parse_with(duration)?)?;
+            Long("wait") => {
+                once("--wait", &mut wait, parsed("--wait", parser.value()?, duration)?)?;
             }
-            Long("env") if client != Client::Cp => env.push(parser.value()?.parse_with(variable)?),
+            Long("timeout") if client == Client::Exec => {
+                once("--timeout", &mut timeout, parsed("--timeout", parser.value()?, duration)?)?;
+            }
+            Long("env") if client != Client::Cp => env.push(variable(parser.value()?)?),
             Long("user") if client != Client::Cp => {
-                once("--user", &mut user, parser.value()?.string()?)?;
+                once(
+                    "--user",
+                    &mut user,
+                    parsed("--user", parser.value()?, |user| Ok(user.into()))?,
+                )?;
             }
             Long("workdir") if client != Client::Cp => {
-                once("--workdir", &mut workdir, parser.value()?.string()?)?;
+                once("--workdir", &mut workdir, parser.value()?.into())?;
             }
             Value(word) if socket.is_none() => socket = Some(PathBuf::from(word)),
             Value(word) if client == Client::Cp => words.push(word),
@@ -208,7 +216,7 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
     if words.is_empty() {
         return Err("give the command to run after the socket".into());
     }
-    let cmd = words.into_iter().map(OsString::string).collect::<Result<_, _>>()?;
+    let cmd = words.into_iter().map(Text::from).collect();
     let program = Program { cmd, env, user, workdir };
     Ok(match client {
         Client::Exec => {
@@ -218,11 +226,21 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
     })
 }
 
-fn variable(text: &str) -> Result<String, String> {
-    match text.split_once('=') {
-        Some((name, _)) if !name.is_empty() => Ok(text.to_owned()),
-        _ => Err("it must be NAME=VALUE".into()),
+fn variable(entry: OsString) -> Result<Text, String> {
+    match entry.as_bytes().iter().position(|byte| *byte == b'=') {
+        None | Some(0) => Err(format!("--env is {entry:?}; it must be NAME=VALUE")),
+        Some(_) => Ok(entry.into()),
     }
+}
+
+/// An option's value, which is text that `parse` reads.
+fn parsed<T>(
+    name: &str,
+    value: OsString,
+    parse: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<T, String> {
+    let text = value.to_str().ok_or_else(|| format!("{name} is {value:?}; it must be UTF-8"))?;
+    parse(text).map_err(|problem| format!("{name} is {value:?}; {problem}"))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -252,6 +270,7 @@ fn once<T>(name: &str, slot: &mut Option<T>, value: T) -> Result<(), lexopt::Err
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::OsStr;
 
     fn parsed(words: &[&str]) -> Result<Command, String> {
         parse(words.iter().map(OsString::from))
@@ -282,7 +301,7 @@ mod tests {
     }
 
     fn program(cmd: &[&str]) -> Program {
-        let cmd = cmd.iter().map(ToString::to_string).collect();
+        let cmd = cmd.iter().map(Text::from).collect();
         Program { cmd, env: vec![], user: None, workdir: None }
     }
 
@@ -341,6 +360,29 @@ mod tests {
             [("a", "b"), (":/a", ":/b"), ("a", ":b"), ("a", ":"), ("-", ":/b/"), ("..", ":/b/")]
         {
             assert!(cp(source, destination).is_err(), "{source} {destination}");
+        }
+    }
+
+    #[test]
+    fn bytes_of_the_guest_are_carried_as_they_are() {
+        let bytes = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
+        let parse = |words: &[u8]| parse(words.split(|byte| *byte == b' ').map(bytes));
+        let exec = parse(b"exec --env A=\xff --workdir /\xfe s ls \xfd");
+        let Ok(Command::Exec(Exec { program, .. })) = exec else { panic!("a command") };
+        assert_eq!(program.cmd, [Text::from("ls"), bytes(b"\xfd").into()]);
+        assert_eq!(program.env, [Text::from(bytes(b"A=\xff"))]);
+        assert_eq!(program.workdir, Some(bytes(b"/\xfe").into()));
+        let Ok(Command::Cp(cp)) = parse(b"cp s \xff :/d/") else { panic!("a copy") };
+        let to = bytes(b"/d/\xff").into();
+        assert_eq!(cp.route, Route::Upload { from: bytes(b"\xff").into(), to });
+        // What is text is refused by name.
+        for (words, expected) in [
+            (&b"--config \xff"[..], r#"--config is "\xFF"; it must be UTF-8"#),
+            (b"exec --user \xff s x", r#"--user is "\xFF"; it must be UTF-8"#),
+            (b"exec --env \xff s x", r#"--env is "\xFF"; it must be NAME=VALUE"#),
+            (b"cp s :\xff x", "':\u{fffd}' is not an absolute path, as paths in the guest must be"),
+        ] {
+            assert_eq!(parse(words), Err(expected.into()));
         }
     }
 

@@ -101,7 +101,7 @@ fn run(
     match Command::start(request, context) {
         Ok(command) => command.serve(connection, reply, context),
         Err(Refusal { code, reason }) => {
-            let name: String = request.cmd[0].chars().take(QUOTED).collect();
+            let name: String = request.cmd[0].to_string_lossy().chars().take(QUOTED).collect();
             let reason: String = reason.chars().take(4 * QUOTED).collect();
             Ended::ByAgent(EndByAgent {
                 code: NOT_STARTED,
@@ -164,7 +164,7 @@ impl Command {
             (File::open("/dev/null").map_err(doing("open /dev/null"))?.into(), None)
         };
         let env = environment(&request.env, context);
-        let workdir = working_dir(request.working_dir.as_deref(), context);
+        let workdir = working_dir(request.working_dir.as_ref(), context);
         let program = program(&request.cmd, &env, &workdir, request.user.as_deref(), context);
         let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
         let pid = launch::start(&program, stdio, cgroup.procs())?;

@@ -9,6 +9,8 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+use crate::text::Text;
+
 /// Frame types (contract §4.1).
 pub mod kind {
     /// A request, a reply, a chunk of output, or raw input.
@@ -53,15 +55,15 @@ pub const TIMEOUT_NOTE: &[u8] = b"\nProcess killed: timeout exceeded";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// Program and arguments.
-    pub cmd: Vec<String>,
+    pub cmd: Vec<Text>,
     /// Time limit in nanoseconds; 0 is [`DEFAULT_TIMEOUT_NS`].
     pub timeout_ns: u64,
     /// `NAME=value` entries over the box's own environment.
     #[serde(default)]
-    pub env: Vec<String>,
+    pub env: Vec<Text>,
     /// Directory to start in; the box's own by default.
     #[serde(default)]
-    pub working_dir: Option<String>,
+    pub working_dir: Option<Text>,
     /// All of its standard input; none is an empty one.
     #[serde(default)]
     pub stdin: Option<Vec<u8>>,
@@ -86,7 +88,7 @@ pub struct FileRequest {
     /// In which direction.
     pub op: FileOp,
     /// Where in the guest.
-    pub guest_path: String,
+    pub guest_path: Text,
     /// Contents to upload, in base64.
     #[serde(default)]
     pub data: Option<String>,
@@ -338,7 +340,7 @@ mod tests {
 
     fn exec(cmd: &[&str]) -> ExecRequest {
         ExecRequest {
-            cmd: cmd.iter().map(ToString::to_string).collect(),
+            cmd: cmd.iter().map(Text::from).collect(),
             timeout_ns: 0,
             env: vec![],
             working_dir: None,

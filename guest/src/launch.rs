@@ -2,13 +2,13 @@
 //! directory, environment, standard streams, and a reason that a person can act on when it cannot be
 //! started.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mote_agent::instance::{Rlimit, Security};
 
@@ -29,16 +29,16 @@ const NOT_FOUND: u8 = 127;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A program to start.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Program<'a> {
     /// Path, or a name that is looked up in the environment's `PATH`.
-    pub executable: &'a str,
+    pub executable: &'a OsStr,
     /// Arguments after `argv[0]`.
-    pub args: &'a [String],
+    pub args: Vec<&'a OsStr>,
     /// Environment in order, over the defaults; a later entry for a name wins.
-    pub env: &'a [(String, String)],
+    pub env: Vec<(&'a OsStr, &'a OsStr)>,
     /// Directory to start in.
-    pub workdir: &'a str,
+    pub workdir: &'a Path,
     /// Who runs it (contract §1.5); root by default.
     pub user: Option<&'a str>,
     /// Limits, in order.
@@ -88,18 +88,11 @@ pub fn start(
     }
     let environment = environment(program, &identity);
     let candidates = candidates(program.executable, &environment);
-    let strings = |texts: &[String]| -> Result<Vec<CString>, Refusal> {
-        let strings = texts.iter().map(sys::c_string).collect::<io::Result<_>>();
-        strings.map_err(|_| {
-            let reason =
-                "a program's name, arguments, environment and directory cannot contain NUL";
-            refusal(SETUP_FAILED, reason.into())
-        })
-    };
-    let executable = program.executable.to_owned();
-    let argv: Vec<String> = [executable].into_iter().chain(program.args.iter().cloned()).collect();
-    let workdir = strings(&[program.workdir.to_owned()])?;
-    let envp: Vec<String> = environment.iter().map(|(n, v)| format!("{n}={v}")).collect();
+    let argv: Vec<&OsStr> = [&[program.executable], &program.args[..]].concat();
+    let workdir = strings(&[program.workdir])?;
+    let entry =
+        |(name, value): &(&OsStr, &OsStr)| [*name, OsStr::new("="), *value].into_iter().collect();
+    let envp: Vec<OsString> = environment.iter().map(entry).collect();
     spawn::spawn(&Spawn {
         candidates: &strings(&candidates)?,
         argv: &strings(&argv)?,
@@ -120,14 +113,23 @@ pub fn start(
     .map_err(|error| explain(program, &candidates, &environment, error))
 }
 
+fn strings(texts: &[impl AsRef<OsStr>]) -> Result<Vec<CString>, Refusal> {
+    let strings = texts.iter().map(sys::c_string).collect::<io::Result<_>>();
+    strings.map_err(|_| {
+        let reason = "a program's name, arguments, environment and directory cannot contain NUL";
+        refusal(SETUP_FAILED, reason.into())
+    })
+}
+
 /// Each name once with its last value, in order of first appearance: the defaults of contract §7.1
 /// first, with a `PATH`, and the home of a user that was named.
-fn environment<'a>(program: &Program<'a>, identity: &'a Identity) -> Vec<(&'a str, &'a str)> {
+fn environment<'a>(program: &Program<'a>, identity: &'a Identity) -> Vec<(&'a OsStr, &'a OsStr)> {
     let home = identity.home.as_deref().filter(|_| program.user.is_some()).unwrap_or("/");
     let term = if program.terminal { "xterm-256color" } else { "linux" };
-    let mut entries = vec![("HOME", home), ("TERM", term), ("PATH", DEFAULT_PATH)];
-    for (name, value) in program.env {
-        match entries.iter_mut().find(|(known, _)| known == name) {
+    let defaults = [("HOME", home), ("TERM", term), ("PATH", DEFAULT_PATH)];
+    let mut entries = defaults.map(|(name, value)| (OsStr::new(name), OsStr::new(value))).to_vec();
+    for &(name, value) in &program.env {
+        match entries.iter_mut().find(|(known, _)| *known == name) {
             Some(entry) => entry.1 = value,
             None => entries.push((name, value)),
         }
@@ -140,29 +142,35 @@ fn is_pipe(fd: BorrowedFd<'_>) -> bool {
     metadata.is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
-fn path<'a>(environment: &[(&'a str, &'a str)]) -> &'a str {
-    environment.iter().find(|(name, _)| *name == "PATH").map_or("", |(_, value)| value)
+fn path<'a>(environment: &[(&'a OsStr, &'a OsStr)]) -> &'a OsStr {
+    environment.iter().find(|(name, _)| *name == "PATH").map_or(OsStr::new(""), |(_, value)| value)
 }
 
 /// The files that an executable's name can mean, in order.
-fn candidates(name: &str, environment: &[(&str, &str)]) -> Vec<String> {
-    if name.contains('/') {
-        return vec![name.to_owned()];
+fn candidates(name: &OsStr, environment: &[(&OsStr, &OsStr)]) -> Vec<PathBuf> {
+    if has_slash(name) {
+        return vec![name.into()];
     }
     path(environment)
-        .split(':')
-        .map(|dir| if dir.is_empty() { format!("./{name}") } else { format!("{dir}/{name}") })
+        .as_bytes()
+        .split(|byte| *byte == b':')
+        .map(|dir| Path::new(if dir.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(dir) }))
+        .map(|dir| dir.join(name))
         .collect()
+}
+
+fn has_slash(name: &OsStr) -> bool {
+    name.as_bytes().contains(&b'/')
 }
 
 fn explain(
     program: &Program<'_>,
-    candidates: &[String],
-    environment: &[(&str, &str)],
+    candidates: &[PathBuf],
+    environment: &[(&OsStr, &OsStr)],
     failure: SpawnError,
 ) -> Refusal {
     let SpawnError { step, at, error } = failure;
-    let name = program.executable;
+    let name = Path::new(program.executable).display();
     let setup = |reason| refusal(SETUP_FAILED, reason);
     match step {
         Step::Fork => setup(format!("start a process: {error}")),
@@ -170,7 +178,7 @@ fn explain(
         Step::Cgroup => setup(format!("join the box's cgroup: {error}")),
         Step::Workdir => setup(format!(
             "workdir: enter '{}' in the guest: {error}; name a directory of the root file system",
-            program.workdir
+            program.workdir.display()
         )),
         Step::Rlimit => {
             let number = program.rlimits.get(at).map_or(0, |limit| limit.resource);
@@ -178,23 +186,26 @@ fn explain(
         }
         Step::User => setup(format!("user: switch to the program's user: {error}")),
         Step::Exec => {
-            let file = candidates.get(at).map_or(name, String::as_str);
+            let file = candidates.get(at).map_or(Path::new(program.executable), PathBuf::as_path);
             // Where the program would have looked.
-            let place = |candidate: &str| Path::new(program.workdir).join(candidate);
+            let place = |candidate: &Path| program.workdir.join(candidate);
             let found = candidates.iter().find(|c| place(c).symlink_metadata().is_ok());
             match (error.raw_os_error(), found) {
-                (Some(libc::ENOENT | libc::ENOTDIR), None) if name.contains('/') => {
+                (Some(libc::ENOENT | libc::ENOTDIR), None) if has_slash(program.executable) => {
                     refusal(NOT_FOUND, format!("'{name}' is not in the root file system"))
                 }
                 (Some(libc::ENOENT | libc::ENOTDIR), None) => refusal(
                     NOT_FOUND,
-                    format!("'{name}' is in no directory of PATH ({})", path(environment)),
+                    format!(
+                        "'{name}' is in no directory of PATH ({})",
+                        path(environment).display()
+                    ),
                 ),
                 (errno, found) => {
                     let missing = errno == Some(libc::ENOENT);
-                    let file = found.filter(|_| missing).map_or(file, String::as_str);
+                    let file = found.filter(|_| missing).map_or(file, PathBuf::as_path);
                     let defect = defect(&place(file), &error);
-                    refusal(NOT_EXECUTABLE, format!("'{file}' {defect}"))
+                    refusal(NOT_EXECUTABLE, format!("'{}' {defect}", file.display()))
                 }
             }
         }
@@ -222,7 +233,7 @@ fn defect(file: &Path, error: &io::Error) -> String {
             b"" => "is a script whose #! line names no interpreter".into(),
             _ => format!(
                 "is a script whose interpreter '{}' cannot be run: {error}",
-                Path::new(std::ffi::OsStr::from_bytes(interpreter)).display()
+                OsStr::from_bytes(interpreter).display()
             ),
         };
     }
@@ -273,17 +284,16 @@ mod tests {
     static NONE: Security =
         Security { no_new_privs: false, seccomp: false, drop_capabilities: Vec::new() };
 
-    fn owned(env: &[(&str, &str)]) -> Vec<(String, String)> {
-        env.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect()
+    fn variables<'a>(env: &[(&'a str, &'a str)]) -> Vec<(&'a OsStr, &'a OsStr)> {
+        env.iter().map(|&(name, value)| (OsStr::new(name), OsStr::new(value))).collect()
     }
 
-    fn program<'a>(env: &'a [(String, String)], user: Option<&'a str>) -> Program<'a> {
-        let executable = "sh";
+    fn program<'a>(env: &[(&'a str, &'a str)], user: Option<&'a str>) -> Program<'a> {
         Program {
-            executable,
-            args: &[],
-            env,
-            workdir: "/",
+            executable: OsStr::new("sh"),
+            args: vec![],
+            env: variables(env),
+            workdir: Path::new("/"),
             user,
             rlimits: &[],
             terminal: false,
@@ -294,21 +304,25 @@ mod tests {
 
     #[test]
     fn a_name_is_looked_up_in_path() {
-        let environment = [("PATH", "/bin::/sbin")];
-        assert_eq!(candidates("sh", &environment), ["/bin/sh", "./sh", "/sbin/sh"]);
-        assert_eq!(candidates("./sh", &environment), ["./sh"]);
+        let environment = variables(&[("PATH", "/bin::/sbin")]);
+        let candidates = |name: &str| candidates(OsStr::new(name), &environment);
+        assert_eq!(candidates("sh"), ["/bin/sh", "./sh", "/sbin/sh"].map(PathBuf::from));
+        assert_eq!(candidates("./sh"), [PathBuf::from("./sh")]);
     }
 
     #[test]
     fn later_environment_entries_win_in_place() {
-        let env = owned(&[("A", "1"), ("B", "2"), ("A", "3"), ("PATH", "/x")]);
+        let env = [("A", "1"), ("B", "2"), ("A", "3"), ("PATH", "/x")];
         let app = Identity { home: Some("/home/app".into()), ..Identity::ROOT };
         let defaults = |home| [("HOME", home), ("TERM", "linux"), ("PATH", "/x")];
         let own = [("A", "3"), ("B", "2")];
-        assert_eq!(environment(&program(&env, None), &app), [&defaults("/")[..], &own].concat());
+        assert_eq!(
+            environment(&program(&env, None), &app),
+            variables(&[&defaults("/")[..], &own].concat())
+        );
         assert_eq!(
             environment(&program(&env, Some("app")), &app),
-            [&defaults("/home/app")[..], &own].concat()
+            variables(&[&defaults("/home/app")[..], &own].concat())
         );
     }
 

@@ -4,6 +4,7 @@
 //! - [`instance`]: the configuration that the VMM places in the initramfs
 //! - [`frame`]: the framing of all channels
 //! - [`protocol`]: the messages on the control channel, and the vsock ports
+//! - [`text`]: words, variables and paths of the guest
 //! - [`exec`], [`pty`]: what clients of the box's sockets say
 //! - [`flow`]: how network connections travel
 
@@ -13,3 +14,4 @@ pub mod frame;
 pub mod instance;
 pub mod protocol;
 pub mod pty;
+pub mod text;

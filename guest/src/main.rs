@@ -41,10 +41,13 @@ mod transfer;
 mod tsi;
 mod user;
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
+use mote_agent::instance::Entrypoint;
 use mote_agent::protocol::{
     CONTROL_PORT, EntrypointEnd, FromGuest, Mark, STDERR_PORT, STDOUT_PORT, VERSION,
 };
@@ -130,11 +133,12 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
     let stdin = File::open("/dev/null").map_err(setup("open /dev/null for the input"))?;
     let (stdout, stdout_end) = sys::pipe().map_err(setup("create a pipe for the output"))?;
     let (stderr, stderr_end) = sys::pipe().map_err(setup("create a pipe for the errors"))?;
+    let Entrypoint { executable, args, env } = &instance.entrypoint;
     let program = Program {
-        executable: &instance.entrypoint.executable,
-        args: &instance.entrypoint.args,
-        env: &instance.entrypoint.env,
-        workdir: &instance.workdir,
+        executable: OsStr::new(executable),
+        args: args.iter().map(OsStr::new).collect(),
+        env: env.iter().map(|(name, value)| (OsStr::new(name), OsStr::new(value))).collect(),
+        workdir: Path::new(&instance.workdir),
         user: instance.user.as_deref(),
         rlimits: &instance.rlimits,
         terminal: false,

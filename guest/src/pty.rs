@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::Text;
+
 /// Frame types.
 pub mod kind {
     /// Start a session ([`super::PtyRequest`]). Later ones count as [`DATA`]: the 0.8.0 command line
@@ -31,13 +33,13 @@ pub const MAX_DATA: usize = 4096;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PtyRequest {
     /// Program and arguments.
-    pub cmd: Vec<String>,
+    pub cmd: Vec<Text>,
     /// `NAME=value` entries over the box's own environment.
     #[serde(default)]
-    pub env: Vec<String>,
+    pub env: Vec<Text>,
     /// Directory to start in; the box's own by default.
     #[serde(default)]
-    pub working_dir: Option<String>,
+    pub working_dir: Option<Text>,
     /// `uid`, `uid:gid`, `name` or `name:group`; root by default.
     #[serde(default)]
     pub user: Option<String>,

@@ -1,9 +1,12 @@
 //! What sessions for commands and for terminals have in common: the box that they work in, the
 //! program that a request asks for, and the exit code that the client is told.
 
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use mote_agent::instance::Instance;
+use mote_agent::text::Text;
 
 use crate::cgroup::BoxCgroup;
 use crate::launch::Program;
@@ -24,13 +27,15 @@ pub struct Context<'a> {
 
 /// The program that a request asks for, with what the box has for all of them.
 pub fn program<'a>(
-    cmd: &'a [String],
-    env: &'a [(String, String)],
-    workdir: &'a str,
+    cmd: &'a [Text],
+    env: &'a [(OsString, OsString)],
+    workdir: &'a Path,
     user: Option<&'a str>,
     context: &Context<'a>,
 ) -> Program<'a> {
-    let (executable, args) = cmd.split_first().map_or(("", &[][..]), |(e, a)| (e.as_str(), a));
+    let mut words = cmd.iter().map(|word| &**word);
+    let executable = words.next().unwrap_or_default();
+    let (args, env) = (words.collect(), env.iter().map(|(n, v)| (&**n, &**v)).collect());
     let Instance { rlimits, security, .. } = context.instance;
     let user = user.filter(|user| !user.is_empty());
     let (terminal, by_session) = (false, true);
@@ -38,18 +43,21 @@ pub fn program<'a>(
 }
 
 /// The box's environment with a request's own entries over it.
-pub fn environment(request: &[String], context: &Context<'_>) -> Vec<(String, String)> {
-    let own = request.iter().map(|entry| match entry.split_once('=') {
-        Some((name, value)) => (name.to_owned(), value.to_owned()),
-        None => (entry.clone(), String::new()),
+pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, OsString)> {
+    let own = request.iter().map(|entry| {
+        let mut parts = entry.as_bytes().splitn(2, |byte| *byte == b'=');
+        [parts.next(), parts.next()]
+            .map(|part| OsStr::from_bytes(part.unwrap_or_default()).to_owned())
     });
-    context.instance.exec_env.iter().cloned().chain(own.filter(|(n, _)| !n.is_empty())).collect()
+    let own = own.map(|[name, value]| (name, value)).filter(|(name, _)| !name.is_empty());
+    let of_box = context.instance.exec_env.iter();
+    of_box.map(|(name, value)| (name.into(), value.into())).chain(own).collect()
 }
 
 /// A request's directory, seen from the box's own.
-pub fn working_dir(request: Option<&str>, context: &Context<'_>) -> String {
+pub fn working_dir(request: Option<&Text>, context: &Context<'_>) -> PathBuf {
     let own = Path::new(&context.instance.exec_workdir);
-    own.join(request.unwrap_or("")).to_string_lossy().into_owned()
+    own.join(request.map_or(OsStr::new(""), |directory| directory))
 }
 
 /// As a shell has it: a status, or 128+n for signal n.

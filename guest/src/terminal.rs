@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::time::Duration;
 
 use mote_agent::frame::{self, Frame};
@@ -83,8 +82,8 @@ impl Terminal {
         sys::resize_terminal(&master, request.cols, request.rows)
             .map_err(doing("size the terminal"))?;
         let env = environment(&request.env, context);
-        let mut workdir = working_dir(request.working_dir.as_deref(), context);
-        if !request.explain && !Path::new(&workdir).is_dir() {
+        let mut workdir = working_dir(request.working_dir.as_ref(), context);
+        if !request.explain && !workdir.is_dir() {
             // Contract §5: a directory that cannot be entered is ignored.
             workdir = "/".into();
         }

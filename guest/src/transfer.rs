@@ -72,7 +72,7 @@ fn download(request: &FileRequest) -> Result<FileResponse, String> {
 }
 
 fn absolute(request: &FileRequest) -> Result<&Path, String> {
-    let path = Path::new(&request.guest_path);
+    let path = Path::new(&*request.guest_path);
     if path.is_absolute() { Ok(path) } else { Err("is not an absolute path".into()) }
 }
 
@@ -99,7 +99,7 @@ mod tests {
     fn request(op: FileOp, path: &Path, data: Option<&[u8]>) -> FileRequest {
         FileRequest {
             op,
-            guest_path: path.to_string_lossy().into_owned(),
+            guest_path: path.into(),
             data: data.map(exec::to_base64),
             offset: None,
             length: None,

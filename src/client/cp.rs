@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use mote_agent::exec::{
     FileOp, FileRequest, FileResponse, MAX_PAYLOAD, from_base64, kind, to_base64,
 };
+use mote_agent::text::Text;
 
 use super::channel::{Reply, request};
 use super::exec;
@@ -45,12 +46,12 @@ pub enum Route {
         /// On the host.
         from: PathBuf,
         /// In the guest.
-        to: String,
+        to: Text,
     },
     /// Out of the guest.
     Download {
         /// In the guest.
-        from: String,
+        from: Text,
         /// On the host.
         to: PathBuf,
     },
@@ -64,15 +65,16 @@ impl Route {
     pub fn parse(source: OsString, destination: OsString) -> Result<Route, String> {
         match (guest_path(&source)?, guest_path(&destination)?) {
             (None, Some(mut to)) => {
-                if to.ends_with('/') {
+                if to.as_bytes().ends_with(b"/") {
                     let name = Path::new(&source).file_name().filter(|_| source != "-");
-                    to.push_str(name.and_then(OsStr::to_str).ok_or_else(|| {
+                    to.push(name.ok_or_else(|| {
+                        let to = to.display();
                         format!("{to} is a directory, and the file has no name: name it there")
                     })?);
                 }
-                Ok(Route::Upload { from: source.into(), to })
+                Ok(Route::Upload { from: source.into(), to: to.into() })
             }
-            (Some(from), None) => Ok(Route::Download { from, to: destination.into() }),
+            (Some(from), None) => Ok(Route::Download { from: from.into(), to: destination.into() }),
             (None, None) => {
                 Err("one of the two paths must start with ':', which means the guest's".into())
             }
@@ -81,15 +83,13 @@ impl Route {
     }
 }
 
-fn guest_path(argument: &OsStr) -> Result<Option<String>, String> {
+fn guest_path(argument: &OsStr) -> Result<Option<OsString>, String> {
     let Some(path) = argument.as_bytes().strip_prefix(b":") else { return Ok(None) };
-    match str::from_utf8(path) {
-        Ok(path) if path.starts_with('/') => Ok(Some(path.to_owned())),
-        Ok(path) => {
-            Err(format!("':{path}' is not an absolute path, as paths in the guest must be"))
-        }
-        Err(_) => Err("the path in the guest is not UTF-8, as the protocol requires".into()),
+    if !path.starts_with(b"/") {
+        let shown = argument.display();
+        return Err(format!("'{shown}' is not an absolute path, as paths in the guest must be"));
     }
+    Ok(Some(OsStr::from_bytes(path).to_owned()))
 }
 
 impl Cp {
@@ -105,7 +105,7 @@ impl Cp {
         Ok(0)
     }
 
-    fn upload(&self, from: &Path, to: &str, stdio: &Stdio) -> Result<(), Stop> {
+    fn upload(&self, from: &Path, to: &Text, stdio: &Stdio) -> Result<(), Stop> {
         let (source, mode) = open_source(from, stdio).map_err(Stop::Refused)?;
         exec::knock(&self.target)?;
         let mut part = vec![0; PART];
@@ -140,7 +140,7 @@ impl Cp {
     }
 
     /// Makes sure that the agent knows parts. Another agent would replace the first part by the second.
-    fn require_parts(&self, path: &str) -> Result<(), Stop> {
+    fn require_parts(&self, path: &Text) -> Result<(), Stop> {
         let request = FileRequest {
             offset: Some(0),
             length: Some(1),
@@ -152,7 +152,7 @@ impl Cp {
         }
     }
 
-    fn download(&self, from: &str, to: &Path, stdio: &Stdio) -> Result<(), Stop> {
+    fn download(&self, from: &Text, to: &Path, stdio: &Stdio) -> Result<(), Stop> {
         exec::knock(&self.target)?;
         let ask = |offset, signals: Option<&File>| {
             let request = FileRequest {
@@ -218,7 +218,7 @@ impl Cp {
 const UPLOAD_HINT: &str = " (end its path with / to copy into it)";
 const DOWNLOAD_HINT: &str = " (for all that is in it, use mote exec SOCKET -- tar -c -C DIR .)";
 
-fn no_parts(path: &str) -> Stop {
+fn no_parts(path: &Text) -> Stop {
     Stop::Refused(anyhow!(
         "copy :{path}: the box's agent is not mote's and cannot copy files of more than {} MiB; \
          use 'mote exec SOCKET -- cat'",
@@ -226,8 +226,8 @@ fn no_parts(path: &str) -> Stop {
     ))
 }
 
-fn file_request(op: FileOp, path: &str) -> FileRequest {
-    FileRequest { op, guest_path: path.into(), data: None, offset: None, length: None, mode: None }
+fn file_request(op: FileOp, path: &Text) -> FileRequest {
+    FileRequest { op, guest_path: path.clone(), data: None, offset: None, length: None, mode: None }
 }
 
 fn open_source(path: &Path, stdio: &Stdio) -> Result<(File, Option<u32>)> {
@@ -273,7 +273,7 @@ struct Destination {
 }
 
 impl Destination {
-    fn open(from: &str, to: &Path, stdio: &Stdio) -> Result<Self> {
+    fn open(from: &Text, to: &Path, stdio: &Stdio) -> Result<Self> {
         if to == "-" {
             let sink = Sink::new(stdio.output.file().try_clone().context("open standard output")?);
             return Ok(Destination { sink, path: "standard output".into(), partial: None });
@@ -281,7 +281,7 @@ impl Destination {
         let mut path = to.to_path_buf();
         let into_directory = path.is_dir();
         if into_directory {
-            path.push(Path::new(from).file_name().context("the guest's path names no file")?);
+            path.push(Path::new(&**from).file_name().context("the guest's path names no file")?);
         }
         match fs::metadata(&path) {
             // A device, for example, is written to, not replaced.

@@ -6,6 +6,7 @@ use anyhow::{Context, anyhow};
 use mote_agent::exec::{
     self, ExecChunk, ExecExit, ExecOutput, ExecRequest, MAX_PAYLOAD, Stream, control, kind,
 };
+use mote_agent::text::Text;
 
 use super::channel::{Channel, request};
 use super::relay::{Output, Session, Stdio, relay};
@@ -16,13 +17,13 @@ use super::target::Target;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
     /// Program and arguments.
-    pub cmd: Vec<String>,
+    pub cmd: Vec<Text>,
     /// `NAME=value` entries, added to the box's own environment.
-    pub env: Vec<String>,
+    pub env: Vec<Text>,
     /// `uid`, `uid:gid`, `name` or `name:group`.
     pub user: Option<String>,
     /// Directory to start in.
-    pub workdir: Option<String>,
+    pub workdir: Option<Text>,
 }
 
 /// The time limit of a command without one: the protocol's default is 5 s, and it cannot express "no

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::IsTerminal;
+use std::os::unix::ffi::OsStrExt;
 
 use anyhow::{Context, anyhow};
 use mote_agent::exec::Stream;
@@ -78,9 +79,9 @@ impl Pty {
         let program = self.program.clone();
         let mut env = program.env;
         if let Some(term) = term
-            && !env.iter().any(|entry| entry.starts_with("TERM="))
+            && !env.iter().any(|entry| entry.as_bytes().starts_with(b"TERM="))
         {
-            env.push(format!("TERM={term}"));
+            env.push(format!("TERM={term}").into());
         }
         PtyRequest {
             cmd: program.cmd,

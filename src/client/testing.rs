@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use mote_agent::frame::{self, Frame, HEADER_LEN};
+use mote_agent::text::Text;
 
 use super::exec::Program;
 use super::relay::{Sink, Stdio};
@@ -69,7 +70,7 @@ pub fn scratch(name: &str) -> PathBuf {
 }
 
 pub fn program(words: &[&str]) -> Program {
-    let cmd = words.iter().map(ToString::to_string).collect();
+    let cmd = words.iter().map(Text::from).collect();
     Program { cmd, env: vec![], user: None, workdir: None }
 }
 

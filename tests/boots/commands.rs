@@ -1,7 +1,9 @@
 //! `mote exec`, `mote pty` and `mote cp` against the built-in servers, as their users call them.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -96,6 +98,37 @@ fn commands_that_cannot_start_say_why_in_one_line() {
             assert!(error.ends_with('\n') && error.lines().count() == 1, "{verb} {cmd}: {error}");
         }
     }
+    started.stop();
+}
+
+#[test]
+fn bytes_that_are_no_text_reach_the_guest_as_they_are() {
+    let (test, started) = TestBox::busybox().idle();
+    let bytes = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
+    let socket = test.path("sock/exec.sock");
+    let run = |words: &[&OsStr]| {
+        let output = Command::new(mote()).args(words).stdin(Stdio::null()).output().expect("runs");
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        output.stdout
+    };
+    let name = bytes(b"d\xe9");
+    fs::create_dir(test.path("root/tmp").join(&name)).expect("created");
+    let (variable, directory) = (bytes(b"X=\xfe"), bytes(b"/tmp/d\xe9"));
+    let script = "printf '%s %s ' \"$0\" \"$X\"; pwd";
+    let mut words: Vec<&OsStr> = ["exec", "--env"].map(OsStr::new).to_vec();
+    words.extend([&*variable, OsStr::new("--workdir"), &directory, socket.as_os_str()]);
+    let word = bytes(b"\xff");
+    words.extend(["--", "sh", "-c", script].map(OsStr::new));
+    words.push(&word);
+    assert_eq!(run(&words), b"\xff \xfe /tmp/d\xe9\n");
+
+    let [local, back] = ["out", "out/back"].map(|path| test.path(path));
+    let local = local.join(&word);
+    fs::write(&local, "contents").expect("written");
+    let copy = |from: &OsStr, to: &OsStr| run(&[OsStr::new("cp"), socket.as_os_str(), from, to]);
+    copy(local.as_os_str(), &bytes(b":/tmp/d\xe9/"));
+    copy(&bytes(b":/tmp/d\xe9/\xff"), back.as_os_str());
+    assert_eq!(fs::read(&back).expect("copied"), b"contents");
     started.stop();
 }
 
