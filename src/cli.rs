@@ -120,11 +120,10 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             Short('V') | Long("version") => return Ok(Command::Version),
             Long("config") => {
                 let text = parsed("--config", parser.value()?, |text| Ok(text.into()))?;
-                once("--config or --config-file", &mut config, Config::Text(text))?;
+                give_spec(&mut config, Config::Text(text))?;
             }
             Long("config-file") => {
-                let file = PathBuf::from(parser.value()?);
-                once("--config or --config-file", &mut config, Config::File(file))?;
+                give_spec(&mut config, Config::File(parser.value()?.into()))?;
             }
             Long("outcome") => once("--outcome", &mut outcome, PathBuf::from(parser.value()?))?,
             Long("timeline") => once("--timeline", &mut timeline, PathBuf::from(parser.value()?))?,
@@ -258,6 +257,17 @@ fn duration(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|duration| !duration.is_zero() && *duration <= NO_TIMEOUT)
         .ok_or_else(|| "it must be more than 0 and at most ten years".into())
+}
+
+fn give_spec(slot: &mut Option<Config>, config: Config) -> Result<(), String> {
+    match (slot.replace(config), &slot) {
+        (None, _) => Ok(()),
+        (Some(Config::Text(_)), Some(Config::Text(_))) => Err("--config is given twice".into()),
+        (Some(Config::File(_)), Some(Config::File(_))) => {
+            Err("--config-file is given twice".into())
+        }
+        _ => Err("--config and --config-file both give the spec; keep one".into()),
+    }
 }
 
 fn once<T>(name: &str, slot: &mut Option<T>, value: T) -> Result<(), lexopt::Error> {
@@ -397,6 +407,29 @@ mod tests {
             ["", "s", "-1", "0", "0.0ms", "1d", "1 s", "1e9h", "inf", "NaN", "1.2.3", "99999999h"]
         {
             assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn misuse_names_what_is_wrong() {
+        for (words, expected) in [
+            (&["--config", "{}", "--config={}"][..], "--config is given twice"),
+            (&["--config-file", "a", "--config-file", "b"], "--config-file is given twice"),
+            (
+                &["--config", "{}", "--config-file", "x"],
+                "--config and --config-file both give the spec; keep one",
+            ),
+            (
+                &["exec", "--timeout", "0", "s", "x"],
+                "--timeout is \"0\"; it must be more than 0 and at most ten years",
+            ),
+            (
+                &["exec", "--wait", "1d", "s", "x"],
+                "--wait is \"1d\"; it must be a number of ms, s, m or h, such as 1.5s",
+            ),
+            (&["exec", "--env", "x", "s", "ls"], "--env is \"x\"; it must be NAME=VALUE"),
+        ] {
+            assert_eq!(parsed(words), Err(expected.into()));
         }
     }
 

@@ -119,8 +119,13 @@ pub fn execute(command: Command, environment: &Environment, mut timeline: Timeli
 }
 
 fn print(text: &str) -> u8 {
-    let written = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-    if written.is_ok() { 0 } else { USAGE }
+    match io::Write::write_all(&mut io::stdout(), text.as_bytes()) {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error(&format!("write to standard output: {error}"));
+            USAGE
+        }
+    }
 }
 
 fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) -> u8 {
