@@ -8,6 +8,7 @@
 #              (ARGS='SECONDS COMMANDS' instead)
 # make lab     a shell where /dev/kvm is complete (ARGS='command …' runs that instead)
 # make deny    advisories, licences and sources of the dependencies
+# make manual  the man pages and completions that mote prints, by groff and the shells
 # make reproducible   the guest's files, built twice, have the same bytes
 # make fuzz    fuzz what guests and clients drive, FUZZ_S seconds each (ARGS='target …' for some)
 # make sanitize   the unit tests under AddressSanitizer
@@ -17,7 +18,7 @@
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net soak soak-flood lab tools check unit boots fuzz sanitize miri deny \
+.PHONY: build test demo bench bench-net soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
 	reproducible clean
 
 build:
@@ -27,7 +28,7 @@ build:
 	cp -f target/$(TARGET)/release/mote target/release/mote.new
 	mv -f target/release/mote.new target/release/mote
 
-test: tools build check deny unit boots
+test: tools build check deny unit manual boots
 
 tools:
 	resources/tools.sh test
@@ -40,6 +41,9 @@ check:
 
 unit:
 	cargo test --locked --release --workspace --lib --bins
+
+manual: tools build
+	tests/manual.sh
 
 boots:
 	tests/boots.sh $(ARGS)

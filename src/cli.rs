@@ -13,46 +13,7 @@ use crate::client::Target;
 use crate::client::cp::{Cp, Route};
 use crate::client::exec::{Exec, NO_TIMEOUT, Program};
 use crate::client::pty::Pty;
-
-/// `--help`.
-pub const HELP: &str = "\
-mote: run one sandbox as a virtual machine
-
-usage:
-  mote --config JSON         run the box that the InstanceSpec describes
-  mote --config-file FILE    the same, from a file (- for standard input)
-  mote check --config JSON | --config-file FILE
-                             print the plan, or every error in the spec
-  mote probe                 say whether this host can run boxes
-
-with a box that runs, by its exec socket (pty: by its pty socket):
-  mote exec [OPTIONS] SOCKET -- CMD [ARG...]
-                             run a command in it, on standard input and output
-  mote pty [OPTIONS] SOCKET -- CMD [ARG...]
-                             run a command in it, on this terminal
-  mote cp [--wait DURATION] SOCKET SRC DST
-                             copy a file; the guest's path starts with ':', and
-                             with '/' ends if it is a directory to copy into;
-                             '-' is standard input or output
-
-options for these:
-  --env NAME=VALUE           set a variable; may be repeated
-  --user USER                run as uid, uid:gid, name or name:group
-  --workdir DIR              start in this directory
-  --timeout DURATION         (exec) kill it after this: 30, 1.5s, 500ms, 2m, 1h
-  --wait DURATION            wait so long for the box's socket, and for an answer on
-                             it; without this, 10s for an answer alone
-
-options for a run:
-  --outcome FILE             write how the box ended, as JSON
-  --timeline FILE            write when what happened, as JSON (or MOTE_TIMELINE)
-
-  -h, --help                 print this
-  -V, --version              print the version
-
-environment: MOTE_VIRTIOFSD, MOTE_KERNEL and MOTE_INITRAMFS name files to use
-instead of the ones found or built in; MOTE_DEBUG=1 shows all kernel messages.
-";
+use crate::manual::Document;
 
 /// Where the spec's text comes from.
 #[derive(Debug, PartialEq, Eq)]
@@ -95,8 +56,8 @@ pub enum Command {
     Pty(Pty),
     /// Copy a file into a box or out of it.
     Cp(Cp),
-    /// Print the help text.
-    Help,
+    /// Print a text for users, such as the help text.
+    Print(Document),
     /// Print the version.
     Version,
 }
@@ -116,7 +77,7 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
     let mut verb: Option<String> = None;
     while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('h') | Long("help") => return Ok(Command::Print(Document::Help)),
             Short('V') | Long("version") => return Ok(Command::Version),
             Long("config") => {
                 let text = parsed("--config", parser.value()?, |text| Ok(text.into()))?;
@@ -135,6 +96,9 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
                         _ => Err(format!("'{word}' takes no option before it").into()),
                     };
                 }
+                if matches!(word.as_str(), "man" | "completions") {
+                    return parse_document(&word, parser);
+                }
                 verb = Some(word);
             }
             other => return Err(other.unexpected()),
@@ -151,6 +115,22 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
         Some("probe") => Ok(Command::Probe),
         Some(other) => Err(format!("'{other}' is not a command; see mote --help").into()),
     }
+}
+
+fn parse_document(verb: &str, mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let mut document = None;
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => return Ok(Command::Print(Document::Help)),
+            Value(word) if document.is_none() => {
+                document = Some(word.parse_with(|word| {
+                    Document::named(verb, word).ok_or("it must be one that mote --help names")
+                })?);
+            }
+            other => return Err(other.unexpected()),
+        }
+    }
+    Ok(Command::Print(document.ok_or("give its name; see mote --help")?))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -177,7 +157,7 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
     let mut words: Vec<OsString> = Vec::new();
     while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('h') | Long("help") => return Ok(Command::Print(Document::Help)),
             Long("wait") => {
                 once("--wait", &mut wait, parsed("--wait", parser.value()?, duration)?)?;
             }

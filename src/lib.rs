@@ -33,6 +33,7 @@
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`probe`]: whether this host can run boxes
+//! - [`manual`]: what commands, options and the spec's members mean: help, man pages, completions
 //! - [`client`]: working with a box that runs, from another process
 //! - [`cli`]: the command line
 //! - `fuzz`: what the fuzzers run; the unit tests run it too
@@ -55,6 +56,7 @@ pub mod host;
 pub mod kvm;
 pub mod layout;
 pub mod log;
+pub mod manual;
 pub mod memory;
 pub mod outcome;
 pub mod output_file;
@@ -98,7 +100,7 @@ use crate::vm::Vm;
 /// Carries out a command and returns the process's exit code.
 pub fn execute(command: Command, environment: &Environment, mut timeline: Timeline) -> u8 {
     match command {
-        Command::Help => print(cli::HELP),
+        Command::Print(document) => print(&document.text()),
         Command::Version => print(concat!("mote ", env!("CARGO_PKG_VERSION"), "\n")),
         Command::Probe => {
             if probe::run(environment) {

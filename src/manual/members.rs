@@ -1,0 +1,259 @@
+//! The members of the spec. Types and defaults are contract §1.2; the tests hold both against the parser.
+
+use super::Member;
+
+/// All members; those of an object come after it.
+pub const MEMBERS: &[Member] = &[
+    Member {
+        path: "box_id",
+        kind: "string",
+        default: None,
+        words: "the box's identity, for messages and as the name of its cgroup",
+    },
+    Member { path: "vcpus", kind: "1–64", default: None, words: "virtual CPUs" },
+    Member {
+        path: "memory_mib",
+        kind: "≥ 64",
+        default: None,
+        words: "guest RAM in MiB, at most what the host has",
+    },
+    Member {
+        path: "rootfs_path",
+        kind: "path",
+        default: None,
+        words: r#"host directory that becomes the guest's `/`, read-write (also `rootfs`, as a string or `{"kind":"directory","path":…}`)"#,
+    },
+    Member {
+        path: "exec_socket_path",
+        kind: "path",
+        default: None,
+        words: r#"Unix socket for commands and files; `""` for none"#,
+    },
+    Member {
+        path: "pty_socket_path",
+        kind: "path",
+        default: Some(r#""""#),
+        words: "the same for terminals",
+    },
+    Member {
+        path: "attest_socket_path",
+        kind: "path",
+        default: Some(r#""""#),
+        words: "the same for attestation; mote's agent serves none",
+    },
+    Member {
+        path: "fs_mounts",
+        kind: "array",
+        default: None,
+        words: r#"further shares: `{"tag", "host_path", "read_only"}`; a tag has 1 to 36 bytes; `read_only` is enforced on the host. The tag `workspace` is mounted on `/workspace`, others where `BOX_VOL_n` says or by `mount -t virtiofs TAG DIR`"#,
+    },
+    Member {
+        path: "fs_mounts[].tag",
+        kind: "string",
+        default: None,
+        words: "the name by which the guest mounts it",
+    },
+    Member {
+        path: "fs_mounts[].host_path",
+        kind: "path",
+        default: None,
+        words: "the directory of the host",
+    },
+    Member {
+        path: "fs_mounts[].read_only",
+        kind: "boolean",
+        default: None,
+        words: "whether the guest may only read",
+    },
+    Member {
+        path: "entrypoint",
+        kind: "object",
+        default: None,
+        words: r#"`{"executable", "args", "env"}`; a name without `/` is looked up in `PATH`; `env` is an array of `[name, value]`, over `HOME=/` (or `user`'s own), `TERM=linux` and a usual `PATH`"#,
+    },
+    Member {
+        path: "entrypoint.executable",
+        kind: "string",
+        default: None,
+        words: "a path in the guest, or a name to look up in `PATH`",
+    },
+    Member {
+        path: "entrypoint.args",
+        kind: "array",
+        default: None,
+        words: "the arguments, without the program's name",
+    },
+    Member {
+        path: "entrypoint.env",
+        kind: "array",
+        default: None,
+        words: "variables, `[name, value]` each; of two with one name, the last counts",
+    },
+    Member {
+        path: "console_output",
+        kind: "path",
+        default: Some("null"),
+        words: "file for the entrypoint's output and the kernel's errors, created 0600 or emptied; without it they go to mote's stdout and stderr. A FIFO must have a reader within 5 s",
+    },
+    Member {
+        path: "console_limit_bytes",
+        kind: "≥ 1",
+        default: Some("null"),
+        words: "most bytes of `console_output`, if that is a regular file; 1 GiB by default. What comes after is dropped, with one line on stderr, and the box runs on",
+    },
+    Member {
+        path: "workdir",
+        kind: "path",
+        default: None,
+        words: "directory the entrypoint starts in; must exist in the guest",
+    },
+    Member {
+        path: "user",
+        kind: "string",
+        default: Some("null"),
+        words: "`uid`, `uid:gid`, `name` or `name:group`, resolved in the guest; with supplementary groups. Not for an init of the image's own, which runs as root",
+    },
+    Member {
+        path: "resource_limits.ulimits",
+        kind: "array",
+        default: Some("[]"),
+        words: "`NAME=SOFT:HARD` or `NAME=LIMIT`, each a number, `-1` or `unlimited`. Without one, `nofile` is 1048576 and `nproc` is 4096:8192 (or `pids_limit`); the others are the guest kernel's own",
+    },
+    Member {
+        path: "resource_limits.pids_limit",
+        kind: "number",
+        default: Some("null"),
+        words: "most processes in the box, by the guest's pids cgroup, which binds root too, and by `nproc`; an exec'd command itself can always start. Without it, no more than `nproc`, which does not bind root",
+    },
+    Member {
+        path: "resource_limits.cpuset_cpus",
+        kind: "string",
+        default: Some("null"),
+        words: "host CPUs on which vCPUs, mote and virtiofsd run, like `0-3,6`; each must be online and allowed to mote",
+    },
+    Member {
+        path: "resource_limits.cpu_shares",
+        kind: "number",
+        default: Some("null"),
+        words: "CPU time relative to other boxes, 2 to 262144, scaled to a `cpu.weight` of 1 to 10000",
+    },
+    Member {
+        path: "resource_limits.cpu_quota",
+        kind: "number",
+        default: Some("null"),
+        words: "microseconds of CPU time per period: `cpu.max`; at least 1000, negative or none is unlimited",
+    },
+    Member {
+        path: "resource_limits.cpu_period",
+        kind: "number",
+        default: Some("null"),
+        words: "microseconds in a period, 1000 to 1000000; without it 100000",
+    },
+    Member {
+        path: "resource_limits.memory_reservation",
+        kind: "number",
+        default: Some("null"),
+        words: "bytes to protect from reclaim: `memory.low`",
+    },
+    Member {
+        path: "resource_limits.memory_swap",
+        kind: "number",
+        default: Some("null"),
+        words: "bytes of swap, without the memory: `memory.swap.max`; negative is unlimited",
+    },
+    Member {
+        path: "port_map",
+        kind: "array",
+        default: Some("[]"),
+        words: r#"TCP ports to publish on all addresses of the host, IPv4 and IPv6: `"HOST:GUEST"`, each port once, at most 4096. They are bound before the guest runs; clients wait until it can take them"#,
+    },
+    Member {
+        path: "network",
+        kind: "object",
+        default: Some("null"),
+        words: r#"a network interface of the box's own, on passt: `{"passt_socket_path", "ip_address", "gateway", "prefix_len", "mac_address", "dns_servers"}`"#,
+    },
+    Member {
+        path: "network.passt_socket_path",
+        kind: "path",
+        default: None,
+        words: "passt's Unix socket (also `net_socket_path`)",
+    },
+    Member {
+        path: "network.ip_address",
+        kind: "string",
+        default: None,
+        words: "the box's IPv4 address",
+    },
+    Member {
+        path: "network.gateway",
+        kind: "string",
+        default: None,
+        words: "the gateway's IPv4 address",
+    },
+    Member {
+        path: "network.prefix_len",
+        kind: "number",
+        default: None,
+        words: "length of the subnet's prefix in bits",
+    },
+    Member {
+        path: "network.mac_address",
+        kind: "array",
+        default: None,
+        words: "the interface's hardware address, six numbers",
+    },
+    Member {
+        path: "network.dns_servers",
+        kind: "array",
+        default: Some("[]"),
+        words: "IPv4 addresses of name servers",
+    },
+    Member {
+        path: "network.net_socket_fd",
+        kind: "number",
+        default: Some("null"),
+        words: "an inherited stream socket to use in place of the path",
+    },
+    Member {
+        path: "network.net_proxy_fd",
+        kind: "number",
+        default: Some("null"),
+        words: "the other end of `net_socket_fd`: mote goes to the path by itself",
+    },
+    Member {
+        path: "guest_agent",
+        kind: "string",
+        default: Some(r#""mote""#),
+        words: r#"`"mote"` (default), or `"image"`: an agent of the image's own gets the connections of these sockets"#,
+    },
+    Member {
+        path: "egress",
+        kind: "array",
+        default: Some("null"),
+        words: "rules for where the box may connect to; without it, everywhere but to the host itself",
+    },
+    Member {
+        path: "tee_config",
+        kind: "object",
+        default: Some("null"),
+        words: "refused: mote runs no confidential VMs",
+    },
+];
+
+/// Who enforces the limits on the host.
+pub const CGROUP: &str = "The `cpu_*` and `memory_*` limits bind mote, its vCPUs and virtiofsd together, in the cgroup `/sys/fs/cgroup/a3s-box/<box_id>`, for which `box_id` must be a plain name (letters, digits, `.`, `_`, `-`). That needs cgroup v2, and root or delegation; a box whose limits cannot be enforced does not start.";
+
+/// What is wrong with a spec.
+pub const FAULTS: &str =
+    "A missing or wrong field is an error that names its path; an unknown field is a warning.";
+
+/// What rules look like.
+pub const RULES: &str = "Each rule is `allow:CIDR[:tcp|udp[:PORT]]` or `deny:…`. The first that matches decides; of what none matches, all is denied, unless the last entry is just `allow`. At most 1,024.";
+
+/// A whole spec.
+pub const EXAMPLE: &str = r#"{
+    "box_id": "hello", "vcpus": 1, "memory_mib": 256,
+    "rootfs_path": "/srv/debian", "fs_mounts": [], "exec_socket_path": "", "workdir": "/",
+    "entrypoint": {"executable": "/bin/sh", "args": ["-c", "uname -r; exit 7"], "env": []}
+}"#;
