@@ -23,6 +23,7 @@ WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
 build:
 	resources/tools.sh build
+	resources/kernel-progress.sh >/dev/null
 	cargo build --locked --release
 	mkdir -p target/release
 	cp -f target/$(TARGET)/release/mote target/release/mote.new
@@ -30,8 +31,13 @@ build:
 
 test: tools build check deny unit manual boots
 
+# What somebody needs who works on mote; the other targets install what they need themselves.
 tools:
-	resources/tools.sh test
+	resources/tools.sh build box lab test bench deny
+
+# Groups of resources/tools.sh. with-kvm.sh installs the lab where there has to be one.
+tools-%:
+	resources/tools.sh $(subst -, ,$*)
 
 check:
 	tests/structure.py
@@ -42,7 +48,7 @@ check:
 unit:
 	cargo test --locked --release --workspace --lib --bins
 
-manual: tools build
+manual: tools-test build
 	tests/manual.sh
 
 boots:
@@ -50,12 +56,12 @@ boots:
 
 export FUZZ_S ?= 10
 
-fuzz: tools
+fuzz: tools-build
 	tests/fuzz.sh $(ARGS)
 
 # RUSTFLAGS takes the place of .cargo/config.toml's: the sanitizer's runtime cannot be linked
 # statically. The option is an unstable one, which the release compiler is told to take.
-sanitize: tools
+sanitize: tools-build-test
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address \
 		cargo test --locked --workspace --lib --bins --target-dir target/sanitize $(ARGS)
 
@@ -73,31 +79,31 @@ miri:
 	cargo +nightly miri test --locked --target-dir target/miri -p mote --lib -- \
 		$(MIRI_TESTS) $(MIRI_TOO_LONG:%=--skip %)
 
-demo: tools build
+demo: build tools-box
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
 
 # With two processors, since a box and what serves it run at once.
 bench bench-net: export LAB_CPUS = 2
 
-bench: tools build
+bench: build tools-box-bench
 	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench.py $(ARGS)
 
-bench-net: tools build
+bench-net: build tools-box-bench
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" $(WITH_KVM) tests/bench_net.py
 
-soak: tools build
+soak: build tools-box-lab-test
 	tests/soak.py --boots $(or $(BOOTS),100) --seed $(or $(SEED),1) --parallel $(or $(PARALLEL),2) $(ARGS)
 
-soak-flood: tools build
+soak-flood: build tools-box-test
 	LAB_LIMIT_S=3000 $(WITH_KVM) tests/flood.py $(ARGS)
 
-lab: tools
+lab: tools-box-lab
 	tests/lab/lab.sh $(ARGS)
 
-deny: tools
+deny:
 	tests/deny.sh
 
-reproducible: tools
+reproducible: tools-build
 	tests/reproducible.sh
 
 clean:

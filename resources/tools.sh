@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Installs what building and testing need and is not here yet: Debian packages with apt, virtiofsd
-# from crates.io, virtme-ng from PyPI (both below the user's cache). Says what it installs and why;
-# does nothing when all is there.
-#   tools.sh build    what `make build` needs
-#   tools.sh test     that, and what the tests, the demo and the lab need
-#   tools.sh fuzz     what fuzzing needs besides; prints the path of cargo-fuzz
+# Installs what building, running and testing need and is not here yet: Debian packages with apt, programs
+# from crates.io and virtme-ng from PyPI (below the user's cache). Says what it installs and why; does
+# nothing when all is there.
+#   tools.sh GROUP…
+#     build   what `make build` needs
+#     box     to run a box: virtiofsd, and a root file system to run it on
+#     lab     for a machine whose /dev/kvm is not complete: the emulated one
+#     test    what the tests need besides
+#     bench   what the benchmarks need besides
+#     deny, fuzz   what the target of this name needs; prints the path of its cargo-…
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
@@ -30,21 +34,27 @@ bc                  /usr/bin/bc                          builds the guest kernel
 libelf-dev          /usr/include/libelf.h                the kernel's objtool
 xz-utils            /usr/bin/xz                          unpacks the kernel source
 "
-test_packages="
+box_packages="
 libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
 libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
+debootstrap         /usr/sbin/debootstrap                makes a root file system
+"
+lab_packages="
+python3-venv        /usr/share/doc/python3-venv          runs virtme-ng, which starts the lab
+linux-image-cloud-amd64 /usr/share/doc/linux-image-cloud-amd64 the lab's kernel, with kvm_amd
+kmod                /sbin/modprobe                       loads kvm_amd in the lab
+udev                /usr/bin/udevadm                     virtme-ng runs it in the lab
+iproute2            /sbin/ip                             virtme-ng runs it in the lab
+procps              /usr/bin/ps                          virtme-ng runs it in the lab
+"
+test_packages="
 clang               /usr/bin/clang                       compiles the agent's BPF programs
 libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
 busybox-static      /usr/share/doc/busybox-static        the small test root file system
 tmux                /usr/bin/tmux                        the terminal that the tests look at
-debootstrap         /usr/sbin/debootstrap                the large test root file system
 cpio                /usr/bin/cpio                        a unit test lists our archives with it
-python3-venv        /usr/share/doc/python3-venv          runs virtme-ng, which starts the lab
 procps              /usr/bin/ps                          the tests signal processes with its kill
-linux-image-cloud-amd64 /usr/share/doc/linux-image-cloud-amd64 the lab's kernel, with kvm_amd
-kmod                /sbin/modprobe                       loads kvm_amd in the lab
-udev                /usr/bin/udevadm                     virtme-ng runs it in the lab
-iproute2            /sbin/ip                             virtme-ng runs it in the lab; networks for the tests
+iproute2            /sbin/ip                             makes networks for the tests
 musl-tools          /usr/bin/musl-gcc                    a static client with musl for the tests
 openssl             /usr/bin/openssl                     a certificate authority for the tests
 apache2-utils       /usr/bin/ab                          load on published ports
@@ -52,9 +62,14 @@ passt               /usr/bin/passt                       the network that boxes 
 groff-base          /usr/bin/groff                       reads the man pages
 zsh                 /usr/bin/zsh                         reads its completions
 fish                /usr/bin/fish                        the same, and completes with them
-iperf3              /usr/bin/iperf3                      the network benchmark
 "
-
+bench_packages="
+cpio                /usr/bin/cpio                        packs the benchmark's root file system
+passt               /usr/bin/passt                       the network of the benchmark
+iproute2            /sbin/ip                             makes networks for the benchmark
+iperf3              /usr/bin/iperf3                      the network benchmark
+busybox-static      /usr/share/doc/busybox-static        the benchmark's root file system
+"
 fuzz_packages="
 g++                 /usr/bin/g++                         compiles libFuzzer
 "
@@ -106,12 +121,15 @@ install_virtiofsd() {
     (cd / && cargo install --quiet --locked --root "$root" --version "$virtiofsd_version" virtiofsd)
 }
 
-# Without optimisation: it runs for seconds, and would take minutes longer to build.
-install_cargo_deny() {
-    local root=$cache/cargo-deny-$cargo_deny_version
-    [ -x "$root/bin/cargo-deny" ] && return
-    say "building cargo-deny $cargo_deny_version from crates.io: looks at the dependencies"
-    (cd / && cargo install --quiet --locked --debug --root "$root" --version "$cargo_deny_version" cargo-deny)
+# Builds a cargo subcommand and prints its path. Without optimisation: it runs for seconds, and would take
+# minutes longer to build.
+install_cargo_tool() {
+    local name=$1 version=$2 why=$3 root=$cache/$1-$2
+    if [ ! -x "$root/bin/$name" ]; then
+        say "building $name $version from crates.io: $why"
+        (cd / && cargo install --quiet --locked --debug --root "$root" --version "$version" "$name")
+    fi
+    echo "$root/bin/$name"
 }
 
 install_virtme() {
@@ -123,31 +141,33 @@ install_virtme() {
     "$root/bin/pip" install --quiet --disable-pip-version-check "virtme-ng==$virtme_version"
 }
 
-install_cargo_fuzz() {
-    local root=$cache/cargo-fuzz-$cargo_fuzz_version
-    if [ ! -x "$root/bin/cargo-fuzz" ]; then
-        say "building cargo-fuzz $cargo_fuzz_version from crates.io: builds the fuzzers"
-        (cd / && cargo install --quiet --locked --root "$root" --version "$cargo_fuzz_version" cargo-fuzz)
-    fi
-    echo "$root/bin/cargo-fuzz"
-}
-
+[ $# -gt 0 ] || die "usage: $0 build|box|lab|test|bench|deny|fuzz…"
 mkdir -p "$cache"
 exec 9>"$cache/tools.lock"
 flock 9
 command -v cargo >/dev/null || die "cargo is missing; install Rust from https://rustup.rs"
-case ${1:-} in
-    build) install_packages "$build_packages" ;;
-    test)
-        install_packages "$build_packages$test_packages"
-        install_qemu
-        install_virtiofsd
-        install_cargo_deny
-        install_virtme
-        ;;
-    fuzz)
-        install_packages "$fuzz_packages"
-        install_cargo_fuzz
-        ;;
-    *) die "usage: $0 build|test|fuzz" ;;
-esac
+for group; do
+    case $group in
+        build) install_packages "$build_packages" ;;
+        box)
+            install_packages "$box_packages"
+            install_virtiofsd
+            ;;
+        lab)
+            install_packages "$lab_packages"
+            install_qemu
+            install_virtme
+            ;;
+        test) install_packages "$test_packages" ;;
+        bench)
+            install_packages "$bench_packages"
+            install_qemu
+            ;;
+        deny) install_cargo_tool cargo-deny "$cargo_deny_version" "looks at the dependencies" ;;
+        fuzz)
+            install_packages "$fuzz_packages"
+            install_cargo_tool cargo-fuzz "$cargo_fuzz_version" "builds the fuzzers"
+            ;;
+        *) die "there is no group '$group'" ;;
+    esac
+done

@@ -3,7 +3,8 @@
 # cannot be had, everything else is judged and that is said.
 set -euo pipefail
 
-export PATH=${XDG_CACHE_HOME:-$HOME/.cache}/mote/cargo-deny-0.20.2/bin:$PATH
+cargo_deny=$(resources/tools.sh deny)
+export PATH=${cargo_deny%/*}:$PATH
 cargo deny --log-level error check bans licenses sources
 if cargo deny --log-level error fetch db; then
     cargo deny --log-level error check advisories
