@@ -1,6 +1,7 @@
 # make build   the release binary, at target/release/mote
 # make test    everything that CI checks: structure, format, lints, documentation, unit and boot tests
 # make demo    install what is missing, build, and run one box from a spec file
+# make install   put it below PREFIX (/usr/local), with man pages and completions; make uninstall
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
 # make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
@@ -19,7 +20,7 @@ TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
 .PHONY: build test demo bench bench-net soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
-	reproducible clean
+	reproducible install uninstall clean
 
 build:
 	resources/tools.sh build
@@ -105,6 +106,12 @@ deny:
 
 reproducible: tools-build
 	tests/reproducible.sh
+
+PREFIX ?= /usr/local
+
+# Of what `make build` has made, so that only this needs root.
+install uninstall:
+	resources/install.sh $@ "$(DESTDIR)$(PREFIX)"
 
 clean:
 	cargo clean
