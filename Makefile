@@ -2,6 +2,7 @@
 # make test    everything that CI checks: structure, format, lints, documentation, unit and boot tests
 # make demo    install what is missing, build, and run one box from a spec file
 # make install   put it below PREFIX (/usr/local), with man pages and completions; make uninstall
+# make deb     the Debian package, judged by lintian; make deb-test installs it in a fresh tree and runs a box
 # make bench   start-up side by side with QEMU microvm
 # make bench-net   the network side by side with QEMU microvm on passt
 # make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
@@ -20,7 +21,7 @@ TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
 .PHONY: build test demo bench bench-net soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
-	reproducible install uninstall clean
+	reproducible install uninstall deb deb-test clean
 
 build:
 	resources/tools.sh build
@@ -112,6 +113,12 @@ PREFIX ?= /usr/local
 # Of what `make build` has made, so that only this needs root.
 install uninstall:
 	resources/install.sh $@ "$(DESTDIR)$(PREFIX)"
+
+deb: build
+	resources/debian/deb.sh
+
+deb-test: build tools-box
+	MOTE_DEB="$$(resources/debian/deb.sh)" MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/deb.sh
 
 clean:
 	cargo clean

@@ -8,7 +8,7 @@
 #     lab     for a machine whose /dev/kvm is not complete: the emulated one
 #     test    what the tests need besides
 #     bench   what the benchmarks need besides
-#     deny, fuzz   what the target of this name needs; prints the path of its cargo-…
+#     deny, fuzz, deb   what the target of this name needs; prints the path of its cargo-…
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
@@ -16,6 +16,7 @@ virtiofsd_version=1.14.0
 virtme_version=1.42
 cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2
+cargo_deb_version=3.8.0
 qemu_version=10
 
 say() { echo "tools: $*" >&2; }
@@ -70,6 +71,11 @@ iproute2            /sbin/ip                             makes networks for the 
 iperf3              /usr/bin/iperf3                      the network benchmark
 busybox-static      /usr/share/doc/busybox-static        the benchmark's root file system
 "
+deb_packages="
+dpkg-dev            /usr/bin/dpkg-parsechangelog         reads the package's changelog
+lintian             /usr/bin/lintian                     judges the package
+"
+
 fuzz_packages="
 g++                 /usr/bin/g++                         compiles libFuzzer
 "
@@ -141,7 +147,7 @@ install_virtme() {
     "$root/bin/pip" install --quiet --disable-pip-version-check "virtme-ng==$virtme_version"
 }
 
-[ $# -gt 0 ] || die "usage: $0 build|box|lab|test|bench|deny|fuzz…"
+[ $# -gt 0 ] || die "usage: $0 build|box|lab|test|bench|deny|fuzz|deb…"
 mkdir -p "$cache"
 exec 9>"$cache/tools.lock"
 flock 9
@@ -167,6 +173,10 @@ for group; do
         fuzz)
             install_packages "$fuzz_packages"
             install_cargo_tool cargo-fuzz "$cargo_fuzz_version" "builds the fuzzers"
+            ;;
+        deb)
+            install_packages "$deb_packages"
+            install_cargo_tool cargo-deb "$cargo_deb_version" "makes the Debian package"
             ;;
         *) die "there is no group '$group'" ;;
     esac
