@@ -91,7 +91,8 @@ install_packages() {
     [ "$(id -u)" = 0 ] || die "installing needs root; run: sudo apt-get install ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq || die "apt-get update failed"
-    apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null || die "apt-get install failed"
+    apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null ||
+        die "apt-get install failed (Debian 12 has linux-source-6.12 in its suite bookworm-security)"
 }
 
 # QEMU is the lab's machine, and the peer to compare with. Debian 12's own (7.2) at times runs code that
@@ -116,7 +117,8 @@ install_qemu() {
             -o APT::Sandbox::User=root)
     fi
     apt-get "${from[@]}" update -qq || die "apt-get update failed"
-    apt-get "${from[@]}" install -qq -y --no-install-recommends qemu-system-x86 >/dev/null || die "apt-get install failed"
+    apt-get "${from[@]}" install -qq -y --no-install-recommends qemu-system-x86 >/dev/null ||
+        die "apt-get install failed"
 }
 
 install_virtiofsd() {
