@@ -90,14 +90,15 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             Long("timeline") => once("--timeline", &mut timeline, PathBuf::from(parser.value()?))?,
             Value(word) if verb.is_none() => {
                 let word = word.to_string_lossy().into_owned();
-                if let Some(kind) = Client::named(&word) {
-                    return match (config, outcome, timeline) {
-                        (None, None, None) => parse_client(kind, parser),
-                        _ => Err(format!("'{word}' takes no option before it").into()),
+                let client = Client::named(&word);
+                if client.is_some() || matches!(word.as_str(), "man" | "completions") {
+                    if config.is_some() || outcome.is_some() || timeline.is_some() {
+                        return Err(format!("'{word}' takes no option before it").into());
+                    }
+                    return match client {
+                        Some(kind) => parse_client(kind, parser),
+                        None => parse_document(&word, parser),
                     };
-                }
-                if matches!(word.as_str(), "man" | "completions") {
-                    return parse_document(&word, parser);
                 }
                 verb = Some(word);
             }
@@ -280,6 +281,8 @@ mod tests {
         assert_eq!(parsed(&["check", "--config-file", "-"]), Ok(Command::Check(file())));
         assert_eq!(parsed(&["probe"]), Ok(Command::Probe));
         assert_eq!(parsed(&["--version"]), Ok(Command::Version));
+        assert_eq!(parsed(&["man", "mote-spec.5"]), Ok(Command::Print(Document::Spec)));
+        assert_eq!(parsed(&["completions", "-h"]), Ok(Command::Print(Document::Help)));
         assert_eq!(
             parsed(&["--config-file", "-", "--outcome", "o", "--timeline=t"]),
             Ok(Command::Run {
@@ -437,6 +440,11 @@ mod tests {
             &["cp", "s", ":/a"],
             &["cp", "s", ":/a", "b", "c"],
             &["cp", "--user", "u", "s", ":/a", "b"],
+            &["man"],
+            &["man", "mote.2"],
+            &["completions", "bash", "zsh"],
+            &["completions", "mote.1"],
+            &["--config", "{}", "man", "mote.1"],
         ] {
             assert!(parsed(words).is_err(), "{words:?}");
         }
