@@ -53,6 +53,8 @@ pub struct Instance {
     pub security: Security,
     /// Name servers.
     pub resolv_conf: ResolvConf,
+    /// Text for `/etc/hosts` (hosts(5)), whatever the image has there.
+    pub hosts: Option<String>,
 }
 
 /// How a box is on the network.

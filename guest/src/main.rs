@@ -10,6 +10,7 @@
 //!
 //! - [`sys`]: the system calls
 //! - [`sys::net`]: those of networking
+//! - [`etc`]: files of `/etc` in the place of the image's
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
 //! - [`launch`]: starting a program, from all of these
@@ -24,6 +25,7 @@
 mod cgroup;
 mod command;
 mod connection;
+mod etc;
 mod host;
 mod launch;
 mod mount;

@@ -1,10 +1,12 @@
 //! Everything between the kernel's hand-over and the entrypoint, in order.
 
 use std::fs::{self, File};
+use std::path::Path;
 
 use mote_agent::instance::{self, Instance, Networking};
 
 use crate::cgroup::BoxCgroup;
+use crate::etc::Staged;
 use crate::resolv::NameServers;
 use crate::server::Server;
 use crate::sys::{self, net};
@@ -41,6 +43,7 @@ pub fn prepare() -> Result<Prepared, String> {
     let instance: Instance =
         serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
     let name_servers = NameServers::stage(&instance.resolv_conf)?;
+    let hosts = instance.hosts.as_ref().map(|text| Staged::new("hosts", text)).transpose()?;
     mount::root()?;
     mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
@@ -48,6 +51,13 @@ pub fn prepare() -> Result<Prepared, String> {
         .map_err(|e| format!("raise the limit on open files: {e}"))?;
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
+    if let Some(Err(error)) = hosts.map(|hosts| hosts.mount_over(Path::new("/etc/hosts"))) {
+        // A box may well do without.
+        eprintln!(
+            "mote-agent: /etc/hosts has no localhost or no {}, and cannot be replaced: {error}",
+            instance.hostname
+        );
+    }
     // The routes of what starts next go through it.
     net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.

@@ -5,6 +5,7 @@ use std::fs;
 use mote_agent::instance::{self, Entrypoint, Instance, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
+use super::hosts;
 use super::limits;
 use super::name_servers;
 use super::network::Networking;
@@ -83,6 +84,7 @@ pub(super) fn plan(
             format!("is \"{user}\", but the image's own init runs as root; it takes BOX_EXEC_USER for its main process"),
         );
     }
+    let own = spec.network.as_ref().map(|network| network.ip_address);
     Instance {
         hostname: hostname.into(),
         mounts,
@@ -106,6 +108,7 @@ pub(super) fn plan(
         published: !spec.port_map.is_empty(),
         security,
         resolv_conf: name_servers::plan(spec, host),
+        hosts: hosts::plan(&spec.rootfs_path, hostname, own),
     }
 }
 

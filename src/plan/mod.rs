@@ -8,6 +8,7 @@
 mod egress;
 mod environment;
 mod guest_init;
+mod hosts;
 mod image;
 mod instance;
 mod limits;

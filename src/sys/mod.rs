@@ -3,9 +3,9 @@
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, Read};
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -129,23 +129,56 @@ pub fn create(path: &Path, links: Links) -> io::Result<File> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let access = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | libc::O_TRUNC;
     let flags = access | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-    // SAFETY: an all-zero open_how is valid; the string and the structure outlive the calls.
+    // SAFETY: the string outlives the calls.
     let fd = unsafe {
         match links {
             Links::Any => libc::open(path.as_ptr(), flags, MODE),
             Links::OfDirectories => libc::open(path.as_ptr(), flags | libc::O_NOFOLLOW, MODE),
             Links::None => {
-                let mut how: libc::open_how = zeroed();
-                how.flags = flags as u64;
-                how.mode = MODE.into();
-                how.resolve = libc::RESOLVE_NO_SYMLINKS;
-                let size = size_of::<libc::open_how>();
-                let (at, how) = (libc::AT_FDCWD, &raw const how);
-                libc::syscall(libc::SYS_openat2, at, path.as_ptr(), how, size) as libc::c_int
+                return openat2(libc::AT_FDCWD, &path, flags, MODE, libc::RESOLVE_NO_SYMLINKS);
             }
         }
     };
     Ok(File::from(owned(check(fd)?)))
+}
+
+/// Reads a regular file below a directory that somebody else has filled, at most `limit` bytes: links lead to where
+/// they do with that directory as the root, and nothing else is opened.
+///
+/// # Errors
+/// Those of openat2(2) and read(2); ENXIO for what is no regular file.
+pub fn read_below(directory: &Path, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let directory = File::open(directory)?;
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    let resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+    let place = openat2(directory.as_raw_fd(), &path, flags, 0, resolve)?;
+    // To open a device may do something.
+    if !place.metadata()?.is_file() {
+        return Err(io::Error::from_raw_os_error(libc::ENXIO));
+    }
+    let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn openat2(
+    at: RawFd,
+    path: &CStr,
+    flags: libc::c_int,
+    mode: libc::mode_t,
+    resolve: u64,
+) -> io::Result<File> {
+    // SAFETY: all zeros are valid.
+    let mut how: libc::open_how = unsafe { zeroed() };
+    how.flags = flags as u64;
+    how.mode = mode.into();
+    how.resolve = resolve;
+    let (how, size) = (&raw const how, size_of::<libc::open_how>());
+    // SAFETY: the string and the structure outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_openat2, at, path.as_ptr(), how, size) };
+    Ok(File::from(owned(check(fd as libc::c_int)?)))
 }
 
 /// Fills `buffer` from the kernel's random number generator.
