@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
 
 use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
@@ -47,6 +47,9 @@ const KERNEL_FILE_SYSTEMS: [KernelFileSystem; 6] = [
     },
 ];
 
+/// Devices that the kernel makes for root alone, and udev for everybody (`50-udev-default.rules`).
+const DEVICES_FOR_ALL: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/kvm"];
+
 /// Mounts the root share and makes it `/`.
 ///
 /// # Errors
@@ -75,7 +78,16 @@ pub fn kernel_file_systems() -> Result<(), String> {
         sys::mount(fstype, target, fstype, flags, options)
             .map_err(|e| format!("mount {fstype} on {target}: {e}"))?;
     }
+    for device in DEVICES_FOR_ALL {
+        match fs::set_permissions(device, fs::Permissions::from_mode(0o666)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(format!("let everybody use {device}: {error}"));
+            }
+            _ => {}
+        }
+    }
     for (link, target) in [
+        ("/dev/core", "/proc/kcore"),
         ("/dev/fd", "/proc/self/fd"),
         ("/dev/stdin", "/proc/self/fd/0"),
         ("/dev/stdout", "/proc/self/fd/1"),
