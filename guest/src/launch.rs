@@ -88,6 +88,13 @@ pub fn start(
     }
     let environment = environment(program, &identity);
     let candidates = candidates(program.executable, &environment);
+    if !program.by_session && candidates.iter().any(|file| is_systemd(Path::new(file))) {
+        let reason = format!(
+            "'{}' is systemd, which works only as process 1, and that is mote's agent in a box; name the program that the box is to run (the ExecStart= of its service)",
+            program.executable.display()
+        );
+        return Err(refusal(SETUP_FAILED, reason));
+    }
     let argv: Vec<&OsStr> = [&[program.executable], &program.args[..]].concat();
     let workdir = strings(&[program.workdir])?;
     let entry =
@@ -161,6 +168,13 @@ fn candidates(name: &OsStr, environment: &[(&OsStr, &OsStr)]) -> Vec<PathBuf> {
 
 fn has_slash(name: &OsStr) -> bool {
     name.as_bytes().contains(&b'/')
+}
+
+/// Whether a file is systemd's manager, under the names that images start it by.
+fn is_systemd(file: &Path) -> bool {
+    let named = |path: &Path, name: &str| path.file_name().is_some_and(|last| last == name);
+    (named(file, "init") || named(file, "systemd"))
+        && file.canonicalize().is_ok_and(|target| named(&target, "systemd"))
 }
 
 fn explain(
