@@ -6,7 +6,7 @@ set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 packages=python3-minimal,python3,curl,ca-certificates,procps,iproute2
-packages+=,openssl,python3-requests,iputils-ping,iperf3,netcat-openbsd,nginx-light
+packages+=,fuse-overlayfs,openssl,python3-requests,iputils-ping,iperf3,netcat-openbsd,nginx-light
 key=$(sha256sum "$0" | cut -c1-16)
 tree=$cache/debian-$key
 

@@ -39,6 +39,12 @@ const INODE_LEN: u64 = 1024;
 /// virtiofsd's own default.
 const OPEN_FILES: RangeInclusive<u64> = 65_536..=1_000_000;
 
+/// Extended attributes, under these names of the host's: `trusted.*`, which only root in the guest may use and
+/// which overlayfs keeps its own in, is `user.virtiofs.trusted.*`, which any owner of a file may write on the host, and
+/// nobody in the guest may name. So virtiofsd needs no CAP_SYS_ADMIN, and the host believes nothing that it
+/// reads there. The host's own `trusted.*` are not the guest's. The rest is as it is.
+const ATTRIBUTES: &str = "--xattrmap=:map:trusted.:user.virtiofs.:";
+
 /// How many bytes of its latest error output are kept.
 const LAST_WORDS: usize = 4096;
 
@@ -82,7 +88,8 @@ impl Virtiofsd {
             .arg(format!("--fd={}", sys::process::INHERITED_FD))
             .arg("--shared-dir")
             .arg(&share.host_path)
-            .args(["--cache=auto", "--xattr", "--inode-file-handles=never", "--log-level=error"])
+            .args(["--cache=auto", "--inode-file-handles=never", "--log-level=error"])
+            .args([ATTRIBUTES, "--posix-acl=auto"])
             .args(share.read_only.then_some("--readonly"))
             .args(own_sandbox(isolation))
             .arg(format!("--modcaps={}", needless_capabilities(share.read_only)))

@@ -1,6 +1,7 @@
 //! What a program finds in the guest: CPUs, memory, mounts, identity, environment, time, entropy.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use serde_json::json;
 
@@ -212,4 +213,91 @@ fn a_large_file_is_the_same_on_both_sides() {
     let big = test.path("root/big");
     assert_eq!(fs::metadata(&big).expect("there").len(), 200 << 20);
     assert_eq!(ran.console.trim(), sha256(&big));
+}
+
+#[test]
+fn devices_are_as_udev_would_have_them() {
+    let script = r#"
+import os, stat
+for name in "null zero full random urandom tty ptmx fuse net/tun".split():
+    mode = os.stat("/dev/" + name).st_mode
+    print(name, stat.filemode(mode))
+for name in "fd stdin stdout stderr core".split():
+    print(name, os.readlink("/dev/" + name))
+print("shm", stat.filemode(os.stat("/dev/shm").st_mode))
+os.setuid(1000)
+os.open("/dev/fuse", os.O_RDWR); os.open("/dev/net/tun", os.O_RDWR)
+"#;
+    let ran = TestBox::debian().python(script, &[]).run();
+    let everybodys: String = "null zero full random urandom tty ptmx fuse net/tun"
+        .split(' ')
+        .map(|name| format!("{name} crw-rw-rw-\n"))
+        .collect();
+    let links = "fd /proc/self/fd\nstdin /proc/self/fd/0\nstdout /proc/self/fd/1\n\
+        stderr /proc/self/fd/2\ncore /proc/kcore\nshm drwxrwxrwt\n";
+    assert_eq!(ran.console, everybodys + links, "{}", ran.stderr);
+}
+
+#[test]
+fn an_ordinary_user_mounts_by_fuse() {
+    let script = r#"
+set -e
+mkdir -p /h/low /h/up /h/work /h/merged; echo low >/h/low/file; chown -R 1000 /h
+setpriv --reuid 1000 --clear-groups sh -ec '
+    fuse-overlayfs -o lowerdir=/h/low,upperdir=/h/up,workdir=/h/work /h/merged
+    echo up >>/h/merged/file; cat /h/merged/file; fusermount3 -u /h/merged; cat /h/up/file'
+"#;
+    let ran = TestBox::debian().shell(script).run();
+    assert_eq!(ran.console, "low\nup\nlow\nup\n", "{}", ran.stderr);
+    assert_eq!(ran.code, 0);
+}
+
+#[test]
+fn localhost_and_the_boxs_own_name_resolve_whatever_the_image_has() {
+    let names = "getent hosts localhost; getent ahostsv4 box-7 | head -n 1; cat /etc/hosts | wc -l";
+    for (of_image, read_only, expected) in [
+        (None, "0", "::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 STREAM box-7\n3\n"),
+        (Some(""), "1", "::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 STREAM box-7\n3\n"),
+        (
+            Some("127.0.0.1 localhost\n192.0.2.7 box-7\n"),
+            "0",
+            "127.0.0.1 localhost\n192.0.2.7 STREAM box-7\n2\n",
+        ),
+    ] {
+        let test = TestBox::debian();
+        let file = test.path("root/etc/hosts");
+        match of_image {
+            Some(text) => fs::write(&file, text).expect("hosts"),
+            None => fs::remove_file(&file).unwrap_or_default(),
+        }
+        let env = json!([["HOSTNAME", "box-7"], ["BOX_READONLY", read_only]]);
+        let ran = test.shell(names).with_entrypoint("env", env).run();
+        let said: Vec<String> = ran
+            .console
+            .lines()
+            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        assert_eq!(said.join("\n") + "\n", expected, "{}", ran.stderr);
+        let after = fs::read_to_string(&file).unwrap_or_default();
+        assert_eq!(after, of_image.unwrap_or_default(), "the image's file stays as it is");
+    }
+}
+
+#[test]
+fn systemd_is_told_that_it_cannot_be_process_1() {
+    let mut test = TestBox::busybox();
+    let systemd = test.path("root/lib/systemd/systemd");
+    fs::create_dir_all(systemd.parent().expect("a directory")).expect("directory");
+    fs::write(&systemd, "#!/bin/sh\necho started\n").expect("file");
+    fs::set_permissions(&systemd, fs::Permissions::from_mode(0o755)).expect("mode");
+    let init = test.path("root/sbin/init");
+    fs::create_dir_all(test.path("root/sbin")).expect("directory");
+    symlink("/lib/systemd/systemd", &init).expect("link");
+    for name in ["/sbin/init", "init", "/lib/systemd/systemd"] {
+        test = test.with_entrypoint("executable", json!(name));
+        let ran = test.run();
+        assert_eq!(ran.code, 125);
+        let expected = format!("'{name}' is systemd, which works only as process 1");
+        assert!(ran.stderr.contains(&expected), "{}", ran.stderr);
+    }
 }

@@ -1,11 +1,46 @@
 //! Virtio-fs shares beside the root.
 
 use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
 use crate::client;
 use crate::common::TestBox;
+
+/// An ext4 file system of its own below a test's directory: what others can do with attributes depends on where
+/// tests run (tmpfs has none of users before Linux 6.6).
+struct Ext4(PathBuf);
+
+impl Ext4 {
+    fn new(test: &TestBox) -> Self {
+        let (image, mounted) = (test.path("out/ext4.img"), test.path("out/ext4"));
+        fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("file");
+        fs::create_dir(&mounted).expect("directory");
+        let run = |program: &str, arguments: &[&str]| {
+            let done = Command::new(program).args(arguments).arg(&image).arg(&mounted).output();
+            let done = done.expect("runs");
+            assert!(done.status.success(), "{program}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image).status();
+        assert!(made.expect("e2fsprogs is installed").success());
+        run("mount", &["-t", "ext4", "-o", "loop"]);
+        Ext4(mounted)
+    }
+
+    /// The box with this as a writable share at `/s`.
+    fn shared(&self, test: TestBox) -> TestBox {
+        let share = json!([{"tag": "s", "host_path": self.0, "read_only": false}]);
+        test.with("fs_mounts", share).with_entrypoint("env", json!([["BOX_VOL_0", "s:/s"]]))
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
 
 /// A share of a new directory in the test's `out`, with a file in it.
 fn share(test: &TestBox, tag: &str, read_only: bool, contents: &str) -> Value {
@@ -120,4 +155,133 @@ fn a_share_that_disappears_gives_errors_and_nothing_hangs() {
     assert_ne!(tried.code, 0, "{tried:?}");
     assert_eq!(client::shell(&test, "echo alive"), "alive\n");
     started.stop();
+}
+
+#[test]
+fn trusted_attributes_are_roots_alone_and_the_host_believes_none() {
+    let test = TestBox::debian();
+    let script = r#"
+import os
+def told(attempt):
+    try: return attempt()
+    except OSError as e: return e.strerror
+f = "/s/file"
+open(f, "w").close()
+os.chown(f, 1000, 1000)
+os.setxattr(f, "trusted.a", b"1")
+os.setxattr(f, "user.b", b"2")
+print(os.listxattr(f), os.getxattr(f, "trusted.a"))
+os.setuid(1000)
+print(os.listxattr(f), told(lambda: os.getxattr(f, "trusted.a")))
+print(told(lambda: os.setxattr(f, "trusted.a", b"3")))
+print(told(lambda: os.setxattr(f, "user.virtiofs.trusted.a", b"3")))
+print(told(lambda: os.getxattr(f, "user.virtiofs.trusted.a")))
+"#;
+    let disk = Ext4::new(&test);
+    let ran = disk.shared(test).python(script, &[]).run();
+    assert_eq!(
+        ran.console,
+        "['trusted.a', 'user.b'] b'1'\n['user.b'] No data available\nOperation not permitted\n\
+            Operation not permitted\nOperation not permitted\n",
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn overlayfs_has_its_upper_layer_on_a_share() {
+    let script = r#"
+set -e
+mkdir -p /s/low/deep /s/up /s/work /s/merged
+echo low >/s/low/file; echo low >/s/low/deep/file; ln -s file /s/low/link
+mount -t overlay overlay -o lowerdir=/s/low,upperdir=/s/up,workdir=/s/work /s/merged
+cd /s/merged
+echo up >>file; rm deep/file; mv link moved; mkdir new; mv new newer
+rm -r deep; mkdir deep
+cat file; ls -A . deep
+cd /; umount /s/merged
+mount -t overlay overlay -o lowerdir=/s/low,upperdir=/s/up,workdir=/s/work /s/merged
+ls -A /s/merged/deep | wc -l
+"#;
+    let test = TestBox::debian();
+    let disk = Ext4::new(&test);
+    let ran = disk.shared(test).shell(script).run();
+    let listed = ".:\ndeep\nfile\nmoved\nnewer\n\ndeep:\n";
+    assert_eq!(ran.console, format!("low\nup\n{listed}0\n"), "{}", ran.stderr);
+    assert_eq!(ran.code, 0);
+}
+
+#[test]
+fn acls_of_a_share_count() {
+    let script = r#"
+import os, struct
+f = "/s/file"
+open(f, "w").write("for one user")
+os.chmod(f, 0o600)
+# Version 2; owner rw, user 1000 r, group -, mask r, others - (posix_acl_xattr.h).
+nobody = 0xffffffff
+entries = [(1, 6, nobody), (2, 4, 1000), (4, 0, nobody), (16, 4, nobody), (32, 0, nobody)]
+acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+os.setxattr(f, "system.posix_acl_access", acl)
+for user in 1000, 1001:
+    if os.fork() == 0:
+        os.setuid(user)
+        try: print(user, open(f).read(), flush=True)
+        except OSError as e: print(user, e.strerror, flush=True)
+        os._exit(0)
+    os.wait()
+"#;
+    let test = TestBox::debian();
+    let disk = Ext4::new(&test);
+    let ran = disk.shared(test).python(script, &[]).run();
+    assert_eq!(ran.console, "1000 for one user\n1001 Permission denied\n", "{}", ran.stderr);
+}
+
+#[test]
+fn what_shares_cannot_do_fails_as_the_readme_says() {
+    let script = r#"
+import ctypes, fcntl, os, stat, struct
+def told(attempt):
+    try: return attempt() and None
+    except OSError as e: return e.strerror
+open("/file", "w").close()
+print("tmpfile:", told(lambda: os.open("/", os.O_TMPFILE | os.O_RDWR)))
+print("device:", told(lambda: os.mknod("/zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))))
+print("pipe:", told(lambda: os.mkfifo("/pipe")))
+FS_IOC_SETFLAGS, FS_IMMUTABLE_FL = 0x40086602, 0x10
+with open("/file") as f:
+    print("chattr:", told(lambda: fcntl.ioctl(f, FS_IOC_SETFLAGS, struct.pack("l", FS_IMMUTABLE_FL))))
+"#;
+    let ran = TestBox::debian().python(script, &[]).run();
+    assert_eq!(
+        ran.console,
+        "tmpfile: Operation not supported\ndevice: Operation not permitted\npipe: None\n\
+            chattr: Inappropriate ioctl for device\n",
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn a_lock_on_a_share_ends_at_the_box() {
+    let script = r#"
+import fcntl, time
+f = open("/shared/lock", "w")
+fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("ready", flush=True)
+time.sleep(1000)
+"#;
+    let dir = TestBox::busybox();
+    let shared = json!([{"tag": "shared", "host_path": dir.path("out"), "read_only": false}]);
+    let boxes = [(); 2].map(|()| {
+        TestBox::debian()
+            .with("fs_mounts", shared.clone())
+            .with_entrypoint("env", json!([["BOX_VOL_0", "shared:/shared"]]))
+            .python(script, &[])
+    });
+    // Both hold it, which the README warns of.
+    for started in boxes.iter().map(TestBox::ready).collect::<Vec<_>>() {
+        started.kill();
+    }
 }
