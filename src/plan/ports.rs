@@ -31,7 +31,14 @@ pub(super) fn plan(port_map: &[String], report: &mut Report) -> Vec<PublishedPor
     for (index, text) in port_map.iter().enumerate() {
         let path = format!("port_map[{index}]");
         let port = match parse_published_port(text) {
-            Ok(port) => port,
+            Ok(Some(port)) => port,
+            Ok(None) => {
+                report.warn(
+                    path,
+                    format!("is \"{text}\", which names no port of the host: it is not published"),
+                );
+                continue;
+            }
             Err(problem) => {
                 report.error(path, format!("is \"{text}\", {problem}"));
                 continue;
@@ -55,8 +62,9 @@ pub(super) fn plan(port_map: &[String], report: &mut Report) -> Vec<PublishedPor
     ports
 }
 
-/// Parses `HOST:GUEST`. The error says whether the text is wrong or asks for what mote does not do.
-fn parse_published_port(text: &str) -> Result<PublishedPort, String> {
+/// Parses `HOST:GUEST[/tcp]`; `None` for one with the host's port 0, which the reference passes over. The error says
+/// whether the text is wrong or asks for what mote does not do.
+fn parse_published_port(text: &str) -> Result<Option<PublishedPort>, String> {
     let (pair, protocol) = text.split_once('/').map_or((text, None), |(p, q)| (p, Some(q)));
     let mut from_the_end = pair.rsplitn(3, ':');
     let (guest, host) = (from_the_end.next(), from_the_end.next());
@@ -64,13 +72,10 @@ fn parse_published_port(text: &str) -> Result<PublishedPort, String> {
         return Err("must be HOST:GUEST, two port numbers like \"8080:80\"".into());
     };
     match protocol {
-        None => {}
-        Some(protocol) if protocol.eq_ignore_ascii_case("tcp") => {
-            return Err(format!("but ports are always TCP's here; write \"{host}:{guest}\""));
-        }
-        Some(protocol) => {
+        Some(protocol) if !protocol.eq_ignore_ascii_case("tcp") => {
             return Err(format!("but only TCP ports can be published, not those of {protocol}"));
         }
+        _ => {}
     }
     if from_the_end.next().is_some() {
         return Err(format!(
@@ -86,7 +91,10 @@ fn parse_published_port(text: &str) -> Result<PublishedPort, String> {
             .filter(|port| *port != 0)
             .ok_or_else(|| format!("but {text} is not a port; those are from 1 to {}", u16::MAX))
     };
-    Ok(PublishedPort { host: port(host)?, guest: port(guest)? })
+    if host == "0" {
+        return port(guest).map(|_| None);
+    }
+    Ok(Some(PublishedPort { host: port(host)?, guest: port(guest)? }))
 }
 
 #[cfg(test)]
@@ -100,7 +108,9 @@ mod tests {
             let port_map: Vec<String> = entries.iter().map(|text| (*text).to_owned()).collect();
             plan(|s| s.port_map = port_map)
         };
-        let planned = ports(&["8080:80", "1:65535", "65535:1"]).expect("a plan");
+        let planned = ports(&["8080:80", "1:65535", "65535:1", "0:80", "81:81/tcp", "82:82/TCP"]);
+        let planned = planned.expect("a plan");
+        assert_eq!(planned.published_ports.len(), 5);
         assert_eq!(planned.published_ports[1], PublishedPort { host: 1, guest: 65_535 });
         assert!(planned.to_string().contains("port       8080 -> guest port 80\n"));
         let wanted = "must be HOST:GUEST, two port numbers like \"8080:80\"";
@@ -117,7 +127,6 @@ mod tests {
             ("http:80", wanted),
             ("8080:80/", "but only TCP ports can be published, not those of "),
             ("8080:80/udp", "but only TCP ports can be published, not those of udp"),
-            ("8080:80/tcp", "but ports are always TCP's here; write \"8080:80\""),
             (
                 "127.0.0.1:8080:80",
                 "but a port is published on all of the host's addresses; write \"8080:80\"",
@@ -126,7 +135,7 @@ mod tests {
                 "[::1]:8080:80",
                 "but a port is published on all of the host's addresses; write \"8080:80\"",
             ),
-            ("0:80", "but 0 is not a port; those are from 1 to 65535"),
+            ("0:0", "but 0 is not a port; those are from 1 to 65535"),
             ("8080:0", "but 0 is not a port; those are from 1 to 65535"),
             ("65536:80", "but 65536 is not a port; those are from 1 to 65535"),
             (
