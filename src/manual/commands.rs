@@ -158,8 +158,12 @@ pub const SOCKETS: &str =
 /// How the commands end that work with a running box.
 pub const CLIENT_ENDS: &str = "The exit code is the command's own: 128+n if signal n killed it. Otherwise there is one line on stderr, and it is 127: the guest has no such command; 126: it cannot be executed; 137: its time limit; 125: no such user or directory in the guest, there is no box, or it ended first; 2: wrong command line; for `cp`, 1: the guest or this host refused. Without a line, 141: nobody reads the output; for `pty` and downloads, 128+n: signal n ended mote itself.";
 
+/// What may stand in a command.
+pub const BYTES: &str =
+    "Commands, variables and the guest's paths need not be UTF-8, unless the agent is not mote's.";
+
 /// `cp`'s limits.
-pub const COPY: &str = "Commands, variables and the guest's paths need not be UTF-8, unless the agent is not mote's. `cp` copies one regular file and its permission bits, into a directory that is there. A download has its name only when it is whole. For directories: `tar -c -C DIR . | mote exec SOCKET -- tar -x -C GUEST_DIR`.";
+pub const COPY: &str = "`cp` copies one regular file and its permission bits, into a directory that is there. A download has its name only when it is whole. For directories: `tar -c -C DIR . | mote exec SOCKET -- tar -x -C GUEST_DIR`.";
 
 /// Commands to copy.
 pub const EXAMPLE: &str = r#"mote exec --user www-data --workdir /srv "$box/exec.sock" -- tar -c . > srv.tar

@@ -24,6 +24,7 @@ pub fn command() -> String {
     page.paragraph(commands::REPORTS);
     page.section("RUNNING BOXES");
     page.paragraph(commands::SOCKETS);
+    page.paragraph(commands::BYTES);
     page.paragraph(commands::COPY);
     page.section("SIGNALS");
     page.paragraph(commands::SIGNALS);
