@@ -23,6 +23,7 @@ use crate::kvm::vcpu::{self, Exit, Start};
 use crate::kvm::{cpu, self_test};
 use crate::memory::{self, GuestRam, RegisterPages};
 use crate::plan::{Network, Networking, PasstSocket, Plan};
+use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
 use crate::timeline::{ExitCounts, Timeline};
@@ -98,13 +99,17 @@ impl Vm {
         // Host resources. The back-ends start while the kernel is being loaded.
         let sinks = Sinks::open(plan.console_output.as_ref(), stop)?;
         let refusals = SharedRefusals::default();
-        let filter = Filter::new(plan.networking.policy().clone(), Rc::clone(&refusals))
-            .context("open a socket to ask for the host's routes")?;
+        let filter = |policy: &Policy| {
+            Filter::new(policy.clone(), Rc::clone(&refusals))
+                .context("open a socket to ask for the host's routes")
+        };
         let (outgoing, net) = match &plan.networking {
-            Networking::Hosts(_) => (Some(filter), None),
+            Networking::Hosts(policy) => (Some(filter(policy)?), None),
             Networking::Own(network) => {
-                (None, Some(connect_network(network, FrameFilter::new(filter), janitor, stop)?))
+                let filter = FrameFilter::new(filter(&network.policy)?);
+                (None, Some(connect_network(network, filter, janitor, stop)?))
             }
+            Networking::None => (None, None),
         };
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");

@@ -68,6 +68,8 @@ pub enum Networking {
         /// addresses up.
         ip6: bool,
     },
+    /// Not at all: there is loopback.
+    None,
 }
 
 /// Addresses with a common prefix, and what becomes of datagrams to them from sockets without a network of the box's

@@ -42,6 +42,12 @@ pub const MEMBERS: &[Member] = &[
         words: "the same for attestation; mote's agent serves none",
     },
     Member {
+        path: "port_forward_socket_path",
+        kind: "path",
+        default: Some(r#""""#),
+        words: "the same for forwarded ports, which only a guest init of the image's own serves",
+    },
+    Member {
         path: "fs_mounts",
         kind: "array",
         default: None,
@@ -165,7 +171,7 @@ pub const MEMBERS: &[Member] = &[
         path: "port_map",
         kind: "array",
         default: Some("[]"),
-        words: r#"TCP ports to publish on all addresses of the host, IPv4 and IPv6: `"HOST:GUEST"`, each port once, at most 4096. They are bound before the guest runs; clients wait until it can take them"#,
+        words: r#"TCP ports to publish on all addresses of the host, IPv4 and IPv6: `"HOST:GUEST"` or `"HOST:GUEST/tcp"`, each port once, at most 4096. They are bound before the guest runs; clients wait until it can take them"#,
     },
     Member {
         path: "network",
@@ -220,6 +226,12 @@ pub const MEMBERS: &[Member] = &[
         kind: "number",
         default: Some("null"),
         words: "the other end of `net_socket_fd`: mote goes to the path by itself",
+    },
+    Member {
+        path: "disable_tsi",
+        kind: "boolean",
+        default: Some("false"),
+        words: "without `network`, `true` leaves the box loopback alone",
     },
     Member {
         path: "guest_agent",

@@ -11,6 +11,11 @@ use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
 
+/// Variables by which the runtime tells a guest init what to run: of 0.8.0; of 3.2, which names a file; and of 3.3,
+/// which names one on a share of its own. Any of them makes the entrypoint an init.
+const PROGRAM: &str = "BOX_EXEC_EXEC";
+const CONFIG_FILES: [&str; 2] = ["BOX_EXEC_CONFIG_FILE", "BOX_BOOT_CONFIG_FILE"];
+
 /// Tag and path of the share that is always mounted, if the spec has it.
 const WORKSPACE: (&str, &str) = ("workspace", "/workspace");
 
@@ -93,7 +98,7 @@ impl GuestInit {
         let vars = Variables { entrypoint: &spec.entrypoint, encoded: false };
         let encoded = vars.value("BOX_EXEC_B64") == Some("1");
         let vars = Variables { encoded, ..vars };
-        let is_init = vars.value("BOX_EXEC_EXEC").is_some();
+        let is_init = names_init(&spec.entrypoint);
         let container_env = vars.container_env(report);
         // Without these it is not known whose the variables are, and whether one is missing.
         let is_known = ["rootfs_path", "entrypoint.executable", "entrypoint.env"]
@@ -115,7 +120,10 @@ impl GuestInit {
             );
         }
         let main = is_init.then(|| {
-            for name in ["BOX_SIDECAR_IMAGE", "BOX_EXEC_ENV_FILE", "BOX_DEFERRED_MAIN"] {
+            for name in ["BOX_SIDECAR_IMAGE", "BOX_EXEC_ENV_FILE", "BOX_DEFERRED_MAIN"]
+                .into_iter()
+                .chain(CONFIG_FILES)
+            {
                 if let Some(index) = vars.index(name) {
                     report.error(
                         format!("entrypoint.env[{index}]"),
@@ -137,7 +145,12 @@ impl GuestInit {
 
 /// Whether the box's main program is a guest init that the image has.
 pub(super) fn is_of_image(spec: &Spec) -> bool {
-    spec.entrypoint.variable("BOX_EXEC_EXEC").is_some() && is_in_image(spec)
+    names_init(&spec.entrypoint) && is_in_image(spec)
+}
+
+/// Whether the environment is a guest init's.
+fn names_init(entrypoint: &spec::Entrypoint) -> bool {
+    [PROGRAM].iter().chain(&CONFIG_FILES).any(|name| entrypoint.variable(name).is_some())
 }
 
 /// Whether the image has the spec's executable. A bare name, which only the guest can look up, counts as
@@ -394,11 +407,14 @@ mod tests {
 
     #[test]
     fn an_init_of_the_image_does_its_own_work() {
-        let env = [("BOX_EXEC_EXEC", "sleep"), ("BOX_VOL_0", "vol0:/data"), ("A", "1")];
-        let (init, errors) = read("/bin/sh", &env);
-        assert!(errors.is_empty() && init.main.is_none() && init.mounts.is_empty());
-        assert!(init.image_init);
-        assert_eq!(init.container_env, [("A".to_owned(), "1".to_owned())]);
+        for name in ["BOX_EXEC_EXEC", "BOX_EXEC_CONFIG_FILE", "BOX_BOOT_CONFIG_FILE"] {
+            let volume = ("BOX_VOL_0", "vol0:/data:ro:file");
+            let env = [(name, "sleep"), volume, ("BOX_READONLY", "1"), ("A", "1")];
+            let (init, errors) = read("/bin/sh", &env);
+            assert!(errors.is_empty() && init.main.is_none() && init.mounts.is_empty());
+            assert!(init.image_init && !init.read_only_root);
+            assert_eq!(init.container_env, [("A".to_owned(), "1".to_owned())]);
+        }
     }
 
     #[test]

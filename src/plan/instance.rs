@@ -99,9 +99,10 @@ pub(super) fn plan(
         networking: match networking {
             Networking::Own(network) => instance::Networking::Own(network.interface),
             Networking::Hosts(_) => instance::Networking::Hosts { ip6: host_has_global_ip6() },
+            Networking::None => instance::Networking::None,
         },
         datagrams: match networking {
-            Networking::Own(_) => Vec::new(),
+            Networking::Own(_) | Networking::None => Vec::new(),
             Networking::Hosts(policy) => policy.datagrams(&addresses_of_host()),
         },
         syn_retries: unusual_syn_retries(),

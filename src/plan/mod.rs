@@ -14,6 +14,7 @@ mod instance;
 mod limits;
 mod name_servers;
 mod network;
+mod networks_file;
 mod paths;
 mod ports;
 mod shares;
@@ -186,7 +187,10 @@ impl fmt::Display for Plan {
         if let Some(network) = self.networking.own() {
             writeln!(f, "network    {network}")?;
         }
-        writeln!(f, "egress     {}", self.networking.policy().rules())?;
+        match self.networking.policy() {
+            Some(policy) => writeln!(f, "egress     {}", policy.rules())?,
+            None => writeln!(f, "network    none but loopback")?,
+        }
         match &self.console_output {
             Some(ConsoleFile { file, limit_bytes }) => {
                 writeln!(f, "console    {} (at most {limit_bytes} bytes)", file.path.display())?

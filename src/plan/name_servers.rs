@@ -65,6 +65,8 @@ mod tests {
             socket_fd: None,
             proxy_fd: None,
             bridge_socket_dir: None,
+            networks_json: None,
+            network_name: None,
         });
         let variable = variable.map(|value| ("A3S_NET_DNS".to_owned(), value.to_owned()));
         spec.entrypoint.env.extend(variable);

@@ -11,9 +11,11 @@ use mote_agent::instance::Interface;
 
 use super::egress;
 use super::name_servers;
+use super::networks_file;
 use super::paths::{MAX_SOCKET_PATH, parent_problem};
 use crate::confine::NetworkAccess;
 use crate::policy::Policy;
+use crate::policy::rules::Rules;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
@@ -28,6 +30,8 @@ pub enum Networking {
     Own(Network),
     /// mote makes its connections with sockets of the host (TSI), as far as the policy lets it.
     Hosts(Policy),
+    /// It has no network but loopback.
+    None,
 }
 
 impl Networking {
@@ -36,8 +40,29 @@ impl Networking {
     pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
         check_variables(spec, report);
         let gateway = spec.network.as_ref().map(|network| network.gateway);
-        let rules = egress::plan(spec.egress.as_deref(), gateway, report);
+        let rules = match spec
+            .network
+            .as_ref()
+            .and_then(|network| networks_file::plan(spec, network, report))
+        {
+            Some(_) if spec.egress.is_some() => {
+                report.error("egress", "is given with network.networks_json, whose network has rules of its own; keep one");
+                Rules::default()
+            }
+            Some(rules) => rules,
+            None => egress::plan(spec.egress.as_deref(), gateway, report),
+        };
         match &spec.network {
+            None if spec.disable_tsi => {
+                for (field, is_given) in
+                    [("port_map", !spec.port_map.is_empty()), ("egress", spec.egress.is_some())]
+                {
+                    if is_given {
+                        report.error(field, "needs a network, which disable_tsi denies the box; leave out one of the two");
+                    }
+                }
+                Networking::None
+            }
             Some(network) => {
                 let servers = name_servers::of_own_network(spec, network);
                 let policy = Policy::of_own_network(network.gateway, &servers, rules);
@@ -51,14 +76,15 @@ impl Networking {
     pub fn own(&self) -> Option<&Network> {
         match self {
             Networking::Own(network) => Some(network),
-            Networking::Hosts(_) => None,
+            Networking::Hosts(_) | Networking::None => None,
         }
     }
 
-    /// Where the box may connect to.
-    pub fn policy(&self) -> &Policy {
+    /// Where the box may connect to; `None` is nowhere.
+    pub fn policy(&self) -> Option<&Policy> {
         match self {
-            Networking::Own(Network { policy, .. }) | Networking::Hosts(policy) => policy,
+            Networking::Own(Network { policy, .. }) | Networking::Hosts(policy) => Some(policy),
+            Networking::None => None,
         }
     }
 
@@ -73,7 +99,7 @@ impl Networking {
     /// What mote itself uses of the host's network while it runs the guest.
     pub fn access(&self) -> NetworkAccess {
         match self {
-            Networking::Own(_) => NetworkAccess::None,
+            Networking::Own(_) | Networking::None => NetworkAccess::None,
             Networking::Hosts(_) => NetworkAccess::Sockets,
         }
     }
@@ -483,6 +509,21 @@ mod tests {
         assert_eq!(network, None);
         assert!(errors[0].contains("but network is null"), "{errors:?}");
         assert!(warnings[0].ends_with("A3S_NET_DNS has no effect without network"), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_box_without_any_network_has_nothing_of_one() {
+        use crate::plan::testing;
+        let plan = testing::plan(|spec| spec.disable_tsi = true).expect("a plan");
+        assert_eq!(plan.networking, Networking::None);
+        assert!(plan.to_string().contains("\nnetwork    none but loopback\n"));
+        let errors = testing::errors(|spec| {
+            spec.disable_tsi = true;
+            spec.port_map = vec!["80:80".into()];
+            spec.egress = Some(vec!["allow".into()]);
+        });
+        assert!(errors[0].starts_with("port_map: needs a network"), "{errors:?}");
+        assert!(errors[1].starts_with("egress: needs a network"), "{errors:?}");
     }
 
     #[test]

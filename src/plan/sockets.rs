@@ -13,6 +13,7 @@ use crate::spec::{GuestAgent, Spec};
 const EXEC_PORT: u32 = 4089;
 const PTY_PORT: u32 = 4090;
 const ATTEST_PORT: u32 = 4091;
+const PORT_FORWARD_PORT: u32 = 4093;
 
 /// A Unix socket whose connections go to a port of the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,17 +29,22 @@ pub struct HostSocket {
 /// The sockets that the spec has a path for. Any program in the box can listen on the contract's ports, and
 /// would be sent commands, uploads and keystrokes that are meant for root: they are asked only where that
 /// program is the image's own guest init, or the spec says so. mote's agent has ports of its own, which it
-/// holds before any other program runs.
+/// holds before any other program runs. It does not answer for a guest init that is yet to listen: its answer would
+/// tell the runtime that the box is ready.
 pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
-    let images = spec.guest_agent == GuestAgent::Image || guest_init::is_of_image(spec);
+    let init_is_images = guest_init::is_of_image(spec);
+    let images = spec.guest_agent == GuestAgent::Image || init_is_images;
     let mut sockets: Vec<HostSocket> = Vec::new();
     for (field, path, images_port, own_port) in [
         ("exec_socket_path", &spec.exec_socket_path, EXEC_PORT, Some(EXEC_SERVER_PORT)),
         ("pty_socket_path", &spec.pty_socket_path, PTY_PORT, Some(PTY_SERVER_PORT)),
         ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT, None),
+        ("port_forward_socket_path", &spec.port_forward_socket_path, PORT_FORWARD_PORT, None),
     ] {
-        let (guest_port, fallback_port) =
-            if images { (Some(images_port), own_port) } else { (own_port, None) };
+        let (guest_port, fallback_port) = match images {
+            true => (Some(images_port), own_port.filter(|_| !init_is_images)),
+            false => (own_port, None),
+        };
         if path.as_os_str().is_empty() {
             continue;
         }
@@ -74,14 +80,36 @@ mod tests {
         };
         let own = [(Some(EXEC_SERVER_PORT), None), (None, None)];
         let images = [(Some(EXEC_PORT), Some(EXEC_SERVER_PORT)), (Some(ATTEST_PORT), None)];
-        fn init(spec: &mut Spec, executable: &str) {
+        let inits = [(Some(EXEC_PORT), None), (Some(ATTEST_PORT), None)];
+        fn init(spec: &mut Spec, executable: &str, variable: &str) {
             spec.entrypoint.executable = executable.into();
-            spec.entrypoint.env = vec![("BOX_EXEC_EXEC".into(), "sleep".into())];
+            spec.entrypoint.env = vec![(variable.into(), "sleep".into())];
         }
         assert_eq!(ports(|_| ()), own);
         assert_eq!(ports(|s| s.guest_agent = GuestAgent::Image), images);
-        assert_eq!(ports(|s| init(s, "/bin/sh")), images);
-        assert_eq!(ports(|s| init(s, "/no/such/init")), own);
+        assert_eq!(ports(|s| init(s, "/bin/sh", "BOX_EXEC_EXEC")), inits);
+        assert_eq!(ports(|s| init(s, "/bin/sh", "BOX_EXEC_CONFIG_FILE")), inits);
+        assert_eq!(ports(|s| init(s, "/bin/sh", "BOX_BOOT_CONFIG_FILE")), inits);
+        assert_eq!(ports(|s| init(s, "/no/such/init", "BOX_EXEC_EXEC")), own);
+    }
+
+    #[test]
+    fn ports_are_forwarded_by_the_images_init_alone() {
+        let port = |executable: &str| {
+            let plan = plan(|s| {
+                s.port_forward_socket_path = "/tmp/forward".into();
+                s.entrypoint.executable = executable.into();
+                s.entrypoint.env = vec![("BOX_EXEC_EXEC".into(), "sleep".into())];
+            });
+            plan.expect("a plan").sockets[0].guest_port
+        };
+        assert_eq!(port("/bin/sh"), Some(PORT_FORWARD_PORT));
+        assert_eq!(port("/no/such/init"), None);
+        let errors = errors(|s| {
+            s.exec_socket_path = "/tmp/s".into();
+            s.port_forward_socket_path = "/tmp/s".into();
+        });
+        assert!(errors[0].starts_with("port_forward_socket_path: /tmp/s is another socket's"));
     }
 
     #[test]

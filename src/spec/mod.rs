@@ -28,6 +28,8 @@ pub struct Spec {
     pub pty_socket_path: PathBuf,
     /// Host Unix socket for attestation; empty for none.
     pub attest_socket_path: PathBuf,
+    /// Host Unix socket for the forwarding of ports by the image's own guest init (§1.8); empty for none.
+    pub port_forward_socket_path: PathBuf,
     /// Further host directories for the guest.
     pub fs_mounts: Vec<FsMount>,
     /// The program to run.
@@ -46,6 +48,8 @@ pub struct Spec {
     pub user: Option<String>,
     /// Virtual network interface; `None` is TSI.
     pub network: Option<Network>,
+    /// Whether there is no network but loopback, if there is no interface either (§1.8).
+    pub disable_tsi: bool,
     /// Whose agent serves the box's sockets.
     pub guest_agent: GuestAgent,
     /// Rules for where the box may connect to; `None` is no rules.
@@ -123,6 +127,10 @@ pub struct Network {
     pub proxy_fd: Option<i32>,
     /// Directory in which the switches of one network find each other.
     pub bridge_socket_dir: Option<PathBuf>,
+    /// The runtime's file of networks, with their egress rules.
+    pub networks_json: Option<PathBuf>,
+    /// This network's name there.
+    pub network_name: Option<String>,
 }
 
 /// Limits; every one is optional.
@@ -177,6 +185,7 @@ fn read_spec(mut o: Object<'_>) -> Spec {
             .unwrap_or_default(),
         pty_socket_path: o.optional("pty_socket_path", path),
         attest_socket_path: o.optional("attest_socket_path", path),
+        port_forward_socket_path: o.nullable("port_forward_socket_path", path).unwrap_or_default(),
         fs_mounts: o
             .required("fs_mounts", "an array of shares, [] for none", |n| {
                 n.array(read_fs_mount, FsMount::default)
@@ -194,6 +203,7 @@ fn read_spec(mut o: Object<'_>) -> Spec {
         port_map: o.optional("port_map", strings),
         user: o.nullable("user", Node::string),
         network: o.nullable("network", read_network),
+        disable_tsi: o.nullable("disable_tsi", Node::boolean).unwrap_or_default(),
         guest_agent: o.optional("guest_agent", read_guest_agent),
         egress: o.nullable("egress", strings),
         resource_limits: o.optional("resource_limits", read_resource_limits),
@@ -325,11 +335,9 @@ fn read_network(node: &Node<'_>) -> Option<Network> {
         socket_fd: o.nullable("net_socket_fd", Node::integer),
         proxy_fd: o.nullable("net_proxy_fd", Node::integer),
         bridge_socket_dir: o.nullable("bridge_socket_dir", path),
+        networks_json: o.nullable("networks_json", path),
+        network_name: o.nullable("network_name", Node::string),
     };
-    // Names for the runtime's own proxy; with passt there is no such proxy.
-    for name in ["networks_json", "network_name"] {
-        o.nullable(name, Node::string);
-    }
     refuse_unless_vacant(o.member("net_stats_path"));
     o.finish();
     Some(network)
@@ -379,24 +387,28 @@ fn read_resource_limits(node: &Node<'_>) -> Option<ResourceLimits> {
         memory_reservation: o.nullable("memory_reservation", Node::integer),
         memory_swap: o.nullable("memory_swap", Node::integer),
     };
-    refuse_unless_vacant(o.member("sandbox_memory_limit_bytes"));
+    o.nullable("sandbox_memory_limit_bytes", |node| {
+        let limit: u64 = node.integer()?;
+        node.warn("is not applied: the guest's memory is memory_mib, and mote bounds its own");
+        Some(limit)
+    });
     o.finish();
     Some(limits)
 }
 
-/// Refuses fields of later contract versions (§1.8), unless their values ask for nothing.
+/// Refuses fields of later contract versions (§1.8), unless their values ask for nothing. What is only an
+/// optimisation is warned of.
 fn refuse_later_fields(o: &mut Object<'_>) {
-    for name in [
-        "block_devices",
-        "port_forward_socket_path",
-        "ksm",
-        "snapshot_mem_file",
-        "snapshot_sock",
-        "restore_from",
-        "disable_tsi",
-    ] {
+    for name in ["block_devices", "snapshot_mem_file", "snapshot_sock", "restore_from"] {
         refuse_unless_vacant(o.member(name));
     }
+    o.nullable("ksm", |node| {
+        let on = node.boolean()?;
+        if on {
+            node.warn("is not done: pages that guests share tell them of each other");
+        }
+        Some(on)
+    });
     let Some(mut log) = o.member("log_config").and_then(|node| node.object()) else { return };
     let driver = log.member("driver");
     log.member("options");
@@ -534,17 +546,24 @@ mod tests {
         let (_, report) = parse(&with(later));
         assert_eq!(report, Report::default());
         for (extra, path) in [
-            (r#""ksm":true"#, "ksm"),
             (r#""block_devices":[{"id":"a","path":"/d"}]"#, "block_devices"),
             (r#""restore_from":"/snap""#, "restore_from"),
             (r#""log_config":{"driver":"syslog"}"#, "log_config.driver"),
+        ] {
+            let errors = errors(&with(extra));
+            assert!(matches!(errors.as_slice(), [e] if e.starts_with(path)), "{errors:?}");
+        }
+        for (extra, path) in [
+            (r#""ksm":true"#, "ksm"),
             (
                 r#""resource_limits":{"sandbox_memory_limit_bytes":1}"#,
                 "resource_limits.sandbox_memory_limit_bytes",
             ),
         ] {
-            let errors = errors(&with(extra));
-            assert!(matches!(errors.as_slice(), [e] if e.starts_with(path)), "{errors:?}");
+            let (_, report) = parse(&with(extra));
+            let [warning] = &report.warnings[..] else { panic!("{report:?}") };
+            assert!(warning.to_string().starts_with(&format!("{path}: is not ")), "{warning}");
+            assert!(report.errors.is_empty());
         }
     }
 
