@@ -34,6 +34,8 @@ bison               /usr/bin/bison                       builds the guest kernel
 bc                  /usr/bin/bc                          builds the guest kernel
 libelf-dev          /usr/include/libelf.h                the kernel's objtool
 xz-utils            /usr/bin/xz                          unpacks the kernel source
+clang               /usr/bin/clang                       compiles the agent's BPF programs
+libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
 "
 box_packages="
 libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
@@ -47,10 +49,10 @@ kmod                /sbin/modprobe                       loads kvm_amd in the la
 udev                /usr/bin/udevadm                     virtme-ng runs it in the lab
 iproute2            /sbin/ip                             virtme-ng runs it in the lab
 procps              /usr/bin/ps                          virtme-ng runs it in the lab
+busybox-static      /usr/share/doc/busybox-static        the lab starts from it
+file                /usr/bin/file                        tells virtme-ng the version of its kernel
 "
 test_packages="
-clang               /usr/bin/clang                       compiles the agent's BPF programs
-libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
 busybox-static      /usr/share/doc/busybox-static        the small test root file system
 tmux                /usr/bin/tmux                        the terminal that the tests look at
 cpio                /usr/bin/cpio                        a unit test lists our archives with it
