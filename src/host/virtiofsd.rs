@@ -89,7 +89,7 @@ impl Virtiofsd {
             .arg("--shared-dir")
             .arg(&share.host_path)
             .args(["--cache=auto", "--inode-file-handles=never", "--log-level=error"])
-            .args([ATTRIBUTES, "--posix-acl=auto"])
+            .args(["--xattr", ATTRIBUTES])
             .args(share.read_only.then_some("--readonly"))
             .args(own_sandbox(isolation))
             .arg(format!("--modcaps={}", needless_capabilities(share.read_only)))
