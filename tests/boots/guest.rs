@@ -242,6 +242,7 @@ os.open("/dev/fuse", os.O_RDWR); os.open("/dev/net/tun", os.O_RDWR)
 fn an_ordinary_user_mounts_by_fuse() {
     let script = r#"
 set -e
+echo app:x:1000:1000::/:/bin/sh >>/etc/passwd; ln -sf /proc/self/mounts /etc/mtab
 mkdir -p /h/low /h/up /h/work /h/merged; echo low >/h/low/file; chown -R 1000 /h
 setpriv --reuid 1000 --clear-groups sh -ec '
     fuse-overlayfs -o lowerdir=/h/low,upperdir=/h/up,workdir=/h/work /h/merged
@@ -271,14 +272,15 @@ fn localhost_and_the_boxs_own_name_resolve_whatever_the_image_has() {
             None => fs::remove_file(&file).unwrap_or_default(),
         }
         let env = json!([["HOSTNAME", "box-7"], ["BOX_READONLY", read_only]]);
-        let ran = test.shell(names).with_entrypoint("env", env).run();
+        let test = test.shell(names).with_entrypoint("env", env);
+        let ran = test.run();
         let said: Vec<String> = ran
             .console
             .lines()
             .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect();
         assert_eq!(said.join("\n") + "\n", expected, "{}", ran.stderr);
-        let after = fs::read_to_string(&file).unwrap_or_default();
+        let after = fs::read_to_string(&file).expect("a file to mount on");
         assert_eq!(after, of_image.unwrap_or_default(), "the image's file stays as it is");
     }
 }
