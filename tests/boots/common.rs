@@ -164,6 +164,12 @@ impl TestBox {
         self
     }
 
+    /// Leaves a field of the spec out.
+    pub fn without(mut self, field: &str) -> Self {
+        self.spec.as_object_mut().expect("an object").remove(field);
+        self
+    }
+
     /// Sets a field of the spec's entrypoint.
     pub fn with_entrypoint(mut self, field: &str, value: Value) -> Self {
         self.spec["entrypoint"][field] = value;

@@ -38,5 +38,6 @@ mod shares;
 mod sockets;
 mod spoofing;
 mod terminal;
+mod today;
 mod traced;
 mod tsi;
