@@ -34,13 +34,18 @@ pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 /// [`super::create_vm`] has KVM refuse them, too.
 const PMU_LEAVES: [u32; 3] = [0xa, 0x23, 0x8000_0022];
 
+/// What AMD's virtualisation can do. A guest gets neither it nor Intel's: its kernel has no KVM, and what KVM
+/// emulates of them a hostile one could attack. What CPUID does not show, KVM refuses: CR4.VMXE and the VMX
+/// registers, EFER.SVME.
+const SVM_LEAF: u32 = 0x8000_000a;
+
 /// CPUID of the `index`-th of `count` vCPUs, from what KVM supports on this host.
 ///
 /// `tsc_deadline` is KVM_CAP_TSC_DEADLINE_TIMER: KVM_GET_SUPPORTED_CPUID does not report the bit,
 /// and without it the guest calibrates its APIC timer for 240 ms (`resources/guest-kernel.md`, "Timers").
 pub fn cpuid(supported: &CpuId, index: u8, count: u8, tsc_deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();
-    cpuid.retain(|entry| !PMU_LEAVES.contains(&entry.function));
+    cpuid.retain(|entry| !PMU_LEAVES.contains(&entry.function) && entry.function != SVM_LEAF);
     for entry in cpuid.as_mut_slice() {
         adjust(entry, u32::from(index), u32::from(count), tsc_deadline);
     }
@@ -69,6 +74,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
             // With the PMU goes what it reports by: PDCM, DS and its 64-bit area.
             entry.ecx &= !(1 << 15 | 1 << 2);
             entry.edx &= !(1 << 21);
+            entry.ecx &= !(1 << 5); // VMX
             entry.edx = entry.edx & !(1 << 28) | u32::from(count > 1) << 28; // HTT
         }
         // Deterministic cache parameters (Intel 4, AMD 0x8000_001d): each core has its own first and
@@ -92,8 +98,11 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
                 level => (0, 0, level & 0xff),
             };
         }
-        // AMD's counters: of the core, of the node, of the third-level cache.
-        0x8000_0001 => entry.ecx &= !(1 << 23 | 1 << 24 | 1 << 28),
+        0x8000_0001 => {
+            // AMD's counters: of the core, of the node, of the third-level cache.
+            entry.ecx &= !(1 << 23 | 1 << 24 | 1 << 28);
+            entry.ecx &= !(1 << 2 | 1 << 12); // SVM and its SKINIT
+        }
         0x8000_0008 => entry.ecx = id_bits(count) << 12 | (count - 1), // AMD: cores, id size
         0x8000_001e => {
             // AMD: extended APIC id; one thread per core, one node.
@@ -234,6 +243,22 @@ mod tests {
             ("PerfCtrExtCore", core),
             ("PerfCtrExtNB", northbridge),
             ("PerfCtrExtLLC", cache),
+        ] {
+            assert_eq!(bits & 1, 0, "{name}");
+        }
+    }
+
+    #[test]
+    fn there_is_no_virtualisation_to_use() {
+        let all = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
+        let entries = adjusted(&[0x1, 0x8000_0001, 0x8000_000a].map(all), 0, 1);
+        let left: Vec<u32> = entries.iter().map(|entry| entry.function).collect();
+        assert_eq!(left, [0x1, 0x8000_0001]);
+        // Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+        for (name, bits) in [
+            ("VMX", entries[0].ecx >> 5),
+            ("SVM", entries[1].ecx >> 2),
+            ("SKINIT", entries[1].ecx >> 12),
         ] {
             assert_eq!(bits & 1, 0, "{name}");
         }

@@ -76,6 +76,13 @@ print("rdpmc", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIG
 }
 
 #[test]
+fn there_is_no_virtualisation_to_use() {
+    let script = "grep -c ^flags /proc/cpuinfo; grep -woE 'vmx|svm' /proc/cpuinfo; ls /dev/kvm";
+    let ran = TestBox::busybox().shell(script).run();
+    assert_eq!(ran.console, "1\nls: /dev/kvm: No such file or directory\n", "{}", ran.stderr);
+}
+
+#[test]
 fn memory_is_what_was_asked_for() {
     for mib in [64u64, 256, 3328, 6144] {
         let ran = TestBox::busybox()
