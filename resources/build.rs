@@ -1,6 +1,6 @@
 //! Build script: makes the guest's two files, which [`image`](../src/plan/image.rs) embeds, and the
 //! filters of [`seccomp`](../src/confine/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
-//! and is stripped of its zero pages; the initramfs holds the agent, built here as its own static
+//! and is stripped of pages that hold nothing; the initramfs holds the agent, built here as its own static
 //! program; the filters are compiled from `seccomp/*.json`.
 
 use std::error::Error;
@@ -99,8 +99,10 @@ fn build_kernel(root: &Path) -> Result<String, Box<dyn Error>> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// The same kernel without the zero pages between and inside its segments, a third of the file:
-/// guest memory is zero already. Each run of other pages becomes a segment of its own.
+/// The same kernel without the pages that hold nothing, nearly half of the file: zeros, which guest memory has
+/// already, and the filling behind code that has huge pages to itself (`int3`, ALIGN_ENTRY_TEXT_BEGIN and
+/// _END in arch/x86/kernel/vmlinux.lds.S), where nothing jumps to. Each run of other pages becomes a segment
+/// of its own.
 fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
     // Elf64_Ehdr and Elf64_Phdr (elf(5)): offsets of the fields used here.
     const HEADER_LEN: usize = 64;
@@ -115,6 +117,7 @@ fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
     const P_MEMSZ: usize = 40;
     const PT_LOAD: u32 = 1;
     const PAGE: usize = 4096;
+    const INT3: u8 = 0xcc;
     let u64_at = |at: usize| -> Result<usize, Box<dyn Error>> {
         let bytes = elf.get(at..at + 8).ok_or("the kernel image is cut short")?;
         Ok(u64::from_le_bytes(bytes.try_into()?) as usize)
@@ -133,7 +136,7 @@ fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
         let data = elf.get(offset..offset + file_len).ok_or("the kernel image is cut short")?;
         let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
         for (page, bytes) in data.chunks(PAGE).enumerate() {
-            if bytes.iter().all(|byte| *byte == 0) {
+            if [0, INT3].iter().any(|filling| bytes.iter().all(|byte| byte == filling)) {
                 continue;
             }
             let start = page * PAGE;
