@@ -9,12 +9,13 @@ cd "$(dirname "$0")/.."
 
 # The modules that take long, the longest first; a comma joins several to one group. All modules that are
 # not named here are one more group, the first, so a new module runs without being entered anywhere.
-long=(tsi:: guest::,commands:: hostile:: faults::back_ends:: passt:: lifecycle::
+long=(tsi:: guest::,commands:: containers::,features:: hostile:: faults::back_ends:: passt:: lifecycle::
     faults::host::,faults::ends::,faults::callers:: datagrams:: limits:: ports:: exec::,terminal::
     outcomes::,shares::,sockets::)
 
 MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
-export MOTE_TEST_DEBIAN
+MOTE_TEST_CONTAINERS="$(tests/rootfs.sh containers)"
+export MOTE_TEST_DEBIAN MOTE_TEST_CONTAINERS
 export MOTE=$PWD/target/x86_64-unknown-linux-gnu/release/mote
 # Far above what a group takes.
 export LAB_LIMIT_S=${LAB_LIMIT_S:-600}

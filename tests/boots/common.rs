@@ -116,9 +116,18 @@ impl TestBox {
 
     /// A box on an overlay of the Debian tree, which itself stays as it is.
     pub fn debian() -> Self {
+        Self::on_tree("MOTE_TEST_DEBIAN")
+    }
+
+    /// The same on the tree that has container engines, too, and with the memory that they take.
+    pub fn containers() -> Self {
+        Self::on_tree("MOTE_TEST_CONTAINERS").with("memory_mib", json!(1024))
+    }
+
+    fn on_tree(variable: &str) -> Self {
         let mut new = Self::new();
         let lower =
-            std::env::var("MOTE_TEST_DEBIAN").expect("MOTE_TEST_DEBIAN is set by `make boots`");
+            std::env::var(variable).unwrap_or_else(|_| panic!("{variable} is set by `make boots`"));
         let [upper, work] = ["upper", "work"].map(|name| new.dir.join(name));
         fs::create_dir(&upper).expect("directory");
         fs::create_dir(&work).expect("directory");
