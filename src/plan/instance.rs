@@ -8,7 +8,7 @@ use super::guest_init::{GuestInit, MainProcess};
 use super::hosts;
 use super::limits;
 use super::name_servers;
-use super::network::Networking;
+use super::networking::Networking;
 use crate::policy::rules::Cidr;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};

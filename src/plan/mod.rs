@@ -14,6 +14,7 @@ mod instance;
 mod limits;
 mod name_servers;
 mod network;
+mod networking;
 mod networks_file;
 mod paths;
 mod ports;
@@ -30,7 +31,8 @@ use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, find_virtiofsd};
 pub use image::Image;
-pub use network::{Network, Networking, PasstSocket};
+pub use network::{Network, PasstSocket};
+pub use networking::Networking;
 pub use paths::{ConsoleFile, MAX_SOCKET_PATH};
 pub use ports::PublishedPort;
 pub use shares::{Share, guests_directories};

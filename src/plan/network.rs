@@ -9,13 +9,8 @@ use std::path::{Path, PathBuf};
 
 use mote_agent::instance::Interface;
 
-use super::egress;
-use super::name_servers;
-use super::networks_file;
 use super::paths::{MAX_SOCKET_PATH, parent_problem};
-use crate::confine::NetworkAccess;
 use crate::policy::Policy;
-use crate::policy::rules::Rules;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
@@ -23,87 +18,6 @@ use crate::sys;
 /// Prefix lengths of subnets with room for a host and a gateway. In a /31 both addresses can be hosts
 /// (RFC 3021); a /32 has no room for a gateway.
 const PREFIX_LEN: std::ops::RangeInclusive<u8> = 1..=31;
-/// How the box reaches the network.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Networking {
-    /// It has a network of its own.
-    Own(Network),
-    /// mote makes its connections with sockets of the host (TSI), as far as the policy lets it.
-    Hosts(Policy),
-    /// It has no network but loopback.
-    None,
-}
-
-impl Networking {
-    /// Checks the spec's network, egress rules, and the variables that describe the network to a guest init.
-    /// Adds what is wrong to `report`. `host` is the host's resolv.conf.
-    pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
-        check_variables(spec, report);
-        let gateway = spec.network.as_ref().map(|network| network.gateway);
-        let rules = match spec
-            .network
-            .as_ref()
-            .and_then(|network| networks_file::plan(spec, network, report))
-        {
-            Some(_) if spec.egress.is_some() => {
-                report.error("egress", "is given with network.networks_json, whose network has rules of its own; keep one");
-                Rules::default()
-            }
-            Some(rules) => rules,
-            None => egress::plan(spec.egress.as_deref(), gateway, report),
-        };
-        match &spec.network {
-            None if spec.disable_tsi => {
-                for (field, is_given) in
-                    [("port_map", !spec.port_map.is_empty()), ("egress", spec.egress.is_some())]
-                {
-                    if is_given {
-                        report.error(field, "needs a network, which disable_tsi denies the box; leave out one of the two");
-                    }
-                }
-                Networking::None
-            }
-            Some(network) => {
-                let servers = name_servers::of_own_network(spec, network);
-                let policy = Policy::of_own_network(network.gateway, &servers, rules);
-                Networking::Own(Network::new(network, policy, report))
-            }
-            None => Networking::Hosts(Policy::of_host(host, rules)),
-        }
-    }
-
-    /// The box's own network, if it has one.
-    pub fn own(&self) -> Option<&Network> {
-        match self {
-            Networking::Own(network) => Some(network),
-            Networking::Hosts(_) | Networking::None => None,
-        }
-    }
-
-    /// Where the box may connect to; `None` is nowhere.
-    pub fn policy(&self) -> Option<&Policy> {
-        match self {
-            Networking::Own(Network { policy, .. }) | Networking::Hosts(policy) => Some(policy),
-            Networking::None => None,
-        }
-    }
-
-    /// The path to connect to when the connection to passt is lost; `None` if that cannot be made again.
-    pub fn passt_socket(&self) -> Option<&Path> {
-        match &self.own()?.passt {
-            PasstSocket::Path(path) => Some(path),
-            PasstSocket::Inherited(_) => None,
-        }
-    }
-
-    /// What mote itself uses of the host's network while it runs the guest.
-    pub fn access(&self) -> NetworkAccess {
-        match self {
-            Networking::Own(_) | Networking::None => NetworkAccess::None,
-            Networking::Hosts(_) => NetworkAccess::Sockets,
-        }
-    }
-}
 
 /// A network of the box's own: one interface, on passt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,7 +42,8 @@ pub enum PasstSocket {
 }
 
 impl Network {
-    fn new(network: &spec::Network, policy: Policy, report: &mut Report) -> Network {
+    /// Checks the spec's network.
+    pub(super) fn new(network: &spec::Network, policy: Policy, report: &mut Report) -> Network {
         let mac = network.mac_address;
         if mac[0] & 1 != 0 {
             report.error(
@@ -291,7 +206,7 @@ fn variable<'a>(spec: &'a Spec, name: &str) -> Option<(String, &'a str)> {
 
 /// Checks that the variables for the guest init say the same as `network`: the runtime sets both, and an
 /// init that runs as given uses the variables.
-fn check_variables(spec: &Spec, report: &mut Report) {
+pub(super) fn check_variables(spec: &Spec, report: &mut Report) {
     let network = spec.network.as_ref();
     let address = network.map(|n| format!("{}/{}", n.ip_address, n.prefix_len));
     for (name, fields, stated) in [
@@ -335,6 +250,7 @@ fn comma_list(servers: &[Ipv4Addr]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Networking;
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
@@ -509,21 +425,6 @@ mod tests {
         assert_eq!(network, None);
         assert!(errors[0].contains("but network is null"), "{errors:?}");
         assert!(warnings[0].ends_with("A3S_NET_DNS has no effect without network"), "{warnings:?}");
-    }
-
-    #[test]
-    fn a_box_without_any_network_has_nothing_of_one() {
-        use crate::plan::testing;
-        let plan = testing::plan(|spec| spec.disable_tsi = true).expect("a plan");
-        assert_eq!(plan.networking, Networking::None);
-        assert!(plan.to_string().contains("\nnetwork    none but loopback\n"));
-        let errors = testing::errors(|spec| {
-            spec.disable_tsi = true;
-            spec.port_map = vec!["80:80".into()];
-            spec.egress = Some(vec!["allow".into()]);
-        });
-        assert!(errors[0].starts_with("port_map: needs a network"), "{errors:?}");
-        assert!(errors[1].starts_with("egress: needs a network"), "{errors:?}");
     }
 
     #[test]

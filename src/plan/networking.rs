@@ -1,0 +1,115 @@
+//! How a box reaches the network: by one of its own, by the host's sockets, or not at all.
+
+use std::path::Path;
+
+use super::egress;
+use super::name_servers;
+use super::network::{Network, PasstSocket, check_variables};
+use super::networks_file;
+use crate::confine::NetworkAccess;
+use crate::policy::Policy;
+use crate::policy::rules::Rules;
+use crate::spec::Spec;
+use crate::spec::json::Report;
+
+/// How the box reaches the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Networking {
+    /// It has a network of its own.
+    Own(Network),
+    /// mote makes its connections with sockets of the host (TSI), as far as the policy lets it.
+    Hosts(Policy),
+    /// It has no network but loopback.
+    None,
+}
+
+impl Networking {
+    /// Checks the spec's network, egress rules, and the variables that describe the network to a guest init.
+    /// Adds what is wrong to `report`. `host` is the host's resolv.conf.
+    pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
+        check_variables(spec, report);
+        let gateway = spec.network.as_ref().map(|network| network.gateway);
+        let rules = match spec
+            .network
+            .as_ref()
+            .and_then(|network| networks_file::plan(spec, network, report))
+        {
+            Some(_) if spec.egress.is_some() => {
+                report.error("egress", "is given with network.networks_json, whose network has rules of its own; keep one");
+                Rules::default()
+            }
+            Some(rules) => rules,
+            None => egress::plan(spec.egress.as_deref(), gateway, report),
+        };
+        match &spec.network {
+            None if spec.disable_tsi => {
+                for (field, is_given) in
+                    [("port_map", !spec.port_map.is_empty()), ("egress", spec.egress.is_some())]
+                {
+                    if is_given {
+                        report.error(field, "needs a network, which disable_tsi denies the box; leave out one of the two");
+                    }
+                }
+                Networking::None
+            }
+            Some(network) => {
+                let servers = name_servers::of_own_network(spec, network);
+                let policy = Policy::of_own_network(network.gateway, &servers, rules);
+                Networking::Own(Network::new(network, policy, report))
+            }
+            None => Networking::Hosts(Policy::of_host(host, rules)),
+        }
+    }
+
+    /// The box's own network, if it has one.
+    pub fn own(&self) -> Option<&Network> {
+        match self {
+            Networking::Own(network) => Some(network),
+            Networking::Hosts(_) | Networking::None => None,
+        }
+    }
+
+    /// Where the box may connect to; `None` is nowhere.
+    pub fn policy(&self) -> Option<&Policy> {
+        match self {
+            Networking::Own(Network { policy, .. }) | Networking::Hosts(policy) => Some(policy),
+            Networking::None => None,
+        }
+    }
+
+    /// The path to connect to when the connection to passt is lost; `None` if that cannot be made again.
+    pub fn passt_socket(&self) -> Option<&Path> {
+        match &self.own()?.passt {
+            PasstSocket::Path(path) => Some(path),
+            PasstSocket::Inherited(_) => None,
+        }
+    }
+
+    /// What mote itself uses of the host's network while it runs the guest.
+    pub fn access(&self) -> NetworkAccess {
+        match self {
+            Networking::Own(_) | Networking::None => NetworkAccess::None,
+            Networking::Hosts(_) => NetworkAccess::Sockets,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::testing;
+
+    #[test]
+    fn a_box_without_any_network_has_nothing_of_one() {
+        let plan = testing::plan(|spec| spec.disable_tsi = true).expect("a plan");
+        assert_eq!(plan.networking, Networking::None);
+        assert!(plan.to_string().contains("\nnetwork    none but loopback\n"));
+        let errors = testing::errors(|spec| {
+            spec.disable_tsi = true;
+            spec.port_map = vec!["80:80".into()];
+            spec.egress = Some(vec!["allow".into()]);
+        });
+        assert!(errors[0].starts_with("port_map: needs a network"), "{errors:?}");
+        assert!(errors[1].starts_with("egress: needs a network"), "{errors:?}");
+    }
+}
