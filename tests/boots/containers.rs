@@ -7,7 +7,7 @@ use crate::common::TestBox;
 
 #[test]
 fn podman_publishes_a_port_of_a_container_on_a_bridge() {
-    // Overlayfs needs an upper layer that is no share, here a tmpfs. The image has busybox and nothing else.
+    // Overlayfs takes no upper layer on this share, which is an overlay itself: a tmpfs. The image has busybox and nothing else.
     let script = "
 set -e
 mkdir -p /image/bin /image/www /var/lib/containers
