@@ -798,6 +798,8 @@ static u32 flow_request(u64 *state, u8 *bytes)
     return one_in(state, 4) ? below(state, 20) : 20 + below(state, 64);
 }
 
+#define PROTOCOL_VERSION 3 /* VERSION in guest/src/protocol.rs */
+
 /* Messages of the control channel (guest/src/protocol.rs): proper ones, and none. Not the end. */
 static u32 control_message(u64 *state, u8 *bytes)
 {
@@ -817,7 +819,7 @@ static u32 control_message(u64 *state, u8 *bytes)
         if (hello) {
             /* The first must be right, or the box ends; what comes later is ignored. */
             at[0] = at[1] = at[2] = 0;
-            at[3] = greeted && one_in(state, 4) ? any(state) : 2;
+            at[3] = greeted && one_in(state, 4) ? any(state) : PROTOCOL_VERSION;
             greeted = 1;
             at += 4;
         } else {
