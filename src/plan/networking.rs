@@ -28,37 +28,32 @@ impl Networking {
     /// Adds what is wrong to `report`. `host` is the host's resolv.conf.
     pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
         check_variables(spec, report);
-        let gateway = spec.network.as_ref().map(|network| network.gateway);
-        let rules = match spec
-            .network
-            .as_ref()
-            .and_then(|network| networks_file::plan(spec, network, report))
-        {
-            Some(_) if spec.egress.is_some() => {
+        let egress = spec.egress.as_deref();
+        let Some(network) = &spec.network else {
+            let rules = egress::plan(egress, None, report);
+            if !spec.disable_tsi {
+                return Networking::Hosts(Policy::of_host(host, rules));
+            }
+            for (field, is_given) in
+                [("port_map", !spec.port_map.is_empty()), ("egress", egress.is_some())]
+            {
+                if is_given {
+                    report.error(field, "needs a network, which disable_tsi denies the box; leave out one of the two");
+                }
+            }
+            return Networking::None;
+        };
+        let servers = name_servers::of_own_network(spec, network);
+        let rules = match networks_file::plan(network, &servers, report) {
+            Some(_) if egress.is_some() => {
                 report.error("egress", "is given with network.networks_json, whose network has rules of its own; keep one");
                 Rules::default()
             }
             Some(rules) => rules,
-            None => egress::plan(spec.egress.as_deref(), gateway, report),
+            None => egress::plan(egress, Some(network.gateway), report),
         };
-        match &spec.network {
-            None if spec.disable_tsi => {
-                for (field, is_given) in
-                    [("port_map", !spec.port_map.is_empty()), ("egress", spec.egress.is_some())]
-                {
-                    if is_given {
-                        report.error(field, "needs a network, which disable_tsi denies the box; leave out one of the two");
-                    }
-                }
-                Networking::None
-            }
-            Some(network) => {
-                let servers = name_servers::of_own_network(spec, network);
-                let policy = Policy::of_own_network(network.gateway, &servers, rules);
-                Networking::Own(Network::new(network, policy, report))
-            }
-            None => Networking::Hosts(Policy::of_host(host, rules)),
-        }
+        let policy = Policy::of_own_network(network.gateway, &servers, rules);
+        Networking::Own(Network::new(network, policy, report))
     }
 
     /// The box's own network, if it has one.

@@ -9,11 +9,10 @@ use std::num::NonZeroU16;
 use mote_agent::flow::Protocol;
 use serde_json::Value;
 
-use super::name_servers;
 use crate::policy::DNS_PORT;
 use crate::policy::rules::{Action, Cidr, Rule, Rules};
+use crate::spec::Network;
 use crate::spec::json::Report;
-use crate::spec::{Network, Spec};
 
 /// Where a box may not go unless a rule says so: the runtime's profile for what is not trusted. The box's own subnet is
 /// excepted.
@@ -26,10 +25,10 @@ const DENIED: [(Ipv4Addr, u8); 6] = [
     (Ipv4Addr::new(192, 168, 0, 0), 16),
 ];
 
-/// The rules of the spec's network, if it names the file: those of the file, then what the runtime denies to all
+/// The rules of a network with these name servers, if it names the file: those of the file, then what the runtime denies to all
 /// boxes. As in the runtime, a file or a network that is not there has no rules of its own, and what cannot be read
 /// is an error.
-pub(super) fn plan(spec: &Spec, network: &Network, report: &mut Report) -> Option<Rules> {
+pub(super) fn plan(network: &Network, servers: &[Ipv4Addr], report: &mut Report) -> Option<Rules> {
     let path = network.networks_json.as_ref()?;
     let Some(name) = &network.network_name else {
         report.error(
@@ -45,7 +44,7 @@ pub(super) fn plan(spec: &Spec, network: &Network, report: &mut Report) -> Optio
     };
     match of_file {
         Ok(of_file) => Some(Rules {
-            rules: [of_file, profile(spec, network)].concat(),
+            rules: [of_file, profile(network, servers)].concat(),
             default: Action::Allow,
         }),
         Err(problem) => {
@@ -123,11 +122,11 @@ fn everything(unspecified: IpAddr) -> Cidr {
 
 /// What follows the file's rules: the box's name servers and its subnet are reached, and of the rest what is not
 /// private; nothing by IPv6.
-fn profile(spec: &Spec, network: &Network) -> Vec<Rule> {
+fn profile(network: &Network, servers: &[Ipv4Addr]) -> Vec<Rule> {
     let rule = |action, to, by| Rule { action, to, by };
     let dns = NonZeroU16::new(DNS_PORT);
-    let servers = name_servers::of_own_network(spec, network).into_iter().flat_map(|server| {
-        let to = Cidr::new(server.into(), 32);
+    let servers = servers.iter().flat_map(|server| {
+        let to = Cidr::new((*server).into(), 32);
         [Protocol::Tcp, Protocol::Udp].map(|by| rule(Action::Allow, to, Some((by, dns))))
     });
     let subnet = Cidr::new(network.ip_address.into(), network.prefix_len);
@@ -142,7 +141,6 @@ fn profile(spec: &Spec, network: &Network) -> Vec<Rule> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::testing;
 
     fn plan(file: Option<&str>, name: Option<&str>) -> (String, Vec<String>) {
         let path = std::env::temp_dir().join(format!("mote-networks-{}.json", std::process::id()));
@@ -164,7 +162,7 @@ mod tests {
             network_name: name.map(Into::into),
         };
         let mut report = Report::default();
-        let rules = super::plan(&testing::spec(), &network, &mut report);
+        let rules = super::plan(&network, &network.dns_servers, &mut report);
         let errors = report
             .errors
             .iter()
