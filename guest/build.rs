@@ -10,7 +10,8 @@ const SOURCE: &str = "bpf/tsi.bpf.c";
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={SOURCE}");
     compile("tsi.bpf.o", &[])?;
-    compile("tsi-resolvers.bpf.o", &["-DWITH_RESOLVERS"])
+    compile("tsi-all.bpf.o", &["-DWITH_RESOLVERS", "-DWITH_CLIENTS"])?;
+    compile("tsi-clients.bpf.o", &["-DWITH_CLIENTS", "-DHAS_OWN_NETWORK=true"])
 }
 
 fn compile(name: &str, options: &[&str]) -> Result<(), Box<dyn Error>> {

@@ -64,14 +64,21 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
             }
         }
     }
-    // What a main thread may do in a box without a network of its own: its usual calls and some more.
-    let (outgoing, main) = (filters.remove("outgoing"), filters.get("main").cloned());
-    let (Some(outgoing), Some(mut both)) = (outgoing, main) else {
-        return Err("main.json has no filters 'main' and 'outgoing'".into());
+    // What a main thread may do beside its usual calls, in boxes that need it (`NetworkAccess`).
+    let (Some(outgoing), Some(answers)) = (filters.remove("outgoing"), filters.remove("answers"))
+    else {
+        return Err("main.json has no filters 'outgoing' and 'answers'".into());
     };
-    let more = outgoing["filter"].as_array().cloned().unwrap_or_default();
-    both["filter"].as_array_mut().ok_or("a filter has rules")?.extend(more);
-    filters.insert("main-outgoing".into(), both);
+    let mut add = |to: &str, more: &Value, name: &str| -> Result<(), Box<dyn Error>> {
+        let mut both = filters.get(to).ok_or("main.json has no filter 'main'")?.clone();
+        let more = more["filter"].as_array().cloned().unwrap_or_default();
+        both["filter"].as_array_mut().ok_or("a filter has rules")?.extend(more);
+        filters.insert(name.into(), both);
+        Ok(())
+    };
+    add("main", &outgoing, "main-outgoing")?;
+    add("main", &answers, "main-answers")?;
+    add("main-outgoing", &answers, "main-outgoing-answers")?;
 
     let json = serde_json::to_vec(&filters)?;
     for (name, program) in seccompiler::compile_from_json(&json[..], TargetArch::x86_64)? {

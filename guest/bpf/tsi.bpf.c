@@ -55,6 +55,12 @@
 #define RESOLVERS 4
 #define PREFIXES_MAX 4096
 #define EXCEPTIONS 8
+#define CLIENTS_MAX 4096
+
+/* A box with a network of its own needs only its servers' answers carried (guest/build.rs). */
+#ifndef HAS_OWN_NETWORK
+#define HAS_OWN_NETWORK false
+#endif
 
 struct ip {
 	__u32 word[4]; /* IPv6, or IPv4 as IPv4-mapped */
@@ -72,7 +78,15 @@ struct flow {
 	__u16 port;   /* big-endian */
 	__u8 protocol;
 	__u8 state;
-	__u32 error; /* of datagrams that the host has refused, until the socket has been told; else 0 */
+	__u16 error;       /* of datagrams that the host has refused, until the socket has been told; else 0 */
+	__u16 server_port; /* big-endian; of clients of a published UDP port: their server's; else 0 */
+};
+
+/* Whom a server answers. */
+struct client_key {
+	struct ip ip;
+	__u16 port;        /* big-endian */
+	__u16 server_port; /* big-endian */
 };
 
 struct datagram_key {
@@ -145,6 +159,10 @@ MAP(sockets, HASH, sizeof(__u64), sizeof(__u32), CONNECTED_MAX, BPF_F_NO_PREALLO
 /* The same two for datagrams of sockets that are not connected. What is not used is forgotten. */
 MAP(datagram_flows, LRU_HASH, sizeof(__u32), sizeof(struct flow), DATAGRAM_MAX, 0);
 MAP(datagram_ids, LRU_HASH, sizeof(struct datagram_key), sizeof(__u32), DATAGRAM_MAX, 0);
+#ifdef WITH_CLIENTS
+/* client -> id, of clients of published UDP ports, by the agent */
+MAP(clients, HASH, sizeof(struct client_key), sizeof(__u32), CLIENTS_MAX, BPF_F_NO_PREALLOC);
+#endif
 /* what the host has said beforehand */
 MAP(outlooks, LPM_TRIE, sizeof(struct prefix), sizeof(struct outlook), PREFIXES_MAX, BPF_F_NO_PREALLOC);
 /* last id given out, per kind */
@@ -265,7 +283,7 @@ static __always_inline bool is_of_box(struct bpf_sock_addr *ctx)
 
 static __always_inline bool is_carried(struct bpf_sock_addr *ctx, const struct ip *ip)
 {
-	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
+	if (HAS_OWN_NETWORK || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP))
 		return false;
 	return is_of_box(ctx) && (is_outside(ip) || is_hosts_resolver(ctx, ip));
 }
@@ -311,8 +329,58 @@ static __always_inline void end_flow(__u32 kind, __u32 id, __u64 cookie)
 		bpf_map_delete_elem(&flows, &id);
 }
 
+#ifdef WITH_CLIENTS
+/* The id of the client of a published UDP port whom the socket answers by sending there, or 0. */
+static __always_inline __u32 client_of(struct bpf_sock_addr *ctx, const struct ip *ip)
+{
+	struct client_key key = {
+		.ip = *ip,
+		.port = ctx->user_port,
+		.server_port = bpf_htons(ctx->sk->src_port),
+	};
+	__u32 *id;
+
+	if (ctx->protocol != IPPROTO_UDP || !is_of_box(ctx))
+		return 0;
+	id = bpf_map_lookup_elem(&clients, &key);
+	return id ? *id : 0;
+}
+
+static __always_inline bool is_client(const struct flow *flow)
+{
+	return flow->server_port != 0;
+}
+
+static __always_inline bool is_server(const struct bpf_sock_addr *ctx, const struct flow *flow)
+{
+	return is_client(flow) && flow->server_port == bpf_htons(ctx->sk->src_port);
+}
+#else
+/* Few boxes publish UDP ports: as for resolvers. */
+static __always_inline __u32 client_of(const struct bpf_sock_addr *ctx, const struct ip *ip)
+{
+	(void)ctx;
+	(void)ip;
+	return 0;
+}
+
+static __always_inline bool is_client(const struct flow *flow)
+{
+	(void)flow;
+	return false;
+}
+
+static __always_inline bool is_server(const struct bpf_sock_addr *ctx, const struct flow *flow)
+{
+	(void)ctx;
+	(void)flow;
+	return false;
+}
+#endif
+
 /* connect(): the socket has one flow, which replaces the one it may have had. 0: no id is free. */
-static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struct ip *ip)
+static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struct ip *ip,
+					  __u32 client)
 {
 	struct flow flow = {
 		.cookie = bpf_get_socket_cookie(ctx),
@@ -326,6 +394,11 @@ static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struc
 
 	if (old && *old)
 		end_flow(REPLACED, *old, flow.cookie);
+	if (client) {
+		/* Its flow ends when the host says so. */
+		bpf_map_delete_elem(&sockets, &flow.cookie);
+		return client;
+	}
 	id = new_id(&flows, KIND_CONNECTED, &flow);
 	if (id && bpf_map_update_elem(&sockets, &flow.cookie, &id, BPF_ANY) == 0)
 		return id;
@@ -425,31 +498,43 @@ static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct ip
 }
 
 /* An application names a flow: only its own, as the kernel does for connected sockets with IPv4-mapped
- * addresses. */
+ * addresses, or that of a client whom it serves and who cannot be shown. */
 static __always_inline int name_flow(struct bpf_sock_addr *ctx, __u32 id)
 {
 	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
 
-	if ((flow && flow->cookie == bpf_get_socket_cookie(ctx)) || !is_of_box(ctx))
+	if (!is_of_box(ctx))
+		return 1;
+	if (flow && (flow->cookie == bpf_get_socket_cookie(ctx) || is_server(ctx, flow)))
 		return 1;
 	return refuse(ECONNREFUSED);
+}
+
+/* The agent's port for a flow's packets. */
+static __always_inline __u32 agents_port(__u32 id)
+{
+	_Static_assert(CLIENT_PORT == AGENT_PORT << 1, "by the bit that says which it is");
+	return (__u32)AGENT_PORT << (id >> (ID_BITS + 1) & 1);
 }
 
 static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 {
 	struct ip ip = mapped(ctx->user_ip4);
 	int why = ENOBUFS;
-	__u32 id;
+	__u32 id = client_of(ctx, &ip);
 
-	if (!is_carried(ctx, &ip))
+	if (!id && !is_carried(ctx, &ip))
 		return is_flow4(ctx->user_ip4) ?
 			       name_flow(ctx, bpf_ntohl(ctx->user_ip4) & ~FLOW_MASK4) :
 			       1;
-	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
+	if (connect)
+		id = connect_flow(ctx, &ip, id);
+	else if (!id)
+		id = datagram_flow(ctx, &ip, &why);
 	if (!id)
 		return refuse(why);
 	ctx->user_ip4 = bpf_htonl(FLOW_NET4 | id);
-	ctx->user_port = AGENT_PORT;
+	ctx->user_port = agents_port(id);
 	return 1;
 }
 
@@ -457,12 +542,15 @@ static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 {
 	struct ip ip = read_ip6(ctx);
 	int why = ENOBUFS;
-	__u32 id;
+	__u32 id = client_of(ctx, &ip);
 
-	if (!is_carried(ctx, &ip))
+	if (!id && !is_carried(ctx, &ip))
 		return id_of(&ip) >= 0 ? name_flow(ctx, bpf_ntohl(ip.word[3]) & ~FLOW_MASK4) :
 				      1;
-	id = connect ? connect_flow(ctx, &ip) : datagram_flow(ctx, &ip, &why);
+	if (connect)
+		id = connect_flow(ctx, &ip, id);
+	else if (!id)
+		id = datagram_flow(ctx, &ip, &why);
 	if (!id)
 		return refuse(why);
 	/* Read again: a family that is known from the beginning on would have the verifier walk all of the above twice. */
@@ -470,7 +558,7 @@ static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 	ip = read_ip6(ctx);
 	ip = flow_ip(id, is_mapped(&ip));
 	write_ip6(ctx, &ip);
-	ctx->user_port = AGENT_PORT;
+	ctx->user_port = agents_port(id);
 	return 1;
 }
 
@@ -511,23 +599,19 @@ SEC("cgroup/bind6") int tsi_bind6(struct bpf_sock_addr *ctx)
  * An address that names a flow counts only with a port of the agent's, which ordinary users cannot have: any
  * program may send from it by IP_PKTINFO. */
 
-static __always_inline bool is_agents_port(__u32 port, __u32 id)
-{
-	_Static_assert(CLIENT_PORT == AGENT_PORT << 1, "by the bit that says which it is");
-	return port == (__u32)AGENT_PORT << (id >> (ID_BITS + 1) & 1);
-}
-
 static __always_inline int show4(struct bpf_sock_addr *ctx)
 {
 	struct flow *flow;
 
-	if (!is_flow4(ctx->user_ip4) ||
-	    !is_agents_port(ctx->user_port, bpf_ntohl(ctx->user_ip4)))
+	if (!is_flow4(ctx->user_ip4) || ctx->user_port != agents_port(bpf_ntohl(ctx->user_ip4)))
 		return 1;
 	flow = find(bpf_ntohl(ctx->user_ip4) & ~FLOW_MASK4);
 	if (!flow)
 		return 1;
-	/* A client over IPv6 at a server that has only IPv4 cannot be shown. */
+	/* A client over IPv6 at a server that has only IPv4 cannot be shown. If it is answered by its address, it keeps
+	 * that of its flow. */
+	if (is_client(flow) && !is_mapped(&flow->ip))
+		return 1;
 	ctx->user_ip4 = is_mapped(&flow->ip) ? flow->ip.word[3] : bpf_htonl(0x7f000001);
 	ctx->user_port = flow->port;
 	return 1;
@@ -539,10 +623,13 @@ static __always_inline int show6(struct bpf_sock_addr *ctx)
 	__s64 id = id_of(&ip);
 	struct flow *flow;
 
-	if (id < 0 || !is_agents_port(ctx->user_port, id))
+	if (id < 0 || ctx->user_port != agents_port(id))
 		return 1;
 	flow = find(id);
 	if (!flow)
+		return 1;
+	/* Nor can one over IPv4 at a server that has only IPv6. */
+	if (is_client(flow) && is_mapped(&flow->ip) && !is_mapped(&ip))
 		return 1;
 	ip = flow->ip;
 	write_ip6(ctx, &ip);

@@ -9,6 +9,7 @@
 //!                                              both directions shut at once: reset
 //!               agent ◀── chunks ──── host     orderly end: an empty chunk; an end without: reset
 //!         UDP:  datagrams both ways, as chunks with 16-bit lengths; the host may report an error
+//!               of an outgoing one, and ends a published one when it is no more used
 //! ```
 //!
 //! A vsock stream cannot tell its reader a reset from an end, hence the chunks towards the guest. The
@@ -27,7 +28,7 @@ pub const PUBLISH_PORT: u32 = CONTROL_PORT + 6;
 /// Length of a [`Request`].
 pub const REQUEST_LEN: usize = 20;
 /// Length of a [`Published`].
-pub const PUBLISHED_LEN: usize = 20;
+pub const PUBLISHED_LEN: usize = 22;
 /// Length of the host's answer to a [`Request`]: an errno, 0 for success.
 pub const STATUS_LEN: usize = 2;
 /// Length of the header of a chunk of TCP data towards the guest.
@@ -47,6 +48,17 @@ pub enum Protocol {
     Tcp = 6,
     /// UDP.
     Udp = 17,
+}
+
+impl Protocol {
+    /// By its number (IANA's); `None` for one that is not carried.
+    pub fn decode(number: u8) -> Option<Self> {
+        match number {
+            6 => Some(Protocol::Tcp),
+            17 => Some(Protocol::Udp),
+            _ => None,
+        }
+    }
 }
 
 /// First bytes of an outgoing flow: where to.
@@ -69,19 +81,17 @@ impl Request {
 
     /// From the wire; `None` for an unknown protocol.
     pub fn decode(bytes: &[u8; REQUEST_LEN]) -> Option<Self> {
-        let protocol = match bytes[0] {
-            6 => Protocol::Tcp,
-            17 => Protocol::Udp,
-            _ => return None,
-        };
-        let [_, _, address @ ..] = bytes;
+        let [protocol, _, address @ ..] = bytes;
+        let protocol = Protocol::decode(*protocol)?;
         Some(Request { protocol, destination: decode_address(address) })
     }
 }
 
-/// First bytes of a connection to a published port.
+/// First bytes of a flow to a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Published {
+    /// TCP or UDP.
+    pub protocol: Protocol,
     /// The port of the guest.
     pub guest_port: u16,
     /// The client on the outside.
@@ -89,18 +99,23 @@ pub struct Published {
 }
 
 impl Published {
-    /// The bytes on the wire: guest port, client port, client address (IPv4 as IPv4-mapped).
+    /// The bytes on the wire: protocol, zero, guest port, client port, client address (IPv4 as IPv4-mapped).
     pub fn encode(&self) -> [u8; PUBLISHED_LEN] {
         let mut bytes = [0; PUBLISHED_LEN];
-        bytes[..2].copy_from_slice(&self.guest_port.to_be_bytes());
-        bytes[2..].copy_from_slice(&encode_address(self.client));
+        bytes[0] = self.protocol as u8;
+        bytes[2..4].copy_from_slice(&self.guest_port.to_be_bytes());
+        bytes[4..].copy_from_slice(&encode_address(self.client));
         bytes
     }
 
-    /// From the wire.
-    pub fn decode(bytes: &[u8; PUBLISHED_LEN]) -> Self {
-        let [high, low, client @ ..] = bytes;
-        Published { guest_port: u16::from_be_bytes([*high, *low]), client: decode_address(client) }
+    /// From the wire; `None` for an unknown protocol.
+    pub fn decode(bytes: &[u8; PUBLISHED_LEN]) -> Option<Self> {
+        let [protocol, _, high, low, client @ ..] = bytes;
+        Some(Published {
+            protocol: Protocol::decode(*protocol)?,
+            guest_port: u16::from_be_bytes([*high, *low]),
+            client: decode_address(client),
+        })
     }
 }
 
@@ -133,11 +148,12 @@ mod tests {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 let request = Request { protocol, destination: address };
                 assert_eq!(Request::decode(&request.encode()), Some(request));
+                let published = Published { protocol, guest_port: 8080, client: address };
+                assert_eq!(Published::decode(&published.encode()), Some(published));
             }
-            let published = Published { guest_port: 8080, client: address };
-            assert_eq!(Published::decode(&published.encode()), published);
         }
         assert_eq!(Request::decode(&[1; REQUEST_LEN]), None);
+        assert_eq!(Published::decode(&[1; PUBLISHED_LEN]), None);
     }
 
     /// One address must not have two spellings, of which a policy knows one.

@@ -48,13 +48,22 @@ pub struct Instance {
     /// the guest when it does on the host (tcp(7), `tcp_syn_retries`).
     pub syn_retries: Option<u8>,
     /// Whether the host takes clients to ports of the box (contract §1.6).
-    pub published: bool,
+    pub published: PublishedPorts,
     /// What every program of the box gives up.
     pub security: Security,
     /// Name servers.
     pub resolv_conf: ResolvConf,
     /// Text for `/etc/hosts` (hosts(5)), whatever the image has there.
     pub hosts: Option<String>,
+}
+
+/// Which ports of a box the host takes clients to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedPorts {
+    /// Some.
+    pub any: bool,
+    /// UDP ports among them.
+    pub udp: bool,
 }
 
 /// How a box is on the network.

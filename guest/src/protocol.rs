@@ -10,7 +10,7 @@ use crate::frame::{self, TooLong};
 
 /// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
 /// `MOTE_INITRAMFS` names an archive of another build.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Host port of the control channel ("mote" in ASCII, plus an index).
 pub const CONTROL_PORT: u32 = 0x6d6f_7465;

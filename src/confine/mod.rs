@@ -86,10 +86,7 @@ impl Isolation {
     fn enter_namespaces(self, network: NetworkAccess) -> io::Result<()> {
         let Some(user) = self.user_namespace() else { return Ok(()) };
         // Sockets that are open already stay in the host's network: published ports, passt.
-        let network = match network {
-            NetworkAccess::Sockets => 0,
-            NetworkAccess::None => libc::CLONE_NEWNET,
-        };
+        let network = if network.connects { 0 } else { libc::CLONE_NEWNET };
         let others = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         confine::unshare(user | network | others)?;
         confine::enter_empty_root()
@@ -239,10 +236,7 @@ fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
     // The newest ABI that mote knows; older kernels enforce as much of it as they can.
     let abi = ABI::V6;
     let ports = AccessNet::from_all(abi);
-    let ports = match network {
-        NetworkAccess::Sockets => ports & !AccessNet::ConnectTcp,
-        NetworkAccess::None => ports,
-    };
+    let ports = if network.connects { ports & !AccessNet::ConnectTcp } else { ports };
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
         .handle_access(ports)?

@@ -12,11 +12,11 @@ use super::sudden_end;
 
 /// What mote itself uses of the host's network while it runs the guest, beside sockets opened before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NetworkAccess {
-    /// Nothing: the box has a network of its own.
-    None,
-    /// Sockets, with which it makes the guest's connections.
-    Sockets,
+pub struct NetworkAccess {
+    /// It makes the guest's connections: the box has no network of its own.
+    pub connects: bool,
+    /// It sends to the clients of published UDP ports.
+    pub answers: bool,
 }
 
 /// A kind of thread, by what it does.
@@ -33,11 +33,17 @@ pub enum ThreadKind {
 impl ThreadKind {
     fn program(self) -> BpfProgram {
         let bytes: &[u8] = match self {
-            ThreadKind::Main(NetworkAccess::None) => {
+            ThreadKind::Main(NetworkAccess { connects: false, answers: false }) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main.bpf"))
             }
-            ThreadKind::Main(NetworkAccess::Sockets) => {
+            ThreadKind::Main(NetworkAccess { connects: true, answers: false }) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-outgoing.bpf"))
+            }
+            ThreadKind::Main(NetworkAccess { connects: false, answers: true }) => {
+                include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-answers.bpf"))
+            }
+            ThreadKind::Main(NetworkAccess { connects: true, answers: true }) => {
+                include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-outgoing-answers.bpf"))
             }
             ThreadKind::Vcpu => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/vcpu.bpf")),
             ThreadKind::Output => {
@@ -75,12 +81,10 @@ mod tests {
     fn every_kind_has_a_program_that_ends_in_a_verdict() {
         // BPF_RET | BPF_K (include/uapi/linux/bpf_common.h).
         const RETURN: u16 = 0x06;
-        for kind in [
-            ThreadKind::Main(NetworkAccess::None),
-            ThreadKind::Main(NetworkAccess::Sockets),
-            ThreadKind::Vcpu,
-            ThreadKind::Output,
-        ] {
+        let accesses = [(false, false), (false, true), (true, false), (true, true)];
+        let mains = accesses
+            .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
+        for kind in mains.into_iter().chain([ThreadKind::Vcpu, ThreadKind::Output]) {
             let program = kind.program();
             assert_eq!(program.last().map(|last| last.code), Some(RETURN), "{kind:?}");
         }
@@ -88,8 +92,11 @@ mod tests {
 
     #[test]
     fn a_box_with_a_network_of_its_own_may_do_less() {
-        let [own, hosts] = [NetworkAccess::None, NetworkAccess::Sockets]
-            .map(|network| ThreadKind::Main(network).program());
-        assert!(own.len() < hosts.len());
+        let len = |connects, answers| {
+            ThreadKind::Main(NetworkAccess { connects, answers }).program().len()
+        };
+        assert!(len(false, false) < len(false, true));
+        assert!(len(false, true) < len(true, false));
+        assert!(len(true, false) < len(true, true));
     }
 }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, U
 
 use mote_agent::flow::{
     CHUNK_HEADER_LEN, DATAGRAM_ERROR, DATAGRAM_HEADER_LEN, FLOW_PORT, MAX_DATAGRAM_LEN,
-    PUBLISH_PORT, Protocol, Published, REQUEST_LEN, Request, STATUS_LEN,
+    PUBLISH_PORT, PUBLISHED_LEN, Protocol, Published, REQUEST_LEN, Request, STATUS_LEN,
 };
 
 use super::Input;
@@ -85,9 +85,8 @@ fn codecs(data: &[u8]) {
             assert!(!matches!(ip, IpAddr::V4(ip) if ip.is_link_local()));
         }
     }
-    if let Some(bytes) = data.first_chunk() {
-        let published = Published::decode(bytes);
-        assert_eq!(Published::decode(&published.encode()), published);
+    if let Some(published) = data.first_chunk().and_then(Published::decode) {
+        assert_eq!(Published::decode(&published.encode()), Some(published));
     }
     if let Ok(Some(datagram)) = flow::first_datagram(data) {
         assert!(datagram.len() <= MAX_DATAGRAM_LEN);
@@ -390,7 +389,7 @@ impl Flow {
         self.bytes.extend(data);
         if !self.answered {
             let len = match self.kind {
-                Kind::Published => REQUEST_LEN,
+                Kind::Published => PUBLISHED_LEN,
                 _ => STATUS_LEN,
             };
             if self.bytes.len() < len {
@@ -400,7 +399,8 @@ impl Flow {
             match self.kind {
                 Kind::Published => {
                     let header = head.first_chunk().expect("as long as one");
-                    assert_eq!(Published::decode(header).guest_port, GUEST_PORT);
+                    let published = Published::decode(header).expect("a header");
+                    assert_eq!(published.guest_port, GUEST_PORT);
                 }
                 _ => self.refused = head != [0, 0],
             }

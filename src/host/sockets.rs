@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+
+use mote_agent::flow::Protocol;
 
 use crate::plan::{HostSocket, MAX_SOCKET_PATH, Plan, PublishedPort};
 use crate::sys;
@@ -139,10 +141,7 @@ pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>>
         })
         .collect();
     for (index, port) in plan.published_ports.iter().enumerate() {
-        let sockets = publish(port).with_context(|| format!("port_map[{index}]"))?;
-        let guest_port = port.guest;
-        listeners
-            .extend(sockets.into_iter().map(|socket| Listener::Published { socket, guest_port }));
+        listeners.extend(publish(port).with_context(|| format!("port_map[{index}]"))?);
     }
     Ok(listeners)
 }
@@ -199,14 +198,22 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
     bind().with_context(|| format!("listen on {}", path.display()))
 }
 
-/// Listens on a host port for IPv4 and, if the host has IPv6, for that too. Two boxes cannot share a port.
+/// Takes clients at a host port over IPv4 and, if the host has IPv6, over that too. Two boxes cannot share a port.
 ///
 /// # Errors
 /// The port is in use, or may not be used by this user.
-pub fn publish(port: &PublishedPort) -> Result<Vec<TcpListener>> {
+pub fn publish(port: &PublishedPort) -> Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     for ip in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-        match sys::socket::listen_tcp(SocketAddr::new(ip, port.host), BACKLOG) {
+        let address = SocketAddr::new(ip, port.host);
+        let guest_port = port.guest;
+        let opened = match port.protocol {
+            Protocol::Tcp => sys::socket::listen_tcp(address, BACKLOG)
+                .map(|socket| Listener::Published { socket, guest_port }),
+            Protocol::Udp => sys::socket::bind_udp(address)
+                .map(|socket| Listener::Datagrams { socket: socket.into(), guest_port }),
+        };
+        match opened {
             Ok(listener) => listeners.push(listener),
             Err(error) if ip.is_ipv6() && is_without_ipv6(&error) => {}
             Err(error) => {
@@ -234,7 +241,7 @@ fn is_without_ipv6(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpStream;
+    use std::net::{TcpListener, TcpStream};
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
 
@@ -358,9 +365,16 @@ mod tests {
         let any = TcpListener::bind("0.0.0.0:0").expect("bound");
         let host = any.local_addr().expect("bound").port();
         drop(any);
-        let port = PublishedPort { host, guest: 80 };
-        let listeners = publish(&port).expect("free");
-        (port, listeners)
+        let port = PublishedPort { protocol: Protocol::Tcp, host, guest: 80 };
+        (port, tcp(publish(&port).expect("free")))
+    }
+
+    fn tcp(listeners: Vec<Listener>) -> Vec<TcpListener> {
+        let socket = |listener| match listener {
+            Listener::Published { socket, .. } => socket,
+            other => panic!("{other:?} is not a TCP port"),
+        };
+        listeners.into_iter().map(socket).collect()
     }
 
     #[test]
@@ -392,6 +406,15 @@ mod tests {
     fn a_port_that_is_taken_for_ipv6_only_is_taken() {
         let (port, mut listeners) = published();
         drop(listeners.remove(0));
+        let error = publish(&port).expect_err("taken");
+        assert!(error.to_string().contains("is in use"), "{error:#}");
+    }
+
+    #[test]
+    fn a_port_of_udp_is_another_than_that_of_tcp() {
+        let (port, _listeners) = published();
+        let port = PublishedPort { protocol: Protocol::Udp, ..port };
+        let _datagrams = publish(&port).expect("free");
         let error = publish(&port).expect_err("taken");
         assert!(error.to_string().contains("is in use"), "{error:#}");
     }

@@ -171,7 +171,7 @@ pub const MEMBERS: &[Member] = &[
         path: "port_map",
         kind: "array",
         default: Some("[]"),
-        words: r#"TCP ports to publish on all addresses of the host, IPv4 and IPv6: `"HOST:GUEST"` or `"HOST:GUEST/tcp"`, each port once, at most 4096. They are bound before the guest runs; clients wait until it can take them"#,
+        words: r#"ports to publish on all addresses of the host, IPv4 and IPv6: `"HOST:GUEST"`, with `/tcp` (which is also meant without) or `/udp` after it, each port once, at most 4096. They are bound before the guest runs; clients wait until it can take them"#,
     },
     Member {
         path: "network",

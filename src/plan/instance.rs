@@ -2,13 +2,15 @@
 
 use std::fs;
 
-use mote_agent::instance::{self, Entrypoint, Instance, Security};
+use mote_agent::flow::Protocol;
+use mote_agent::instance::{self, Entrypoint, Instance, PublishedPorts, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
 use super::hosts;
 use super::limits;
 use super::name_servers;
 use super::networking::Networking;
+use super::ports::PublishedPort;
 use crate::policy::rules::Cidr;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
@@ -21,6 +23,7 @@ const MAX_HOSTNAME: usize = 64;
 pub(super) fn plan(
     spec: &Spec,
     networking: &Networking,
+    ports: &[PublishedPort],
     host: &str,
     report: &mut Report,
 ) -> Instance {
@@ -106,7 +109,10 @@ pub(super) fn plan(
             Networking::Hosts(policy) => policy.datagrams(&addresses_of_host()),
         },
         syn_retries: unusual_syn_retries(),
-        published: !spec.port_map.is_empty(),
+        published: PublishedPorts {
+            any: !ports.is_empty(),
+            udp: ports.iter().any(|port| port.protocol == Protocol::Udp),
+        },
         security,
         resolv_conf: name_servers::plan(spec, host),
         hosts: hosts::plan(&spec.rootfs_path, hostname, own),

@@ -27,6 +27,7 @@ use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 
+use mote_agent::flow::Protocol;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, find_virtiofsd};
@@ -103,7 +104,7 @@ impl Plan {
         let host = spec.network.is_none().then(resolv_conf::of_host).unwrap_or_default();
         let networking = Networking::new(spec, &host, report);
         shares::warn_of_paths_that_guests_can_move(spec, &guests, report);
-        let instance = instance::plan(spec, &networking, &host, report);
+        let instance = instance::plan(spec, &networking, &published_ports, &host, report);
         refuse_unsupported(spec, report);
         let kernel =
             image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
@@ -117,7 +118,7 @@ impl Plan {
         if !report.errors.is_empty() {
             return None;
         }
-        let network = networking.access();
+        let network = networking.access(&published_ports);
         let isolation =
             if environment.no_sandbox { Isolation::Off } else { Isolation::of_host(network) };
         let sandbox = Sandbox {
@@ -183,8 +184,12 @@ impl fmt::Display for Plan {
                 (None, _) => writeln!(f, "socket     {path} -> nobody")?,
             }
         }
-        for PublishedPort { host, guest } in &self.published_ports {
-            writeln!(f, "port       {host} -> guest port {guest}")?;
+        for PublishedPort { protocol, host, guest } in &self.published_ports {
+            let suffix = match protocol {
+                Protocol::Tcp => "",
+                Protocol::Udp => "/udp",
+            };
+            writeln!(f, "port       {host}{suffix} -> guest port {guest}{suffix}")?;
         }
         if let Some(network) = self.networking.own() {
             writeln!(f, "network    {network}")?;

@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
+use mote_agent::flow::Protocol;
+
 use super::egress;
 use super::name_servers;
 use super::network::{Network, PasstSocket, check_variables};
 use super::networks_file;
+use super::ports::PublishedPort;
 use crate::confine::NetworkAccess;
 use crate::policy::Policy;
 use crate::policy::rules::Rules;
@@ -80,11 +83,11 @@ impl Networking {
         }
     }
 
-    /// What mote itself uses of the host's network while it runs the guest.
-    pub fn access(&self) -> NetworkAccess {
-        match self {
-            Networking::Own(_) | Networking::None => NetworkAccess::None,
-            Networking::Hosts(_) => NetworkAccess::Sockets,
+    /// What mote itself uses of the host's network while it runs the guest, which has these ports.
+    pub fn access(&self, ports: &[PublishedPort]) -> NetworkAccess {
+        NetworkAccess {
+            connects: matches!(self, Networking::Hosts(_)),
+            answers: ports.iter().any(|port| port.protocol == Protocol::Udp),
         }
     }
 }

@@ -1,12 +1,16 @@
-//! The published TCP ports: ports of the host whose clients are connected to ports of the guest.
+//! The published ports: ports of the host whose clients reach ports of the guest.
 
 use std::collections::HashMap;
 
+use mote_agent::flow::Protocol;
+
 use crate::spec::json::Report;
 
-/// A TCP port of the host whose connections go to a TCP port of the guest.
+/// A port of the host whose clients reach a port of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublishedPort {
+    /// TCP or UDP, on both sides.
+    pub protocol: Protocol,
     /// The host's port, not 0.
     pub host: u16,
     /// The guest's port, not 0.
@@ -47,7 +51,7 @@ pub(super) fn plan(port_map: &[String], report: &mut Report) -> Vec<PublishedPor
         for (side, number, known) in
             [("host", port.host, &mut host_ports), ("guest", port.guest, &mut guest_ports)]
         {
-            let first = *known.entry(number).or_insert(index);
+            let first = *known.entry((port.protocol, number)).or_insert(index);
             if first != index {
                 report.error(
                     &path,
@@ -62,7 +66,7 @@ pub(super) fn plan(port_map: &[String], report: &mut Report) -> Vec<PublishedPor
     ports
 }
 
-/// Parses `HOST:GUEST[/tcp]`; `None` for one with the host's port 0, which the reference passes over. The error says
+/// Parses `HOST:GUEST[/tcp|/udp]`; `None` for one with the host's port 0, which the reference passes over. The error says
 /// whether the text is wrong or asks for what mote does not do.
 fn parse_published_port(text: &str) -> Result<Option<PublishedPort>, String> {
     let (pair, protocol) = text.split_once('/').map_or((text, None), |(p, q)| (p, Some(q)));
@@ -71,12 +75,16 @@ fn parse_published_port(text: &str) -> Result<Option<PublishedPort>, String> {
     let (Some(guest), Some(host)) = (guest, host) else {
         return Err("must be HOST:GUEST, two port numbers like \"8080:80\"".into());
     };
-    match protocol {
-        Some(protocol) if !protocol.eq_ignore_ascii_case("tcp") => {
-            return Err(format!("but only TCP ports can be published, not those of {protocol}"));
+    let protocol = match protocol {
+        None => Protocol::Tcp,
+        Some(name) if name.eq_ignore_ascii_case("tcp") => Protocol::Tcp,
+        Some(name) if name.eq_ignore_ascii_case("udp") => Protocol::Udp,
+        Some(name) => {
+            return Err(format!(
+                "but only ports of tcp and udp can be published, not those of {name}"
+            ));
         }
-        _ => {}
-    }
+    };
     if from_the_end.next().is_some() {
         return Err(format!(
             "but a port is published on all of the host's addresses; write \"{host}:{guest}\""
@@ -94,7 +102,7 @@ fn parse_published_port(text: &str) -> Result<Option<PublishedPort>, String> {
     if host == "0" {
         return port(guest).map(|_| None);
     }
-    Ok(Some(PublishedPort { host: port(host)?, guest: port(guest)? }))
+    Ok(Some(PublishedPort { protocol, host: port(host)?, guest: port(guest)? }))
 }
 
 #[cfg(test)]
@@ -108,11 +116,22 @@ mod tests {
             let port_map: Vec<String> = entries.iter().map(|text| (*text).to_owned()).collect();
             plan(|s| s.port_map = port_map)
         };
-        let planned = ports(&["8080:80", "1:65535", "65535:1", "0:80", "81:81/tcp", "82:82/TCP"]);
+        let planned = ports(&[
+            "8080:80",
+            "1:65535",
+            "65535:1",
+            "0:80",
+            "81:81/tcp",
+            "82:82/TCP",
+            "8080:80/udp",
+            "53:5353/UDP",
+        ]);
         let planned = planned.expect("a plan");
-        assert_eq!(planned.published_ports.len(), 5);
-        assert_eq!(planned.published_ports[1], PublishedPort { host: 1, guest: 65_535 });
+        assert_eq!(planned.published_ports.len(), 7);
+        let first = PublishedPort { protocol: Protocol::Tcp, host: 1, guest: 65_535 };
+        assert_eq!(planned.published_ports[1], first);
         assert!(planned.to_string().contains("port       8080 -> guest port 80\n"));
+        assert!(planned.to_string().contains("port       53/udp -> guest port 5353/udp\n"));
         let wanted = "must be HOST:GUEST, two port numbers like \"8080:80\"";
         for (text, problem) in [
             ("", wanted),
@@ -125,8 +144,8 @@ mod tests {
             ("-1:80", wanted),
             ("8080-8090:80", wanted),
             ("http:80", wanted),
-            ("8080:80/", "but only TCP ports can be published, not those of "),
-            ("8080:80/udp", "but only TCP ports can be published, not those of udp"),
+            ("8080:80/", "but only ports of tcp and udp can be published, not those of "),
+            ("8080:80/sctp", "but only ports of tcp and udp can be published, not those of sctp"),
             (
                 "127.0.0.1:8080:80",
                 "but a port is published on all of the host's addresses; write \"8080:80\"",

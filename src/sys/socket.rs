@@ -5,7 +5,9 @@
 use std::ffi::CString;
 use std::io;
 use std::mem::{offset_of, size_of, zeroed};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket,
+};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
@@ -88,6 +90,145 @@ pub fn listen_tcp(address: SocketAddr, backlog: libc::c_int) -> io::Result<TcpLi
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::listen(listener.as_raw_fd(), backlog) })?;
     Ok(listener)
+}
+
+/// A non-blocking UDP socket bound to a port of all addresses of this one's family, which tells each datagram's
+/// destination ([`receive_from`]). Nobody else can have the port.
+///
+/// # Errors
+/// Those of socket(2), setsockopt(2) and bind(2).
+pub fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::from(inet_socket(libc::SOCK_DGRAM, address)?);
+    if address.is_ipv6() {
+        set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &ON)?;
+        set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, &ON)?;
+    } else {
+        set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, &ON)?;
+    }
+    let (raw, len) = raw_address(address);
+    // SAFETY: `raw` holds an address of `len` bytes.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const raw).cast(), len) })?;
+    Ok(socket)
+}
+
+/// The two ends of a datagram that came to a socket of [`bind_udp`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ends {
+    /// Who sent it.
+    pub client: SocketAddr,
+    /// To which of the host's addresses; the answer comes from there.
+    pub host: IpAddr,
+}
+
+/// Room for one control message with either family's packet information (ip(7), ipv6(7)).
+#[repr(C, align(8))]
+struct PacketInfo([u8; 40]);
+
+/// Receives a datagram from a socket of [`bind_udp`] into `buffer`; its length and ends.
+///
+/// # Errors
+/// Those of recvmsg(2); `InvalidData` if the kernel does not say the ends.
+pub fn receive_from(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Ends)> {
+    // SAFETY: all-zero structures are valid; the message points to buffers of the lengths it says, which
+    // live to the end of the block. The kernel has written as much of the control buffer as the message
+    // then says, in which the macros stay, and what is read has the length that its header says.
+    unsafe {
+        let mut from: libc::sockaddr_storage = zeroed();
+        let mut control = PacketInfo([0; 40]);
+        let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        let mut message: libc::msghdr = zeroed();
+        message.msg_name = (&raw mut from).cast();
+        message.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = size_of::<PacketInfo>();
+        let len = libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0);
+        if len < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        if header.is_null() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let data = libc::CMSG_DATA(header);
+        let ends = match ((*header).cmsg_level, (*header).cmsg_type) {
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                let from = (&raw const from).cast::<libc::sockaddr_in>().read();
+                let info = data.cast::<libc::in_pktinfo>().read_unaligned();
+                let [client, host] = [from.sin_addr.s_addr, info.ipi_addr.s_addr]
+                    .map(|ip| Ipv4Addr::from(ip.to_ne_bytes()));
+                let client = SocketAddr::from((client, u16::from_be(from.sin_port)));
+                Ends { client, host: host.into() }
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                let from = (&raw const from).cast::<libc::sockaddr_in6>().read();
+                let info = data.cast::<libc::in6_pktinfo>().read_unaligned();
+                let client = SocketAddrV6::new(
+                    from.sin6_addr.s6_addr.into(),
+                    u16::from_be(from.sin6_port),
+                    0,
+                    from.sin6_scope_id,
+                );
+                Ends { client: client.into(), host: Ipv6Addr::from(info.ipi6_addr.s6_addr).into() }
+            }
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        };
+        Ok((len as usize, ends))
+    }
+}
+
+/// Sends a datagram from a socket of [`bind_udp`] to a client, from the address to which that sent.
+///
+/// # Errors
+/// Those of sendmsg(2).
+pub fn answer(socket: &UdpSocket, datagram: &[u8], ends: &Ends) -> io::Result<()> {
+    let (mut to, to_len) = raw_address(ends.client);
+    let mut control = PacketInfo([0; 40]);
+    // SAFETY: an all-zero message is valid; it points to buffers of the lengths it says, which live to the
+    // end of the block and of which the kernel only reads. The control buffer has room for the one message
+    // that is written into it.
+    unsafe {
+        let mut part =
+            libc::iovec { iov_base: datagram.as_ptr().cast_mut().cast(), iov_len: datagram.len() };
+        let mut message: libc::msghdr = zeroed();
+        message.msg_name = (&raw mut to).cast();
+        message.msg_namelen = to_len;
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = size_of::<PacketInfo>();
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        let data = libc::CMSG_DATA(header);
+        let info_len = match ends.host {
+            IpAddr::V4(ip) => {
+                (*header).cmsg_level = libc::IPPROTO_IP;
+                (*header).cmsg_type = libc::IP_PKTINFO;
+                let s_addr = u32::from_ne_bytes(ip.octets());
+                data.cast::<libc::in_pktinfo>().write_unaligned(libc::in_pktinfo {
+                    ipi_ifindex: 0,
+                    ipi_spec_dst: libc::in_addr { s_addr },
+                    ipi_addr: libc::in_addr { s_addr: 0 },
+                });
+                size_of::<libc::in_pktinfo>()
+            }
+            IpAddr::V6(ip) => {
+                (*header).cmsg_level = libc::IPPROTO_IPV6;
+                (*header).cmsg_type = libc::IPV6_PKTINFO;
+                data.cast::<libc::in6_pktinfo>().write_unaligned(libc::in6_pktinfo {
+                    ipi6_addr: libc::in6_addr { s6_addr: ip.octets() },
+                    ipi6_ifindex: 0,
+                });
+                size_of::<libc::in6_pktinfo>()
+            }
+        } as libc::c_uint;
+        (*header).cmsg_len = libc::CMSG_LEN(info_len) as usize;
+        message.msg_controllen = libc::CMSG_SPACE(info_len) as usize;
+        if libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// A non-blocking TCP socket that is connecting, or connected already. When it first becomes writable

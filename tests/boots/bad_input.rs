@@ -58,7 +58,11 @@ fn bad_specs_name_the_field() {
             "spec: fs_mounts[0].host_path: /no/such does not exist",
         ),
         ("port_map", json!(["8080"]), "spec: port_map[0]: is \"8080\", must be HOST:GUEST"),
-        ("port_map", json!(["80:80/udp"]), "spec: port_map[0]: is \"80:80/udp\", but only TCP"),
+        (
+            "port_map",
+            json!(["80:80/sctp"]),
+            "spec: port_map[0]: is \"80:80/sctp\", but only ports of",
+        ),
         ("port_map", json!(["80:0"]), "spec: port_map[0]: is \"80:0\", but 0 is not a port"),
         ("port_map", json!(["1:65536"]), "spec: port_map[0]: is \"1:65536\", but 65536 is not"),
         (

@@ -35,6 +35,7 @@ mod outcomes;
 mod passt;
 mod ports;
 mod processes;
+mod published_udp;
 mod sandbox;
 mod shares;
 mod sockets;

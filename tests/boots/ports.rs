@@ -306,7 +306,7 @@ fn a_port_that_is_taken_is_named() {
 #[test]
 fn a_port_map_that_cannot_be_is_explained() {
     for entry in
-        ["8080", "127.0.0.1:8080:80", "8080:80/udp", "80:0", "65536:80", "80:65536", ":", ""]
+        ["8080", "127.0.0.1:8080:80", "8080:80/sctp", "80:0", "65536:80", "80:65536", ":", ""]
     {
         let ran = TestBox::busybox().with("port_map", json!(["18080:80", entry])).run();
         assert_eq!((ran.code, ran.stderr.lines().count()), (125, 1), "{entry}: {}", ran.stderr);

@@ -197,6 +197,18 @@ pub fn tcp_connect(from: SocketAddr, to: SocketAddr) -> io::Result<OwnedFd> {
     }
 }
 
+/// A non-blocking UDP socket from one of the machine's addresses, or one that is only routed to it, connected.
+pub fn udp_connect(from: SocketAddr, to: SocketAddr) -> io::Result<UdpSocket> {
+    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let socket = ip_socket(family, libc::SOCK_DGRAM, 0)?;
+    // As for TCP.
+    set_option(&socket, libc::SOL_IP, libc::IP_FREEBIND, &1)?;
+    bind(&socket, from)?;
+    let socket = UdpSocket::from(socket);
+    socket.connect(to)?;
+    Ok(socket)
+}
+
 /// A non-blocking UDP socket on a port of all addresses, which tells each datagram's destination and
 /// may send from any address that is routed to the machine.
 pub fn datagram_socket(port: u16) -> io::Result<UdpSocket> {
@@ -403,8 +415,13 @@ pub fn add_default_route(interface: &str, gateway: Ipv4Addr) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a whole network of IPv6 addresses the machine's own (`ip -6 route add local NET dev NAME`).
-pub fn add_local_route(net: Ipv6Addr, prefix_len: u8, interface: &str) -> io::Result<()> {
+/// Makes a whole network of IPv6 addresses the machine's own (`ip -6 route add local NET dev NAME src SOURCE`).
+pub fn add_local_route(
+    net: Ipv6Addr,
+    prefix_len: u8,
+    interface: &str,
+    source: Option<Ipv6Addr>,
+) -> io::Result<()> {
     // rtmsg: family, destination's length, source's, TOS, table, protocol, scope, type; flags
     let mut body = vec![libc::AF_INET6 as u8, prefix_len, 0, 0];
     body.extend([libc::RT_TABLE_LOCAL, libc::RTPROT_BOOT]);
@@ -412,6 +429,9 @@ pub fn add_local_route(net: Ipv6Addr, prefix_len: u8, interface: &str) -> io::Re
     body.extend([0; 4]);
     add_attribute(&mut body, libc::RTA_DST, &net.octets());
     add_attribute(&mut body, libc::RTA_OIF, &interface_index(interface)?.to_ne_bytes());
+    if let Some(source) = source {
+        add_attribute(&mut body, libc::RTA_PREFSRC, &source.octets());
+    }
     netlink_add(libc::RTM_NEWROUTE, &body)
 }
 

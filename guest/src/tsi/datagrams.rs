@@ -56,6 +56,12 @@ impl Datagrams {
         }
     }
 
+    /// The flow of a client of a published port, over a vsock connection of the host's.
+    pub fn of_client(vsock: File, now: Instant) -> Self {
+        let (unsent, incoming) = (Vec::new(), Vec::new());
+        Datagrams { vsock, unsent, incoming, accepted: true, last_use: now }
+    }
+
     /// The vsock, to watch.
     pub fn socket(&self) -> &File {
         &self.vsock
@@ -243,6 +249,19 @@ mod tests {
             flow.send(&[0; 60_000], Instant::now()).expect("kept or lost");
         }
         assert!(flow.unsent.len() <= KEPT_LEN);
+    }
+
+    #[test]
+    fn a_clients_flow_begins_with_its_datagrams() {
+        let (vsock, mut host) = UnixStream::pair().expect("a pair");
+        vsock.set_nonblocking(true).expect("non-blocking");
+        let mut flow = Datagrams::of_client(File::from(OwnedFd::from(vsock)), Instant::now());
+        host.write_all(b"\0\x03ask\0").expect("written");
+        assert_eq!(receive(&mut flow).0, [Seen::Datagram(b"ask".to_vec())]);
+        flow.send(b"answer", Instant::now()).expect("sent");
+        let mut wire = vec![0; 64];
+        let len = host.read(&mut wire).expect("bytes");
+        assert_eq!(wire[..len], *b"\0\x06answer");
     }
 
     #[test]

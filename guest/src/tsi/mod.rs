@@ -27,9 +27,9 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use mote_agent::instance::{Networking, Prefix};
+use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
-use self::program::{Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
+use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
 use crate::sys::{self, ExitStatus, Reaped, net};
 
@@ -42,8 +42,8 @@ pub struct Needs {
     pub datagrams: Vec<Prefix>,
     /// How often the host repeats a SYN, if not as often as usual.
     pub syn_retries: Option<u8>,
-    /// It has published ports.
-    pub published: bool,
+    /// Ports of the box that the host takes clients for.
+    pub published: PublishedPorts,
 }
 
 impl Needs {
@@ -91,12 +91,12 @@ impl Tsi {
         cgroup: BorrowedFd<'_>,
         resolv_conf: &str,
     ) -> io::Result<Option<Self>> {
-        if !needs.is_outgoing() && !needs.published {
+        if !needs.is_outgoing() && !needs.published.any {
             return Ok(None);
         }
         let cgroup = cgroup.try_clone_to_owned()?;
         let resolvers = loopback_resolvers(resolv_conf);
-        let sockets = Sockets::open(needs.is_outgoing(), needs.published)?;
+        let sockets = Sockets::open(needs.is_outgoing(), needs.published.any)?;
         let mut tsi = Tsi { needs, cgroup, resolvers, sockets, process: None };
         tsi.start_process()?;
         Ok(Some(tsi))
@@ -193,7 +193,14 @@ fn set_up(
     sockets: &Sockets,
 ) -> Result<(Programs, Sockets), String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
-    net::add_local_route(FLOW_NET6, FLOW_NET6_LEN, "lo").map_err(failed("add a route"))?;
+    let add_route = |net, len, source| {
+        net::add_local_route(net, len, "lo", source).map_err(failed("add a route"))
+    };
+    add_route(FLOW_NET6, FLOW_NET6_LEN, None)?;
+    if needs.published.udp {
+        // Where a server answers from that listens on all addresses: where it was sent to.
+        add_route(CLIENT_NET6, CLIENT_NET6_LEN, Some(Ipv6Addr::LOCALHOST))?;
+    }
     if let Networking::Hosts { ip6 } = needs.networking {
         // getaddrinfo() finds addresses only of families of which the guest has one itself, other than
         // loopback's (`AI_ADDRCONFIG`).
@@ -206,7 +213,7 @@ fn set_up(
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
     let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
-    let extent = if needs.is_outgoing() { Extent::Everything } else { Extent::Clients };
+    let extent = Extent { outgoing: needs.is_outgoing(), answers: needs.published.udp };
     // Last, so that whatever is redirected finds its listener.
     let programs = Programs::attach(cgroup, extent, resolvers, &needs.datagrams)?;
     Ok((programs, sockets))

@@ -1,14 +1,14 @@
 //! The BPF programs (`guest/bpf/tsi.bpf.c`, which explains them): loading, attaching, and the maps
 //! and events that the agent shares with them.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use aya::maps::lpm_trie::{Key as TrieKey, LpmTrie};
 use aya::maps::{HashMap, MapData, RingBuf};
 use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr};
 use aya::{Ebpf, EbpfLoader};
-use mote_agent::flow::Protocol;
+use mote_agent::flow::{Protocol, Published};
 use mote_agent::instance::{MAX_EXCEPTIONS, Prefix};
 
 /// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
@@ -19,6 +19,11 @@ pub const CLIENT_PORT: u16 = 2;
 pub const FLOW_NET6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0, 0, 0, 0);
 /// Its prefix length.
 pub const FLOW_NET6_LEN: u8 = 64;
+/// Network of those among them that name clients of published ports.
+pub const CLIENT_NET6: Ipv6Addr =
+    Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0, 0, (KIND_PUBLISHED >> 16) as u16, 0);
+/// Its prefix length.
+pub const CLIENT_NET6_LEN: u8 = 128 - ID_BITS as u8;
 /// Network of the IPv4 addresses that name flows (`FLOW_NET4`).
 const FLOW_NET4: u32 = 0x7f80_0000;
 /// Most loopback resolvers (`RESOLVERS`): resolv.conf(5) has three that count.
@@ -37,9 +42,13 @@ const FLOW_PORT: usize = 24;
 const FLOW_PROTOCOL: usize = 26;
 const FLOW_STATE: usize = 27;
 const FLOW_ERROR: usize = 28;
+const FLOW_SERVER_PORT: usize = 30;
 /// `NEW`, `OPEN`.
 const STATE_NEW: u8 = 0;
 const STATE_OPEN: u8 = 2;
+
+/// `struct client_key`, as bytes: address, port, the server's port.
+type RawClientKey = [u8; 20];
 
 /// `struct outlook`, as bytes.
 type RawOutlook = [u8; 2 + 2 * MAX_EXCEPTIONS];
@@ -114,23 +123,15 @@ impl Original {
         let cookie = u64::from_ne_bytes(raw[..8].try_into().ok()?);
         let ip: [u8; 16] = raw[FLOW_IP..FLOW_IP + 16].try_into().ok()?;
         let port = u16::from_be_bytes([raw[FLOW_PORT], raw[FLOW_PORT + 1]]);
-        let protocol = match raw[FLOW_PROTOCOL] {
-            6 => Protocol::Tcp,
-            17 => Protocol::Udp,
-            _ => return None,
-        };
+        let protocol = Protocol::decode(raw[FLOW_PROTOCOL])?;
         let destination = SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), port);
         Some(Original { cookie, destination, protocol })
     }
 
     fn to_raw(self) -> RawFlow {
-        let ip = match self.destination.ip() {
-            std::net::IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-            std::net::IpAddr::V6(ip) => ip,
-        };
         let mut raw = [0; 32];
         raw[..8].copy_from_slice(&self.cookie.to_ne_bytes());
-        raw[FLOW_IP..FLOW_IP + 16].copy_from_slice(&ip.octets());
+        raw[FLOW_IP..FLOW_IP + 16].copy_from_slice(&mapped(self.destination.ip()).octets());
         raw[FLOW_PORT..FLOW_PORT + 2].copy_from_slice(&self.destination.port().to_be_bytes());
         raw[FLOW_PROTOCOL] = self.protocol as u8;
         raw
@@ -190,13 +191,35 @@ impl Event {
 /// Changes only an entry that exists (`BPF_EXIST`): the socket may be gone meanwhile.
 const EXISTING: u64 = 2;
 
-/// What of TSI a box needs.
+/// What of TSI a box needs, beside the true addresses of clients of published ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Extent {
-    /// Connections to the outside, and the true addresses of clients of published ports.
-    Everything,
-    /// Those addresses alone.
-    Clients,
+pub struct Extent {
+    /// Connections to the outside.
+    pub outgoing: bool,
+    /// Answers to clients of published UDP ports.
+    pub answers: bool,
+}
+
+impl Extent {
+    /// Which object has what is needed: to verify what is not costs a start.
+    fn object(self, has_resolvers: bool) -> &'static [u8] {
+        const PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
+        const ALL: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi-all.bpf.o"));
+        const CLIENTS: &[u8] =
+            aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi-clients.bpf.o"));
+        match self {
+            Extent { outgoing: true, answers } if answers || has_resolvers => ALL,
+            Extent { outgoing: false, answers: true } => CLIENTS,
+            _ => PLAIN,
+        }
+    }
+
+    /// Whether the program of this name is needed.
+    fn includes(self, name: &str) -> bool {
+        let shows_clients = name.starts_with("tsi_getpeername") || name.starts_with("tsi_bind");
+        let follows_outgoing = matches!(name, "tsi_egress" | "tsi_release");
+        self.outgoing || shows_clients || self.answers && !follows_outgoing
+    }
 }
 
 /// The programs, attached while this lives, and the flows that they know.
@@ -204,6 +227,8 @@ pub struct Programs {
     _attached: Ebpf,
     connected: HashMap<MapData, u32, RawFlow>,
     datagrams: HashMap<MapData, u32, RawFlow>,
+    /// Who is answered by datagrams, if anybody is.
+    clients: Option<HashMap<MapData, RawClientKey, u32>>,
     events: RingBuf<MapData>,
 }
 
@@ -220,21 +245,21 @@ impl Programs {
         resolvers: &[Ipv6Addr],
         prefixes: &[Prefix],
     ) -> Result<Self, String> {
-        const PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
-        const WITH_RESOLVERS: &[u8] =
-            aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi-resolvers.bpf.o"));
         let mut ebpf = EbpfLoader::new()
             .btf(None)
-            .load(if resolvers.is_empty() { PLAIN } else { WITH_RESOLVERS })
+            .load(extent.object(!resolvers.is_empty()))
             .map_err(|e| format!("load the BPF programs: {}", chain(&e)))?;
         let mut take =
             |name: &str| ebpf.take_map(name).ok_or_else(|| format!("there is no map {name}"));
         let failed = |e: aya::maps::MapError| format!("open a map: {}", chain(&e));
         let connected = HashMap::try_from(take("flows")?).map_err(failed)?;
         let datagrams = HashMap::try_from(take("datagram_flows")?).map_err(failed)?;
+        let clients = extent.answers.then(|| take("clients")).transpose()?;
+        let clients = clients.map(HashMap::try_from).transpose().map_err(failed)?;
         let events = RingBuf::try_from(take("events")?).map_err(failed)?;
         // Open until the programs that refer to them are loaded.
         let _known = match resolvers {
+            _ if !extent.outgoing => None,
             [] => None,
             _ => {
                 let known = take("resolvers")?;
@@ -253,13 +278,11 @@ impl Programs {
             outlooks.insert(&key, outlook(prefix), 0).map_err(failed)?;
         }
         for (name, program) in ebpf.programs_mut() {
-            let for_clients = name.starts_with("tsi_getpeername") || name.starts_with("tsi_bind");
-            if extent == Extent::Clients && !for_clients {
-                continue;
+            if extent.includes(name) {
+                attach(program, cgroup).map_err(|e| format!("attach {name}: {}", chain(&e)))?;
             }
-            attach(program, cgroup).map_err(|e| format!("attach {name}: {}", chain(&e)))?;
         }
-        Ok(Programs { _attached: ebpf, connected, datagrams, events })
+        Ok(Programs { _attached: ebpf, connected, datagrams, clients, events })
     }
 
     /// Where a flow wanted to go; `None` for one that is forgotten, as TCP's are with their sockets.
@@ -286,7 +309,7 @@ impl Programs {
     /// told by ICMP.
     pub fn refuse(&mut self, id: Id, errno: u16) {
         if let Ok(mut raw) = self.datagrams.get(&id.0, 0) {
-            raw[FLOW_ERROR..].copy_from_slice(&u32::from(errno).to_ne_bytes());
+            raw[FLOW_ERROR..FLOW_SERVER_PORT].copy_from_slice(&errno.to_ne_bytes());
             // Without it the datagram vanishes.
             let _ = self.datagrams.insert(id.0, raw, EXISTING);
         }
@@ -300,14 +323,31 @@ impl Programs {
         }
     }
 
-    /// Names the client of a connection to a published port, for the server to see.
-    pub fn name_client(&mut self, id: Id, client: SocketAddr) {
-        let original = Original { cookie: 0, destination: client, protocol: Protocol::Tcp };
+    /// Names the client of a published port, for the server to see and, over UDP, to answer.
+    pub fn name_client(&mut self, id: Id, Published { protocol, guest_port, client }: Published) {
+        let mut raw = Original { cookie: 0, destination: client, protocol }.to_raw();
+        if let (Protocol::Udp, Some(clients)) = (protocol, &mut self.clients) {
+            raw[FLOW_SERVER_PORT..].copy_from_slice(&guest_port.to_be_bytes());
+            // Without it the server's answers go to the client as from somebody else.
+            let _ = clients.insert(client_key(client, guest_port), id.0, 0);
+        }
         // Without it the server sees an address of the agent's.
-        let _ = self.connected.insert(id.0, original.to_raw(), 0);
+        let _ = self.connected.insert(id.0, raw, 0);
     }
 
-    /// Forgets a flow: one of those, or one of datagrams whose socket is gone.
+    /// Forgets a client of a published port.
+    pub fn forget_client(&mut self, id: Id, Published { guest_port, client, .. }: Published) {
+        self.forget(id);
+        if let Some(clients) = &mut self.clients {
+            let key = client_key(client, guest_port);
+            // It may have come back as another flow.
+            if clients.get(&key, 0).is_ok_and(|known| known == id.0) {
+                let _ = clients.remove(&key);
+            }
+        }
+    }
+
+    /// Forgets a flow: that of a client, or one of datagrams whose socket is gone.
     pub fn forget(&mut self, id: Id) {
         let _ = self.connected.remove(&id.0);
     }
@@ -326,6 +366,22 @@ impl Programs {
     pub fn events(&self) -> RawFd {
         self.events.as_raw_fd()
     }
+}
+
+/// As IPv6 has it: an address of IPv4 as IPv4-mapped.
+fn mapped(ip: IpAddr) -> Ipv6Addr {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    }
+}
+
+fn client_key(client: SocketAddr, server_port: u16) -> RawClientKey {
+    let mut key = [0; 20];
+    key[..16].copy_from_slice(&mapped(client.ip()).octets());
+    key[16..18].copy_from_slice(&client.port().to_be_bytes());
+    key[18..].copy_from_slice(&server_port.to_be_bytes());
+    key
 }
 
 fn outlook(prefix: &Prefix) -> RawOutlook {
@@ -386,6 +442,8 @@ mod tests {
             assert_eq!(Id::of(id.ip4().to_ipv6_mapped()), Some(id));
             assert_eq!(Id::of(id.ip6()), Some(id));
         }
+        let of_client = u128::from(Id::published(7).ip6()) >> ID_BITS << ID_BITS;
+        assert_eq!(Ipv6Addr::from(of_client), CLIENT_NET6);
         for ip in ["::ffff:127.0.0.1", "::1", "::ffff:127.192.0.0", "fd54:5349:0:1::1"] {
             assert_eq!(Id::of(ip.parse().expect("an address")), None, "{ip}");
         }
@@ -410,6 +468,9 @@ mod tests {
         let syn = Event::Syn { id: Id(9), original, packet: vec![0x45, 1] };
         assert_eq!(Event::from_raw(&event), Some(syn));
         assert_eq!(Event::from_raw(&event[1..]), None);
+
+        let client = "192.0.2.1:258".parse().expect("an address");
+        assert_eq!(client_key(client, 53)[10..], [0xff, 0xff, 192, 0, 2, 1, 1, 2, 0, 53]);
 
         let (ip, except) = (Ipv6Addr::LOCALHOST, vec![53, 443]);
         let raw_outlook = outlook(&Prefix { ip, len: 128, refused: true, except });

@@ -5,7 +5,7 @@
 //! flow ([`mote_agent::flow`]) gets its socket when the guest's request is complete:
 //!
 //! ```text
-//!   outgoing:   Awaiting ──request──▶ Connecting ──▶ Tcp     published:   Tcp
+//!   outgoing:   Awaiting ──request──▶ Connecting ──▶ Tcp     published:   Tcp, Client
 //!                  ├─────request─────────────────▶ Udp
 //!                  └─────request──(Connecting)───▶ Refused
 //! ```
@@ -18,12 +18,14 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use event_manager::EventSet;
 use mote_agent::flow::{
     CHUNK_HEADER_LEN, DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, Protocol, Published,
 };
 
+use super::client::Client;
 use super::conn::{Conn, HostRead};
 use super::flow::{self, Rest, TooLong};
 use super::packet::MAX_PACKET;
@@ -66,6 +68,8 @@ enum Socket {
     Connecting(TcpStream),
     Tcp(TcpStream),
     Udp(UdpSocket),
+    /// Of a published UDP port: it has no socket of its own.
+    Client(Client),
     /// Connecting failed: no socket, but the guest is told why.
     Refused,
 }
@@ -76,6 +80,7 @@ impl Socket {
             Socket::Unix(socket) => socket.read(buffer),
             Socket::Tcp(socket) => socket.read(buffer),
             Socket::Udp(socket) => socket.recv(buffer),
+            Socket::Client(client) => client.next(buffer),
             Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => {
                 Err(ErrorKind::WouldBlock.into())
             }
@@ -87,6 +92,10 @@ impl Socket {
             Socket::Unix(socket) => socket.write(bytes),
             Socket::Tcp(socket) => socket.write(bytes),
             Socket::Udp(socket) => socket.send(bytes),
+            Socket::Client(client) => {
+                client.answer(bytes);
+                Ok(bytes.len())
+            }
             Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => {
                 Err(ErrorKind::WouldBlock.into())
             }
@@ -151,6 +160,27 @@ impl Endpoint {
         Ok(Endpoint::new(Socket::Tcp(socket), Rest::new(&header.encode())))
     }
 
+    /// A client of a published UDP port.
+    pub fn client(client: Client, header: Published) -> Self {
+        Endpoint::new(Socket::Client(client), Rest::new(&header.encode()))
+    }
+
+    /// The client of a published UDP port, if this is one.
+    pub fn as_client(&self) -> Option<&Client> {
+        match &self.socket {
+            Socket::Client(client) => Some(client),
+            _ => None,
+        }
+    }
+
+    /// Takes a datagram of such a client.
+    pub fn take_datagram(&mut self, datagram: &[u8], now: Instant) {
+        if let Socket::Client(client) = &mut self.socket {
+            client.take(datagram, now);
+            self.readable = true;
+        }
+    }
+
     /// An outgoing flow whose destination is not known yet.
     pub fn awaiting() -> Self {
         Endpoint::new(Socket::Awaiting, Rest::default())
@@ -183,7 +213,7 @@ impl Endpoint {
             Socket::Unix(socket) => Some(socket.as_raw_fd()),
             Socket::Connecting(socket) | Socket::Tcp(socket) => Some(socket.as_raw_fd()),
             Socket::Udp(socket) => Some(socket.as_raw_fd()),
-            Socket::Awaiting | Socket::Refused => None,
+            Socket::Client(_) | Socket::Awaiting | Socket::Refused => None,
         }
     }
 
@@ -253,7 +283,7 @@ impl Endpoint {
                 self.shut(conn);
                 false
             }
-            Socket::Udp(_) => self.send_datagrams(conn),
+            Socket::Udp(_) | Socket::Client(_) => self.send_datagrams(conn),
             Socket::Awaiting | Socket::Connecting(_) | Socket::Refused => false,
         }
     }
@@ -343,7 +373,7 @@ impl Endpoint {
                 other => other,
             },
             Socket::Tcp(_) => self.read_chunk(&mut buffer[..most], room),
-            Socket::Udp(_) => self.receive_datagram(buffer, room),
+            Socket::Udp(_) | Socket::Client(_) => self.receive_datagram(buffer, room),
             Socket::Awaiting | Socket::Connecting(_) => HostRead::Empty,
             Socket::Refused => HostRead::End,
         }

@@ -821,7 +821,8 @@ fn clients_of_published_ports_wait_for_the_guest_and_are_announced() {
     bench.call(Mux::guest_is_ready);
     let ports = requested(&mut bench);
     bench.tell(Packet::new(Op::Response, ports), &[]);
-    let header = Published { guest_port: GUEST_PORT, client: early.local_addr().expect("bound") };
+    let client = early.local_addr().expect("bound");
+    let header = Published { protocol: Protocol::Tcp, guest_port: GUEST_PORT, client };
     assert_eq!(header.encode().len(), PUBLISHED_LEN);
     expect(&mut bench, &[(DATA, ports, header.encode().into()), (DATA, ports, chunk(b"GET"))]);
 
@@ -987,4 +988,85 @@ fn no_mixture_of_odd_flows_and_peers_does_lasting_harm() {
     for seed in 0..16 {
         disturb(seed);
     }
+}
+
+/// A device with a published UDP port, in service, its guest ready; and where that port is.
+fn published_datagrams() -> (Bench, InetAddr) {
+    let socket = sys::socket::bind_udp("127.0.0.1:0".parse().expect("an address")).expect("bound");
+    let address = socket.local_addr().expect("bound");
+    let listeners = vec![Listener::Datagrams { socket: Rc::new(socket), guest_port: GUEST_PORT }];
+    let mut bench = Bench::with(HashMap::new(), listeners, HashMap::new(), Vec::new());
+    bench.activate();
+    bench.call(Mux::guest_is_ready);
+    (bench, address)
+}
+
+fn datagram_client(address: InetAddr) -> UdpSocket {
+    let client = UdpSocket::bind("127.0.0.1:0").expect("bound");
+    client.connect(address).expect("connected");
+    client.set_nonblocking(true).expect("non-blocking");
+    client
+}
+
+#[test]
+fn each_client_of_a_udp_port_is_a_flow() {
+    let (mut bench, address) = published_datagrams();
+    let clients = [datagram_client(address), datagram_client(address)];
+    let flows = [b"one", b"two"].map(|text| {
+        let client = &clients[usize::from(text == b"two")];
+        client.send(text).expect("sent");
+        client.send(b"").expect("sent");
+        let ports = requested(&mut bench);
+        bench.tell(Packet::new(Op::Response, ports), &[]);
+        let client = client.local_addr().expect("bound");
+        let header = Published { protocol: Protocol::Udp, guest_port: GUEST_PORT, client };
+        let expected = [header.encode().into(), datagram(text), datagram(b"")];
+        expect(&mut bench, &expected.map(|bytes| (DATA, ports, bytes)));
+        ports
+    });
+    // Each gets its own answers, from the port to which it sent.
+    for (client, ports) in clients.iter().zip(flows).rev() {
+        bench.send(data(ports), &datagram(&ports.host.to_be_bytes()));
+        let mut buffer = [0; 16];
+        let len = until(&mut bench, |_| client.recv(&mut buffer).ok());
+        assert_eq!(buffer[..len], ports.host.to_be_bytes());
+    }
+    // What comes later belongs to the same flow.
+    clients[0].send(b"again").expect("sent");
+    expect(&mut bench, &[(DATA, flows[0], datagram(b"again"))]);
+}
+
+#[test]
+fn a_client_of_a_udp_port_is_forgotten_when_idle() {
+    let (mut bench, address) = published_datagrams();
+    let client = datagram_client(address);
+    client.send(b"ask").expect("sent");
+    let ports = requested(&mut bench);
+    bench.tell(Packet::new(Op::Response, ports), &[]);
+    until(&mut bench, |bench| (bench.ops() == [DATA, DATA]).then_some(()));
+    bench.let_flows_expire();
+    assert_eq!((bench.look().connections, bench.ops()), (0, vec![RST]));
+    // It is a new one then.
+    client.send(b"ask").expect("sent");
+    assert_ne!(requested(&mut bench), ports);
+}
+
+#[test]
+fn a_guest_that_takes_nothing_does_not_make_mote_keep_everything() {
+    let (mut bench, address) = published_datagrams();
+    let client = datagram_client(address);
+    client.send(b"ask").expect("sent");
+    let ports = requested(&mut bench);
+    for _ in 0..100 {
+        client.send(&[7; 8192]).expect("sent");
+        bench.look();
+    }
+    bench.tell(Packet::new(Op::Response, ports), &[]);
+    let mut received = 0;
+    until(&mut bench, |bench| {
+        let new = bench.collect().iter().map(|(_, _, bytes)| bytes.len()).sum::<usize>();
+        received += new;
+        (new == 0).then_some(())
+    });
+    assert!(received <= 257 << 10, "{received} bytes");
 }

@@ -5,14 +5,15 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use event_manager::EventSet;
-use mote_agent::flow::{PUBLISH_PORT, Published};
+use mote_agent::flow::{PUBLISH_PORT, Protocol, Published};
 
 use super::endpoint::Endpoint;
 use super::source::Source;
@@ -41,6 +42,13 @@ pub enum Listener {
         /// The guest's TCP port.
         guest_port: u16,
     },
+    /// A published UDP port, with the datagrams of all its clients. It may be that nobody waits for them.
+    Datagrams {
+        /// The socket, made by [`bind_udp`](crate::sys::socket::bind_udp).
+        socket: Rc<UdpSocket>,
+        /// The guest's UDP port.
+        guest_port: u16,
+    },
 }
 
 impl AsRawFd for Listener {
@@ -48,6 +56,7 @@ impl AsRawFd for Listener {
         match self {
             Listener::Unix { socket, .. } => socket.as_raw_fd(),
             Listener::Published { socket, .. } => socket.as_raw_fd(),
+            Listener::Datagrams { socket, .. } => socket.as_raw_fd(),
         }
     }
 }
@@ -90,7 +99,7 @@ impl Listeners {
     /// # Errors
     /// The host has no room to watch another.
     pub fn watch_ports(&self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
-        self.watch_all(|listener| matches!(listener, Listener::Published { .. }), watcher)
+        self.watch_all(|listener| !matches!(listener, Listener::Unix { .. }), watcher)
     }
 
     fn watch_all(
@@ -147,12 +156,14 @@ impl Listeners {
                     guest_port.map(|guest_port| Client { endpoint, guest_port, fallback_port })
                 })
             }
+            Listener::Datagrams { .. } => return Ok(None),
             Listener::Published { .. } if !has_room_for_flow => {
                 Err(ErrorKind::QuotaExceeded.into())
             }
             Listener::Published { socket, guest_port } => {
                 socket.accept().map(|(socket, client)| {
-                    let header = Published { guest_port: *guest_port, client };
+                    let protocol = Protocol::Tcp;
+                    let header = Published { protocol, guest_port: *guest_port, client };
                     Some(Client {
                         endpoint: Endpoint::published(socket, header),
                         guest_port: PUBLISH_PORT,
@@ -176,6 +187,14 @@ impl Listeners {
                 self.resting.push_back((Instant::now() + ACCEPT_PAUSE, index));
                 Ok(None)
             }
+        }
+    }
+
+    /// The listener of this number, if it is a published UDP port: its socket, and the guest's port.
+    pub fn datagrams(&self, index: usize) -> Option<(&Rc<UdpSocket>, u16)> {
+        match self.listeners.get(index)? {
+            Listener::Datagrams { socket, guest_port } => Some((socket, *guest_port)),
+            _ => None,
         }
     }
 

@@ -6,15 +6,18 @@
 //! device hold is bounded: connections, bytes per connection, waiting resets.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use event_manager::EventSet;
-use mote_agent::flow::{FLOW_PORT, Protocol, REQUEST_LEN, Request};
+use mote_agent::flow::{FLOW_PORT, PUBLISH_PORT, Protocol, Published, REQUEST_LEN, Request};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
+use super::client::{Clients, Name};
 use super::conn::Conn;
 use super::endpoint::Endpoint;
 use super::listeners::{Client, Listener, Listeners};
@@ -23,6 +26,7 @@ use super::source::Source;
 use super::table::{Entry, MAX_FLOWS, Table};
 use crate::memory::GuestRam;
 use crate::policy::filter::Filter;
+use crate::sys;
 use crate::virtio::buffers::{Reader, Writer};
 use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::virtio::main_loop::{MainLoopDevice, Properties, Watcher};
@@ -46,6 +50,8 @@ const SMALL_BUFFER_LEN: usize = 16 * 1024;
 const MAX_RESETS: usize = 1024;
 /// Most packets per queue before the main loop turns to other work.
 const BATCH: usize = 256;
+/// Most datagrams of a published port's clients before the main loop turns to other work.
+const DATAGRAM_BATCH: usize = 64;
 /// How long a client of the box's own sockets waits for a guest that is still booting (contract §3).
 const BOOT_LIMIT: Duration = Duration::from_secs(2);
 /// How long such a client waits for an answer of a guest that is up: a guest kernel that runs answers
@@ -81,6 +87,8 @@ pub struct Mux {
     /// What judges where outgoing flows go; with `None`, there are no outgoing flows.
     outgoing: Option<Filter>,
     listeners: Listeners,
+    /// Of published UDP ports.
+    clients: Clients,
     /// Whether the guest's servers listen; until they do, clients' connections wait.
     guest_ready: bool,
     buffer: Vec<u8>,
@@ -102,6 +110,7 @@ impl Mux {
             reserved_ports,
             outgoing,
             listeners: Listeners::new(listeners),
+            clients: Clients::default(),
             guest_ready: false,
             buffer: vec![0; MAX_PACKET],
         }
@@ -148,8 +157,16 @@ impl Mux {
                 entry.endpoint.try_to_write();
                 self.flush_to_host(index, watcher)?;
             }
+            if let Some(client) = self.table.get(index).and_then(|e| e.endpoint.as_client())
+                && client.idle_at() > now
+                && !self.table.get(index).is_some_and(Entry::is_owed)
+            {
+                let idle_at = client.idle_at();
+                self.table.set_due(index, idle_at);
+                continue;
+            }
             if let Some(entry) = self.table.get_mut(index)
-                && entry.is_owed()
+                && (entry.is_owed() || entry.endpoint.as_client().is_some())
                 // If not, the peer has taken something, and has a new deadline.
                 && entry.is_due(due)
             {
@@ -457,6 +474,58 @@ impl Mux {
         Ok(())
     }
 
+    /// Takes datagrams of the clients of a published UDP port, as many as have their turn.
+    fn take_datagrams(&mut self, listener: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        for _ in 0..DATAGRAM_BATCH {
+            let Some((socket, guest_port)) = self.listeners.datagrams(listener) else { break };
+            let socket = Rc::clone(socket);
+            let (len, ends) = match sys::socket::receive_from(&socket, &mut buffer) {
+                Ok(received) => received,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(_) => continue,
+            };
+            let name = (listener, ends);
+            let now = Instant::now();
+            let index = match self.clients.slot(&name) {
+                Some(index) => index,
+                None => match self.add_client(name, socket, guest_port, now, watcher) {
+                    Some(index) => index,
+                    // There is no room for another.
+                    None => continue,
+                },
+            };
+            if let Some(entry) = self.table.get_mut(index) {
+                entry.endpoint.take_datagram(&buffer[..len], now);
+            }
+            self.queue(index);
+        }
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    /// Makes a flow for a new client of a published UDP port, if there is room for it; its slot.
+    fn add_client(
+        &mut self,
+        name: Name,
+        socket: Rc<UdpSocket>,
+        guest_port: u16,
+        now: Instant,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Option<usize> {
+        if self.clients.is_full() || !self.table.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS) {
+            return None;
+        }
+        let header = Published { protocol: Protocol::Udp, guest_port, client: name.1.client };
+        let endpoint = Endpoint::client(self.clients.client(name, socket, now), header);
+        let host = self.table.free_host_port(PUBLISH_PORT);
+        let ports = Ports { host, guest: PUBLISH_PORT };
+        self.insert(Entry::new(Conn::requested(ports), endpoint, None), watcher).ok()?;
+        let index = self.table.find(ports)?;
+        self.clients.insert(name, index);
+        Some(index)
+    }
+
     fn insert(&mut self, mut entry: Entry, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         if self.table.count() >= LARGE_BUFFERS {
             entry.conn.set_buffer_len(SMALL_BUFFER_LEN as u32);
@@ -491,7 +560,12 @@ impl Mux {
 
     fn remove_if_closed(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         match self.table.remove_closed(index) {
-            Some(entry) => unwatch(&entry.endpoint, watcher),
+            Some(entry) => {
+                if let Some(client) = entry.endpoint.as_client() {
+                    self.clients.remove(client);
+                }
+                unwatch(&entry.endpoint, watcher)
+            }
             None => Ok(()),
         }
     }
@@ -556,6 +630,9 @@ impl MainLoopDevice for Mux {
                 if let Some(queues) = &self.queues {
                     queues.receive.clear_kick();
                 }
+            }
+            Some(Source::Listener(index)) if self.listeners.datagrams(index).is_some() => {
+                self.take_datagrams(index, watcher)?;
             }
             Some(Source::Listener(index)) => self.accept(index, watcher)?,
             Some(Source::Connection(index)) => self.note_socket(index, events, watcher)?,

@@ -64,7 +64,7 @@ pub enum Side {
     /// The one to the host.
     Vsock,
     /// The one to the application or to the box's server.
-    Tcp,
+    Inner,
 }
 
 /// The flows of one kind.

@@ -244,7 +244,8 @@ impl Relay {
         while self.outgoing.accept(&mut self.shared) {}
         while self.udp.take(&mut self.shared) {}
         let now = Instant::now();
-        let mut sent_all = self.udp.has_sent_all() && !self.outgoing.has_answered();
+        let mut sent_all =
+            self.udp.has_sent_all() && self.clients.has_sent_all() && !self.outgoing.has_answered();
         let mut taken = 0;
         for stream in self.outgoing.streams().chain(self.clients.streams()) {
             sent_all &= stream.has_sent_all();

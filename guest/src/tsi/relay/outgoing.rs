@@ -107,7 +107,7 @@ impl Outgoing {
                 let _ = net::reset_on_close(&tcp);
                 continue;
             };
-            if shared.watch_flow(tcp.as_raw_fd(), key, Side::Tcp).is_err() {
+            if shared.watch_flow(tcp.as_raw_fd(), key, Side::Inner).is_err() {
                 self.forget(key, id);
                 continue;
             }

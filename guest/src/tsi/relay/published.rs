@@ -2,22 +2,24 @@
 //! the box's server.
 //!
 //! ```text
-//!   Greeting ── client known ──▶ Connecting ── server found ──▶ Spliced
+//!   Greeting ── client known ─┬─ TCP ─▶ Connecting ── server found ──▶ Spliced
+//!                             └─ UDP ─▶ Served
 //! ```
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
-use mote_agent::flow::{PUBLISHED_LEN, Published};
+use mote_agent::flow::{PUBLISHED_LEN, Protocol, Published};
 use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind, Side};
 use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Token, Wake, fill};
 use super::spliced::Spliced;
 use crate::sys::net;
+use crate::tsi::datagrams::{Datagrams, Received};
 use crate::tsi::program::{CLIENT_PORT, Id};
 use crate::tsi::stream::Stream;
 
@@ -37,6 +39,7 @@ enum Client {
     Greeting(Greeting),
     Connecting(Connecting),
     Spliced(Spliced),
+    Served(Served),
 }
 
 /// The host has yet to say who the client is, and for which port.
@@ -64,11 +67,30 @@ struct Named {
     guest_port: u16,
 }
 
+/// Datagrams pass between the client and the box's server, until the host ends the flow.
+#[derive(Debug)]
+struct Served {
+    datagrams: Datagrams,
+    server: Server,
+    /// Has a turn to come.
+    queued: bool,
+}
+
+/// The box's server of a UDP port, as one client has it.
+#[derive(Debug)]
+struct Server {
+    id: Id,
+    published: Published,
+    /// Connected to the server's port, whether or not there is a server.
+    socket: Option<UdpSocket>,
+    over: Loopback,
+}
+
 /// The box's own address at which a server is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Loopback {
     Ip4,
-    /// After the other: a server may listen on IPv6 alone.
+    /// For TCP after the other: a server may listen on IPv6 alone.
     Ip6,
 }
 
@@ -102,8 +124,10 @@ impl Clients {
 
     /// Serves a flow.
     pub fn wake(&mut self, key: Key, wake: Wake, shared: &mut Shared) {
-        if let Some(Client::Spliced(spliced)) = self.flows.get_mut(key) {
-            spliced.note(wake);
+        match self.flows.get_mut(key) {
+            Some(Client::Spliced(spliced)) => spliced.note(wake),
+            Some(Client::Served(served)) => served.note(wake),
+            _ => {}
         }
         self.advance(key, shared);
     }
@@ -112,6 +136,7 @@ impl Clients {
         let next = match self.flows.take(key) {
             Some(Client::Greeting(greeting)) => greeting.step(key, &mut self.named, shared),
             Some(Client::Connecting(connecting)) => connecting.step(key, shared),
+            Some(Client::Served(served)) => served.step(key, shared).map(Client::Served),
             Some(Client::Spliced(spliced)) => {
                 let id = spliced.id();
                 let next = spliced.step(key, shared);
@@ -148,6 +173,14 @@ impl Clients {
             _ => None,
         })
     }
+
+    /// Whether every datagram of the box's servers has gone to the host.
+    pub fn has_sent_all(&self) -> bool {
+        self.flows.iter().all(|client| match client {
+            Client::Served(served) => served.datagrams.has_sent_all(),
+            _ => true,
+        })
+    }
 }
 
 impl Greeting {
@@ -159,25 +192,50 @@ impl Greeting {
             Ok(true) => {}
             Err(_) => return None,
         }
-        let Published { guest_port, client } = Published::decode(self.bytes[..].try_into().ok()?);
+        let published = Published::decode(self.bytes[..].try_into().ok()?)?;
         *named = named.wrapping_add(1);
         let id = Id::published(*named);
-        shared.programs.name_client(id, client);
-        Named { vsock: self.vsock, id, guest_port }.connect(Loopback::Ip4, key, shared)
+        shared.programs.name_client(id, published);
+        match published.protocol {
+            Protocol::Tcp => Named { vsock: self.vsock, id, guest_port: published.guest_port }
+                .connect(Loopback::Ip4, key, shared),
+            Protocol::Udp => {
+                let datagrams = Datagrams::of_client(self.vsock, Instant::now());
+                // Its answers go to an address of the client's family, so that is tried first.
+                let is_ip4 = published.client.is_ipv4();
+                let over = if is_ip4 { Loopback::Ip4 } else { Loopback::Ip6 };
+                let server = Server { id, published, socket: None, over };
+                let served = Served { datagrams, server, queued: false };
+                served.step(key, shared).map(Client::Served)
+            }
+        }
+    }
+}
+
+impl Loopback {
+    /// Where this client comes from, and its server is.
+    fn ends(self, id: Id, guest_port: u16) -> (SocketAddr, SocketAddr) {
+        let (from, to): (IpAddr, IpAddr) = match self {
+            Loopback::Ip4 => (id.ip4().into(), Ipv4Addr::LOCALHOST.into()),
+            Loopback::Ip6 => (id.ip6().into(), Ipv6Addr::LOCALHOST.into()),
+        };
+        (SocketAddr::new(from, CLIENT_PORT), SocketAddr::new(to, guest_port))
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Loopback::Ip4 => Loopback::Ip6,
+            Loopback::Ip6 => Loopback::Ip4,
+        }
     }
 }
 
 impl Named {
     /// Begins to connect to the server; `None` if nobody listens.
     fn connect(self, over: Loopback, key: Key, shared: &mut Shared) -> Option<Client> {
-        let (from, to): (IpAddr, IpAddr) = match over {
-            Loopback::Ip4 => (self.id.ip4().into(), Ipv4Addr::LOCALHOST.into()),
-            Loopback::Ip6 => (self.id.ip6().into(), Ipv6Addr::LOCALHOST.into()),
-        };
-        let from = SocketAddr::new(from, CLIENT_PORT);
-        let to = SocketAddr::new(to, self.guest_port);
+        let (from, to) = over.ends(self.id, self.guest_port);
         let connecting = net::tcp_connect(from, to).and_then(|tcp| {
-            shared.watch_flow(tcp.as_raw_fd(), key, Side::Tcp)?;
+            shared.watch_flow(tcp.as_raw_fd(), key, Side::Inner)?;
             Ok(TcpStream::from(tcp))
         });
         match connecting {
@@ -215,5 +273,96 @@ impl Connecting {
                 client.connect_elsewhere(over, key, shared)
             }
         }
+    }
+}
+
+impl Served {
+    /// Takes note of what it is served for.
+    fn note(&mut self, wake: Wake) {
+        if let Wake::Turn = wake {
+            self.queued = false;
+        }
+    }
+
+    /// Moves what can be moved; `None` at the flow's end.
+    fn step(mut self, key: Key, shared: &mut Shared) -> Option<Self> {
+        let mut scratch = std::mem::take(&mut shared.scratch);
+        let more = self.exchange(&mut scratch, key, shared);
+        shared.scratch = scratch;
+        match more {
+            Ok(more) => {
+                if more && !std::mem::replace(&mut self.queued, true) {
+                    shared.queue_turn(key);
+                }
+                Some(self)
+            }
+            Err(_) => {
+                shared.programs.forget_client(self.server.id, self.server.published);
+                None
+            }
+        }
+    }
+
+    /// Moves a batch both ways; whether there is more.
+    ///
+    /// # Errors
+    /// The host has ended the flow.
+    fn exchange(&mut self, scratch: &mut [u8], key: Key, shared: &Shared) -> io::Result<bool> {
+        let Served { datagrams, server, .. } = self;
+        let now = Instant::now();
+        let more = datagrams.receive(scratch, now, |received| {
+            if let Received::Datagram(bytes) = received {
+                server.deliver(bytes, key, shared);
+            }
+        })?;
+        datagrams.flush()?;
+        let Some(socket) = &server.socket else { return Ok(more) };
+        for _ in 0..BATCH {
+            match socket.recv(scratch) {
+                Ok(len) => datagrams.send(&scratch[..len], now)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(more),
+                // About an earlier datagram.
+                Err(_) => {}
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Server {
+    /// Gives the server a datagram, over whichever of IPv4 and IPv6 it listens on. If nobody does, the datagram
+    /// is lost, as on any network.
+    fn deliver(&mut self, datagram: &[u8], key: Key, shared: &Shared) {
+        for _ in 0..2 {
+            match self.send(datagram, key, shared) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    self.socket = None;
+                    self.over = self.over.other();
+                }
+                Ok(()) => return,
+            }
+        }
+    }
+
+    /// Sends to the address at which the server was looked for last.
+    ///
+    /// # Errors
+    /// Nobody listens there, which loopback says at once.
+    fn send(&mut self, datagram: &[u8], key: Key, shared: &Shared) -> io::Result<()> {
+        let Server { id, published, over, .. } = *self;
+        let socket = match &mut self.socket {
+            Some(socket) => socket,
+            none => {
+                let (from, to) = over.ends(id, published.guest_port);
+                let socket = net::udp_connect(from, to)?;
+                shared.watch_flow(socket.as_raw_fd(), key, Side::Inner)?;
+                none.insert(socket)
+            }
+        };
+        // An error may be about an earlier datagram: the server has begun to listen since.
+        let _ = socket.take_error();
+        socket.send(datagram)?;
+        socket.take_error()?.map_or(Ok(()), Err)
     }
 }

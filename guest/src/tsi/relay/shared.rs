@@ -40,8 +40,8 @@ pub enum Token {
     Flow(Key, Side),
 }
 
-/// Set in addition to a flow's key: the event is about its TCP side. Keys do not use this bit.
-const TCP_BIT: u64 = 1 << 31;
+/// Set in addition to a flow's key: the event is about its inner side. Keys do not use this bit.
+const INNER_BIT: u64 = 1 << 31;
 
 impl Token {
     /// As epoll keeps it.
@@ -53,7 +53,7 @@ impl Token {
             Token::Published => Key::END + 3,
             Token::Lifeline => Key::END + 4,
             Token::Flow(key, Side::Vsock) => key.to_data(),
-            Token::Flow(key, Side::Tcp) => key.to_data() | TCP_BIT,
+            Token::Flow(key, Side::Inner) => key.to_data() | INNER_BIT,
         }
     }
 
@@ -65,7 +65,9 @@ impl Token {
             2 => Token::Datagrams,
             3 => Token::Published,
             4 => Token::Lifeline,
-            _ if data & TCP_BIT != 0 => Token::Flow(Key::from_data(data & !TCP_BIT), Side::Tcp),
+            _ if data & INNER_BIT != 0 => {
+                Token::Flow(Key::from_data(data & !INNER_BIT), Side::Inner)
+            }
             _ => Token::Flow(Key::from_data(data), Side::Vsock),
         }
     }
@@ -225,7 +227,7 @@ mod tests {
             Token::Published,
             Token::Lifeline,
             Token::Flow(key, Side::Vsock),
-            Token::Flow(key, Side::Tcp),
+            Token::Flow(key, Side::Inner),
         ] {
             assert_eq!(Token::from_data(token.to_data()), token);
         }

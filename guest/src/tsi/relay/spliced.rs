@@ -51,7 +51,7 @@ impl Spliced {
             Wake::Ready(side, set) => {
                 let ready = match side {
                     Side::Vsock => &mut self.stream.vsock_ready,
-                    Side::Tcp => &mut self.stream.tcp_ready,
+                    Side::Inner => &mut self.stream.tcp_ready,
                 };
                 let over = EventSet::HANG_UP | EventSet::ERROR;
                 ready.readable |= set.intersects(EventSet::IN | EventSet::READ_HANG_UP | over);
