@@ -17,9 +17,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use mote_agent::flow::Protocol;
 
+use crate::host::passt;
 use crate::plan::{HostSocket, MAX_SOCKET_PATH, Plan, PublishedPort};
-use crate::sys;
 use crate::virtio::vsock::listeners::Listener;
+use crate::{log, sys};
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
 const BACKLOG: i32 = 4096;
@@ -141,7 +142,18 @@ pub fn listeners(plan: &Plan, bound: Vec<UnixListener>) -> Result<Vec<Listener>>
         })
         .collect();
     for (index, port) in plan.published_ports.iter().enumerate() {
-        listeners.extend(publish(port).with_context(|| format!("port_map[{index}]"))?);
+        let published = publish(port);
+        if let (Err(error), Some(socket)) = (&published, plan.networking.passt_socket())
+            && is_in_use(error)
+            && passt::publishes(socket, port)
+        {
+            log::warn(&format!(
+                "port_map[{index}]: host port {} is published by the box's passt, and left to it",
+                port.host
+            ));
+            continue;
+        }
+        listeners.extend(published.with_context(|| format!("port_map[{index}]"))?);
     }
     Ok(listeners)
 }
@@ -231,6 +243,11 @@ pub fn publish(port: &PublishedPort) -> Result<Vec<Listener>> {
         }
     }
     Ok(listeners)
+}
+
+/// Whether a port could not be published because somebody has it.
+fn is_in_use(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == ErrorKind::AddrInUse)
 }
 
 /// Whether the host has no IPv6: not in its kernel, or not on any interface.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::common::{TestBox, eventually};
-use crate::network::Network;
+use crate::network::{Network, shell};
 use crate::{ports, tsi};
 
 const MAC: [u8; 6] = [2, 66, 10, 88, 0, 2];
@@ -188,14 +188,79 @@ fn a_box_on_passt_has_the_network_of_its_spec() {
 
 /// Runs a passt in a network, for boxes there.
 pub fn passt_in(network: &Network, socket: &Path) -> Child {
+    passt_with(network, socket, &[])
+}
+
+/// The same with more options.
+fn passt_with(network: &Network, socket: &Path, options: &[&str]) -> Child {
     network.host.ip("route add default dev outside\n");
     let mut words = network.host.enter();
     words.extend(["passt", "--foreground", "--socket"].map(String::from));
     words.push(socket.to_str().expect("text").into());
     words.extend(PASSTS_OPTIONS.split(' ').map(String::from));
+    words.extend(options.iter().map(|option| (*option).to_owned()));
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().expect("passt starts")
+}
+
+/// As the runtime of today has it.
+#[test]
+fn ports_that_passt_publishes_are_left_to_it() {
+    let network = Network::new();
+    let dir = SocketDir::new();
+    let options = ["--tcp-ports", "18001:8001", "--udp-ports", "19001:9001"];
+    let mut passt = passt_with(&network, &dir.socket(), &options);
+    let map = json!(["18001:8001", "19001:9001/udp", "18002:8001"]);
+    let test = TestBox::debian().inside(&network).with("port_map", map);
+    let test = test.with("network", self::network(&dir.socket()));
+    eventually("passt serves", || dir.socket().exists());
+    let (test, started) = test.idle();
+    shell(
+        &test,
+        "python3 - >/dev/shm/said 2>&1 <<'end' &
+import socket, threading
+tcp = socket.create_server(('0.0.0.0', 8001))
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(('0.0.0.0', 9001))
+def answer():
+    while True:
+        data, client = udp.recvfrom(99)
+        udp.sendto(data.upper(), client)
+threading.Thread(target=answer).start()
+while True:
+    tcp.accept()[0].sendall(b'served')
+end
+until grep -q :2329 /proc/net/udp && grep -q :1F41 /proc/net/tcp; do :; done",
+    );
+    let said = network.outside.python(
+        "import socket
+for port in 18001, 18002:
+    print(socket.create_connection(('198.51.100.100', port), 60).recv(6).decode())
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(60)
+s.connect(('198.51.100.100', 19001))
+s.send(b'ask')
+print(s.recv(9).decode())",
+    );
+    assert_eq!(said, "served\nserved\nASK\n");
+    let ended = started.stop();
+    let left = |index: u8, port: u16| {
+        format!(
+            "mote: warning: port_map[{index}]: host port {port} is published by the box's passt, and left to it\n"
+        )
+    };
+    assert_eq!(ended.stderr, left(0, 18001) + &left(1, 19001));
+    // Not to anybody else.
+    let _taken = network.host.serve_with(
+        "import socket; s = socket.create_server(('0.0.0.0', 18003)); print('ready'); s.accept()",
+        &[],
+    );
+    let test = TestBox::busybox().inside(&network).with("port_map", json!(["18003:80"]));
+    let ran = test.with("network", self::network(&dir.socket())).run();
+    ran.assert_not_started(&["port_map[0]: host port 18003 is in use by another program"]);
+    passt.kill().expect("kills");
+    passt.wait().expect("waits");
 }
 
 #[test]
