@@ -1,4 +1,4 @@
-//! Files that mote writes for its user: `console_output`, the outcome, the timeline. They are opened with
+//! Files that mote writes for its user: `console_output`, logs, the outcome, the timeline. They are opened with
 //! the user's rights, and perhaps in a directory that a guest has written to.
 
 use std::collections::VecDeque;
@@ -9,7 +9,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::sys::{self, Interest, Links};
+use crate::sys::directory::Directory;
+use crate::sys::{self, Contents, Interest, Links};
 
 /// How long somebody may take to read a FIFO that mote is to write to: as long as passt may take.
 const READER_LIMIT: Duration = Duration::from_secs(5);
@@ -63,6 +64,27 @@ impl OutputFile {
     /// # Errors
     /// Those of openat2(2).
     pub fn open(&self, stop: Option<&File>) -> io::Result<File> {
+        self.open_with(Contents::Dropped, stop)
+    }
+
+    /// The same for a file that keeps what it has.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn append(&self, stop: &File) -> io::Result<File> {
+        self.open_with(Contents::Kept, Some(stop))
+    }
+
+    /// The directory that the file is in, to make others beside it.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn directory(&self) -> io::Result<Directory> {
+        let parent = self.place.parent().filter(|parent| !parent.as_os_str().is_empty());
+        Directory::open(parent.unwrap_or(Path::new(".")), self.links)
+    }
+
+    fn open_with(&self, contents: Contents, stop: Option<&File>) -> io::Result<File> {
         let deadline = Instant::now() + READER_LIMIT;
         let links = match self.links {
             // Such as /dev/stdout: there is nothing to overwrite.
@@ -70,7 +92,7 @@ impl OutputFile {
             links => links,
         };
         loop {
-            let error = match sys::create(&self.place, links) {
+            let error = match sys::create(&self.place, links, contents) {
                 Ok(file) => return Ok(file),
                 Err(error) => error,
             };

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub mod arguments;
 pub mod confine;
+pub mod directory;
 pub mod fatal;
 pub mod process;
 pub mod routes;
@@ -119,15 +120,27 @@ pub enum Links {
     None,
 }
 
-/// Opens a file for appending: creates it, mode 0600, or empties it. Neither opening nor writing waits;
-/// a FIFO that nobody reads is an error (ENXIO).
+/// What becomes of what a file holds when it is opened for appending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contents {
+    /// They stay.
+    Kept,
+    /// They go.
+    Dropped,
+}
+
+/// The mode of a file that mote makes.
+const MODE: libc::mode_t = 0o600;
+
+/// Opens a file for appending: creates it, mode 0600, or opens the one that is there. Neither opening nor
+/// writing waits; a FIFO that nobody reads is an error (ENXIO).
 ///
 /// # Errors
 /// Those of open(2), or of openat2(2) if no link is to be followed.
-pub fn create(path: &Path, links: Links) -> io::Result<File> {
-    const MODE: libc::mode_t = 0o600;
+pub fn create(path: &Path, links: Links, contents: Contents) -> io::Result<File> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let access = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | libc::O_TRUNC;
+    let emptied = if contents == Contents::Dropped { libc::O_TRUNC } else { 0 };
+    let access = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | emptied;
     let flags = access | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: the string outlives the calls.
     let fd = unsafe {
