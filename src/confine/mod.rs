@@ -27,11 +27,15 @@ use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::{Context, Result};
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetError, RulesetStatus, Scope,
+};
 
 use crate::log;
 use crate::sys;
 use crate::sys::confine::{self, Namespaces, Resource};
+use crate::sys::directory::Directory;
 pub use seccomp::{NetworkAccess, ThreadKind};
 
 /// By what mote is kept from the host's files, depending on what this host permits.
@@ -225,6 +229,23 @@ impl Sandbox {
     }
 }
 
+/// Confines the process that writes a box's logs, with one thread: it keeps what it has open, and may make and
+/// rename files in `directory`, if there is one.
+///
+/// # Errors
+/// The host refuses a step that it had permitted when the plan was made.
+pub fn confine_log_writer(isolation: Isolation, directory: Option<&Directory>) -> Result<()> {
+    // The outcome is mote's to write, not this process's.
+    sudden_end::report(None)?;
+    if isolation == Isolation::Off {
+        return Ok(());
+    }
+    restrict_to(directory, NetworkAccess::None).context("restrict it by Landlock")?;
+    confine::no_new_privileges().context("forgo new privileges")?;
+    confine::drop_capabilities().context("drop all capabilities")?;
+    seccomp::confine_thread("logs", ThreadKind::Logs)
+}
+
 fn thread_name() -> String {
     thread::current().name().unwrap_or("?").to_owned()
 }
@@ -233,6 +254,11 @@ fn thread_name() -> String {
 /// name, binding TCP ports, connecting to other processes' abstract sockets and, in a box with a network
 /// of its own, all TCP connections. What is open stays usable.
 fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
+    restrict_to(None, network)
+}
+
+/// The same, but that files may be made, written, renamed and removed in this directory.
+fn restrict_to(directory: Option<&Directory>, network: NetworkAccess) -> Result<RulesetStatus> {
     // The newest ABI that mote knows; older kernels enforce as much of it as they can.
     let abi = ABI::V6;
     let ports = AccessNet::from_all(abi);
@@ -243,6 +269,41 @@ fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
         // Signals are not restricted: mote must be able to kill virtiofsd, which is outside.
         .scope(Scope::AbstractUnixSocket)?
         .create()?
+        .add_rules(directory.map(|directory| {
+            let files = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+            let names = AccessFs::MakeReg | AccessFs::RemoveFile;
+            Ok::<_, RulesetError>(PathBeneath::new(directory, files | names))
+        }))?
         .restrict_self()?;
     Ok(status.ruleset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::Links;
+
+    #[test]
+    fn landlock_leaves_the_logs_directory_and_no_other() {
+        let dir = std::env::temp_dir().join(format!("mote-landlock-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("logs")).expect("directory");
+        let open = |path| Directory::open(path, Links::Any).expect("directory");
+        let (logs, other) = (open(&dir.join("logs")), open(&dir));
+        let holds = confine::succeeds_in_child(|| {
+            let status = restrict_to(Some(&logs), NetworkAccess::None).map_err(io::Error::other)?;
+            logs.create_new("new")?;
+            logs.rename("new", "old")?;
+            logs.append("old")?;
+            logs.remove("old")?;
+            let is_shut = other.create_new("new").is_err();
+            // Not every host has Landlock.
+            if is_shut || status == RulesetStatus::NotEnforced {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::Other.into())
+            }
+        });
+        std::fs::remove_dir_all(&dir).expect("removed");
+        assert!(holds);
+    }
 }

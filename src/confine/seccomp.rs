@@ -28,6 +28,8 @@ pub enum ThreadKind {
     Vcpu,
     /// Writes one stream of the guest's output.
     Output,
+    /// The only thread of the process that writes logs.
+    Logs,
 }
 
 impl ThreadKind {
@@ -49,6 +51,7 @@ impl ThreadKind {
             ThreadKind::Output => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/output.bpf"))
             }
+            ThreadKind::Logs => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/logs.bpf")),
         };
         // `struct sock_filter` (include/uapi/linux/filter.h), as the build script wrote it.
         let instructions = bytes.as_chunks::<8>().0.iter();
@@ -84,7 +87,8 @@ mod tests {
         let accesses = [(false, false), (false, true), (true, false), (true, true)];
         let mains = accesses
             .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
-        for kind in mains.into_iter().chain([ThreadKind::Vcpu, ThreadKind::Output]) {
+        let others = [ThreadKind::Vcpu, ThreadKind::Output, ThreadKind::Logs];
+        for kind in mains.into_iter().chain(others) {
             let program = kind.program();
             assert_eq!(program.last().map(|last| last.code), Some(RETURN), "{kind:?}");
         }
