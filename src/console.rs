@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -40,44 +40,53 @@ pub struct Sinks {
 }
 
 impl Sinks {
-    /// Opens `console_output` (created 0600, or emptied; contract §2.5) or mote's own streams. Gives up
-    /// when `stop` is readable.
+    /// mote's own streams, with the kernel on stderr.
+    ///
+    /// # Errors
+    /// The host has no descriptor.
+    pub fn of_mote() -> Result<Sinks> {
+        Ok(Sinks {
+            stdout: Sink::of_mote(&io::stdout())?,
+            stderr: Sink::of_mote(&io::stderr())?,
+            kernel: Sink::of_mote(&io::stderr())?,
+        })
+    }
+
+    /// One file for all: `console_output`, created 0600, or emptied (contract §2.5). Gives up when `stop` is
+    /// readable.
     ///
     /// # Errors
     /// The file cannot be created or emptied, or the host has no descriptor.
-    pub fn open(console_output: Option<&ConsoleFile>, stop: &File) -> Result<Sinks> {
-        match console_output {
-            Some(ConsoleFile { file, limit_bytes }) => {
-                let open = || {
-                    let opened = file.open(Some(stop))?;
-                    // Others keep nothing that fills a disk.
-                    let is_kept = opened.metadata()?.is_file();
-                    Ok::<_, io::Error>((
-                        opened,
-                        is_kept.then(|| Arc::new(Limit::new(*limit_bytes))),
-                    ))
-                };
-                let (opened, limit) = open()
-                    .with_context(|| format!("console_output: create {}", file.path.display()))?;
-                // Appending: the three writers never overwrite each other.
-                let sink = || {
-                    let file = opened.try_clone().context("duplicate the console file")?;
-                    Ok::<_, anyhow::Error>(Sink { file, limit: limit.clone() })
-                };
-                Ok(Sinks { stdout: sink()?, stderr: sink()?, kernel: sink()? })
-            }
-            None => {
-                let duplicate = |fd: io::Result<std::os::fd::OwnedFd>| {
-                    let file = fd.map(File::from).context("duplicate mote's own output streams")?;
-                    Ok::<_, anyhow::Error>(Sink { file, limit: None })
-                };
-                Ok(Sinks {
-                    stdout: duplicate(io::stdout().as_fd().try_clone_to_owned())?,
-                    stderr: duplicate(io::stderr().as_fd().try_clone_to_owned())?,
-                    kernel: duplicate(io::stderr().as_fd().try_clone_to_owned())?,
-                })
-            }
-        }
+    pub fn file(ConsoleFile { file, limit_bytes }: &ConsoleFile, stop: &File) -> Result<Sinks> {
+        let told = format!(
+            "console_output has {limit_bytes} bytes, its limit (console_limit_bytes); the rest of the guest's output is lost"
+        );
+        let opened = file
+            .open(Some(stop))
+            .and_then(|opened| Sink::new(opened, *limit_bytes, told))
+            .with_context(|| format!("console_output: create {}", file.path.display()))?;
+        // Appending: the three writers never overwrite each other.
+        let sink = || {
+            let file = opened.file.try_clone().context("duplicate the console file")?;
+            Ok::<_, anyhow::Error>(Sink { file, limit: opened.limit.clone() })
+        };
+        Ok(Sinks { stdout: sink()?, stderr: sink()?, kernel: sink()? })
+    }
+
+    /// Other processes' ends for the entrypoint's streams. The kernel's messages go to mote's stderr, at most
+    /// this many bytes.
+    ///
+    /// # Errors
+    /// The host has no descriptor.
+    pub fn of_others([stdout, stderr]: [OwnedFd; 2], kernel_limit_bytes: u64) -> Result<Sinks> {
+        let told = format!(
+            "the kernel's messages have {kernel_limit_bytes} bytes, the limit of each log (max-size times max-file); the rest of them is lost"
+        );
+        let kernel = Sink::of_mote(&io::stderr())?;
+        let kernel = Sink::new(kernel.file, kernel_limit_bytes, told).context("look at stderr")?;
+        let [stdout, stderr] =
+            [stdout, stderr].map(|fd| Sink { file: File::from(fd), limit: None });
+        Ok(Sinks { stdout, stderr, kernel })
     }
 }
 
@@ -90,37 +99,56 @@ pub struct Sink {
 }
 
 impl Sink {
+    /// A file that gets at most so many bytes, if it is a regular one: others keep nothing that fills a disk.
+    /// What is told when it has them is one line.
+    fn new(file: File, limit_bytes: u64, told: String) -> io::Result<Sink> {
+        let is_kept = file.metadata()?.is_file();
+        Ok(Sink { file, limit: is_kept.then(|| Arc::new(Limit::new(limit_bytes, told))) })
+    }
+
+    fn of_mote(stream: &impl AsFd) -> Result<Sink> {
+        let file = stream.as_fd().try_clone_to_owned().map(File::from);
+        Ok(Sink { file: file.context("duplicate mote's own output streams")?, limit: None })
+    }
+
     /// Writes everything, even if the descriptor does not wait: another process may have made it so, since
     /// mote shares its stdout with the process that started it. Beyond the limit nothing is written.
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         let room = self.limit.as_ref().map_or(bytes.len(), |limit| limit.take(bytes.len()));
-        let mut bytes = &bytes[..room];
-        while !bytes.is_empty() {
-            match self.file.write(bytes) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(written) => bytes = &bytes[written..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    let _ = sys::poll([Interest::write(&self.file)], None);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        write_patiently(&self.file, &bytes[..room])
     }
+}
+
+/// Writes everything, however long that takes.
+///
+/// # Errors
+/// Those of write(2), but for those that say to try again.
+pub fn write_patiently(mut file: &File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let _ = sys::poll([Interest::write(file)], None);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// How much more a file may get from its writers.
 #[derive(Debug)]
 struct Limit {
-    bytes: u64,
     left: AtomicU64,
+    told: String,
     is_told: AtomicBool,
 }
 
 impl Limit {
-    fn new(bytes: u64) -> Limit {
-        Limit { bytes, left: AtomicU64::new(bytes), is_told: AtomicBool::new(false) }
+    fn new(bytes: u64, told: String) -> Limit {
+        Limit { left: AtomicU64::new(bytes), told, is_told: AtomicBool::new(false) }
     }
 
     /// How many of so many bytes may still be written. The first that may not are told of.
@@ -130,10 +158,7 @@ impl Limit {
         let (Ok(left) | Err(left)) = left;
         let taken = usize::try_from(left).map_or(wanted, |left| wanted.min(left));
         if taken < wanted && !self.is_told.swap(true, Ordering::Relaxed) {
-            log::error(&format!(
-                "console_output has {} bytes, its limit (console_limit_bytes); the rest of the guest's output is lost",
-                self.bytes
-            ));
+            log::error(&self.told);
         }
         taken
     }
@@ -264,7 +289,7 @@ mod tests {
     #[test]
     fn a_limit_holds_for_all_writers_together() {
         let (mut reader, writer) = io::pipe().expect("pipe");
-        let limit = Some(Arc::new(Limit::new(10)));
+        let limit = Some(Arc::new(Limit::new(10, String::new())));
         let file = File::from(std::os::fd::OwnedFd::from(writer));
         let other = Sink { file: file.try_clone().expect("clone"), limit: limit.clone() };
         for mut sink in [Sink { file, limit }, other] {

@@ -29,7 +29,7 @@
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
 //! - [`host`]: what a box needs on the host: its sockets, as they are bound, each share's
-//!   virtiofsd, the janitor
+//!   virtiofsd, the janitor, the process that writes its logs
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`probe`]: whether this host can run boxes
@@ -296,6 +296,9 @@ fn run_on_host(
         let listeners = sockets::listeners(plan, resources.sockets)?;
         let (vm, served) = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
         janitor.end_set_up()?;
+        if let Some(logs) = &served.logs {
+            logs.wait_until_confined(&signals.stop)?;
+        }
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");
         let [is_stopped] = sys::poll([Interest::read(&signals.stop)], Some(Duration::ZERO))?;

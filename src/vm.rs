@@ -18,11 +18,12 @@ use crate::confine::{Sandbox, ThreadKind};
 use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
 use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
+use crate::host::logs::LogWriter;
 use crate::host::virtiofsd::{self, Virtiofsd};
 use crate::kvm::vcpu::{self, Exit, Start};
 use crate::kvm::{cpu, self_test};
 use crate::memory::{self, GuestRam, RegisterPages};
-use crate::plan::{Network, Networking, PasstSocket, Plan};
+use crate::plan::{Network, Networking, Output, PasstSocket, Plan};
 use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
@@ -70,6 +71,8 @@ pub struct Served {
     pub backends: Vec<Virtiofsd>,
     /// What the box was not let connect to.
     pub refusals: SharedRefusals,
+    /// Who writes the box's logs. Last: it ends when nobody has anything to write any more.
+    pub logs: Option<LogWriter>,
 }
 
 /// A running VM. It must be kept as long as the VM runs: closing the descriptor would disconnect every
@@ -97,7 +100,14 @@ impl Vm {
         let kvm = kvm::open()?;
 
         // Host resources. The back-ends start while the kernel is being loaded.
-        let sinks = Sinks::open(plan.console_output.as_ref(), stop)?;
+        let (sinks, logs) = match &plan.output {
+            Output::Streams => (Sinks::of_mote()?, None),
+            Output::File(file) => (Sinks::file(file, stop)?, None),
+            Output::Logs(logs) => {
+                let writer = LogWriter::start(logs, plan.sandbox.isolation, stop)?;
+                (writer.sinks()?, Some(writer))
+            }
+        };
         let refusals = SharedRefusals::default();
         let filter = |policy: &Policy| {
             Filter::new(policy.clone(), Rc::clone(&refusals))
@@ -196,6 +206,7 @@ impl Vm {
             panic,
             backends,
             refusals,
+            logs,
         };
         Ok((vm, served))
     }

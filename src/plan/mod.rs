@@ -12,10 +12,12 @@ mod hosts;
 mod image;
 mod instance;
 mod limits;
+mod logs;
 mod name_servers;
 mod network;
 mod networking;
 mod networks_file;
+mod output;
 mod paths;
 mod ports;
 mod shares;
@@ -32,9 +34,11 @@ use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, find_virtiofsd};
 pub use image::Image;
+pub use logs::{JsonFile, LogDriver, Logs, Syslog};
 pub use network::{Network, PasstSocket};
 pub use networking::Networking;
-pub use paths::{ConsoleFile, MAX_SOCKET_PATH};
+pub use output::{ConsoleFile, Output};
+pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
@@ -72,8 +76,8 @@ pub struct Plan {
     pub published_ports: Vec<PublishedPort>,
     /// How the box reaches the network.
     pub networking: Networking,
-    /// File for the guest's output; `None` is mote's own stdout and stderr.
-    pub console_output: Option<ConsoleFile>,
+    /// Where the guest's output goes.
+    pub output: Output,
     /// What the agent is told.
     pub instance: Instance,
     /// The vmlinux to boot.
@@ -99,7 +103,7 @@ impl Plan {
         let sockets = sockets::plan(spec, report);
         let published_ports = ports::plan(&spec.port_map, report);
         let guests = guests_directories(spec);
-        let console_output = paths::plan_console(spec, &guests, report);
+        let output = output::plan(spec, &guests, report);
         // Read once. A box with a network of its own has name servers of its own.
         let host = spec.network.is_none().then(resolv_conf::of_host).unwrap_or_default();
         let networking = Networking::new(spec, &host, report);
@@ -136,7 +140,7 @@ impl Plan {
             sockets,
             published_ports,
             networking,
-            console_output,
+            output: output?,
             instance,
             kernel: kernel?,
             initramfs: initramfs?,
@@ -198,12 +202,7 @@ impl fmt::Display for Plan {
             Some(policy) => writeln!(f, "egress     {}", policy.rules())?,
             None => writeln!(f, "network    none but loopback")?,
         }
-        match &self.console_output {
-            Some(ConsoleFile { file, limit_bytes }) => {
-                writeln!(f, "console    {} (at most {limit_bytes} bytes)", file.path.display())?
-            }
-            None => writeln!(f, "console    mote's stdout and stderr")?,
-        }
+        writeln!(f, "console    {}", self.output)?;
         for mount in mounts {
             match mount {
                 Mount::Share { tag, path, read_only } => {

@@ -5,8 +5,6 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use crate::output_file::OutputFile;
-use crate::spec::Spec;
 use crate::spec::json::Report;
 
 /// Longest Unix socket path in bytes (`sun_path` less its terminator, unix(7)).
@@ -75,48 +73,4 @@ pub(super) fn parent_problem(path: &Path) -> Option<String> {
         }
         Err(error) => Some(format!("its directory {} cannot be used: {error}", parent.display())),
     }
-}
-
-/// The file for the guest's output, and the most bytes it gets.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConsoleFile {
-    /// The file.
-    pub file: OutputFile,
-    /// Most bytes, at least 1.
-    pub limit_bytes: u64,
-}
-
-/// What a console file may have when the spec does not say: more than anybody reads, and less than a disk
-/// has that others share.
-const CONSOLE_LIMIT_BYTES: u64 = 1 << 30;
-
-/// The spec's console file, if it can be created; `guests` as in [`OutputFile::new`].
-pub(super) fn plan_console(
-    spec: &Spec,
-    guests: &[PathBuf],
-    report: &mut Report,
-) -> Option<ConsoleFile> {
-    let Some(path) = &spec.console_output else {
-        if spec.console_limit_bytes.is_some() && report.has_read("console_output") {
-            report.warn("console_limit_bytes", "limits console_output, which is not given");
-        }
-        return None;
-    };
-    let problem = if path.is_dir() {
-        Some(format!("{} is a directory; name a file", path.display()))
-    } else {
-        parent_problem(path)
-    };
-    if let Some(problem) = problem {
-        report.error("console_output", problem);
-    }
-    let limit_bytes = spec.console_limit_bytes.unwrap_or(CONSOLE_LIMIT_BYTES);
-    if limit_bytes == 0 {
-        report.error("console_limit_bytes", "is 0, must be at least 1");
-    }
-    let file = OutputFile::new(path, Some(guests));
-    if let Some(problem) = file.warning() {
-        report.warn("console_output", problem);
-    }
-    Some(ConsoleFile { file, limit_bytes })
 }

@@ -394,6 +394,13 @@ impl<'a> Object<'a> {
         }
     }
 
+    /// An error for each of the members that were never asked for.
+    pub fn refuse_others(self, problem: &str) {
+        for (key, _) in self.members.iter().filter(|(key, _)| !self.known.contains(&key.as_str())) {
+            self.node.report.borrow_mut().error(self.path_of(key), problem);
+        }
+    }
+
     fn path_of(&self, name: &str) -> String {
         if self.node.path.is_empty() {
             name.to_owned()

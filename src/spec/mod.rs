@@ -38,6 +38,8 @@ pub struct Spec {
     pub console_output: Option<PathBuf>,
     /// Most bytes of `console_output`; mote's own.
     pub console_limit_bytes: Option<u64>,
+    /// How the output is logged beside `console_output`; `None` is not at all.
+    pub log_config: Option<LogConfig>,
     /// Directory the entrypoint starts in.
     pub workdir: String,
     /// Confidential computing.
@@ -56,6 +58,34 @@ pub struct Spec {
     pub egress: Option<Vec<String>>,
     /// Limits on the box.
     pub resource_limits: ResourceLimits,
+}
+
+/// How the entrypoint's output is logged (§2.5): the driver and its options, as they are written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// What writes the log.
+    pub driver: LogDriver,
+    /// Size at which a file is full.
+    pub max_size: Option<String>,
+    /// Most files of one log.
+    pub max_file: Option<String>,
+    /// Where the syslog server listens.
+    pub syslog_address: Option<String>,
+    /// Syslog's name for the kind of program.
+    pub syslog_facility: Option<String>,
+    /// The program's name in syslog.
+    pub tag: Option<String>,
+}
+
+/// What writes the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogDriver {
+    /// A file of JSON objects.
+    JsonFile,
+    /// A syslog server.
+    Syslog,
+    /// Nothing.
+    None,
 }
 
 /// Whose agent serves the box's sockets.
@@ -196,6 +226,7 @@ fn read_spec(mut o: Object<'_>) -> Spec {
             .unwrap_or_default(),
         console_output: o.nullable("console_output", path),
         console_limit_bytes: o.nullable("console_limit_bytes", Node::integer),
+        log_config: o.nullable("log_config", read_log_config),
         workdir: o
             .required("workdir", "the entrypoint's directory, \"/\"", Node::string)
             .unwrap_or_default(),
@@ -293,6 +324,40 @@ fn read_guest_agent(node: &Node<'_>) -> Option<GuestAgent> {
             None
         }
     }
+}
+
+fn read_log_config(node: &Node<'_>) -> Option<LogConfig> {
+    let mut o = node.object()?;
+    let driver = o.required("driver", "\"json-file\", \"syslog\" or \"none\"", |node| {
+        match node.string()?.as_str() {
+            "json-file" => Some(LogDriver::JsonFile),
+            "syslog" => Some(LogDriver::Syslog),
+            "none" => Some(LogDriver::None),
+            other => {
+                node.error(format!(
+                    "is \"{other}\", must be \"json-file\", \"syslog\" or \"none\""
+                ));
+                None
+            }
+        }
+    });
+    let mut options = o.member("options").and_then(|node| node.object());
+    let mut option = |name| options.as_mut().and_then(|o| o.nullable(name, Node::string));
+    let config = LogConfig {
+        driver: driver.unwrap_or(LogDriver::None),
+        max_size: option("max-size"),
+        max_file: option("max-file"),
+        syslog_address: option("syslog-address"),
+        syslog_facility: option("syslog-facility"),
+        tag: option("tag"),
+    };
+    if let Some(options) = options {
+        options.refuse_others(
+            "is an option that mote does not have; it has max-size, max-file, syslog-address, syslog-facility and tag",
+        );
+    }
+    o.finish();
+    Some(config)
 }
 
 fn read_pair(node: &Node<'_>) -> Option<(String, String)> {
@@ -409,21 +474,6 @@ fn refuse_later_fields(o: &mut Object<'_>) {
         }
         Some(on)
     });
-    let Some(mut log) = o.member("log_config").and_then(|node| node.object()) else { return };
-    let driver = log.member("driver");
-    log.member("options");
-    log.finish();
-    let Some(driver) = driver else { return };
-    match driver.string().as_deref() {
-        // The runtime's default, sent with every spec. Only a warning: console_output is unaffected.
-        Some("json-file") => driver.warn(
-            "asks for a JSON log beside console_output, which mote does not write; console_output holds the output as it is",
-        ),
-        Some("none") | None => {}
-        Some(other) => {
-            driver.error(format!("is \"{other}\", which mote cannot do; use \"none\" and read console_output"));
-        }
-    }
 }
 
 fn refuse_unless_vacant(node: Option<Node<'_>>) {
@@ -541,14 +591,12 @@ mod tests {
     #[test]
     fn later_fields_are_accepted_while_they_ask_for_nothing() {
         let later = r#""block_devices":[],"port_forward_socket_path":"","ksm":false,"disable_tsi":false,
-            "snapshot_mem_file":null,"snapshot_sock":null,"restore_from":null,
-            "log_config":{"driver":"none","options":{}}"#;
+            "snapshot_mem_file":null,"snapshot_sock":null,"restore_from":null"#;
         let (_, report) = parse(&with(later));
         assert_eq!(report, Report::default());
         for (extra, path) in [
             (r#""block_devices":[{"id":"a","path":"/d"}]"#, "block_devices"),
             (r#""restore_from":"/snap""#, "restore_from"),
-            (r#""log_config":{"driver":"syslog"}"#, "log_config.driver"),
         ] {
             let errors = errors(&with(extra));
             assert!(matches!(errors.as_slice(), [e] if e.starts_with(path)), "{errors:?}");
@@ -564,6 +612,34 @@ mod tests {
             let [warning] = &report.warnings[..] else { panic!("{report:?}") };
             assert!(warning.to_string().starts_with(&format!("{path}: is not ")), "{warning}");
             assert!(report.errors.is_empty());
+        }
+    }
+
+    #[test]
+    fn logs_have_a_driver_and_its_options() {
+        let (spec, report) = parse(&with(
+            r#""log_config":{"driver":"json-file","options":{"max-size":"1m","tag":"t"}}"#,
+        ));
+        assert_eq!(report, Report::default());
+        let log = spec.log_config.expect("a log");
+        assert_eq!(log.driver, LogDriver::JsonFile);
+        assert_eq!((log.max_size.as_deref(), log.tag.as_deref()), (Some("1m"), Some("t")));
+        assert_eq!(parse(&with(r#""log_config":{"driver":"none"}"#)).1, Report::default());
+        for (config, expected) in [
+            ("{}", "log_config.driver: is missing; give"),
+            (r#"{"driver":"journald"}"#, "log_config.driver: is \"journald\", must be"),
+            (
+                r#"{"driver":"none","options":{"compress":"true"}}"#,
+                "log_config.options.compress: is an option that mote does not have",
+            ),
+            (
+                r#"{"driver":"none","options":{"max-size":1}}"#,
+                "log_config.options.max-size: is a number, must be a string",
+            ),
+            (r#"{"driver":"none","options":[]}"#, "log_config.options: is an array"),
+        ] {
+            let errors = errors(&with(&format!("\"log_config\":{config}")));
+            assert!(matches!(&errors[..], [e] if e.starts_with(expected)), "{errors:?}");
         }
     }
 
