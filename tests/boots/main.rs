@@ -28,6 +28,7 @@ mod guest;
 mod hostile;
 mod lifecycle;
 mod limits;
+mod logs;
 mod loopback;
 mod network;
 mod out_of_memory;

@@ -262,7 +262,7 @@ const USER: u32 = 4711;
 
 /// Gives the box's directory to [`USER`], and returns words in front of a command that run it as that
 /// user, with or without the right to make namespaces.
-fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
+pub fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
     fn give(path: &Path) {
         chown(path, Some(USER), Some(USER))
             .or_else(|_| std::os::unix::fs::lchown(path, Some(USER), Some(USER)))
@@ -335,7 +335,7 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
 }
 
 /// Copies virtiofsd to a place from which an unprivileged user can execute it.
-fn copied_virtiofsd(test: &TestBox) -> PathBuf {
+pub fn copied_virtiofsd(test: &TestBox) -> PathBuf {
     let path = std::env::var_os("PATH").expect("a path");
     let found = std::env::split_paths(&path)
         .map(|dir| dir.join("virtiofsd"))

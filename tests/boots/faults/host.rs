@@ -54,6 +54,25 @@ fn a_full_disk_under_console_output_costs_output_only() {
 }
 
 #[test]
+fn a_full_disk_under_logs_leaves_whole_objects() {
+    let test = TestBox::busybox().shell("seq 10000; exit 6");
+    let _disk = SmallDisk::on(&test.path("small"), "size=64k");
+    let console = test.path("small/console.log");
+    let test = test
+        .with("console_output", json!(console))
+        .with("log_config", json!({"driver": "json-file"}));
+    let ran = test.run();
+    ran.assert_ended(6, "exited");
+    let expected = "mote: container.json: write: No space left on device (os error 28); the rest of the log is lost\n";
+    assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+    let log = fs::read_to_string(test.path("small/container.json")).expect("there");
+    for (line, number) in log.lines().zip(1..) {
+        let object: serde_json::Value = serde_json::from_str(line).expect(line);
+        assert_eq!(object["log"], format!("{number}\n"));
+    }
+}
+
+#[test]
 fn output_beyond_its_limit_is_dropped_with_one_line() {
     let test = TestBox::busybox()
         .shell("(seq 100000; echo more) & seq 100000 >&2; wait; exit 6")
