@@ -240,7 +240,7 @@ pub fn confine_log_writer(isolation: Isolation, directory: Option<&Directory>) -
     if isolation == Isolation::Off {
         return Ok(());
     }
-    restrict_to(directory, NetworkAccess::None).context("restrict it by Landlock")?;
+    restrict_to(directory, NetworkAccess::NONE).context("restrict it by Landlock")?;
     confine::no_new_privileges().context("forgo new privileges")?;
     confine::drop_capabilities().context("drop all capabilities")?;
     seccomp::confine_thread("logs", ThreadKind::Logs)
@@ -290,7 +290,7 @@ mod tests {
         let open = |path| Directory::open(path, Links::Any).expect("directory");
         let (logs, other) = (open(&dir.join("logs")), open(&dir));
         let holds = confine::succeeds_in_child(|| {
-            let status = restrict_to(Some(&logs), NetworkAccess::None).map_err(io::Error::other)?;
+            let status = restrict_to(Some(&logs), NetworkAccess::NONE).map_err(io::Error::other)?;
             logs.create_new("new")?;
             logs.rename("new", "old")?;
             logs.append("old")?;

@@ -19,6 +19,11 @@ pub struct NetworkAccess {
     pub answers: bool,
 }
 
+impl NetworkAccess {
+    /// It uses nothing.
+    pub const NONE: NetworkAccess = NetworkAccess { connects: false, answers: false };
+}
+
 /// A kind of thread, by what it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThreadKind {
