@@ -745,4 +745,50 @@ mod tests {
         assert_eq!(spec.resource_limits.memory_reservation, Some(1 << 40));
         assert_eq!(spec.tee_config.expect("tee").tee_type, "snp");
     }
+
+    /// The same type as the runtime of today has it.
+    #[test]
+    fn specs_of_a3s_box_core_3_parse() {
+        use a3s_box_core_3::{log, vmm as a3s};
+        let text = serde_json::to_string(&a3s::InstanceSpec::default()).expect("serialises");
+        assert_eq!(parse(&text).1, Report::default());
+
+        let full = a3s::InstanceSpec {
+            rootfs: a3s::RootfsSource::directory("/boxes/merged"),
+            port_forward_socket_path: "/boxes/portfwd.sock".into(),
+            port_map: vec!["8080:80".into(), "5300:53/udp".into()],
+            disable_tsi: true,
+            ksm: true,
+            log_config: log::LogConfig {
+                driver: log::LogDriver::JsonFile,
+                options: [("max-size".to_owned(), "1m".to_owned())].into(),
+            },
+            network: Some(a3s::NetworkInstanceConfig {
+                net_socket_path: "/passt".into(),
+                net_stats_path: None,
+                net_socket_fd: Some(42),
+                net_proxy_fd: Some(43),
+                bridge_socket_dir: Some("/switch".into()),
+                ip_address: Ipv4Addr::new(10, 88, 0, 2),
+                gateway: Ipv4Addr::new(10, 88, 0, 1),
+                prefix_len: 24,
+                mac_address: [2, 66, 10, 88, 0, 2],
+                dns_servers: Vec::new(),
+                networks_json: Some("/networks.json".into()),
+                network_name: Some("one".into()),
+            }),
+            resource_limits: a3s_box_core_3::config::ResourceLimits {
+                sandbox_memory_limit_bytes: Some(1 << 30),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let (spec, report) = parse(&serde_json::to_string(&full).expect("serialises"));
+        assert_eq!(report.errors, []);
+        assert_eq!(spec.rootfs_path, std::path::Path::new("/boxes/merged"));
+        assert_eq!(spec.port_map, full.port_map);
+        assert!(spec.disable_tsi);
+        let network = spec.network.expect("a network");
+        assert_eq!(network.networks_json.as_deref(), Some("/networks.json".as_ref()));
+    }
 }

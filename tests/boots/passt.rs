@@ -211,7 +211,7 @@ fn ports_that_passt_publishes_are_left_to_it() {
     let dir = SocketDir::new();
     let options = ["--tcp-ports", "18001:8001", "--udp-ports", "19001:9001"];
     let mut passt = passt_with(&network, &dir.socket(), &options);
-    let map = json!(["18001:8001", "19001:9001/udp", "18002:8001"]);
+    let map = json!(["18001:8001", "19001:9001/udp", "18002:8002"]);
     let test = TestBox::debian().inside(&network).with("port_map", map);
     let test = test.with("network", self::network(&dir.socket()));
     eventually("passt serves", || dir.socket().exists());
@@ -220,18 +220,20 @@ fn ports_that_passt_publishes_are_left_to_it() {
         &test,
         "python3 - >/dev/shm/said 2>&1 <<'end' &
 import socket, threading
-tcp = socket.create_server(('0.0.0.0', 8001))
+tcp, other = [socket.create_server(('0.0.0.0', port)) for port in (8001, 8002)]
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 udp.bind(('0.0.0.0', 9001))
 def answer():
     while True:
         data, client = udp.recvfrom(99)
         udp.sendto(data.upper(), client)
-threading.Thread(target=answer).start()
-while True:
-    tcp.accept()[0].sendall(b'served')
+def serve(listener):
+    while True:
+        listener.accept()[0].sendall(b'served')
+for target, arguments in (answer, ()), (serve, (tcp,)), (serve, (other,)):
+    threading.Thread(target=target, args=arguments).start()
 end
-until grep -q :2329 /proc/net/udp && grep -q :1F41 /proc/net/tcp; do :; done",
+until grep -q :2329 /proc/net/udp && grep -q :1F42 /proc/net/tcp; do :; done",
     );
     let said = network.outside.python(
         "import socket
