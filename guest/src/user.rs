@@ -1,8 +1,9 @@
 //! The spec's `user` (contract §1.5), resolved against the guest's own `/etc/passwd` and
 //! `/etc/group`: `uid`, `uid:gid`, `name` or `name:group`.
 
-use std::fs;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 
 /// Who a program runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,11 +34,16 @@ pub fn resolve(user: Option<&str>) -> Result<Identity, String> {
     }
 }
 
+/// Most bytes of an account file that are looked at.
+const MAX_FILE: u64 = 16 << 20;
+
 /// A file's text; one that is not there is empty, and bytes that are no text matter only to the lines
-/// they are in.
+/// they are in. What an image has there instead of a file keeps nobody waiting.
 fn read(path: &str) -> Result<String, String> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+    let mut bytes = Vec::new();
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    match file.and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes)) {
+        Ok(_) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
         Err(error) => Err(format!("read the guest's {path}: {error}")),
     }
