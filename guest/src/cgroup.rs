@@ -7,11 +7,11 @@
 
 use std::cell::RefCell;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use crate::sys;
+use crate::sys::{self, files};
 
 /// Where programs look for the hierarchy.
 const MOUNT_POINT: &str = "/sys/fs/cgroup";
@@ -121,6 +121,15 @@ impl BoxCgroup {
     /// If the kernel lacks `cgroup.kill`, or there are no descriptors left.
     pub fn kill(&self) -> io::Result<()> {
         sys::open_below(&self.directory, "cgroup.kill")?.write_all(b"1")
+    }
+
+    /// How many of the box's processes its kernel has killed for want of memory, so far as that is known.
+    pub fn oom_kills(&self) -> u64 {
+        let mut text = String::new();
+        let events = files::read_below(&self.directory, "memory.events");
+        let _ = events.and_then(|mut file| file.read_to_string(&mut text));
+        let counts = text.lines().filter_map(|line| line.strip_prefix("oom_kill "));
+        counts.filter_map(|count| count.parse().ok()).next().unwrap_or(0)
     }
 
     /// Creates the cgroup of the command that a session runs.

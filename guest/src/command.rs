@@ -1,4 +1,4 @@
-//! An exec session (contract §4): one request, its command or file, and the reply.
+//! A command that a client has asked for (contract §4.4): its start, its input and output, its end.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -7,16 +7,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use mote_agent::exec::{
-    self, DEFAULT_TIMEOUT_NS, ExecRequest, MAX_CHUNK, Request, Stream, TIMEOUT_NOTE, control, kind,
+    DEFAULT_TIMEOUT_NS, ExecExit, ExecRequest, MAX_CHUNK, Stream, TIMEOUT_NOTE, control, kind,
 };
 use mote_agent::frame::{self, Frame};
 
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, HANG_UP_CHECK, Received};
 use crate::launch::{self, Refusal, SETUP_FAILED, doing};
-use crate::session::{Context, environment, exit_code, program, working_dir};
+use crate::reply::Reply;
+use crate::session::{Context, Root, environment, exit_code, program, working_dir};
 use crate::sys::{self, Interest, until};
-use crate::transfer;
 
 /// Exit code of a command that could not be started (contract §4.4).
 const NOT_STARTED: i32 = 127;
@@ -28,39 +28,6 @@ const INPUT_FULL: usize = 256 * 1024;
 const QUOTED: usize = 1024;
 /// Reads of one stream before the session looks at its other work.
 const ROUNDS: usize = 16;
-
-/// Serves one connection to its end.
-pub fn session(mut connection: Connection, context: &Context<'_>) {
-    let Some(request) = connection.wait_for_frame() else { return };
-    if request.kind == kind::HEARTBEAT {
-        connection.send(&frame::encode(kind::HEARTBEAT, &request.payload));
-        return connection.finish();
-    }
-    match Request::parse(&request.payload) {
-        Ok(Request::File(request)) => {
-            let response = transfer::carry_out(&request);
-            // A response is plain data, which always serialises.
-            let json = serde_json::to_vec(&response).unwrap_or_default();
-            connection.send(&frame::encode(kind::DATA, &json));
-        }
-        Ok(Request::Exec(request)) => {
-            let mut reply = Reply::new(request.streaming);
-            match run(&request, &mut connection, &mut reply, context) {
-                Ended::Code(code) => reply.finish(code, None, &mut connection),
-                Ended::ByAgent(end) if request.streaming && request.explain => {
-                    reply.finish(end.shell_code.into(), Some(end.reason), &mut connection);
-                }
-                Ended::ByAgent(end) => {
-                    reply.push(Stream::Stderr, &end.note, &mut connection);
-                    reply.finish(end.code, None, &mut connection);
-                }
-                Ended::HungUp => return,
-            }
-        }
-        Err(text) => connection.send(&frame::encode(kind::ERROR, text.as_bytes())),
-    }
-    connection.finish();
-}
 
 /// How a command's session ends.
 enum Ended {
@@ -84,21 +51,52 @@ struct EndByAgent {
     reason: String,
 }
 
-fn run(
+/// Runs a command, whose output goes into the reply; `None` if its client has gone away.
+pub fn run(
+    request: &ExecRequest,
+    connection: &mut Connection,
+    reply: &mut Reply,
+    context: &Context<'_>,
+) -> Option<ExecExit> {
+    // Nobody else is told.
+    let oom_kills = request.streaming.then(|| context.cgroup.oom_kills());
+    let (exit_code, reason) = match attempt(request, connection, reply, context) {
+        Ended::Code(code) => (code, None),
+        Ended::ByAgent(end) if request.streaming && request.explain => {
+            (end.shell_code.into(), Some(end.reason))
+        }
+        Ended::ByAgent(end) => {
+            reply.push(Stream::Stderr, &end.note, connection);
+            (end.code, None)
+        }
+        Ended::HungUp => return None,
+    };
+    let oom_killed = oom_kills.is_some_and(|before| context.cgroup.oom_kills() > before);
+    Some(ExecExit { exit_code, oom_killed, reason })
+}
+
+fn attempt(
     request: &ExecRequest,
     connection: &mut Connection,
     reply: &mut Reply,
     context: &Context<'_>,
 ) -> Ended {
-    if request.cmd.is_empty() {
-        return Ended::ByAgent(EndByAgent {
+    let refused = |note: &str, reason: &str| {
+        Ended::ByAgent(EndByAgent {
             code: 1,
-            note: b"Empty command".to_vec(),
+            note: note.into(),
             shell_code: SETUP_FAILED,
-            reason: "the command is empty".into(),
-        });
+            reason: reason.into(),
+        })
+    };
+    if request.cmd.is_empty() {
+        return refused("Empty command", "the command is empty");
     }
-    match Command::start(request, context) {
+    let root = match Root::new(request.rootfs.as_ref(), request.working_dir.as_ref()) {
+        Ok(root) => root,
+        Err(reason) => return refused(&reason, &reason),
+    };
+    match Command::start(request, root, context) {
         Ok(command) => command.serve(connection, reply, context),
         Err(Refusal { code, reason }) => {
             let name: String = request.cmd[0].to_string_lossy().chars().take(QUOTED).collect();
@@ -147,11 +145,17 @@ struct Command {
     deadline: Option<Instant>,
     time_limit: Duration,
     timed_out: bool,
+    /// Whether it runs on when its client goes away, who may ask again.
+    outlives_client: bool,
     hung_up: bool,
 }
 
 impl Command {
-    fn start(request: &ExecRequest, context: &Context<'_>) -> Result<Self, Refusal> {
+    fn start(
+        request: &ExecRequest,
+        root: Option<Root<'_>>,
+        context: &Context<'_>,
+    ) -> Result<Self, Refusal> {
         let cgroup =
             context.cgroup.create_command(context.session).map_err(doing("create its cgroup"))?;
         let (stdout, stdout_end) = sys::pipe().map_err(doing("create a pipe"))?;
@@ -164,7 +168,10 @@ impl Command {
             (File::open("/dev/null").map_err(doing("open /dev/null"))?.into(), None)
         };
         let env = environment(&request.env, context);
-        let workdir = working_dir(request.working_dir.as_ref(), context);
+        let workdir = working_dir(request.working_dir.as_ref(), root.as_ref(), context);
+        if let Some(root) = root {
+            root.enter().map_err(doing("enter its root"))?;
+        }
         let program = program(&request.cmd, &env, &workdir, request.user.as_deref(), context);
         let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
         let pid = launch::start(&program, stdio, cgroup.procs())?;
@@ -191,6 +198,7 @@ impl Command {
             deadline: Instant::now().checked_add(time_limit),
             time_limit,
             timed_out: false,
+            outlives_client: request.request_id.is_some(),
             hung_up: false,
         })
     }
@@ -214,7 +222,9 @@ impl Command {
             let listening = receiving && !connection.has_ended();
             if !listening && !self.hung_up && connection.is_hung_up() {
                 self.hung_up = true;
-                self.cgroup.kill();
+                if !self.outlives_client {
+                    self.cgroup.kill();
+                }
             }
             let now = Instant::now();
             if self.deadline.is_some_and(|deadline| now >= deadline) {
@@ -289,10 +299,10 @@ impl Command {
                 connection.send(&frame::encode(kind::CONTROL, control::FLUSH_ACK));
             }
             other => {
-                let number = other.strip_prefix(control::SIGNAL_MAIN);
-                let number =
-                    number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
-                if let Some(number) = number.filter(|number| (1..=64).contains(number)) {
+                if let Some(number) = control::signal(other, control::SIGNAL) {
+                    sys::signal_group(self.pid, number);
+                }
+                if let Some(number) = control::signal(other, control::SIGNAL_MAIN) {
                     sys::signal(context.entrypoint, number);
                     connection.send(&frame::encode(kind::CONTROL, control::SIGNAL_MAIN_ACK));
                 }
@@ -354,7 +364,7 @@ impl Command {
     /// goes on to write.
     fn finish(mut self, connection: &mut Connection, reply: &mut Reply) -> Ended {
         let status = sys::wait_for(self.pid);
-        if self.hung_up {
+        if self.hung_up && !self.outlives_client {
             return Ended::HungUp;
         }
         for at in 0..self.outputs.len() {
@@ -380,88 +390,6 @@ impl Command {
                 shell_code: SETUP_FAILED,
                 reason: format!("wait for the command: {error}"),
             }),
-        }
-    }
-}
-
-/// Where output goes: out at once, or into one reply at the end.
-#[derive(Debug)]
-enum Reply {
-    Streaming,
-    /// The arrays of [`exec::ExecOutput`], as JSON text already: they are nearly all of the reply.
-    Whole {
-        stdout: Vec<u8>,
-        stderr: Vec<u8>,
-        truncated: bool,
-    },
-}
-
-/// Characters of a whole reply that only one stream's output may use, so that a flood on the other
-/// cannot hide it.
-const RESERVED: usize = 1 << 20;
-/// Characters for everything else in the reply, with the note about a time limit.
-const AROUND: usize = 512;
-
-impl Reply {
-    fn new(streaming: bool) -> Self {
-        match streaming {
-            true => Reply::Streaming,
-            false => Reply::Whole { stdout: Vec::new(), stderr: Vec::new(), truncated: false },
-        }
-    }
-
-    /// Whether output should be read: always, if it is kept or dropped here.
-    fn has_room(&self, connection: &Connection) -> bool {
-        match self {
-            Reply::Streaming => !connection.is_full(),
-            Reply::Whole { .. } => true,
-        }
-    }
-
-    fn push(&mut self, stream: Stream, bytes: &[u8], connection: &mut Connection) {
-        match self {
-            Reply::Streaming => connection.send(&exec::chunk_frame(stream, bytes)),
-            Reply::Whole { stdout, stderr, truncated } => {
-                let (to, other) = match stream {
-                    Stream::Stdout => (stdout, stderr),
-                    Stream::Stderr => (stderr, stdout),
-                };
-                let limit = exec::MAX_PAYLOAD - AROUND - other.len().max(RESERVED);
-                let note = if bytes == TIMEOUT_NOTE { AROUND / 2 } else { 0 };
-                let mut rest = bytes;
-                while !rest.is_empty() {
-                    // At most four characters a byte.
-                    let room = (limit + note).saturating_sub(to.len()) / 4;
-                    if room == 0 {
-                        *truncated = true;
-                        break;
-                    }
-                    let (now, later) = rest.split_at(room.min(rest.len()));
-                    exec::push_numbers(to, now, to.is_empty());
-                    rest = later;
-                }
-            }
-        }
-    }
-
-    /// Ends the reply; only a streaming one has a `reason`.
-    fn finish(self, exit_code: i32, reason: Option<String>, connection: &mut Connection) {
-        match self {
-            Reply::Streaming => connection.send(&exec::exit_frame(exit_code, reason)),
-            Reply::Whole { stdout, stderr, truncated } => {
-                let end = if truncated { ",\"truncated\":true}" } else { "}" };
-                let end = format!("],\"exit_code\":{exit_code}{end}");
-                let (start, middle) = (b"{\"stdout\":[", b"],\"stderr\":[");
-                let length = start.len() + stdout.len() + middle.len() + stderr.len() + end.len();
-                // Piece by piece: a whole copy of this may be more memory than the box has.
-                connection.send(&frame::header(kind::DATA, length as u32));
-                connection.send(start);
-                connection.send(&stdout);
-                drop(stdout);
-                connection.send(middle);
-                connection.send(&stderr);
-                connection.send(end.as_bytes());
-            }
         }
     }
 }

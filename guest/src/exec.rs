@@ -9,6 +9,8 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+use crate::files;
+pub use crate::files::FileOp;
 use crate::text::Text;
 
 /// Frame types (contract §4.1).
@@ -25,8 +27,9 @@ pub mod kind {
     pub const CLOSE: u8 = 0x05;
 }
 
-/// Instructions to a streaming command, the payloads of [`kind::CONTROL`] frames from the client
-/// (contract §4.3, "later additions").
+/// Instructions, the payloads of [`kind::CONTROL`] frames from the client (contract §4.3, "later
+/// additions"): to a command that runs, but for [`control::SIGNAL_MAIN`], which may also be all that a
+/// connection is for.
 pub mod control {
     /// Kill the command.
     pub const CANCEL: &[u8] = b"cancel";
@@ -36,14 +39,28 @@ pub mod control {
     pub const FLUSH: &[u8] = b"flush";
     /// The answer to [`FLUSH`].
     pub const FLUSH_ACK: &[u8] = b"flush-ack";
+    /// Prefix of a signal number for the command's process group.
+    pub const SIGNAL: &[u8] = b"signal:";
     /// Prefix of a signal number for the box's entrypoint.
     pub const SIGNAL_MAIN: &[u8] = b"signal-main:";
     /// The answer to [`SIGNAL_MAIN`].
     pub const SIGNAL_MAIN_ACK: &[u8] = b"signal-main-ack";
+
+    /// Longest instruction that a connection may begin with.
+    pub const MAX_FIRST: usize = 64;
+
+    /// The signal that an instruction names behind this prefix; `None` for anything else.
+    pub fn signal(instruction: &[u8], prefix: &[u8]) -> Option<i32> {
+        let digits = str::from_utf8(instruction.strip_prefix(prefix)?).ok()?;
+        digits.parse().ok().filter(|number| (1..=64).contains(number))
+    }
 }
 
 /// Longest payload in either direction.
 pub const MAX_PAYLOAD: usize = 16 << 20;
+
+/// Most bytes of each output that the reply to a request with a `request_id` carries.
+pub const MAX_REPEATED_OUTPUT: usize = 1 << 20;
 
 /// The time limit that `timeout_ns: 0` means.
 pub const DEFAULT_TIMEOUT_NS: u64 = 5_000_000_000;
@@ -52,7 +69,7 @@ pub const DEFAULT_TIMEOUT_NS: u64 = 5_000_000_000;
 pub const TIMEOUT_NOTE: &[u8] = b"\nProcess killed: timeout exceeded";
 
 /// Run a command.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// Program and arguments.
     pub cmd: Vec<Text>,
@@ -76,6 +93,12 @@ pub struct ExecRequest {
     /// Whether [`kind::DATA`] frames after this one are its standard input.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stdin_streaming: bool,
+    /// Directory of the guest that is the command's root; the box's own by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rootfs: Option<Text>,
+    /// What makes a repeated request without `streaming` the same one: it runs once, and has one answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
     /// mote's own: whether an end that is not the command's own is told by [`ExecExit::reason`], not on
     /// its standard error. For commands with `streaming`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -103,15 +126,6 @@ pub struct FileRequest {
     /// mote's own: permission bits that the uploaded file gets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<u32>,
-}
-
-/// Direction of a file's move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum FileOp {
-    /// Into the guest.
-    Upload,
-    /// Out of it.
-    Download,
 }
 
 /// The reply to a [`FileRequest`].
@@ -144,7 +158,7 @@ pub struct ExecOutput {
     pub stderr: Vec<u8>,
     /// Its exit code; 128+n if signal n killed it.
     pub exit_code: i32,
-    /// mote's own: whether output was left out because the reply would have been too long.
+    /// Whether output was left out because the reply would have been too long.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub truncated: bool,
 }
@@ -168,10 +182,13 @@ pub struct ExecChunk {
 }
 
 /// The end of a streaming command.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecExit {
     /// Its exit code; 128+n if signal n killed it.
     pub exit_code: i32,
+    /// Whether the box's kernel killed something of the box for want of memory meanwhile.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub oom_killed: bool,
     /// mote's own, for requests with `explain`: why it did not start, with the code 127 (it is not there), 126
     /// (it cannot be executed) or 125 (the guest could not set it up), or why the agent killed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -185,22 +202,28 @@ pub enum Request {
     Exec(ExecRequest),
     /// Move a file.
     File(FileRequest),
+    /// What came in the later runtime's envelope.
+    Enveloped(files::Request),
 }
 
 impl Request {
-    /// Reads a request. The two kinds are told apart by their members alone.
+    /// Reads a request. The kinds are told apart by their members alone.
     ///
     /// # Errors
     /// The text for the [`kind::ERROR`] frame.
     pub fn parse(payload: &[u8]) -> Result<Request, String> {
         #[derive(Deserialize)]
         struct Members {
+            request_type: Option<IgnoredAny>,
             cmd: Option<IgnoredAny>,
             op: Option<IgnoredAny>,
         }
         let invalid = |error: serde_json::Error| format!("Invalid JSON: {error}");
         match serde_json::from_slice(payload).map_err(invalid)? {
-            Members { cmd: None, op: Some(_) } => {
+            Members { request_type: Some(_), .. } => serde_json::from_slice(payload)
+                .map(Request::Enveloped)
+                .map_err(|error| format!("Invalid guest session request: {error}")),
+            Members { cmd: None, op: Some(_), .. } => {
                 serde_json::from_slice(payload).map(Request::File).map_err(invalid)
             }
             _ => serde_json::from_slice(payload).map(Request::Exec).map_err(invalid),
@@ -327,9 +350,9 @@ pub fn parse_chunk(payload: &[u8]) -> Option<ExecChunk> {
 }
 
 /// The frame of an [`ExecExit`].
-pub fn exit_frame(exit_code: i32, reason: Option<String>) -> Vec<u8> {
+pub fn exit_frame(exit: &ExecExit) -> Vec<u8> {
     // Plain data, which always serialises.
-    let json = serde_json::to_vec(&ExecExit { exit_code, reason }).unwrap_or_default();
+    let json = serde_json::to_vec(exit).unwrap_or_default();
     crate::frame::encode(kind::CONTROL, &json)
 }
 
@@ -348,6 +371,8 @@ mod tests {
             user: None,
             streaming: false,
             stdin_streaming: false,
+            rootfs: None,
+            request_id: None,
             explain: false,
         }
     }
@@ -371,7 +396,10 @@ mod tests {
             chunk_frame(Stream::Stdout, b"hi\n"),
             encode(kind::DATA, br#"{"stream":"Stdout","data":[104,105,10]}"#)
         );
-        assert_eq!(exit_frame(0, None), encode(kind::CONTROL, br#"{"exit_code":0}"#));
+        let exit = |oom_killed| ExecExit { exit_code: 0, oom_killed, reason: None };
+        assert_eq!(exit_frame(&exit(false)), encode(kind::CONTROL, br#"{"exit_code":0}"#));
+        let killed = br#"{"exit_code":0,"oom_killed":true}"#;
+        assert_eq!(exit_frame(&exit(true)), encode(kind::CONTROL, killed));
 
         let upload = r#"{"op":"Upload","guest_path":"/tmp/f","data":"aGkK"}"#;
         let file = FileRequest {
@@ -397,9 +425,31 @@ mod tests {
             ("[1]", "Invalid JSON: "),
             (r#"{"op":"Move","guest_path":"/"}"#, "Invalid JSON: unknown variant `Move`"),
             (r#"{"cmd":["x"],"timeout_ns":-1}"#, "Invalid JSON: "),
+            (
+                r#"{"request_type":"file","cmd":["x"],"timeout_ns":0}"#,
+                "Invalid guest session request: missing field `request`",
+            ),
+            (
+                r#"{"request_type":"other","request":{}}"#,
+                "Invalid guest session request: unknown variant `other`",
+            ),
         ] {
             let error = Request::parse(text.as_bytes()).expect_err(text);
             assert!(error.starts_with(start), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn signals_have_numbers() {
+        let signal = |text: &str| control::signal(text.as_bytes(), control::SIGNAL);
+        assert_eq!(
+            ["signal:1", "signal:15", "signal:64"].map(signal),
+            [Some(1), Some(15), Some(64)]
+        );
+        for text in
+            ["signal:0", "signal:65", "signal:-9", "signal:", "signal:TERM", "signal-main:9"]
+        {
+            assert_eq!(signal(text), None, "{text}");
         }
     }
 

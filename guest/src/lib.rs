@@ -5,10 +5,11 @@
 //! - [`frame`]: the framing of all channels
 //! - [`protocol`]: the messages on the control channel, and the vsock ports
 //! - [`text`]: words, variables and paths of the guest
-//! - [`exec`], [`pty`]: what clients of the box's sockets say
+//! - [`files`], [`exec`], [`pty`]: what clients of the box's sockets say
 //! - [`flow`]: how network connections travel
 
 pub mod exec;
+pub mod files;
 pub mod flow;
 pub mod frame;
 pub mod instance;

@@ -9,14 +9,16 @@
 //! Each module uses only those above it, and the library ([`mote_agent`]):
 //!
 //! - [`sys`]: the system calls
-//! - [`sys::net`]: those of networking
+//! - [`sys::net`], [`sys::files`]: those of networking, and some about files
 //! - [`etc`]: files of `/etc` in the place of the image's
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
 //! - [`launch`]: starting a program, from all of these
 //! - [`host`], [`connection`]: the connections to the VMM, and to a client
-//! - [`session`], [`transfer`]: what sessions have in common, and files in and out
-//! - [`command`], [`terminal`]: the two kinds of sessions
+//! - [`session`], [`reply`]: what sessions have in common, and what a command's client gets
+//! - [`command`], [`terminal`]: commands, and terminals, one of the two kinds of sessions
+//! - [`place`], [`transfer`], [`directory`]: where paths lead, files in and out, and directories
+//! - [`journal`], [`request`]: what is done only once, and the other kind of sessions
 //! - [`server`]: takes clients, and gives each a session
 //! - [`tsi`]: carries the connections of the box's programs
 //! - [`prepare`]: everything before the entrypoint
@@ -25,12 +27,17 @@
 mod cgroup;
 mod command;
 mod connection;
+mod directory;
 mod etc;
 mod host;
+mod journal;
 mod launch;
 mod mount;
 mod network;
+mod place;
 mod prepare;
+mod reply;
+mod request;
 mod resolv;
 mod seccomp;
 mod server;

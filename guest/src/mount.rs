@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
 
 use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
@@ -96,6 +97,26 @@ pub fn kernel_file_systems() -> Result<(), String> {
         symlink(target, link).map_err(|e| format!("create the link {link}: {e}"))?;
     }
     Ok(())
+}
+
+/// Mounts those that hardly any program does without below another root, where nothing is mounted yet. A
+/// failure is the program's to notice.
+pub fn kernel_file_systems_below(root: &Path) {
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+    let Ok(of_root) = device(root) else { return };
+    for (name, fstype, flags) in [
+        ("proc", "proc", NOSUID_NODEV_NOEXEC),
+        ("sys", "sysfs", NOSUID_NODEV_NOEXEC),
+        ("dev", "devtmpfs", libc::MS_NOSUID),
+    ] {
+        let target = root.join(name);
+        let _ = fs::create_dir(&target);
+        if let (Ok(there), Some(target)) = (device(&target), target.to_str())
+            && there == of_root
+        {
+            let _ = sys::mount(fstype, target, fstype, flags, "");
+        }
+    }
 }
 
 /// Mounts what the spec asks for; then the root is made read-only, if it shall be.

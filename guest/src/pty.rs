@@ -16,7 +16,8 @@ pub mod kind {
     pub const RESIZE: u8 = 0x03;
     /// The command has ended ([`super::PtyExit`]).
     pub const EXIT: u8 = 0x04;
-    /// A text: why there is no session.
+    /// From the guest a text: why there is no session. From the client, later: an end of the session, if
+    /// it is empty, or [`crate::exec::control::SIGNAL`] with a number.
     pub const ERROR: u8 = 0x05;
 }
 
@@ -40,6 +41,9 @@ pub struct PtyRequest {
     /// Directory to start in; the box's own by default.
     #[serde(default)]
     pub working_dir: Option<Text>,
+    /// Directory of the guest that is the command's root; the box's own by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rootfs: Option<Text>,
     /// `uid`, `uid:gid`, `name` or `name:group`; root by default.
     #[serde(default)]
     pub user: Option<String>,
@@ -67,6 +71,9 @@ pub struct PtyResize {
 pub struct PtyExit {
     /// Its exit code; 128+n if signal n killed it.
     pub exit_code: i32,
+    /// As [`crate::exec::ExecExit::oom_killed`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub oom_killed: bool,
     /// mote's own, for requests with `explain`: as [`crate::exec::ExecExit::reason`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -84,6 +91,7 @@ mod tests {
             cmd: vec!["/bin/sh".into()],
             env: vec![],
             working_dir: None,
+            rootfs: None,
             user: None,
             cols: 80,
             rows: 24,
@@ -96,8 +104,8 @@ mod tests {
         assert_eq!(encode(kind::REQUEST, text.as_bytes())[..5], [1, 0, 0, 0, 0x4f]);
         let resize = serde_json::to_string(&PtyResize { cols: 120, rows: 40 }).expect("serialises");
         assert_eq!(encode(kind::RESIZE, resize.as_bytes())[..5], [3, 0, 0, 0, 0x16]);
-        let exit =
-            serde_json::to_string(&PtyExit { exit_code: 0, reason: None }).expect("serialises");
+        let exit = PtyExit { exit_code: 0, oom_killed: false, reason: None };
+        let exit = serde_json::to_string(&exit).expect("serialises");
         assert_eq!(encode(kind::EXIT, exit.as_bytes()), b"\x04\0\0\0\x0f{\"exit_code\":0}");
     }
 }

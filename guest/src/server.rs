@@ -8,7 +8,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use mote_agent::exec;
@@ -18,9 +18,10 @@ use mote_agent::pty;
 
 use crate::cgroup::BoxCgroup;
 use crate::connection::{Connection, PATIENCE};
+use crate::journal::Journal;
 use crate::session::Context;
 use crate::sys::{self, ExitStatus, Interest, Reaped, net};
-use crate::{command, terminal};
+use crate::{request, terminal};
 
 /// Connections accepted before the agent looks at its other work.
 const ACCEPTS: usize = 64;
@@ -80,6 +81,8 @@ pub struct Server {
     pending: Vec<PendingClient>,
     sessions: Vec<Session>,
     last_session: u64,
+    /// What sessions share, once there is one.
+    journal: Option<Journal>,
     /// Sessions that have ended while something of their command still ran.
     survived: Vec<u64>,
 }
@@ -104,6 +107,7 @@ impl Server {
             pending: Vec::new(),
             sessions: Vec::new(),
             last_session: 0,
+            journal: None,
             survived: Vec::new(),
         })
     }
@@ -201,13 +205,20 @@ impl Server {
         self.last_session += 1;
         let context = &Context { session: self.last_session, ..*context };
         let PendingClient { service, socket, header, .. } = client;
-        let keep: Vec<BorrowedFd<'_>> =
-            [socket.as_fd()].into_iter().chain(context.cgroup.descriptors()).collect();
+        if self.journal.is_none() {
+            // A kernel of the user's own may be without tmpfs: then no request can have an id.
+            self.journal = Journal::new().ok();
+        }
+        let journal = self.journal.as_ref();
+        let mut keep = vec![socket.as_fd()];
+        keep.extend(context.cgroup.descriptors());
+        keep.extend(journal.map(Journal::descriptor));
         let pid = sys::fork(&keep, NAME, || {
             let Ok(socket) = socket.try_clone() else { return };
             match service {
                 Service::Exec => {
-                    command::session(Connection::new(socket, header, exec::MAX_PAYLOAD), context);
+                    let connection = Connection::new(socket, header, exec::MAX_PAYLOAD);
+                    request::session(connection, context, journal);
                 }
                 Service::Pty => {
                     terminal::session(Connection::new(socket, header, pty::MAX_PAYLOAD), context);
@@ -247,6 +258,12 @@ fn judge(service: Service, header: [u8; HEADER_LEN]) -> Verdict {
                 Verdict::Session
             }
         }
+        (Service::Exec, exec::kind::CONTROL)
+            if (exec::control::SIGNAL_MAIN.len()..=exec::control::MAX_FIRST)
+                .contains(&(length as usize)) =>
+        {
+            Verdict::Session
+        }
         (Service::Exec, _) => Verdict::Reply(error_frame(service, "Expected Data frame")),
         (Service::Pty, pty::kind::REQUEST) if !too_long(pty::MAX_PAYLOAD) => Verdict::Session,
         (Service::Pty, pty::kind::DATA..=pty::kind::ERROR) if !too_long(pty::MAX_PAYLOAD) => {
@@ -281,6 +298,13 @@ mod tests {
         for kind in [0, 2, 4, 5, 6, 0xff] {
             assert_eq!(exec([kind, 0, 0, 0, 0]), expected);
         }
+        // What may be `signal-main:`, with a number behind it.
+        for (length, verdict) in
+            [(11, &expected), (12, &Verdict::Session), (64, &Verdict::Session), (65, &expected)]
+        {
+            assert_eq!(exec([2, 0, 0, 0, length]), *verdict, "{length}");
+        }
+        assert_eq!(exec([2, 0, 1, 0, 12]), expected);
         let Verdict::Reply(refused) = exec([1, 1, 0, 0, 1]) else { panic!("too long") };
         assert!(refused.ends_with(b"Frame of 16777217 bytes is too long (limit 16777216)"));
 

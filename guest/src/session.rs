@@ -1,7 +1,9 @@
 //! What sessions for commands and for terminals have in common: the box that they work in, the
-//! program that a request asks for, and the exit code that the client is told.
+//! program that a request asks for and its root, and the exit code that the client is told.
 
 use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +12,8 @@ use mote_agent::text::Text;
 
 use crate::cgroup::BoxCgroup;
 use crate::launch::Program;
-use crate::sys::ExitStatus;
+use crate::mount;
+use crate::sys::{self, ExitStatus};
 
 /// What a session needs of the box.
 #[derive(Debug, Clone, Copy)]
@@ -54,10 +57,50 @@ pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, Os
     of_box.map(|(name, value)| (name.into(), value.into())).chain(own).collect()
 }
 
-/// A request's directory, seen from the box's own.
-pub fn working_dir(request: Option<&Text>, context: &Context<'_>) -> PathBuf {
-    let own = Path::new(&context.instance.exec_workdir);
+/// A request's directory, seen from the box's own, or from the root that the request names.
+pub fn working_dir(
+    request: Option<&Text>,
+    root: Option<&Root<'_>>,
+    context: &Context<'_>,
+) -> PathBuf {
+    let own = root.map_or(Path::new(&context.instance.exec_workdir), |_| Path::new("/"));
     own.join(request.map_or(OsStr::new(""), |directory| directory))
+}
+
+/// A directory of the guest that a request's command has as its root (contract §4.7).
+#[derive(Debug)]
+pub struct Root<'a>(&'a Path);
+
+impl<'a> Root<'a> {
+    /// The one that a request names, if any.
+    ///
+    /// # Errors
+    /// The text for the client: it is no directory, or not to be named.
+    pub fn new(request: Option<&'a Text>, workdir: Option<&Text>) -> Result<Option<Self>, String> {
+        let Some(named) = request else { return Ok(None) };
+        let path = Path::new(&**named);
+        let has_nul = |text: &Text| text.as_bytes().contains(&0);
+        if !path.is_absolute() || has_nul(named) || workdir.is_some_and(has_nul) {
+            return Err(format!("Invalid rootfs path: {named}"));
+        }
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => Ok(Some(Root(path))),
+            Ok(_) => Err(format!("Rootfs path is not a directory: {named}")),
+            Err(error) => Err(format!("Rootfs path is unavailable: {named} ({error})")),
+        }
+    }
+
+    /// Makes it the root of this process, and so of what it starts.
+    ///
+    /// # Errors
+    /// Those of chroot(2).
+    pub fn enter(self) -> io::Result<()> {
+        mount::kernel_file_systems_below(self.0);
+        // Behind it there may be no /proc, by which the command is made so.
+        sys::no_longer_spare();
+        sys::chroot(self.0)?;
+        std::env::set_current_dir("/")
+    }
 }
 
 /// As a shell has it: a status, or 128+n for signal n.

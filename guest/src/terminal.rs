@@ -5,13 +5,14 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use mote_agent::exec::control;
 use mote_agent::frame::{self, Frame};
 use mote_agent::pty::{MAX_DATA, PtyExit, PtyRequest, PtyResize, kind};
 
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, Received};
-use crate::launch::{self, Program, Refusal, doing};
-use crate::session::{Context, environment, exit_code, program, working_dir};
+use crate::launch::{self, Program, Refusal, SETUP_FAILED, doing};
+use crate::session::{Context, Root, environment, exit_code, program, working_dir};
 use crate::sys::{self, Interest};
 
 /// Exit code of a command that could not be started (contract §5).
@@ -37,29 +38,42 @@ pub fn session(mut connection: Connection, context: &Context<'_>) {
         connection.send(&frame::encode(kind::ERROR, b"Empty command"));
         return connection.finish();
     }
-    match Terminal::open(&request, context) {
+    let root = match Root::new(request.rootfs.as_ref(), request.working_dir.as_ref()) {
+        Ok(root) => root,
+        Err(reason) if request.explain => {
+            exit(SETUP_FAILED.into(), false, Some(reason), &mut connection);
+            return connection.finish();
+        }
+        Err(reason) => {
+            connection.send(&frame::encode(kind::ERROR, reason.as_bytes()));
+            return connection.finish();
+        }
+    };
+    let oom_kills = context.cgroup.oom_kills();
+    match Terminal::open(&request, root, context) {
         Ok(terminal) => {
             if let Some(code) = terminal.serve(&mut connection) {
-                exit(code, None, &mut connection);
+                let oom_killed = context.cgroup.oom_kills() > oom_kills;
+                exit(code, oom_killed, None, &mut connection);
             }
         }
         Err(Refusal { code, reason }) if request.explain => {
-            exit(code.into(), Some(reason), &mut connection);
+            exit(code.into(), false, Some(reason), &mut connection);
         }
         Err(Refusal { reason, .. }) => {
             let text = format!("{}: {reason}\r\n", request.cmd[0]);
             for part in text.as_bytes().chunks(MAX_DATA) {
                 connection.send(&frame::encode(kind::DATA, part));
             }
-            exit(NOT_STARTED, None, &mut connection);
+            exit(NOT_STARTED, false, None, &mut connection);
         }
     }
     connection.finish();
 }
 
-fn exit(exit_code: i32, reason: Option<String>, connection: &mut Connection) {
+fn exit(exit_code: i32, oom_killed: bool, reason: Option<String>, connection: &mut Connection) {
     // Plain data, which always serialises.
-    let json = serde_json::to_vec(&PtyExit { exit_code, reason }).unwrap_or_default();
+    let json = serde_json::to_vec(&PtyExit { exit_code, oom_killed, reason }).unwrap_or_default();
     connection.send(&frame::encode(kind::EXIT, &json));
 }
 
@@ -75,15 +89,21 @@ struct Terminal {
 
 impl Terminal {
     /// Starts the command.
-    fn open(request: &PtyRequest, context: &Context<'_>) -> Result<Self, Refusal> {
+    fn open(
+        request: &PtyRequest,
+        root: Option<Root<'_>>,
+        context: &Context<'_>,
+    ) -> Result<Self, Refusal> {
         let cgroup =
             context.cgroup.create_command(context.session).map_err(doing("create its cgroup"))?;
         let (master, slave) = sys::open_terminal().map_err(doing("open a terminal"))?;
         sys::resize_terminal(&master, request.cols, request.rows)
             .map_err(doing("size the terminal"))?;
         let env = environment(&request.env, context);
-        let mut workdir = working_dir(request.working_dir.as_ref(), context);
-        if !request.explain && !workdir.is_dir() {
+        let mut workdir = working_dir(request.working_dir.as_ref(), root.as_ref(), context);
+        if let Some(root) = root {
+            root.enter().map_err(doing("enter its root"))?;
+        } else if !request.explain && !workdir.is_dir() {
             // Contract §5: a directory that cannot be entered is ignored.
             workdir = "/".into();
         }
@@ -139,6 +159,13 @@ impl Terminal {
                     if let Ok(PtyResize { cols, rows }) = serde_json::from_slice(&payload) {
                         // The master is open, so this cannot fail.
                         let _ = sys::resize_terminal(&self.master, cols, rows);
+                    }
+                }
+                Received::Frame(Frame { kind: kind::ERROR, payload }) => {
+                    if payload.is_empty() {
+                        self.cgroup.kill();
+                    } else if let Some(number) = control::signal(&payload, control::SIGNAL) {
+                        sys::signal_group(self.pid, number);
                     }
                 }
                 Received::Frame(_) => {}

@@ -12,7 +12,7 @@ use serde::ser::{Serialize, Serializer};
 /// A string of Linux. In JSON it is a string, as the contract has it; one that is not UTF-8 is an array of
 /// bytes, which is mote's own: an agent that does not know it refuses the request, and never runs another
 /// command than was meant.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Text(OsString);
 
 impl<T: Into<OsString>> From<T> for Text {

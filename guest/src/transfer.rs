@@ -1,4 +1,5 @@
-//! Files in and out (contract §4.2, §4.3), in one piece or in parts.
+//! Files in and out: in one piece or in parts (contract §4.2, §4.3), or as the later runtime asks for them
+//! (contract §4.6).
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -6,6 +7,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use mote_agent::exec::{self, FileOp, FileRequest, FileResponse, MAX_FILE_PART};
+use mote_agent::files::{self, MAX_BOUNDED_BYTES};
+
+use crate::place::{Place, failed, make_directories};
 
 /// Carries out a request; a failure is a response too.
 pub fn carry_out(request: &FileRequest) -> FileResponse {
@@ -17,6 +21,82 @@ pub fn carry_out(request: &FileRequest) -> FileResponse {
         error: Some(format!("{}: {error}", request.guest_path)),
         ..FileResponse::default()
     })
+}
+
+/// Carries out a request in the later runtime's envelope; a failure is a response too.
+pub fn carry_out_enveloped(request: &files::FileRequest) -> FileResponse {
+    let attempt = || {
+        let path = Place::of(request.user.as_deref())?.path(&request.guest_path)?;
+        match request.op {
+            FileOp::Upload => put(&path, request),
+            FileOp::Download => get(&path, request.max_bytes),
+        }
+    };
+    attempt().unwrap_or_else(|error| FileResponse { error: Some(error), ..FileResponse::default() })
+}
+
+fn put(path: &Path, request: &files::FileRequest) -> Result<FileResponse, String> {
+    if request.max_bytes.is_some() {
+        return Err("max_bytes is only valid for file downloads".into());
+    }
+    let data = request.data.as_deref().ok_or("upload request is missing base64 data")?;
+    let data = exec::from_base64(data).map_err(|error| format!("upload {error}"))?;
+    make_directories(path.parent().ok_or("upload path has no parent directory")?)?;
+    if path.is_dir() {
+        return Err(format!("path is a directory: {}", path.display()));
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|error| failed("open", path, &error))?;
+    check_regular(&file, path)?;
+    file.write_all_at(&data, 0).map_err(|error| failed("write", path, &error))?;
+    Ok(FileResponse { success: true, size: data.len() as u64, ..FileResponse::default() })
+}
+
+fn get(path: &Path, max_bytes: Option<u64>) -> Result<FileResponse, String> {
+    if max_bytes.is_some_and(|limit| !(1..=MAX_BOUNDED_BYTES).contains(&limit)) {
+        return Err(format!("download max_bytes must be between 1 and {MAX_BOUNDED_BYTES}"));
+    }
+    if path.is_dir() {
+        return Err(format!("path is a directory: {}", path.display()));
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => format!("file not found: {}", path.display()),
+        _ => failed("open", path, &error),
+    })?;
+    let size = check_regular(&file, path)?;
+    let limit = max_bytes.unwrap_or(MAX_FILE_PART as u64);
+    if size > limit && max_bytes.is_some() {
+        return Err(format!("download target is {size} bytes; max_bytes is {limit}"));
+    }
+    let mut data = Vec::new();
+    // Files of /proc do not tell their size: reading does.
+    (&file).take(limit + 1).read_to_end(&mut data).map_err(|error| failed("read", path, &error))?;
+    match max_bytes {
+        _ if data.len() as u64 <= limit => {}
+        Some(limit) => {
+            return Err(format!("download target grew beyond max_bytes ({limit}) while reading"));
+        }
+        None => {
+            return Err(format!(
+                "download target has more than the {limit} bytes that one reply can carry"
+            ));
+        }
+    }
+    let size = data.len() as u64;
+    let data = Some(exec::to_base64(&data));
+    Ok(FileResponse { success: true, data, size, ..FileResponse::default() })
+}
+
+/// The size of a regular file.
+fn check_regular(file: &File, path: &Path) -> Result<u64, String> {
+    let metadata = file.metadata().map_err(|error| failed("stat", path, &error))?;
+    if !metadata.is_file() {
+        return Err(format!("path is not a regular file: {}", path.display()));
+    }
+    Ok(metadata.len())
 }
 
 fn upload(request: &FileRequest) -> Result<FileResponse, String> {
@@ -137,6 +217,80 @@ mod tests {
         // Uploading anew empties the file first.
         carry_out(&request(FileOp::Upload, &path, Some(b"x")));
         assert_eq!(fs::read(&path).expect("there"), b"x");
+        fs::remove_dir_all(&dir).expect("removed");
+    }
+
+    #[test]
+    fn enveloped_requests_have_the_runtimes_words() {
+        let dir = std::env::temp_dir().join(format!("mote-transfer-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        let ask = |op, path: &Path, data: Option<&str>, max_bytes| {
+            carry_out_enveloped(&files::FileRequest {
+                op,
+                guest_path: path.into(),
+                data: data.map(Into::into),
+                user: None,
+                max_bytes,
+                request_id: None,
+            })
+        };
+        let path = dir.join("new/file");
+        let up = ask(FileOp::Upload, &path, Some("aGVsbG8="), None);
+        assert_eq!(up, FileResponse { success: true, size: 5, ..FileResponse::default() });
+        let down = ask(FileOp::Download, &path, None, Some(5));
+        assert_eq!((down.data.as_deref(), down.size, down.error), (Some("aGVsbG8="), 5, None));
+        // A pipe that nobody else has open would keep us waiting.
+        let pipe = dir.join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("runs");
+        assert!(made.success());
+        let (upload, download) = (FileOp::Upload, FileOp::Download);
+        for (op, path, data, max_bytes, expected) in [
+            (download, &path, None, Some(4), "download target is 5 bytes; max_bytes is 4"),
+            (download, &path, None, Some(0), "download max_bytes must be between 1 and 8388608"),
+            (
+                download,
+                &path,
+                None,
+                Some(8 << 20 | 1),
+                "download max_bytes must be between 1 and 8388608",
+            ),
+            (download, &dir, None, None, "path is a directory: "),
+            (download, &dir.join("no"), None, None, "file not found: /no"),
+            (download, &pipe, None, None, "path is not a regular file: /pipe"),
+            (
+                download,
+                &path.join("x"),
+                None,
+                None,
+                "failed to open /new/file/x: Not a directory (os error 20)",
+            ),
+            (upload, &path, Some(""), Some(1), "max_bytes is only valid for file downloads"),
+            (upload, &path, None, None, "upload request is missing base64 data"),
+            (
+                upload,
+                &path,
+                Some("%"),
+                None,
+                "upload data is not base64: Invalid symbol 37, offset 0.",
+            ),
+            (upload, &dir, Some(""), None, "path is a directory: "),
+            (upload, &path.join("x"), Some(""), None, "path is a file: /new/file"),
+            (
+                upload,
+                &pipe,
+                Some(""),
+                None,
+                "failed to open /pipe: No such device or address (os error 6)",
+            ),
+        ] {
+            let response = ask(op, path, data, max_bytes);
+            assert!(!response.success);
+            let told = response.error.expect("an error").replace(&dir.display().to_string(), "");
+            assert_eq!(told, expected);
+        }
+        let endless = Path::new("/proc/self/status");
+        let told = ask(download, endless, None, Some(100)).error.expect("an error");
+        assert_eq!(told, "download target grew beyond max_bytes (100) while reading");
         fs::remove_dir_all(&dir).expect("removed");
     }
 

@@ -1,6 +1,7 @@
 //! The spec's `user` (contract §1.5), resolved against the guest's own `/etc/passwd` and
 //! `/etc/group`: `uid`, `uid:gid`, `name` or `name:group`.
 
+use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
@@ -46,6 +47,43 @@ fn read(path: &str) -> Result<String, String> {
         Ok(_) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
         Err(error) => Err(format!("read the guest's {path}: {error}")),
+    }
+}
+
+/// The names that the guest's files have for users and groups.
+#[derive(Debug, Default)]
+pub struct Names {
+    users: HashMap<u32, String>,
+    groups: HashMap<u32, String>,
+}
+
+impl Names {
+    /// Reads them; where that cannot be done, there are none.
+    pub fn read() -> Self {
+        let [passwd, group] =
+            ["/etc/passwd", "/etc/group"].map(|path| read(path).unwrap_or_default());
+        Self::of(&passwd, &group)
+    }
+
+    fn of(passwd: &str, group: &str) -> Self {
+        let mut names = Names::default();
+        for Account { name, uid, .. } in passwd.lines().filter_map(Account::parse) {
+            names.users.entry(uid).or_insert_with(|| name.into());
+        }
+        for Group { name, gid, .. } in group.lines().filter_map(Group::parse) {
+            names.groups.entry(gid).or_insert_with(|| name.into());
+        }
+        names
+    }
+
+    /// A user's name, or the number.
+    pub fn user(&self, uid: u32) -> String {
+        self.users.get(&uid).cloned().unwrap_or_else(|| uid.to_string())
+    }
+
+    /// A group's name, or the number.
+    pub fn group(&self, gid: u32) -> String {
+        self.groups.get(&gid).cloned().unwrap_or_else(|| gid.to_string())
     }
 }
 
@@ -125,6 +163,13 @@ mod tests {
     const PASSWD: &str =
         "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1001::/home/app:/bin/sh\n";
     const GROUP: &str = "root:x:0:\nstaff:x:50:app,other\napp:x:1001:\nwheel:x:10:app\n";
+
+    #[test]
+    fn numbers_have_names_or_stay_numbers() {
+        let names = Names::of(&format!("{PASSWD}toor:x:0:0::/:/bin/sh\n"), GROUP);
+        assert_eq!([0, 1000, 7].map(|uid| names.user(uid)), ["root", "app", "7"]);
+        assert_eq!([0, 50, 7].map(|gid| names.group(gid)), ["root", "staff", "7"]);
+    }
 
     #[test]
     fn names_and_numbers_resolve() {

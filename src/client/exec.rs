@@ -64,6 +64,8 @@ impl Exec {
             user: program.user,
             streaming: true,
             stdin_streaming: true,
+            rootfs: None,
+            request_id: None,
             explain: true,
         }
     }
@@ -178,7 +180,8 @@ mod tests {
     }
 
     fn write_exit(client: &mut UnixStream, code: i32) {
-        client.write_all(&exec::exit_frame(code, None)).expect("taken");
+        let exit = ExecExit { exit_code: code, ..ExecExit::default() };
+        client.write_all(&exec::exit_frame(&exit)).expect("taken");
     }
 
     /// Runs with a closed input and returns code and message, output, and errors.
@@ -280,7 +283,8 @@ mod tests {
         let (end, output, _) = run("explained", |mut client| {
             request(&mut client);
             write_chunk(&mut client, Stream::Stdout, b"so far");
-            let frame = exec::exit_frame(137, Some("killed at its limit".into()));
+            let reason = Some("killed at its limit".into());
+            let frame = exec::exit_frame(&ExecExit { exit_code: 137, oom_killed: false, reason });
             client.write_all(&frame).expect("taken");
         });
         assert_eq!((end, &output[..]), ((137, "killed at its limit".into()), &b"so far"[..]));

@@ -87,6 +87,7 @@ impl Pty {
             cmd: program.cmd,
             env,
             working_dir: program.workdir,
+            rootfs: None,
             user: program.user,
             cols,
             rows,
@@ -284,7 +285,8 @@ mod tests {
 
         let agent = Agent::answering("not-started", kind::ERROR, |mut client| {
             assert!(request(&mut client).explain);
-            let exit = PtyExit { exit_code: 126, reason: Some("is a directory".into()) };
+            let reason = Some("is a directory".into());
+            let exit = PtyExit { exit_code: 126, oom_killed: false, reason };
             let json = serde_json::to_vec(&exit).expect("serialises");
             write_frame(&mut client, kind::EXIT, &json);
         });

@@ -1,6 +1,7 @@
 //! The exec and terminal protocols: framing, requests, and what a hostile guest may reply to a client.
 
 use mote_agent::exec::{self, ExecChunk, Request, Stream};
+use mote_agent::files::FilesystemResponse;
 use mote_agent::frame::{self, Decoder, Frame, HEADER_LEN};
 use mote_agent::pty::{self, PtyRequest, PtyResize};
 
@@ -62,7 +63,15 @@ fn look_at(payload: &[u8]) {
                 assert_eq!(exec::from_base64(&exec::to_base64(&contents)), Ok(contents));
             }
         }
-        Err(text) => assert!(text.starts_with("Invalid JSON: ")),
+        Ok(Request::Enveloped(request)) => {
+            let again = serde_json::to_vec(&request).expect("serialises");
+            assert_eq!(Request::parse(&again), Ok(Request::Enveloped(request)));
+        }
+        Err(text) => assert!(
+            ["Invalid JSON: ", "Invalid guest session request: "]
+                .iter()
+                .any(|start| text.starts_with(start))
+        ),
     }
     if let Ok(request) = serde_json::from_slice::<PtyRequest>(payload) {
         let again = serde_json::to_vec(&request).expect("serialises");
@@ -71,6 +80,7 @@ fn look_at(payload: &[u8]) {
     let _ = serde_json::from_slice::<PtyResize>(payload);
     let _ = serde_json::from_slice::<exec::ExecOutput>(payload);
     let _ = serde_json::from_slice::<exec::FileResponse>(payload);
+    let _ = serde_json::from_slice::<FilesystemResponse>(payload);
     let _ = serde_json::from_slice::<exec::ExecExit>(payload);
     let _ = str::from_utf8(payload).ok().and_then(exec::from_base64url);
     // What the quick parser accepts, the general one parses to the same.

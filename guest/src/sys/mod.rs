@@ -1,5 +1,5 @@
-//! Thin, safe wrappers over the system calls the agent needs, those of networking in [`net`]; with
-//! [`crate::spawn`] the agent's only unsafe code.
+//! Thin, safe wrappers over the system calls the agent needs, those of networking in [`net`] and some about
+//! files in [`files`]; with [`crate::spawn`] the agent's only unsafe code.
 //!
 //! Each wrapper does one call (or one inseparable group).
 //!
@@ -8,6 +8,7 @@
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
+pub mod files;
 pub mod net;
 
 use std::ffi::{CStr, CString, OsStr};
@@ -94,7 +95,7 @@ pub fn remove_directory_below(directory: &impl AsRawFd, name: &str) -> io::Resul
 }
 
 /// `chroot(2)`.
-pub fn chroot(path: &str) -> io::Result<()> {
+pub fn chroot(path: impl AsRef<OsStr>) -> io::Result<()> {
     let path = c_string(path)?;
     // SAFETY: `path` is a NUL-terminated string that outlives the call.
     check(unsafe { libc::chroot(path.as_ptr()) })?;
@@ -331,6 +332,12 @@ fn exit_status(status: libc::c_int) -> ExitStatus {
 pub fn signal(pid: i32, signal: i32) {
     // SAFETY: plain system call.
     unsafe { libc::kill(pid, signal) };
+}
+
+/// Signals the process group that a process leads. One that is gone is no error.
+pub fn signal_group(leader: i32, signal: i32) {
+    // SAFETY: plain system call.
+    unsafe { libc::kill(-leader, signal) };
 }
 
 /// Blocks `SIGCHLD` and returns a non-blocking descriptor that is readable while one is pending.
