@@ -37,6 +37,7 @@ mod passt;
 mod ports;
 mod processes;
 mod published_udp;
+mod requests;
 mod sandbox;
 mod shares;
 mod sockets;
