@@ -179,6 +179,7 @@ fn run_box(
 ) -> u8 {
     let mut outcome_file = None;
     let mut timeline_file = None;
+    let mut status = None;
     // First, so that the list has nothing that mote opens itself.
     let record = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
@@ -202,6 +203,10 @@ fn run_box(
                 let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
                 anyhow!("spec: {}", faults.join("; "))
             })?;
+            if let Some(wanted) = &plan.status_file {
+                let file = ReportFile::create(&wanted.file, "exit status")?;
+                status = Some((wanted.clone(), file));
+            }
             timeline.mark("plan_ready");
             run_to_end(&plan, &inherited, &mut timeline)
         })
@@ -211,7 +216,12 @@ fn run_box(
     sudden_end::decide(outcome.exit_code());
     let reported = outcome_file
         .map_or(Ok(()), |to| to.write(|file| record.write_to(file)))
-        .and_then(|()| timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f))));
+        .and_then(|()| timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f))))
+        .and_then(|()| {
+            let Some((wanted, to)) = status else { return Ok(()) };
+            let text = wanted.text(outcome.exit_code());
+            to.write(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
+        });
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
         log::error(&message);
@@ -224,16 +234,16 @@ fn run_box(
 
 /// A file for a report at the end. It is opened at the start, because a confined mote cannot open
 /// files.
-struct ReportFile<'a> {
+struct ReportFile {
     what: &'static str,
-    path: &'a Path,
+    path: PathBuf,
     file: File,
 }
 
-impl<'a> ReportFile<'a> {
+impl ReportFile {
     /// Opens the file; `guests` as in [`OutputFile::new`].
     fn open(
-        path: Option<&'a Path>,
+        path: Option<&Path>,
         what: &'static str,
         guests: Option<&[PathBuf]>,
     ) -> Result<Option<Self>> {
@@ -242,10 +252,15 @@ impl<'a> ReportFile<'a> {
         if let Some(problem) = output.warning() {
             log::warn(&format!("--{what}: {problem}"));
         }
+        ReportFile::create(&output, what).map(Some)
+    }
+
+    fn create(output: &OutputFile, what: &'static str) -> Result<Self> {
+        let path = output.path.clone();
         let file = output
             .open(None)
             .with_context(|| format!("create the {what} file {}", path.display()))?;
-        Ok(Some(ReportFile { what, path, file }))
+        Ok(ReportFile { what, path, file })
     }
 
     fn write(&self, write: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {

@@ -1,6 +1,6 @@
-//! Files of `/etc` of which the guest is to see another text than the image's: a file of the initramfs is
-//! mounted over the image's, which is the host's and stays as it is. An image without one gets an empty
-//! file to mount on.
+//! Files that are mounted over those of the image, which are the host's and stay as they are. An image without one
+//! gets an empty file to mount on. Such are volumes of one file, and files of `/etc` of which the guest is to see another
+//! text: those are in the initramfs.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -32,18 +32,27 @@ impl Staged {
     /// # Errors
     /// If there is no file, and none can be made; those of mount(2).
     pub fn mount_over(&self, path: &Path) -> io::Result<()> {
-        let target = resolve(path)?;
-        if let Err(error) = fs::symlink_metadata(&target) {
-            if error.kind() != ErrorKind::NotFound {
-                return Err(error);
-            }
-            if let Some(parent) = target.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            OpenOptions::new().write(true).create_new(true).mode(0o644).open(&target)?;
-        }
-        sys::mount_file_over(&self.0, &target)
+        mount_over(&self.0, path).map(drop)
     }
+}
+
+/// Mounts an open file over the one that the path leads to, which is made if there is none. Returns where that is.
+///
+/// # Errors
+/// If no file can be made; those of mount(2).
+pub fn mount_over(file: &File, path: &Path) -> io::Result<PathBuf> {
+    let target = resolve(path)?;
+    if let Err(error) = fs::symlink_metadata(&target) {
+        if error.kind() != ErrorKind::NotFound {
+            return Err(error);
+        }
+        if let Some(parent) = target.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        OpenOptions::new().write(true).create_new(true).mode(0o644).open(&target)?;
+    }
+    sys::mount_file_over(file, &target)?;
+    Ok(target)
 }
 
 /// Where symbolic links lead from here, whether or not anything is there.

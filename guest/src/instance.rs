@@ -33,6 +33,8 @@ pub struct Instance {
     pub entrypoint: Entrypoint,
     /// Directory the entrypoint starts in; must exist in the guest.
     pub workdir: String,
+    /// Whether that directory is made when the guest lacks it.
+    pub make_workdir: bool,
     /// User and group to run as (contract §1.5): `uid`, `uid:gid`, `name` or `name:group`.
     pub user: Option<String>,
     /// Environment of exec'd commands, below what their requests add.
@@ -53,8 +55,10 @@ pub struct Instance {
     pub security: Security,
     /// Name servers.
     pub resolv_conf: ResolvConf,
-    /// Text for `/etc/hosts` (hosts(5)), whatever the image has there.
-    pub hosts: Option<String>,
+    /// Files of `/etc` by name, and the texts that the guest is to see there, whatever the image has.
+    pub etc: Vec<(String, String)>,
+    /// Names of sysctl(8) with dots, and their values.
+    pub sysctls: Vec<(String, String)>,
 }
 
 /// Which ports of a box the host takes clients to.
@@ -149,6 +153,17 @@ pub enum Mount {
         /// The share's tag.
         tag: String,
         /// Where to mount it.
+        path: String,
+        /// Whether the guest's mount is read-only.
+        read_only: bool,
+        /// Whether a share that is empty gets what the image has at the path, before it is mounted there.
+        copy_up: bool,
+    },
+    /// One file of a virtio-fs share: the one with the name that the path ends in.
+    File {
+        /// The share's tag.
+        tag: String,
+        /// The file to mount it on, which is created when the image lacks it.
         path: String,
         /// Whether the guest's mount is read-only.
         read_only: bool,

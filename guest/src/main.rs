@@ -10,7 +10,7 @@
 //!
 //! - [`sys`]: the system calls
 //! - [`sys::net`], [`sys::files`]: those of networking, and some about files
-//! - [`etc`]: files of `/etc` in the place of the image's
+//! - [`etc`], [`copy`]: files in the place of the image's; what the image has, copied into volumes
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
 //! - [`launch`]: starting a program, from all of these
@@ -27,6 +27,7 @@
 mod cgroup;
 mod command;
 mod connection;
+mod copy;
 mod directory;
 mod etc;
 mod host;

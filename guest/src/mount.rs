@@ -1,16 +1,20 @@
-//! The guest's mounts: the root share, and the kernel file systems every program expects
-//! (contract §7.1).
+//! The guest's mounts: the root share, the kernel file systems every program expects (contract §7.1), and
+//! those of the spec.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
+use crate::copy;
+use crate::etc;
 use crate::sys;
 
 const NEW_ROOT: &str = "/newroot";
+/// Where a share is mounted while it is prepared: in a file system that is not the image's.
+const STAGING: &str = "/dev/.mote-share";
 
 /// A file system of the kernel's and where it is mounted.
 struct KernelFileSystem {
@@ -126,9 +130,26 @@ pub fn kernel_file_systems_below(root: &Path) {
 pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
     for mount in &instance.mounts {
         match mount {
-            Mount::Share { tag, path, read_only } => {
+            Mount::Share { tag, path, read_only, copy_up: false } => {
                 let flags = if *read_only { libc::MS_RDONLY } else { 0 };
                 mount_on(path, &format!("share '{tag}'"), "virtiofs", tag, flags, "")?;
+            }
+            Mount::Share { tag, path, read_only, copy_up: true } => {
+                let what = format!("share '{tag}'");
+                make_mount_point(path, &what)?;
+                mount_on(STAGING, &what, "virtiofs", tag, 0, "")?;
+                copy_up(path, *read_only).and_then(|()| fs::remove_dir(STAGING)).map_err(|e| {
+                    format!("give {what}, if it is empty, what the image has in {path}: {e}")
+                })?;
+            }
+            Mount::File { tag, path, read_only } => {
+                let what = format!("share '{tag}'");
+                mount_on(STAGING, &what, "virtiofs", tag, 0, "")?;
+                let mounted = mount_file(Path::new(path), *read_only);
+                mounted
+                    .and_then(|()| sys::unmount(STAGING))
+                    .and_then(|()| fs::remove_dir(STAGING))
+                    .map_err(|e| format!("mount the file of {what} on {path}: {e}"))?;
             }
             Mount::Tmpfs { path, options } => {
                 let (flags, data) = split_options(options);
@@ -136,11 +157,48 @@ pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
             }
         }
     }
+    if instance.make_workdir {
+        // Entering it names what is wrong with it.
+        let _ = fs::create_dir_all(&instance.workdir);
+    }
     if instance.read_only_root {
-        let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
-        sys::mount("", "/", "", flags, "").map_err(|e| format!("make / read-only: {e}"))?;
+        make_read_only("/").map_err(|e| format!("make / read-only: {e}"))?;
     }
     Ok(())
+}
+
+/// Brings the share that is staged to its path, which is a directory. Seeds it if it is empty.
+fn copy_up(path: &str, read_only: bool) -> io::Result<()> {
+    if fs::read_dir(STAGING)?.next().is_none() {
+        let image = fs::canonicalize(path)?;
+        if Path::new(STAGING).starts_with(&image) {
+            return Err(io::Error::other("every box's /dev is in it; choose another path"));
+        }
+        copy::fill(Path::new(STAGING), &image)?;
+    }
+    sys::mount(STAGING, path, "", libc::MS_MOVE, "")?;
+    if read_only { make_read_only(path) } else { Ok(()) }
+}
+
+/// Mounts the file of the staged share that has the name of the path.
+fn mount_file(path: &Path, read_only: bool) -> io::Result<()> {
+    // Opened as a place only: whoever fills the share cannot make the agent wait, nor follow a link.
+    let place = libc::O_PATH | libc::O_NOFOLLOW;
+    let source = Path::new(STAGING).join(path.file_name().unwrap_or_default());
+    let file = OpenOptions::new().read(true).custom_flags(place).open(source)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let target = etc::mount_over(&file, path)?;
+    match target.to_str() {
+        Some(target) if read_only => make_read_only(target),
+        None if read_only => Err(io::ErrorKind::InvalidInput.into()),
+        _ => Ok(()),
+    }
+}
+
+fn make_read_only(mount_point: &str) -> io::Result<()> {
+    sys::mount("", mount_point, "", libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY, "")
 }
 
 /// Mounts something of the spec's, which errors call `what`, on a directory that is made if need be.
@@ -152,13 +210,17 @@ fn mount_on(
     flags: libc::c_ulong,
     data: &str,
 ) -> Result<(), String> {
+    make_mount_point(path, what)?;
+    sys::mount(source, path, fstype, flags, data)
+        .map_err(|e| format!("mount {what} on {path} (options '{data}'): {e}"))
+}
+
+fn make_mount_point(path: &str, what: &str) -> Result<(), String> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(path)
-        .map_err(|e| format!("create the mount point {path} for {what}: {e}"))?;
-    sys::mount(source, path, fstype, flags, data)
-        .map_err(|e| format!("mount {what} on {path} (options '{data}'): {e}"))
+        .map_err(|e| format!("create the mount point {path} for {what}: {e}"))
 }
 
 /// Options of mount(8) that are flags of mount(2), and whether they set or clear them.

@@ -48,7 +48,8 @@ pub fn prepare() -> Result<Prepared, String> {
     let instance: Instance =
         serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
     let name_servers = NameServers::stage(&instance.resolv_conf)?;
-    let hosts = instance.hosts.as_ref().map(|text| Staged::new("hosts", text)).transpose()?;
+    let etc = instance.etc.iter().map(|(name, text)| Ok((name, Staged::new(name, text)?)));
+    let etc = etc.collect::<Result<Vec<_>, String>>()?;
     mount::root()?;
     mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
@@ -58,12 +59,11 @@ pub fn prepare() -> Result<Prepared, String> {
     let _ = fs::write("/proc/sys/fs/inotify/max_user_watches", MAX_INOTIFY_WATCHES);
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
-    if let Some(Err(error)) = hosts.map(|hosts| hosts.mount_over(Path::new("/etc/hosts"))) {
-        // A box may well do without.
-        eprintln!(
-            "mote-agent: /etc/hosts has no localhost or no {}, and cannot be replaced: {error}",
-            instance.hostname
-        );
+    for (name, staged) in etc {
+        if let Err(error) = staged.mount_over(&Path::new("/etc").join(name)) {
+            // A box may well do without.
+            eprintln!("mote-agent: /etc/{name} cannot be replaced: {error}");
+        }
     }
     // The routes of what starts next go through it.
     net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
@@ -78,6 +78,11 @@ pub fn prepare() -> Result<Prepared, String> {
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
     if let Networking::Own(interface) = &networking {
         network::set_up(interface)?;
+    }
+    for (name, value) in &instance.sysctls {
+        fs::write(Path::new("/proc/sys").join(name.replace('.', "/")), value).map_err(|e| {
+            format!("set the sysctl {name} to '{value}' (BOX_SYSCTL_n): {e}; leave it out")
+        })?;
     }
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
     let server = Server::listen()?;

@@ -40,7 +40,7 @@ impl<'a> NameServers<'a> {
                 .staged
                 .mount_over(path)
                 .map(|()| text.clone())
-                .map_err(|e| format!("replace {PATH} (network): {e}")),
+                .map_err(|e| format!("replace {PATH}: {e}")),
             ResolvConf::IfUnserved(text) => {
                 let of_image = read(path);
                 if names_server(&of_image) {

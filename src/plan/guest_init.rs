@@ -5,67 +5,26 @@
 //! the spec names an init that the image lacks, the agent takes its place. A spec with a plain
 //! entrypoint may use the variables for mounts too.
 
+use std::path::PathBuf;
+
 use mote_agent::instance::{Entrypoint, Mount, Security};
 
+use super::init_files::{self, Boot, Exec, Host, SECRETS, StatusFile};
+use super::security;
+use super::variables::Variables;
+use super::volumes;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
 use crate::sys;
 
-/// Variables by which the runtime tells a guest init what to run: of 0.8.0; of 3.2, which names a file; and of 3.3,
-/// which names one on a share of its own. Any of them makes the entrypoint an init.
+/// Variables by which the runtime tells a guest init what to run: of 0.8.0; of 3.2, which names a file in the image; and
+/// of 3.3, which names one on a share of its own. Any of them makes the entrypoint an init, which goes by the latest.
 const PROGRAM: &str = "BOX_EXEC_EXEC";
-const CONFIG_FILES: [&str; 2] = ["BOX_EXEC_CONFIG_FILE", "BOX_BOOT_CONFIG_FILE"];
-
-/// Tag and path of the share that is always mounted, if the spec has it.
-const WORKSPACE: (&str, &str) = ("workspace", "/workspace");
-
-/// Capabilities by number, without `CAP_` (linux/capability.h).
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
+const CONFIG_FILE: &str = "BOX_EXEC_CONFIG_FILE";
+const BOOT_CONFIG: &str = "BOX_BOOT_CONFIG_FILE";
 
 /// The part of a guest init's work that the agent does.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct GuestInit {
     /// What the agent mounts, in order.
     pub mounts: Vec<Mount>,
@@ -77,6 +36,14 @@ pub struct GuestInit {
     pub image_init: bool,
     /// The environment of what runs in the box, without the variables meant for an init.
     pub container_env: Vec<(String, String)>,
+    /// What the box sees in place of the image's own.
+    pub(super) host: Host,
+    /// Names of sysctl(8) and their values.
+    pub sysctls: Vec<(String, String)>,
+    /// The file that gets the exit code.
+    pub status: Option<StatusFile>,
+    /// Whether the init's own shares are mote's to read and write, and not the box's.
+    pub has_inits_shares: bool,
 }
 
 /// The main process of a box whose init is mote's agent.
@@ -93,53 +60,102 @@ pub struct MainProcess {
 }
 
 impl GuestInit {
-    /// Reads the variables.
-    pub fn new(spec: &Spec, report: &mut Report) -> Self {
-        let vars = Variables { entrypoint: &spec.entrypoint, encoded: false };
-        let encoded = vars.value("BOX_EXEC_B64") == Some("1");
-        let vars = Variables { encoded, ..vars };
+    /// Reads the variables, and the files that they name. `guests` are the directories that guests can write to.
+    pub fn new(spec: &Spec, guests: &[PathBuf], report: &mut Report) -> Self {
+        let vars = Variables::new(&spec.entrypoint);
         let is_init = names_init(&spec.entrypoint);
-        let container_env = vars.container_env(report);
         // Without these it is not known whose the variables are, and whether one is missing.
         let is_known = ["rootfs_path", "entrypoint.executable", "entrypoint.env"]
             .iter()
             .all(|field| report.has_read(field));
+        let of_image = of_image(&vars, report);
+        let container_env = container_env(&vars, &of_image);
         if is_of_image(spec) || (is_init && !is_known) {
-            return GuestInit {
-                mounts: Vec::new(),
-                read_only_root: false,
-                main: None,
-                image_init: is_known,
-                container_env,
-            };
+            return GuestInit { container_env, image_init: is_known, ..GuestInit::default() };
         }
-        if is_init && vars.value("A3S_TEE_SIMULATE").is_some() {
-            report.warn(
+        let mut init = GuestInit {
+            mounts: volumes::plan(&vars, spec, report),
+            read_only_root: vars.value("BOX_READONLY") == Some("1"),
+            container_env,
+            ..GuestInit::default()
+        };
+        if is_init {
+            init.take_place(&vars, of_image, spec, guests, report);
+        }
+        init
+    }
+
+    /// Adds what the agent does only in an init's place. `of_image` are the image's variables, as far as they are
+    /// among the spec's.
+    fn take_place(
+        &mut self,
+        vars: &Variables<'_>,
+        of_image: Vec<(String, String)>,
+        spec: &Spec,
+        guests: &[PathBuf],
+        report: &mut Report,
+    ) {
+        for (name, what) in [
+            (
+                "A3S_TEE_SIMULATE",
+                "an attestation server, which mote's agent does not have: connections to attest_socket_path are closed",
+            ),
+            (
+                "BOX_PERSIST_ROOTFS_METADATA",
+                "a list of the root's files at the end, which mote's agent does not write: the stopped box cannot be committed",
+            ),
+        ] {
+            if vars.value(name).is_some() {
+                report.warn("entrypoint.env", format!("{name} asks for {what}"));
+            }
+        }
+        for name in ["BOX_SIDECAR_IMAGE", "BOX_DEFERRED_MAIN"] {
+            if vars.value(name).is_some() {
+                vars.complain(name, "needs a guest init, which this image lacks", report);
+            }
+        }
+        let security = security::plan(vars, report);
+        self.sysctls = sysctls(vars, report);
+        let told = if let Some(place) = vars.value(BOOT_CONFIG) {
+            self.has_inits_shares = true;
+            if !report.has_read("fs_mounts") {
+                return;
+            }
+            self.status = StatusFile::of_share(spec, guests, report);
+            let boot = init_files::read_boot(spec, place);
+            boot.map_err(|problem| (BOOT_CONFIG, problem))
+        } else {
+            let place = vars.value(CONFIG_FILE);
+            self.status = place.map(|_| StatusFile::of_image(spec, guests));
+            let exec = place.map_or_else(
+                || Ok(exec_of_variables(vars, report)),
+                |place| {
+                    init_files::read_exec(spec, place).map_err(|problem| (CONFIG_FILE, problem))
+                },
+            );
+            exec.and_then(|exec| {
+                let environment = with_file(of_image, vars, spec)?;
+                Ok(Boot { exec, environment, host: Host::default() })
+            })
+        };
+        let Boot { exec, environment, host } = match told {
+            Ok(boot) => boot,
+            Err((name, problem)) => return vars.complain(name, &problem, report),
+        };
+        if environment.iter().any(|(name, _)| name == SECRETS) {
+            report.error(
                 "entrypoint.env",
-                "A3S_TEE_SIMULATE asks for an attestation server, which mote's agent does not have: connections to attest_socket_path are closed",
+                format!("{SECRETS} is in the box's environment, and needs a guest init, which this image lacks"),
             );
         }
-        let main = is_init.then(|| {
-            for name in ["BOX_SIDECAR_IMAGE", "BOX_EXEC_ENV_FILE", "BOX_DEFERRED_MAIN"]
-                .into_iter()
-                .chain(CONFIG_FILES)
-            {
-                if let Some(index) = vars.index(name) {
-                    report.error(
-                        format!("entrypoint.env[{index}]"),
-                        format!("{name} needs a guest init, which this image lacks"),
-                    );
-                }
-            }
-            vars.main(container_env.clone(), report)
-        });
-        GuestInit {
-            mounts: vars.mounts(spec, report),
-            read_only_root: vars.value("BOX_READONLY") == Some("1"),
-            main,
-            image_init: false,
-            container_env,
-        }
+        self.host = Host {
+            hostname: host.hostname.or_else(|| vars.value("BOX_HOSTNAME").map(str::to_owned)),
+            ..host
+        };
+        self.container_env = container_env(vars, &environment);
+        let Exec { executable, args, workdir, user, .. } = exec;
+        let entrypoint = Entrypoint { executable, args, env: self.container_env.clone() };
+        self.main = Some(MainProcess { entrypoint, workdir, user, security });
     }
 }
 
@@ -150,7 +166,7 @@ pub(super) fn is_of_image(spec: &Spec) -> bool {
 
 /// Whether the environment is a guest init's.
 fn names_init(entrypoint: &spec::Entrypoint) -> bool {
-    [PROGRAM].iter().chain(&CONFIG_FILES).any(|name| entrypoint.variable(name).is_some())
+    [PROGRAM, CONFIG_FILE, BOOT_CONFIG].iter().any(|name| entrypoint.variable(name).is_some())
 }
 
 /// Whether the image has the spec's executable. A bare name, which only the guest can look up, counts as
@@ -160,188 +176,81 @@ fn is_in_image(spec: &Spec) -> bool {
     !executable.contains('/') || sys::exists_in_root(&spec.rootfs_path, executable)
 }
 
-/// The spec's environment, read by name.
-#[derive(Clone, Copy)]
-struct Variables<'a> {
-    entrypoint: &'a spec::Entrypoint,
-    /// Whether values of `BOX_EXEC_*` are in base64 (later contract versions).
-    encoded: bool,
+/// The image's variables among the spec's.
+fn of_image(vars: &Variables<'_>, report: &mut Report) -> Vec<(String, String)> {
+    let named = vars.all().iter().enumerate().filter_map(|(index, (name, _))| {
+        let name = name.strip_prefix("BOX_EXEC_ENV_").filter(|n| !["FILE", ""].contains(n))?;
+        Some((index, name))
+    });
+    named.map(|(index, name)| (name.to_owned(), vars.decoded(index, report))).collect()
 }
 
-impl<'a> Variables<'a> {
-    fn index(&self, name: &str) -> Option<usize> {
-        self.entrypoint.variable(name)
-    }
+/// The image's variables, then those of the caller, which count when both set one.
+fn container_env(vars: &Variables<'_>, of_image: &[(String, String)]) -> Vec<(String, String)> {
+    let meant_for_init =
+        |name: &str| ["BOX_", "KRUN_", "A3S_"].iter().any(|prefix| name.starts_with(prefix));
+    let own = vars.all().iter().filter(|(name, _)| !meant_for_init(name));
+    of_image.iter().chain(own).cloned().collect()
+}
 
-    fn value(&self, name: &str) -> Option<&'a str> {
-        self.index(name).map(|index| self.entrypoint.env[index].1.as_str())
+/// The image's variables, and behind them those of the file in the image. An error has the variable that it is about.
+fn with_file(
+    mut of_image: Vec<(String, String)>,
+    vars: &Variables<'_>,
+    spec: &Spec,
+) -> Result<Vec<(String, String)>, (&'static str, String)> {
+    const ENVIRONMENT: &str = "BOX_EXEC_ENV_FILE";
+    if let Some(place) = vars.value(ENVIRONMENT) {
+        let of_file = init_files::read_environment(spec, place, |value| vars.text_of(value));
+        of_image.extend(of_file.map_err(|problem| (ENVIRONMENT, problem))?);
     }
+    Ok(of_image)
+}
 
-    /// The values of `NAME_0`, `NAME_1`, … up to the first gap, with their indexes in the environment.
-    fn numbered(&self, name: &str) -> impl Iterator<Item = (usize, &'a str)> {
-        (0..).map_while(move |n| {
-            let index = self.index(&format!("{name}_{n}"))?;
-            Some((index, self.entrypoint.env[index].1.as_str()))
-        })
-    }
-
-    /// The value of the variable at this index, decoded.
-    fn decoded(&self, index: usize, report: &mut Report) -> String {
-        let (name, value) = &self.entrypoint.env[index];
-        if !self.encoded {
-            return value.clone();
+/// The main process as the variables have it.
+fn exec_of_variables(vars: &Variables<'_>, report: &mut Report) -> Exec {
+    let mut text = |name: &str| vars.index(name).map(|index| vars.decoded(index, report));
+    let exec = Exec {
+        executable: text(PROGRAM).unwrap_or_default(),
+        workdir: text("BOX_EXEC_WORKDIR").unwrap_or_else(|| "/".into()),
+        user: text("BOX_EXEC_USER"),
+        args: (0..).map_while(|n| text(&format!("BOX_EXEC_ARG_{n}"))).collect(),
+        ..Exec::default()
+    };
+    let Exec { executable, args, workdir, .. } = &exec;
+    let count = vars.value("BOX_EXEC_ARGC").unwrap_or("0");
+    let mut require = |holds: bool, name: &str, problem: &str| {
+        if !holds {
+            vars.complain(name, problem, report);
         }
-        let text = mote_agent::exec::from_base64url(value).filter(|text| !text.contains('\0'));
-        text.unwrap_or_else(|| {
-            report.error(
+    };
+    require(!executable.is_empty(), PROGRAM, "is empty; name a program");
+    require(
+        workdir.starts_with('/'),
+        "BOX_EXEC_WORKDIR",
+        &format!("is \"{workdir}\", must be an absolute path"),
+    );
+    require(
+        count.parse() == Ok(args.len()),
+        "BOX_EXEC_ARGC",
+        &format!("is \"{count}\", but there are {} BOX_EXEC_ARG_n", args.len()),
+    );
+    exec
+}
+
+/// `BOX_SYSCTL_n`: `NAME=VALUE`.
+fn sysctls(vars: &Variables<'_>, report: &mut Report) -> Vec<(String, String)> {
+    let mut sysctls = Vec::new();
+    for (index, text) in vars.numbered("BOX_SYSCTL") {
+        match text.split_once('=').filter(|(name, _)| !name.trim().is_empty()) {
+            Some((name, value)) => sysctls.push((name.trim().to_owned(), value.to_owned())),
+            None => report.error(
                 format!("entrypoint.env[{index}]"),
-                format!("{name} is not text without NUL in base64url, as BOX_EXEC_B64=1 says"),
-            );
-            String::new()
-        })
-    }
-
-    /// The image's variables, then those of the caller, which count when both set one.
-    fn container_env(&self, report: &mut Report) -> Vec<(String, String)> {
-        let named = |index: usize| self.entrypoint.env[index].0.as_str();
-        let of_image = (0..self.entrypoint.env.len()).filter_map(|index| {
-            let name =
-                named(index).strip_prefix("BOX_EXEC_ENV_").filter(|n| !["FILE", ""].contains(n))?;
-            Some((name.to_owned(), self.decoded(index, report)))
-        });
-        let of_image: Vec<(String, String)> = of_image.collect();
-        let meant_for_init =
-            |name: &str| ["BOX_", "KRUN_", "A3S_"].iter().any(|prefix| name.starts_with(prefix));
-        let own = self.entrypoint.env.iter().filter(|(name, _)| !meant_for_init(name)).cloned();
-        of_image.into_iter().chain(own).collect()
-    }
-
-    fn main(&self, env: Vec<(String, String)>, report: &mut Report) -> MainProcess {
-        let mut text = |name: &str| self.index(name).map(|index| self.decoded(index, report));
-        let executable = text("BOX_EXEC_EXEC").unwrap_or_default();
-        let workdir = text("BOX_EXEC_WORKDIR").unwrap_or_else(|| "/".into());
-        let user = text("BOX_EXEC_USER");
-        let args: Vec<String> = (0..).map_while(|n| text(&format!("BOX_EXEC_ARG_{n}"))).collect();
-        let count = self.value("BOX_EXEC_ARGC").unwrap_or("0");
-        let mut require = |holds: bool, name: &str, problem: String| {
-            if !holds {
-                let place = self.index(name).map_or(String::new(), |index| format!("[{index}]"));
-                report.error(format!("entrypoint.env{place}"), format!("{name} {problem}"));
-            }
-        };
-        require(!executable.is_empty(), "BOX_EXEC_EXEC", "is empty; name a program".into());
-        require(
-            workdir.starts_with('/'),
-            "BOX_EXEC_WORKDIR",
-            format!("is \"{workdir}\", must be an absolute path"),
-        );
-        require(
-            count.parse() == Ok(args.len()),
-            "BOX_EXEC_ARGC",
-            format!("is \"{count}\", but there are {} BOX_EXEC_ARG_n", args.len()),
-        );
-        let entrypoint = Entrypoint { executable, args, env };
-        MainProcess { entrypoint, workdir, user, security: self.security(report) }
-    }
-
-    /// Reads `A3S_SEC_*`. A capability that is both dropped and added is kept; the reference's init
-    /// ignores what is added.
-    fn security(&self, report: &mut Report) -> Security {
-        if self.value("A3S_SEC_PRIVILEGED") == Some("1") {
-            return Security::default();
+                format!("is \"{text}\", must be NAME=VALUE"),
+            ),
         }
-        let mut complain = |name: &str, problem: String| {
-            if let Some(index) = self.index(name) {
-                report.error(format!("entrypoint.env[{index}]"), problem);
-            }
-        };
-        let seccomp = match self.value("A3S_SEC_SECCOMP") {
-            Some("default") => true,
-            None | Some("" | "unconfined") => false,
-            Some(other) => {
-                complain(
-                    "A3S_SEC_SECCOMP",
-                    format!("A3S_SEC_SECCOMP is \"{other}\", must be default or unconfined"),
-                );
-                false
-            }
-        };
-        let mut capabilities = |name: &str| {
-            let mut numbers = Vec::new();
-            let words = self.value(name).unwrap_or("").split(',').map(str::trim);
-            for word in words.filter(|word| !word.is_empty()) {
-                let word = word.to_ascii_uppercase();
-                match CAPABILITIES.iter().position(|known| *known == word) {
-                    Some(number) => numbers.push(number as u32),
-                    None if word == "ALL" => numbers.extend(0..CAPABILITIES.len() as u32),
-                    None => {
-                        complain(name, format!("{name} has \"{word}\", which is no capability"))
-                    }
-                }
-            }
-            numbers
-        };
-        let added = capabilities("A3S_SEC_CAP_ADD");
-        let mut drop_capabilities = capabilities("A3S_SEC_CAP_DROP");
-        drop_capabilities.retain(|number| !added.contains(number));
-        let no_new_privs = self.value("A3S_SEC_NO_NEW_PRIVS") != Some("0");
-        Security { no_new_privs, seccomp, drop_capabilities }
     }
-
-    fn mounts(&self, spec: &Spec, report: &mut Report) -> Vec<Mount> {
-        let share = |tag: &str| spec.fs_mounts.iter().find(|share| share.tag == tag);
-        let (tag, path) = WORKSPACE;
-        let workspace = share(tag).map(|share| Mount::Share {
-            tag: tag.into(),
-            path: path.into(),
-            read_only: share.read_only,
-        });
-        let mut mounts: Vec<Mount> = workspace.into_iter().collect();
-        for (index, text) in self.numbered("BOX_VOL") {
-            let wanted = match text.split(':').collect::<Vec<_>>()[..] {
-                [tag, path] => Some((tag, path, false)),
-                [tag, path, "ro"] => Some((tag, path, true)),
-                [tag, path, "rw"] => Some((tag, path, false)),
-                _ => None,
-            };
-            let path_ok = |path: &str| path.starts_with('/') && path != "/";
-            match wanted.map(|(tag, path, read_only)| (share(tag), tag, path, read_only)) {
-                Some((Some(share), _, path, read_only)) if path_ok(path) => {
-                    mounts.push(Mount::Share {
-                        tag: share.tag.clone(),
-                        path: path.into(),
-                        read_only: read_only || share.read_only,
-                    });
-                }
-                Some((None, tag, path, _)) if path_ok(path) => {
-                    if report.has_read("fs_mounts") {
-                        report.error(
-                            format!("entrypoint.env[{index}]"),
-                            format!("mounts '{tag}', which is no tag of fs_mounts"),
-                        );
-                    }
-                }
-                _ => report.error(
-                    format!("entrypoint.env[{index}]"),
-                    format!(
-                        "is \"{text}\", must be TAG:PATH or TAG:PATH:ro, with an absolute path"
-                    ),
-                ),
-            }
-        }
-        for (index, text) in self.numbered("BOX_TMPFS") {
-            let (path, options) = text.split_once(':').unwrap_or((text, ""));
-            if path.starts_with('/') && path != "/" {
-                mounts.push(Mount::Tmpfs { path: path.into(), options: options.into() });
-            } else {
-                report.error(
-                    format!("entrypoint.env[{index}]"),
-                    format!("is \"{text}\", must be PATH or PATH:OPTIONS, with an absolute path"),
-                );
-            }
-        }
-        mounts
-    }
+    sysctls
 }
 
 #[cfg(test)]
@@ -360,12 +269,12 @@ mod tests {
         spec.fs_mounts = [("workspace", false), ("vol0", true)]
             .map(|(tag, read_only)| FsMount { tag: tag.into(), host_path: "/".into(), read_only })
             .to_vec();
-        let init = GuestInit::new(&spec, &mut report);
+        let init = GuestInit::new(&spec, &[], &mut report);
         (init, report.errors.iter().map(ToString::to_string).collect())
     }
 
     fn share(tag: &str, path: &str, read_only: bool) -> Mount {
-        Mount::Share { tag: tag.into(), path: path.into(), read_only }
+        Mount::Share { tag: tag.into(), path: path.into(), read_only, copy_up: false }
     }
 
     #[test]
@@ -464,13 +373,46 @@ mod tests {
     }
 
     #[test]
+    fn volumes_may_be_files_or_start_with_what_the_image_has() {
+        let volumes = ["vol0:/a/passwd:ro:file", "workspace:/b:copy", "vol0:/c:copy:rw"];
+        let env: Vec<(String, &str)> = (0..).map(|n| format!("BOX_VOL_{n}")).zip(volumes).collect();
+        let env: Vec<(&str, &str)> =
+            env.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        let (init, errors) = read("/bin/sh", &env);
+        // Of the host's root directory.
+        assert_eq!(
+            errors,
+            ["entrypoint.env[0]: mounts a file 'passwd', which / (share 'vol0') lacks"]
+        );
+        let copied = |tag: &str, path: &str, read_only| Mount::Share {
+            tag: tag.into(),
+            path: path.into(),
+            read_only,
+            copy_up: true,
+        };
+        let file = Mount::File { tag: "vol0".into(), path: "/a/passwd".into(), read_only: true };
+        let expected = [file, copied("workspace", "/b", false), copied("vol0", "/c", true)];
+        assert_eq!(init.mounts[1..], expected);
+        let (init, errors) = read("/bin/sh", &[("BOX_VOL_0", "vol0:/x/etc:file")]);
+        assert!(errors.is_empty() && init.mounts.len() == 2, "{errors:?}");
+    }
+
+    #[test]
     fn bad_mounts_are_named() {
         let (_, errors) = read(
             "/bin/sh",
-            &[("BOX_VOL_0", "nothing:/x"), ("BOX_VOL_1", "vol0"), ("BOX_TMPFS_0", "relative")],
+            &[
+                ("BOX_VOL_0", "nothing:/x"),
+                ("BOX_VOL_1", "vol0"),
+                ("BOX_TMPFS_0", "relative"),
+                ("BOX_VOL_2", "vol0:/x:fiel"),
+                ("BOX_VOL_3", "vol0:/x/..:file"),
+            ],
         );
         assert!(errors[0].starts_with("entrypoint.env[0]: mounts 'nothing'"), "{errors:?}");
         assert!(errors[1].starts_with("entrypoint.env[1]: is \"vol0\""), "{errors:?}");
-        assert!(errors[2].starts_with("entrypoint.env[2]: is \"relative\""), "{errors:?}");
+        assert!(errors[2].starts_with("entrypoint.env[3]: is \"vol0:/x:fiel\""), "{errors:?}");
+        assert!(errors[3].starts_with("entrypoint.env[4]: is \"vol0:/x/..:file\""), "{errors:?}");
+        assert!(errors[4].starts_with("entrypoint.env[2]: is \"relative\""), "{errors:?}");
     }
 }

@@ -12,24 +12,32 @@ const LOCALHOST: &str = "localhost";
 /// Address of a host name that has no network of its own to be on (Debian Policy, and hosts(5)).
 const OF_HOST_NAME: Ipv4Addr = Ipv4Addr::new(127, 0, 1, 1);
 
-/// The text that the guest is to see, if the image's file leaves out `localhost` or the box's own host name:
-/// distroless images have no file, and exported containers an empty one. `own` is the box's address on a network of its
-/// own.
-pub(super) fn plan(rootfs: &Path, hostname: &str, own: Option<Ipv4Addr>) -> Option<String> {
-    let of_image = sys::read_below(rootfs, Path::new(PATH), MAX_LEN).unwrap_or_default();
-    let of_image = String::from_utf8_lossy(&of_image);
+/// The text that the guest is to see: the one that is given, or else the image's, with `localhost` and the box's own
+/// host name, if that is left out. Distroless images have no file, and exported containers an empty one. `None` if the
+/// image's is right as it is. `own` is the box's address on a network of its own.
+pub(super) fn plan(
+    given: Option<String>,
+    rootfs: &Path,
+    hostname: &str,
+    own: Option<Ipv4Addr>,
+) -> Option<String> {
+    let is_given = given.is_some();
+    let text = given.unwrap_or_else(|| {
+        let of_image = sys::read_below(rootfs, Path::new(PATH), MAX_LEN).unwrap_or_default();
+        String::from_utf8_lossy(&of_image).into_owned()
+    });
     let mut missing = String::new();
-    if !has_name(&of_image, LOCALHOST) {
+    if !has_name(&text, LOCALHOST) {
         missing += "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
     }
-    if hostname != LOCALHOST && is_name(hostname) && !has_name(&of_image, hostname) {
+    if hostname != LOCALHOST && is_name(hostname) && !has_name(&text, hostname) {
         missing += &format!("{}\t{hostname}\n", own.unwrap_or(OF_HOST_NAME));
     }
     if missing.is_empty() {
-        return None;
+        return Some(text).filter(|_| is_given);
     }
-    let line_end = if of_image.is_empty() || of_image.ends_with('\n') { "" } else { "\n" };
-    Some(format!("{of_image}{line_end}{missing}"))
+    let line_end = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+    Some(format!("{text}{line_end}{missing}"))
 }
 
 /// Whether the text has an address for a name.
@@ -57,7 +65,7 @@ mod tests {
         fs::create_dir_all(root.join("etc")).expect("directory");
         let of_localhost = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
         let own = Some(Ipv4Addr::new(10, 88, 0, 2));
-        let plan = |hostname: &str, own| super::plan(&root, hostname, own);
+        let plan = |hostname: &str, own| super::plan(None, &root, hostname, own);
         assert_eq!(plan("localhost", None).as_deref(), Some(of_localhost));
         let expected = format!("{of_localhost}127.0.1.1\tbox-1\n");
         assert_eq!(plan("box-1", None), Some(expected));

@@ -3,10 +3,11 @@
 use std::fs;
 
 use mote_agent::flow::Protocol;
-use mote_agent::instance::{self, Entrypoint, Instance, PublishedPorts, Security};
+use mote_agent::instance::{self, Entrypoint, Instance, PublishedPorts, ResolvConf, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
 use super::hosts;
+use super::init_files::Host;
 use super::limits;
 use super::name_servers;
 use super::networking::Networking;
@@ -22,6 +23,7 @@ const MAX_HOSTNAME: usize = 64;
 /// Checks the entrypoint and everything else that the guest carries out. `host` is the host's resolv.conf.
 pub(super) fn plan(
     spec: &Spec,
+    init: GuestInit,
     networking: &Networking,
     ports: &[PublishedPort],
     host: &str,
@@ -57,19 +59,33 @@ pub(super) fn plan(
         }
     }
 
-    let hostname = spec.entrypoint.variable("HOSTNAME").map(|index| &env[index].1);
-    let hostname = hostname.filter(|name| !name.is_empty()).map_or("localhost", String::as_str);
-    if hostname.len() > MAX_HOSTNAME {
+    let GuestInit {
+        mounts,
+        read_only_root,
+        main,
+        image_init,
+        container_env,
+        host: given,
+        sysctls,
+        ..
+    } = init;
+    let Host { hostname: given_name, resolv_conf, hosts } = given;
+    let variable = spec.entrypoint.variable("HOSTNAME").map(|index| &env[index].1);
+    let named = given_name.as_ref().or(variable).filter(|name| !name.is_empty());
+    let hostname = named.map_or("localhost", String::as_str);
+    if hostname.len() > MAX_HOSTNAME || hostname.contains('\0') {
+        let len = hostname.len();
         report.error(
             "entrypoint.env",
-            format!("HOSTNAME has {} bytes, a host name can have {MAX_HOSTNAME}", hostname.len()),
+            format!(
+                "the host name has {len} bytes, and must have at most {MAX_HOSTNAME} without NUL"
+            ),
         );
     }
     if spec.resource_limits.pids_limit == Some(0) {
         report.error("resource_limits.pids_limit", "is 0, must be at least 1");
     }
-    let GuestInit { mounts, read_only_root, main, image_init, container_env } =
-        GuestInit::new(spec, report);
+    let make_workdir = main.is_some();
     let MainProcess { entrypoint, workdir, user, security } = main.unwrap_or_else(|| MainProcess {
         entrypoint: Entrypoint {
             executable: executable.clone(),
@@ -96,6 +112,7 @@ pub(super) fn plan(
         rlimits: limits::plan_rlimits(&spec.resource_limits, report),
         entrypoint,
         workdir,
+        make_workdir,
         user: user.filter(|_| !image_init),
         exec_env: container_env,
         exec_workdir: spec.workdir.clone(),
@@ -114,8 +131,18 @@ pub(super) fn plan(
             udp: ports.iter().any(|port| port.protocol == Protocol::Udp),
         },
         security,
-        resolv_conf: name_servers::plan(spec, host),
-        hosts: hosts::plan(&spec.rootfs_path, hostname, own),
+        resolv_conf: match resolv_conf {
+            Some(text) => ResolvConf::Always(text),
+            None => name_servers::plan(spec, host),
+        },
+        etc: [
+            ("hostname", given_name.as_ref().map(|name| format!("{name}\n"))),
+            ("hosts", hosts::plan(hosts, &spec.rootfs_path, hostname, own)),
+        ]
+        .into_iter()
+        .filter_map(|(name, text)| Some((name.to_owned(), text?)))
+        .collect(),
+        sysctls,
     }
 }
 

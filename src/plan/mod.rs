@@ -10,6 +10,7 @@ mod environment;
 mod guest_init;
 mod hosts;
 mod image;
+mod init_files;
 mod instance;
 mod limits;
 mod logs;
@@ -20,10 +21,13 @@ mod networks_file;
 mod output;
 mod paths;
 mod ports;
+mod security;
 mod shares;
 mod sockets;
 #[cfg(test)]
 mod testing;
+mod variables;
+mod volumes;
 
 use std::fmt;
 use std::fs;
@@ -34,6 +38,7 @@ use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, find_virtiofsd};
 pub use image::Image;
+pub use init_files::StatusFile;
 pub use logs::{JsonFile, LogDriver, Logs, Syslog};
 pub use network::{Network, PasstSocket};
 pub use networking::Networking;
@@ -42,6 +47,8 @@ pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
+
+use guest_init::GuestInit;
 
 use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
@@ -78,6 +85,8 @@ pub struct Plan {
     pub networking: Networking,
     /// Where the guest's output goes.
     pub output: Output,
+    /// Where the runtime looks for the exit code of a box whose init is mote's agent.
+    pub status_file: Option<StatusFile>,
     /// What the agent is told.
     pub instance: Instance,
     /// The vmlinux to boot.
@@ -98,17 +107,20 @@ impl Plan {
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
         check_size(spec, report);
         let cpus = limits::plan_cpus(spec, report);
+        let guests = guests_directories(spec);
+        let mut init = GuestInit::new(spec, &guests, report);
         let cgroup = limits::plan_cgroup(spec, report);
-        let shares = shares::plan(spec, report);
+        let mut shares = shares::plan(spec, report);
+        shares.retain(|share| !(init.has_inits_shares && init_files::is_inits_share(&share.tag)));
         let sockets = sockets::plan(spec, report);
         let published_ports = ports::plan(&spec.port_map, report);
-        let guests = guests_directories(spec);
         let output = output::plan(spec, &guests, report);
         // Read once. A box with a network of its own has name servers of its own.
         let host = spec.network.is_none().then(resolv_conf::of_host).unwrap_or_default();
         let networking = Networking::new(spec, &host, report);
         shares::warn_of_paths_that_guests_can_move(spec, &guests, report);
-        let instance = instance::plan(spec, &networking, &published_ports, &host, report);
+        let status_file = init.status.take();
+        let instance = instance::plan(spec, init, &networking, &published_ports, &host, report);
         refuse_unsupported(spec, report);
         let kernel =
             image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
@@ -141,6 +153,7 @@ impl Plan {
             published_ports,
             networking,
             output: output?,
+            status_file,
             instance,
             kernel: kernel?,
             initramfs: initramfs?,
@@ -203,11 +216,18 @@ impl fmt::Display for Plan {
             None => writeln!(f, "network    none but loopback")?,
         }
         writeln!(f, "console    {}", self.output)?;
+        if let Some(status) = &self.status_file {
+            writeln!(f, "exit code  {}", status.file.path.display())?;
+        }
         for mount in mounts {
             match mount {
-                Mount::Share { tag, path, read_only } => {
+                Mount::Share { tag, path, read_only, .. } => {
                     let mode = if *read_only { " (read-only)" } else { "" };
                     writeln!(f, "mount      {tag} on {path}{mode}")?;
+                }
+                Mount::File { tag, path, read_only } => {
+                    let mode = if *read_only { " (read-only)" } else { "" };
+                    writeln!(f, "mount      a file of {tag} on {path}{mode}")?;
                 }
                 Mount::Tmpfs { path, options } => {
                     writeln!(f, "mount      tmpfs on {path} {options}")?
