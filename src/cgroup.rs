@@ -71,6 +71,14 @@ impl Limit {
         Limit::CpuWeight(1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142)
     }
 
+    /// Whether it limits nothing.
+    pub fn is_none(&self) -> bool {
+        matches!(
+            self,
+            Limit::CpuMax { quota_us: None, .. } | Limit::MemoryLow(0) | Limit::MemorySwapMax(None)
+        )
+    }
+
     fn file(self) -> &'static str {
         match self {
             Limit::CpuWeight(_) => "cpu.weight",
@@ -119,14 +127,15 @@ pub struct Cgroup {
     root: PathBuf,
     name: String,
     limits: Vec<Limit>,
+    dispensable: bool,
 }
 
 impl Cgroup {
-    /// A cgroup for a box.
+    /// A cgroup for a box, which can do without if it is `dispensable`: the limits are enforced in the guest, too.
     ///
     /// # Errors
     /// The box's id cannot be the name of a cgroup's directory.
-    pub fn new(box_id: &str, limits: Vec<Limit>) -> Result<Cgroup, String> {
+    pub fn new(box_id: &str, limits: Vec<Limit>, dispensable: bool) -> Result<Cgroup, String> {
         let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if !(1..=MAX_NAME).contains(&box_id.len())
             || !box_id.bytes().all(safe)
@@ -136,7 +145,12 @@ impl Cgroup {
                 "is \"{box_id}\", but with limits on the host it is the name of a cgroup: must be 1 to {MAX_NAME} of a-z, A-Z, 0-9, \".\", \"_\" and \"-\", and not \".\" or \"..\""
             ));
         }
-        Ok(Cgroup { root: ROOT.into(), name: box_id.into(), limits })
+        Ok(Cgroup { root: ROOT.into(), name: box_id.into(), limits, dispensable })
+    }
+
+    /// Whether the box can do without.
+    pub fn is_dispensable(&self) -> bool {
+        self.dispensable
     }
 
     /// Creates the cgroup, still empty. Returns the [`Remains`] to remove at the end, and the [`Lock`] that
@@ -209,7 +223,11 @@ impl Cgroup {
 impl fmt::Display for Cgroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.dir().display())?;
-        self.limits.iter().try_for_each(|limit| write!(f, ", {limit}"))
+        self.limits.iter().try_for_each(|limit| write!(f, ", {limit}"))?;
+        if self.dispensable {
+            write!(f, " (if this host lets mote)")?;
+        }
+        Ok(())
     }
 }
 
@@ -437,7 +455,7 @@ mod tests {
     }
 
     fn cgroup(root: &Path, limits: &[Limit]) -> Cgroup {
-        let cgroup = Cgroup::new("b", limits.to_vec()).expect("a name");
+        let cgroup = Cgroup::new("b", limits.to_vec(), false).expect("a name");
         Cgroup { root: root.into(), ..cgroup }
     }
 
@@ -465,10 +483,10 @@ mod tests {
     #[test]
     fn only_one_safe_path_component_is_a_name() {
         for name in ["a", "Box_1.2-3", "...", &"x".repeat(255)] {
-            assert!(Cgroup::new(name, Vec::new()).is_ok(), "{name}");
+            assert!(Cgroup::new(name, Vec::new(), false).is_ok(), "{name}");
         }
         for name in ["", ".", "..", "a/b", "../x", "a b", "a\n", "ä", &"x".repeat(256)] {
-            let error = Cgroup::new(name, Vec::new()).expect_err(name);
+            let error = Cgroup::new(name, Vec::new(), false).expect_err(name);
             assert!(error.contains("must be 1 to 255 of a-z"), "{error}");
         }
     }

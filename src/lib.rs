@@ -82,9 +82,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
+use crate::cgroup::Cgroup;
 use crate::cli::{Command, Config};
 use crate::confine::sudden_end;
-use crate::host::janitor::Janitor;
+use crate::host::janitor::{Duties, HostResources, Janitor};
 use crate::host::sockets;
 use crate::outcome::{Outcome, Record, USAGE};
 use crate::output_file::OutputFile;
@@ -303,10 +304,13 @@ fn run_on_host(
     if let Some(cpus) = &plan.cpus {
         cpus.bind()?;
     }
-    let (janitor, resources) = Janitor::start(plan.into(), &signals.stop)?;
+    let (janitor, resources) = start_janitor(plan, &signals.stop)?;
     let run = |timeline: &mut Timeline| {
         if let (Some(cgroup), Some(lock)) = (&plan.cgroup, resources.cgroup) {
-            cgroup.join(lock)?;
+            match cgroup.join(lock) {
+                Err(error) if cgroup.is_dispensable() => warn_of_limits(&error),
+                joined => joined?,
+            }
         }
         let listeners = sockets::listeners(plan, resources.sockets)?;
         let (vm, served) = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
@@ -324,6 +328,27 @@ fn run_on_host(
     // The VM is dropped and its back-ends have ended, so that nothing outlives this process.
     janitor.dismiss();
     record
+}
+
+/// Starts the janitor, without the box's cgroup if that can neither be had nor must be.
+fn start_janitor(plan: &Plan, stop: &File) -> Result<(Janitor, HostResources)> {
+    let duties = Duties::from(plan);
+    let started = Janitor::start(duties, stop);
+    if !plan.cgroup.as_ref().is_some_and(Cgroup::is_dispensable) {
+        return started;
+    }
+    started.or_else(|error| {
+        // If something else has failed, it fails again.
+        let without = Janitor::start(Duties { cgroup: None, ..duties }, stop)?;
+        warn_of_limits(&error);
+        Ok(without)
+    })
+}
+
+fn warn_of_limits(error: &anyhow::Error) {
+    log::warn(&format!(
+        "the cpu_* and memory_* limits hold only inside the box, where its own init enforces them: {error:#}"
+    ));
 }
 
 fn read_config(config: &Config) -> Result<String> {

@@ -54,7 +54,7 @@ const GIVEN: u8 = 0;
 const NO_RESOURCES: u8 = 1;
 
 /// What the janitor does for a box.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Duties<'a> {
     /// The cgroup to create.
     pub cgroup: Option<&'a Cgroup>,
@@ -145,13 +145,18 @@ impl Janitor {
             .context("start the janitor")?;
         drop(mote);
         let ends_first = duties.cgroup.is_none().then_some(pid);
-        let janitor = Janitor { line, requests, ends_first };
+        let mut janitor = Janitor { line, requests, ends_first };
         match HostResources::take(&duties, &janitor.line, stop) {
             Ok(resources) => {
                 janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
                 Ok((janitor, resources))
             }
             Err(error) => {
+                // It has said why and closed the line: it is ending, with or without a cgroup.
+                if let Ok([true]) = sys::poll([Interest::read(&janitor.line)], Some(Duration::ZERO))
+                {
+                    janitor.ends_first = Some(pid);
+                }
                 janitor.dismiss();
                 Err(error)
             }

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 
 use mote_agent::instance::Rlimit;
 
+use super::guest_init::GuestInit;
 use crate::cgroup::{Cgroup, Limit};
 use crate::cpuset::CpuSet;
 use crate::spec::json::Report;
@@ -33,8 +34,20 @@ const CPU_PERIOD_US: RangeInclusive<u64> = 1_000..=1_000_000;
 /// The default of the kernel and of the contract.
 const DEFAULT_CPU_PERIOD_US: u64 = 100_000;
 
-/// The cgroup that enforces the limits on the host; `None` when there are none.
-pub(super) fn plan_cgroup(spec: &Spec, report: &mut Report) -> Option<Cgroup> {
+/// Variable by which the runtime of 3.x tells the image's guest init of a limit, which that enforces in the guest
+/// (contract §2.10).
+fn init_variable(limit: &Limit) -> &'static str {
+    match limit {
+        Limit::CpuWeight(_) => "A3S_SEC_CPU_SHARES",
+        Limit::CpuMax { .. } => "A3S_SEC_CPU_QUOTA",
+        Limit::MemoryLow(_) => "A3S_SEC_MEM_LOW",
+        Limit::MemorySwapMax(_) => "A3S_SEC_MEM_SWAP",
+    }
+}
+
+/// The cgroup that enforces the limits on the host; `None` when there are none. `init` says whether the image's own
+/// guest init runs.
+pub(super) fn plan_cgroup(spec: &Spec, init: &GuestInit, report: &mut Report) -> Option<Cgroup> {
     let limits = &spec.resource_limits;
     if let Some(quota) = limits.cpu_quota.filter(|us| *us >= 0 && !CPU_QUOTA_US.contains(us)) {
         report.error(
@@ -72,7 +85,11 @@ pub(super) fn plan_cgroup(spec: &Spec, report: &mut Report) -> Option<Cgroup> {
     if planned.is_empty() {
         return None;
     }
-    Cgroup::new(&spec.box_id, planned).map_err(|problem| report.error("box_id", problem)).ok()
+    let told = |limit: &Limit| spec.entrypoint.variable(init_variable(limit)).is_some();
+    let others_do = init.image_init && planned.iter().all(|limit| told(limit) || limit.is_none());
+    Cgroup::new(&spec.box_id, planned, others_do)
+        .map_err(|problem| report.error("box_id", problem))
+        .ok()
 }
 
 /// A limit for which every negative value means no limit.
@@ -187,6 +204,27 @@ mod tests {
             assert!(errors[0].starts_with("resource_limits.cpuset_cpus: "), "{errors:?}");
             assert!(errors[0].ends_with(&problem), "{errors:?}");
         }
+    }
+
+    #[test]
+    fn limits_that_the_images_init_enforces_are_dispensable_on_the_host() {
+        let dispensable = |executable: &str, quota, variables: &[&str]| {
+            let plan = plan(|s| {
+                s.entrypoint.executable = executable.into();
+                s.entrypoint.env =
+                    variables.iter().map(|name| (name.to_string(), "50000".into())).collect();
+                s.resource_limits.cpu_quota = quota;
+                s.resource_limits.cpu_shares = Some(2);
+            });
+            plan.expect("a plan").cgroup.expect("a cgroup").is_dispensable()
+        };
+        let told = ["BOX_EXEC_EXEC", "A3S_SEC_CPU_SHARES", "A3S_SEC_CPU_QUOTA"];
+        assert!(dispensable("/bin/sh", Some(50_000), &told));
+        // Nobody is told to limit what has no limit.
+        assert!(dispensable("/bin/sh", Some(-1), &told[..2]));
+        assert!(!dispensable("/bin/sh", Some(50_000), &told[..2]));
+        assert!(!dispensable("/bin/sh", Some(50_000), &told[1..]));
+        assert!(!dispensable("/no/such/init", Some(50_000), &told));
     }
 
     #[test]

@@ -109,7 +109,7 @@ impl Plan {
         let cpus = limits::plan_cpus(spec, report);
         let guests = guests_directories(spec);
         let mut init = GuestInit::new(spec, &guests, report);
-        let cgroup = limits::plan_cgroup(spec, report);
+        let cgroup = limits::plan_cgroup(spec, &init, report);
         let mut shares = shares::plan(spec, report);
         shares.retain(|share| !(init.has_inits_shares && init_files::is_inits_share(&share.tag)));
         let sockets = sockets::plan(spec, report);
