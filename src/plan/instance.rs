@@ -92,7 +92,8 @@ pub(super) fn plan(
             args: args.clone(),
             env: env.clone(),
         },
-        workdir: spec.workdir.clone(),
+        // An init of the image's own makes its main process's directory, where that is missing, and goes there.
+        workdir: if image_init { "/".into() } else { spec.workdir.clone() },
         user: None,
         security: Security::default(),
     });
@@ -172,16 +173,18 @@ mod tests {
     use crate::plan::testing::plan;
 
     #[test]
-    fn a_user_is_not_the_images_own_inits() {
-        let user = |env: &str| {
+    fn user_and_workdir_are_not_the_images_own_inits() {
+        let asked = |env: &str| {
             let plan = plan(|s| {
                 s.entrypoint.executable = "/bin/sh".into();
                 s.entrypoint.env = vec![(env.into(), "sleep".into())];
                 s.user = Some("app".into());
+                s.workdir = "/srv".into();
             });
-            plan.expect("a plan").instance.user
+            let instance = plan.expect("a plan").instance;
+            (instance.user, instance.workdir)
         };
-        assert_eq!(user("BOX_EXEC_EXEC"), None);
-        assert_eq!(user("OTHER"), Some("app".into()));
+        assert_eq!(asked("BOX_EXEC_EXEC"), (None, "/".into()));
+        assert_eq!(asked("OTHER"), (Some("app".into()), "/srv".into()));
     }
 }
