@@ -26,6 +26,7 @@ mod faults;
 mod features;
 mod guest;
 mod hostile;
+mod inits;
 mod lifecycle;
 mod limits;
 mod logs;
