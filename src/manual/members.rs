@@ -159,7 +159,7 @@ pub const MEMBERS: &[Member] = &[
         path: "workdir",
         kind: "path",
         default: None,
-        words: "directory the entrypoint starts in; must exist in the guest",
+        words: "directory the entrypoint starts in; must exist in the guest. A guest init of the image's own starts in `/`",
     },
     Member {
         path: "user",
@@ -302,7 +302,7 @@ pub const MEMBERS: &[Member] = &[
 ];
 
 /// Who enforces the limits on the host.
-pub const CGROUP: &str = "The `cpu_*` and `memory_*` limits bind mote, its vCPUs and virtiofsd together, in the cgroup `/sys/fs/cgroup/a3s-box/<box_id>`, for which `box_id` must be a plain name (letters, digits, `.`, `_`, `-`). That needs cgroup v2, and root or delegation; a box whose limits cannot be enforced does not start.";
+pub const CGROUP: &str = "The `cpu_*` and `memory_*` limits bind mote, its vCPUs and virtiofsd together, in the cgroup `/sys/fs/cgroup/a3s-box/<box_id>`, for which `box_id` must be a plain name (letters, digits, `.`, `_`, `-`). That needs cgroup v2, and root or delegation; a box whose limits cannot be enforced does not start, unless a guest init of the image's own enforces them inside (`A3S_SEC_*`): then mote warns.";
 
 /// What is wrong with a spec.
 pub const FAULTS: &str =

@@ -1,5 +1,5 @@
 //! The files by which the runtimes of 3.2 and 3.3 tell a guest init what to run, and hear how it ended (contract
-//! §2.11), for boxes in which mote's agent takes the init's place.
+//! §2.12), for boxes in which mote's agent takes the init's place.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
