@@ -133,14 +133,8 @@ fn described(runtime: Runtime, init: Init) -> TestBox {
 }
 
 /// Sends the main process SIGTERM, as the runtime stops a box.
-fn stop(test: &TestBox, init: Init, started: Started) -> Finished {
+fn stop(test: &TestBox, started: Started) -> Finished {
     let mut client = Client::connect(test, "exec");
-    if init == Init::Mote {
-        client.send_json(
-            DATA,
-            &json!({"cmd": ["sleep", "10000"], "timeout_ns": 60_000_000_000u64, "streaming": true}),
-        );
-    }
     client.send(CONTROL, b"signal-main:15");
     assert_eq!(client.receive(), Some((CONTROL, b"signal-main-ack".to_vec())));
     started.wait()
@@ -190,7 +184,7 @@ fn a_box_is_the_same_by_the_images_init_and_by_mote() {
             let expected = "nameserver 192.0.2.53\n127.0.0.1 localhost web\n192.0.2.7 peer\n";
             assert_eq!(files, expected, "{case}");
         }
-        let ran = stop(&test, init, started);
+        let ran = stop(&test, started);
         ran.assert_ended(42, "exited");
         assert_eq!(ran.stderr, "", "{case}");
         let (status, text) = match runtime {
@@ -211,7 +205,7 @@ fn a_box_is_the_same_by_the_images_init_and_by_mote() {
             started.wait_for_line("ready");
             let said = client::run(&test, &["ls", "/opt/seed", "/opt/seed/sub"]).stdout;
             assert_eq!(said, "/opt/seed:\nnew\nsub\n\n/opt/seed/sub:\n", "{case}");
-            stop(&test, init, started).assert_ended(42, "exited");
+            stop(&test, started).assert_ended(42, "exited");
         }
     }
 }
@@ -252,7 +246,7 @@ fn the_images_init_serves_when_its_main_process_runs_and_forwards_ports() {
     let mut got = vec![0; expected.len()];
     forward.read_exact(&mut got).expect("frames");
     assert_eq!(got, expected);
-    stop(&test, Init::OfImage, started).assert_ended(42, "exited");
+    stop(&test, started).assert_ended(42, "exited");
 }
 
 #[test]
@@ -269,7 +263,7 @@ fn limits_that_the_images_init_enforces_need_no_cgroup_on_the_host() {
     let test = limited(Init::OfImage);
     let mut started = test.start_within(&without_cgroups);
     started.wait_for_line("ready");
-    let ran = stop(&test, Init::OfImage, started);
+    let ran = stop(&test, started);
     ran.assert_ended(42, "exited");
     assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
     let warning = "mote: warning: the cpu_* and memory_* limits hold only inside the box, where its own init enforces them: read /sys/fs/cgroup/cgroup.controllers (";
@@ -279,7 +273,7 @@ fn limits_that_the_images_init_enforces_need_no_cgroup_on_the_host() {
     started.wait_for_line("ready");
     let limit = read(&test.cgroup().join("cpu.max"));
     assert_eq!(limit, "50000 100000\n");
-    stop(&test, Init::OfImage, started).assert_ended(42, "exited");
+    stop(&test, started).assert_ended(42, "exited");
     // mote's agent enforces none of them.
     let test = limited(Init::Mote);
     let ran = test.run_by(&mut test.mote_within(&without_cgroups));
