@@ -160,7 +160,7 @@ impl Command {
             context.cgroup.create_command(context.session).map_err(doing("create its cgroup"))?;
         let (stdout, stdout_end) = sys::pipe().map_err(doing("create a pipe"))?;
         let (stderr, stderr_end) = sys::pipe().map_err(doing("create a pipe"))?;
-        let has_input = request.stdin.is_some() || request.stdin_streaming;
+        let has_input = request.stdin.is_some() || request.has_streaming_input();
         let (stdin_end, stdin) = if has_input {
             let (read, write) = sys::input_pipe().map_err(doing("create a pipe"))?;
             (read, Some(write))
@@ -187,8 +187,8 @@ impl Command {
             cgroup,
             stdin,
             input: request.stdin.iter().flatten().copied().collect(),
-            input_open: request.stdin_streaming,
-            input_from_client: request.stdin_streaming,
+            input_open: request.has_streaming_input(),
+            input_from_client: request.has_streaming_input(),
             outputs: [
                 Output { stream: Stream::Stdout, from: Some(stdout) },
                 Output { stream: Stream::Stderr, from: Some(stderr) },

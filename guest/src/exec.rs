@@ -59,8 +59,8 @@ pub mod control {
 /// Longest payload in either direction.
 pub const MAX_PAYLOAD: usize = 16 << 20;
 
-/// Most bytes of each output that the reply to a request with a `request_id` carries.
-pub const MAX_REPEATED_OUTPUT: usize = 1 << 20;
+/// Most bytes of each output in one reply, to clients that know of such a bound ([`ExecRequest::is_bounded`]).
+pub const MAX_ONE_SHOT_OUTPUT: usize = 1 << 20;
 
 /// The time limit that `timeout_ns: 0` means.
 pub const DEFAULT_TIMEOUT_NS: u64 = 5_000_000_000;
@@ -90,9 +90,9 @@ pub struct ExecRequest {
     /// Whether output is sent as it comes.
     #[serde(default)]
     pub streaming: bool,
-    /// Whether [`kind::DATA`] frames after this one are its standard input.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub stdin_streaming: bool,
+    /// Whether [`kind::DATA`] frames after this one are its standard input. Clients from 3.2 on always say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdin_streaming: Option<bool>,
     /// Directory of the guest that is the command's root; the box's own by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rootfs: Option<Text>,
@@ -103,6 +103,19 @@ pub struct ExecRequest {
     /// its standard error. For commands with `streaming`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub explain: bool,
+}
+
+impl ExecRequest {
+    /// Whether input comes after the request.
+    pub fn has_streaming_input(&self) -> bool {
+        self.stdin_streaming.unwrap_or_default()
+    }
+
+    /// Whether the client takes no more than [`MAX_ONE_SHOT_OUTPUT`] of each output in one reply. One of 0.8.0
+    /// ignores [`ExecOutput::truncated`], and fetches files so.
+    pub fn is_bounded(&self) -> bool {
+        self.request_id.is_some() || self.stdin_streaming.is_some()
+    }
 }
 
 /// Move a file.
@@ -370,7 +383,7 @@ mod tests {
             stdin: None,
             user: None,
             streaming: false,
-            stdin_streaming: false,
+            stdin_streaming: None,
             rootfs: None,
             request_id: None,
             explain: false,

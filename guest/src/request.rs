@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mote_agent::exec::{
-    DEFAULT_TIMEOUT_NS, ExecRequest, FileOp, FileResponse, MAX_REPEATED_OUTPUT, Request, control,
+    DEFAULT_TIMEOUT_NS, ExecRequest, FileOp, FileResponse, MAX_ONE_SHOT_OUTPUT, Request, control,
     kind,
 };
 use mote_agent::files::{self, FilesystemOp, FilesystemResponse};
@@ -89,7 +89,11 @@ fn run(
     journal: Option<&Journal>,
 ) -> Answer {
     let Some(id) = &request.request_id else {
-        let mut reply = if request.streaming { Reply::Streaming } else { Reply::whole() };
+        let mut reply = match request.is_bounded() {
+            _ if request.streaming => Reply::Streaming,
+            true => Reply::bounded(MAX_ONE_SHOT_OUTPUT),
+            false => Reply::whole(),
+        };
         let Some(exit) = command::run(request, connection, &mut reply, context) else {
             return Ok(None);
         };
@@ -103,7 +107,7 @@ fn run(
     let patience = Duration::from_nanos(limit_ns) + SLACK;
     let key = Key::new("exec", id, request)?;
     once(&key, patience, connection, journal, |connection| {
-        let mut reply = Reply::bounded(MAX_REPEATED_OUTPUT);
+        let mut reply = Reply::bounded(MAX_ONE_SHOT_OUTPUT);
         // It runs to its end, whether or not its client is there.
         let exit = command::run(request, connection, &mut reply, context).unwrap_or_default();
         let mut bytes = Vec::new();

@@ -63,7 +63,7 @@ impl Exec {
             stdin: None,
             user: program.user,
             streaming: true,
-            stdin_streaming: true,
+            stdin_streaming: Some(true),
             rootfs: None,
             request_id: None,
             explain: true,
@@ -207,7 +207,7 @@ mod tests {
         let (end, output, errors) = run("split", |mut client| {
             let request = request(&mut client);
             assert_eq!(request.cmd, ["x"]);
-            assert!(request.streaming && request.stdin_streaming && request.explain);
+            assert!(request.streaming && request.has_streaming_input() && request.explain);
             assert_eq!(request.timeout_ns, 315_360_000_000_000_000);
             let end = read_frame(&mut client).expect("the input's end");
             assert_eq!((end.kind, &end.payload[..]), (kind::CONTROL, control::STDIN_CLOSE));

@@ -338,18 +338,25 @@ fn a_request_with_an_id_runs_once() {
 fn answers_that_are_kept_have_bounds() {
     let (test, started) = idle();
     // More than a MiB of each, and of the bytes that take the most room.
-    let script = "echo ran >>/tmp/log; \
-        for to in 1 2; do dd if=/dev/zero bs=65536 count=17 2>/dev/null | tr '\\0' '\\377' >&$to; done";
-    let whole = |id: &str| {
-        let frames = request(&test, &keyed(script, id));
+    let flood = "for to in 1 2; do dd if=/dev/zero bs=65536 count=17 2>/dev/null | tr '\\0' '\\377' >&$to; done";
+    let script = format!("echo ran >>/tmp/log; {flood}");
+    let answer = |asked: &Value| {
+        let frames = request(&test, asked);
         let [(DATA, payload)] = &frames[..] else { panic!("one reply") };
         serde_json::from_slice::<Value>(payload).expect("JSON")
     };
+    let whole = |id: &str| answer(&keyed(&script, id));
     let output = whole("0");
     for stream in ["stdout", "stderr"] {
         assert_eq!(output[stream].as_array().expect("an array").len(), 1 << 20, "{stream}");
     }
     assert_eq!(output["truncated"], json!(true));
+    // Without an id, for clients that know of the bound; they all say this.
+    let mut known = keyed(flood, "");
+    let members = known.as_object_mut().expect("an object");
+    members.remove("request_id");
+    members.insert("stdin_streaming".into(), json!(false));
+    assert_eq!(answer(&known), output);
     // Two of them fit.
     for id in ["1", "2", "2", "1"] {
         assert_eq!(whole(id), output, "{id}");
