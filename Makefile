@@ -44,11 +44,11 @@ tools-%:
 check:
 	tests/structure.py
 	cargo fmt --all --check
-	cargo clippy --locked --release --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --release --workspace --no-deps --document-private-items
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
 
 unit:
-	cargo test --locked --release --workspace --lib --bins
+	cargo test --locked --workspace --lib --bins
 
 manual: tools-test build
 	tests/manual.sh

@@ -10,7 +10,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::client::{self, CONTROL, Client, DATA, HEARTBEAT};
+use crate::client::{self, CONTROL, Client, HEARTBEAT};
 use crate::common::{Finished, Started, TestBox, executable};
 
 const INIT: &str = include_str!("python/guest_init.py");
