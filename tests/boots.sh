@@ -46,7 +46,8 @@ fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/mote-boots.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 in_its_turn() {
-    local log=$work/${1//[:,]/_} code=0
+    local log code=0
+    log=$(mktemp "$work/XXXXXX")
     # Where a box is bound to one of two processors.
     case $1 in *limits::* | *cpuset*) export LAB_CPUS=2 ;; esac
     group "$1" >"$log" 2>&1 || code=$?
