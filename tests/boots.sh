@@ -17,6 +17,7 @@ MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
 MOTE_TEST_CONTAINERS="$(tests/rootfs.sh containers)"
 export MOTE_TEST_DEBIAN MOTE_TEST_CONTAINERS
 export MOTE=$PWD/target/x86_64-unknown-linux-gnu/release/mote
+export MOTE_TEST_BINARY=$MOTE
 # Far above what a group takes.
 export LAB_LIMIT_S=${LAB_LIMIT_S:-600}
 # The binary under test is the one that is shipped; the tests themselves are built faster without.
