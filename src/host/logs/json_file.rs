@@ -14,6 +14,9 @@ use crate::console::write_patiently;
 use crate::log::{self, LogOnce};
 use crate::sys::directory::Directory;
 
+/// Most bytes that are packed of a log that is longer than it may be: it may be another's work.
+const MAX_PACKED: u64 = 1 << 30;
+
 /// A log that is open, in its directory.
 #[derive(Debug)]
 pub struct JsonLog {
@@ -92,8 +95,10 @@ impl JsonLog {
             Ok(()) => self.written += self.waiting.len() as u64,
             Err(error) => {
                 self.failed = true;
-                // Readers expect whole objects.
-                let _ = self.file.set_len(self.written);
+                // Readers expect whole objects. Nor longer: somebody may have cut it meanwhile.
+                if self.file.read_at(&mut [0], self.written).is_ok_and(|read| read > 0) {
+                    let _ = self.file.set_len(self.written);
+                }
                 log::error(&format!("{}: write: {error}; the rest of the log is lost", self.name));
             }
         }
@@ -103,7 +108,7 @@ impl JsonLog {
     /// Begins anew. What the log has is packed into a file of its own, and those that there are get higher
     /// numbers. Where that fails, it is lost: a log must not outgrow its limit.
     fn put_away(&mut self) {
-        match self.pack().and_then(|()| self.directory.create_new(&self.name)) {
+        match self.pack() {
             Ok(new) => self.file = new,
             Err(error) => {
                 self.complaint.error(&format!(
@@ -119,15 +124,32 @@ impl JsonLog {
         self.written = 0;
     }
 
-    fn pack(&self) -> io::Result<()> {
-        // Complete before it has its name: readers take all files of such names.
-        let part = format!("{}.part", self.name);
+    /// Checks that what [`JsonLog::put_away`] does can be done.
+    ///
+    /// # Errors
+    /// Those of openat2(2) and unlinkat(2).
+    pub fn check_directory(&self) -> io::Result<()> {
+        let part = self.part();
         self.directory.remove(&part)?;
+        self.directory.create_new(&part)?;
+        self.directory.remove(&part)
+    }
+
+    /// Packs what this has written, and returns the new log.
+    fn pack(&self) -> io::Result<File> {
+        // Complete before it has its name: readers take all files of such names.
+        let (part, new) = (self.part(), format!("{}.new", self.name));
+        self.directory.remove(&part)?;
+        self.directory.remove(&new)?;
+        let file = self.directory.create_new(&new)?;
         let mut packer = GzEncoder::new(self.directory.create_new(&part)?, Compression::fast());
         let mut buffer = vec![0; 64 * 1024];
+        // No more than was written: others may have made it as long as they like.
+        let len = self.written.min(self.max_bytes.max(MAX_PACKED));
         let mut at = 0;
-        loop {
-            let read = self.file.read_at(&mut buffer, at)?;
+        while at < len {
+            let most = (len - at).min(buffer.len() as u64) as usize;
+            let read = self.file.read_at(&mut buffer[..most], at)?;
             if read == 0 {
                 break;
             }
@@ -144,7 +166,13 @@ impl JsonLog {
         // The log itself is one of the files.
         self.directory.remove(&self.packed(self.max_files))?;
         self.directory.rename(&part, &self.packed(1))?;
-        self.directory.remove(&self.name)
+        // At no moment is there no log.
+        self.directory.rename(&new, &self.name)?;
+        Ok(file)
+    }
+
+    fn part(&self) -> String {
+        format!("{}.part", self.name)
     }
 
     fn packed(&self, number: u32) -> String {

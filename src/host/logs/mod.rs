@@ -93,7 +93,7 @@ impl LogWriter {
     /// Waits until the process is confined, or `stop` is readable.
     ///
     /// # Errors
-    /// It could not be confined.
+    /// It could not be confined, or could not work then.
     pub fn wait_until_confined(&self, stop: &File) -> Result<()> {
         let mut line = &self.streams[0];
         let [_, is_stopped] = sys::poll([Interest::read(line), Interest::read(stop)], None)?;
@@ -103,7 +103,7 @@ impl LogWriter {
             1 if answer[0] == CONFINED => Ok(()),
             read => {
                 let why = String::from_utf8_lossy(&answer[..read]);
-                Err(anyhow!("confine the process that writes logs: {why}"))
+                Err(anyhow!("start the process that writes logs: {why}"))
             }
         }
     }
@@ -143,7 +143,8 @@ impl Writer {
             Driver::JsonFile(log) => Some(log.directory()),
             Driver::Syslog(_) | Driver::None => None,
         };
-        let confined = confine::confine_log_writer(isolation, directory);
+        let confined = confine::confine_log_writer(isolation, directory)
+            .and_then(|()| self.driver.check().context("make files beside container.json"));
         let answer = match &confined {
             Ok(()) => vec![CONFINED],
             Err(error) => format!("{error:#}").into_bytes(),
@@ -285,6 +286,14 @@ impl Driver {
             Driver::JsonFile(log) => vec![log.directory().as_raw_fd(), log.file().as_raw_fd()],
             Driver::Syslog(syslog) => vec![syslog.socket.as_raw_fd()],
             Driver::None => Vec::new(),
+        }
+    }
+
+    /// Checks that it can do all that it will have to.
+    fn check(&self) -> io::Result<()> {
+        match self {
+            Driver::JsonFile(log) => log.check_directory(),
+            Driver::Syslog(_) | Driver::None => Ok(()),
         }
     }
 
