@@ -10,7 +10,7 @@ use mote_agent::flow::Protocol;
 use crate::plan::PublishedPort;
 
 /// Whether the passt of this socket was told, in its arguments, to publish this port. Asked only when somebody has the
-/// port: whoever poses as a passt gets nothing by it.
+/// port. Another user of the host can have taken it and pose as a passt, which the warning then names.
 pub fn publishes(socket: &Path, port: &PublishedPort) -> bool {
     let Ok(processes) = fs::read_dir("/proc") else { return false };
     processes.flatten().any(|process| {

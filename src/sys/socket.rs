@@ -116,8 +116,11 @@ pub fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
 pub struct Ends {
     /// Who sent it.
     pub client: SocketAddr,
-    /// To which of the host's addresses; the answer comes from there.
+    /// To which of the host's addresses; the answer comes from there. Of a datagram to many hosts, that of the one
+    /// which got it, or none (`::`).
     pub host: IpAddr,
+    /// The interface, if the address means something only there; or 0.
+    pub interface: u32,
 }
 
 /// Room for one control message with either family's packet information (ip(7), ipv6(7)).
@@ -156,10 +159,10 @@ pub fn receive_from(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize,
             (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                 let from = (&raw const from).cast::<libc::sockaddr_in>().read();
                 let info = data.cast::<libc::in_pktinfo>().read_unaligned();
-                let [client, host] = [from.sin_addr.s_addr, info.ipi_addr.s_addr]
+                let [client, host] = [from.sin_addr.s_addr, info.ipi_spec_dst.s_addr]
                     .map(|ip| Ipv4Addr::from(ip.to_ne_bytes()));
                 let client = SocketAddr::from((client, u16::from_be(from.sin_port)));
-                Ends { client, host: host.into() }
+                Ends { client, host: host.into(), interface: 0 }
             }
             (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                 let from = (&raw const from).cast::<libc::sockaddr_in6>().read();
@@ -170,7 +173,11 @@ pub fn receive_from(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize,
                     0,
                     from.sin6_scope_id,
                 );
-                Ends { client: client.into(), host: Ipv6Addr::from(info.ipi6_addr.s6_addr).into() }
+                let host = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+                let host = if host.is_multicast() { Ipv6Addr::UNSPECIFIED } else { host };
+                let is_scoped = host.is_unicast_link_local() || from.sin6_scope_id != 0;
+                let interface = if is_scoped { info.ipi6_ifindex } else { 0 };
+                Ends { client: client.into(), host: host.into(), interface }
             }
             _ => return Err(io::ErrorKind::InvalidData.into()),
         };
@@ -217,7 +224,7 @@ pub fn answer(socket: &UdpSocket, datagram: &[u8], ends: &Ends) -> io::Result<()
                 (*header).cmsg_type = libc::IPV6_PKTINFO;
                 data.cast::<libc::in6_pktinfo>().write_unaligned(libc::in6_pktinfo {
                     ipi6_addr: libc::in6_addr { s6_addr: ip.octets() },
-                    ipi6_ifindex: 0,
+                    ipi6_ifindex: ends.interface,
                 });
                 size_of::<libc::in6_pktinfo>()
             }

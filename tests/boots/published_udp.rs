@@ -53,9 +53,12 @@ fn assert_serves(network: &Network) {
     };
     let said = ask(&network.outside, "198.51.100.2", "198.51.100.100", "9", &ports);
     assert_eq!(said, answers(&seen("198.51.100.2", "::ffff:198.51.100.2"), "9"));
-    // From the host, at an address of it that is not the first one.
+    let named =
+        |line: &str, net: &str| line.split(' ').nth(1).is_some_and(|ip| ip.starts_with(net));
+    // From the host, at an address of it that is not the first one; the client's is the box's own, too.
     let said = ask(&network.host, "127.0.0.1", "127.0.0.77", "9", &ports);
-    assert_eq!(said, answers(&seen("127.0.0.1", "::ffff:127.0.0.1"), "9"));
+    let is_named = |line: &str| named(line, "127.1") || named(line, "::ffff:127.1");
+    assert!(said.lines().count() == 6 && said.lines().all(is_named), "{said}");
     // By a socket that the server connects to its client.
     let said = ask(&network.outside, "198.51.100.2", "198.51.100.100", "9", &["19005"]);
     assert_eq!(said, answers(&[("19005", "198.51.100.2")], "9").replace(" 9\n", " 9 True\n"));
@@ -65,8 +68,6 @@ fn assert_serves(network: &Network) {
     assert_eq!(said, answers(&seen, "65507"));
     // Servers of one family cannot name a client of the other, but answer it.
     let said = ask(&network.outside, "2001:db8::2", "2001:db8::100", "9", &["19001", "19003"]);
-    let named =
-        |line: &str, net: &str| line.split(' ').nth(1).is_some_and(|ip| ip.starts_with(net));
     assert!(said.lines().count() == 4 && said.lines().all(|line| named(line, "127.1")), "{said}");
     let said = ask(&network.outside, "198.51.100.2", "198.51.100.100", "9", &["19004"]);
     assert!(
@@ -95,6 +96,50 @@ fn the_same_holds_in_a_box_with_a_network_of_its_own() {
     started.stop();
     passt.kill().expect("kills");
     passt.wait().expect("waits");
+}
+
+#[test]
+fn answers_to_a_program_of_the_box_stay_there() {
+    let network = Network::new();
+    let map = json!(["19001:9001/udp"]);
+    let (test, started) = TestBox::debian().inside(&network).with("port_map", map).idle();
+    let serve = "python3 - <<'end' >/dev/shm/said 2>&1 &
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(('0.0.0.0', 9001))
+while True:
+    data, client = s.recvfrom(100)
+    s.sendto(data.upper(), client)
+end
+until grep -q ' 00000000:2329 ' /proc/net/udp; do :; done";
+    shell(&test, serve);
+    // The same address and port, of two machines.
+    let client = "import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(60)
+s.bind(('127.0.0.1', 7001))
+s.connect(('127.0.0.1', PORT))
+s.send(b'ask')
+print(s.recv(9))";
+    let on_host = client.replace("PORT", "19001");
+    assert_eq!(network.host.python(&on_host), "b'ASK'\n");
+    let said = crate::network::python(&test, &client.replace("PORT", "9001"));
+    assert_eq!(said, "b'ASK'\n");
+    assert_eq!(network.host.python(&on_host), "b'ASK'\n");
+    // A client that sends to two addresses of the host is answered by each.
+    let said = network.host.python(
+        "import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(60)
+s.bind(('198.51.100.100', 7002))
+for to in '198.51.100.100', '127.0.0.5', '198.51.100.100':
+    s.sendto(b'ask', (to, 19001))
+    print(*s.recvfrom(9))",
+    );
+    let line = |ip: &str| format!("b'ASK' ('{ip}', 19001)\n");
+    let [first, second] = ["198.51.100.100", "127.0.0.5"].map(line);
+    assert_eq!(said, format!("{first}{second}{first}"));
+    started.stop();
 }
 
 #[test]

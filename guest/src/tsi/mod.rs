@@ -201,6 +201,11 @@ fn set_up(
         // Where a server answers from that listens on all addresses: where it was sent to.
         add_route(CLIENT_NET6, CLIENT_NET6_LEN, Some(Ipv6Addr::LOCALHOST))?;
     }
+    let own = match needs.networking {
+        Networking::Own(interface) => vec![interface.address.into()],
+        Networking::Hosts { .. } => vec![OWN_IP4.into(), OWN_IP6.into()],
+        Networking::None => Vec::new(),
+    };
     if let Networking::Hosts { ip6 } = needs.networking {
         // getaddrinfo() finds addresses only of families of which the guest has one itself, other than
         // loopback's (`AI_ADDRCONFIG`).
@@ -215,7 +220,7 @@ fn set_up(
     let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
     let extent = Extent { outgoing: needs.is_outgoing(), answers: needs.published.udp };
     // Last, so that whatever is redirected finds its listener.
-    let programs = Programs::attach(cgroup, extent, resolvers, &needs.datagrams)?;
+    let programs = Programs::attach(cgroup, extent, resolvers, &needs.datagrams, own)?;
     Ok((programs, sockets))
 }
 

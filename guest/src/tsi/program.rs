@@ -102,6 +102,12 @@ impl Id {
         (u128::from(FLOW_NET6) | u128::from(self.0)).into()
     }
 
+    /// Its address in one of the families, with the agent's port for clients.
+    fn address(self, is_ip4: bool) -> SocketAddr {
+        let ip = if is_ip4 { IpAddr::V4(self.ip4()) } else { self.ip6().into() };
+        SocketAddr::new(ip, CLIENT_PORT)
+    }
+
     fn is_datagram(self) -> bool {
         self.0 & KIND_DATAGRAM != 0
     }
@@ -188,6 +194,8 @@ impl Event {
     }
 }
 
+/// Makes only an entry that does not exist (`BPF_NOEXIST`).
+const NEW: u64 = 1;
 /// Changes only an entry that exists (`BPF_EXIST`): the socket may be gone meanwhile.
 const EXISTING: u64 = 2;
 
@@ -229,13 +237,15 @@ pub struct Programs {
     datagrams: HashMap<MapData, u32, RawFlow>,
     /// Who is answered by datagrams, if anybody is.
     clients: Option<HashMap<MapData, RawClientKey, u32>>,
+    /// The box's addresses.
+    own: Vec<IpAddr>,
     events: RingBuf<MapData>,
 }
 
 impl Programs {
     /// Loads the programs and attaches them to a cgroup. `resolvers` are the loopback addresses that
     /// stand for the host's resolver (IPv4 as IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not.
-    /// `prefixes` say where no datagrams may go.
+    /// `prefixes` say where no datagrams may go, and `own` are the box's addresses beside loopback's.
     ///
     /// # Errors
     /// If the kernel refuses the programs or their maps, or to attach them.
@@ -244,6 +254,7 @@ impl Programs {
         extent: Extent,
         resolvers: &[Ipv6Addr],
         prefixes: &[Prefix],
+        own: Vec<IpAddr>,
     ) -> Result<Self, String> {
         let mut ebpf = EbpfLoader::new()
             .btf(None)
@@ -282,7 +293,7 @@ impl Programs {
                 attach(program, cgroup).map_err(|e| format!("attach {name}: {}", chain(&e)))?;
             }
         }
-        Ok(Programs { _attached: ebpf, connected, datagrams, clients, events })
+        Ok(Programs { _attached: ebpf, connected, datagrams, clients, own, events })
     }
 
     /// Where a flow wanted to go; `None` for one that is forgotten, as TCP's are with their sockets.
@@ -323,16 +334,40 @@ impl Programs {
         }
     }
 
-    /// Names the client of a published port, for the server to see and, over UDP, to answer.
-    pub fn name_client(&mut self, id: Id, Published { protocol, guest_port, client }: Published) {
-        let mut raw = Original { cookie: 0, destination: client, protocol }.to_raw();
-        if let (Protocol::Udp, Some(clients)) = (protocol, &mut self.clients) {
+    /// Names the client of a published port, for the server to see and, over UDP, to answer. `false` if another has
+    /// this id.
+    pub fn name_client(&mut self, id: Id, published: Published) -> bool {
+        let Published { protocol, guest_port, client } = published;
+        let is_nameable = protocol == Protocol::Tcp || self.is_elsewhere(client.ip());
+        let destination = if is_nameable { client } else { id.address(client.is_ipv4()) };
+        let mut raw = Original { cookie: 0, destination, protocol }.to_raw();
+        if protocol == Protocol::Udp {
             raw[FLOW_SERVER_PORT..].copy_from_slice(&guest_port.to_be_bytes());
-            // Without it the server's answers go to the client as from somebody else.
-            let _ = clients.insert(client_key(client, guest_port), id.0, 0);
         }
-        // Without it the server sees an address of the agent's.
-        let _ = self.connected.insert(id.0, raw, 0);
+        match self.connected.insert(id.0, raw, NEW) {
+            Ok(()) => self.answer_client(id, published),
+            Err(_) if self.connected.get(&id.0, 0).is_ok() => return false,
+            // Without it the server sees an address of the agent's.
+            Err(_) => {}
+        }
+        true
+    }
+
+    /// Has a server's answers go to this of several flows that the client has, by several addresses of the host.
+    pub fn answer_client(&mut self, id: Id, Published { protocol, guest_port, client }: Published) {
+        let is_answered = protocol == Protocol::Udp && self.is_elsewhere(client.ip());
+        let key = client_key(client, guest_port);
+        if let Some(clients) = self.clients.as_mut().filter(|_| is_answered)
+            && !clients.get(&key, 0).is_ok_and(|known| known == id.0)
+        {
+            // Without it the server's answers go to the client as from somebody else.
+            let _ = clients.insert(key, id.0, 0);
+        }
+    }
+
+    /// Whether an address is not the box's own, too: a server's answers to that are for programs of the box.
+    fn is_elsewhere(&self, ip: IpAddr) -> bool {
+        !ip.is_loopback() && !self.own.contains(&ip)
     }
 
     /// Forgets a client of a published port.

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use crate::sys::socket::{self, Ends};
 
-/// Most clients of UDP ports at once; datagrams of others are lost. Anybody can send in the name of many, so they
-/// leave room for the flows of TCP.
+/// Most clients of UDP ports at once; a new one takes the place of another. Anybody can send in the name of many, so
+/// they leave room for the flows of TCP.
 const MAX_CLIENTS: usize = 1024;
 /// How long a client counts as one whom the server has not answered.
 const UNANSWERED_LIMIT: Duration = Duration::from_secs(30);
@@ -38,6 +38,11 @@ impl Clients {
     /// Whether there is no room for another.
     pub fn is_full(&self) -> bool {
         self.slots.len() >= MAX_CLIENTS
+    }
+
+    /// The slots of all clients' connections.
+    pub fn slots(&self) -> impl Iterator<Item = usize> {
+        self.slots.values().copied()
     }
 
     /// The slot of this client's connection.
@@ -83,6 +88,12 @@ pub struct Client {
 }
 
 impl Client {
+    /// Whom a new client displaces is least by this: those that the server has not answered first, then whoever
+    /// has been silent for longest.
+    pub fn standing(&self) -> (bool, Instant) {
+        (self.is_answered, self.last_use)
+    }
+
     /// When it counts no more, unless something is carried.
     pub fn idle_at(&self) -> Instant {
         self.last_use + if self.is_answered { ANSWERED_LIMIT } else { UNANSWERED_LIMIT }

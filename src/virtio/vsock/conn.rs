@@ -148,6 +148,14 @@ impl Conn {
         self.buffer_len = len;
     }
 
+    /// Gives the guest at least this much room, and tells it so.
+    pub fn grow_buffer(&mut self, len: u32) {
+        if self.buffer_len < len {
+            self.buffer_len = len;
+            self.update_wanted = true;
+        }
+    }
+
     /// Makes a request that the guest has refused again, on other ports. What the client has done
     /// meanwhile, such as closing a direction, stays known.
     pub fn redirect(&mut self, ports: Ports) {

@@ -1070,3 +1070,24 @@ fn a_guest_that_takes_nothing_does_not_make_mote_keep_everything() {
     });
     assert!(received <= 257 << 10, "{received} bytes");
 }
+
+#[test]
+fn a_new_client_takes_the_place_of_one_that_has_not_been_answered() {
+    let (mut bench, address) = published_datagrams();
+    let answered = datagram_client(address);
+    answered.send(b"ask").expect("sent");
+    let ports = requested(&mut bench);
+    bench.tell(Packet::new(Op::Response, ports), &[]);
+    bench.send(data(ports), &datagram(b"answer"));
+    until(&mut bench, |_| answered.recv(&mut [0; 9]).ok());
+    for _ in 0..1100 {
+        datagram_client(address).send(b"ask").expect("sent");
+        bench.run();
+        bench.collect();
+    }
+    assert_eq!(bench.look().connections, 1024);
+    // The one whom the server has answered is there.
+    answered.send(b"again").expect("sent");
+    let (op, of, bytes) = until(&mut bench, |bench| bench.collect().pop());
+    assert_eq!((op, of, bytes), (DATA, ports, datagram(b"again")));
+}

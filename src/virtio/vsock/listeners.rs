@@ -63,7 +63,7 @@ impl AsRawFd for Listener {
 
 /// A client that has been accepted.
 #[derive(Debug)]
-pub struct Client {
+pub struct Accepted {
     /// Its socket, unless it has gone already.
     pub endpoint: io::Result<Endpoint>,
     /// The guest's vsock port.
@@ -145,7 +145,7 @@ impl Listeners {
         index: usize,
         has_room_for_flow: bool,
         watcher: &mut Watcher<'_, '_>,
-    ) -> Result<Option<Client>> {
+    ) -> Result<Option<Accepted>> {
         // After `close` there are no listeners.
         let Some(listener) = self.listeners.get(index) else { return Ok(None) };
         let accepted = match listener {
@@ -153,7 +153,7 @@ impl Listeners {
                 let fallback_port = *fallback_port;
                 socket.accept().map(|(socket, _)| {
                     let endpoint = Endpoint::unix(socket);
-                    guest_port.map(|guest_port| Client { endpoint, guest_port, fallback_port })
+                    guest_port.map(|guest_port| Accepted { endpoint, guest_port, fallback_port })
                 })
             }
             Listener::Datagrams { .. } => return Ok(None),
@@ -164,7 +164,7 @@ impl Listeners {
                 socket.accept().map(|(socket, client)| {
                     let protocol = Protocol::Tcp;
                     let header = Published { protocol, guest_port: *guest_port, client };
-                    Some(Client {
+                    Some(Accepted {
                         endpoint: Endpoint::published(socket, header),
                         guest_port: PUBLISH_PORT,
                         fallback_port: None,

@@ -14,13 +14,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use event_manager::EventSet;
-use mote_agent::flow::{FLOW_PORT, PUBLISH_PORT, Protocol, Published, REQUEST_LEN, Request};
+use mote_agent::flow::{
+    DATAGRAM_HEADER_LEN, FLOW_PORT, MAX_DATAGRAM_LEN, PUBLISH_PORT, Protocol, Published,
+    REQUEST_LEN, Request,
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use super::client::{Clients, Name};
+use super::client::{Client, Clients, Name};
 use super::conn::Conn;
 use super::endpoint::Endpoint;
-use super::listeners::{Client, Listener, Listeners};
+use super::listeners::{Accepted, Listener, Listeners};
 use super::packet::{Foreign, GUEST_CID, HEADER_LEN, Header, MAX_PACKET, Op, Ports};
 use super::source::Source;
 use super::table::{Entry, MAX_FLOWS, Table};
@@ -38,13 +41,15 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// the flows that the box itself needs.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
 /// How many connections may have [`conn::BUFFER_LEN`](super::conn::BUFFER_LEN) bytes each on the way to
-/// their host sockets. Connections beyond these have [`SMALL_BUFFER_LEN`]: a guest that fills every
-/// buffer, with thousands of peers that do not read or do not answer, costs mote some 125 MiB rather
-/// than a GiB. Data towards a guest that has no room for it costs at most some 75 MiB, or 200 MiB if
+/// their host sockets. Connections beyond these have [`SMALL_BUFFER_LEN`], or [`DATAGRAM_BUFFER_LEN`]: a guest
+/// that fills every buffer, with thousands of peers that do not read or do not answer, costs mote some 125 MiB, or
+/// 260 with datagrams, rather than a GiB. Data towards a guest that has no room for it costs at most some 75 MiB, or 200 MiB if
 /// it is the largest datagrams.
 const LARGE_BUFFERS: usize = 256;
 /// See [`LARGE_BUFFERS`]. Four of the packets that Linux sends.
 const SMALL_BUFFER_LEN: usize = 16 * 1024;
+/// See [`LARGE_BUFFERS`]. A datagram is sent once it is whole, however large.
+const DATAGRAM_BUFFER_LEN: u32 = (DATAGRAM_HEADER_LEN + MAX_DATAGRAM_LEN) as u32;
 /// Most resets that wait for room in the receive queue. If a guest causes more and takes none, the rest
 /// are lost.
 const MAX_RESETS: usize = 1024;
@@ -157,30 +162,32 @@ impl Mux {
                 entry.endpoint.try_to_write();
                 self.flush_to_host(index, watcher)?;
             }
-            if let Some(client) = self.table.get(index).and_then(|e| e.endpoint.as_client())
-                && client.idle_at() > now
-                && !self.table.get(index).is_some_and(Entry::is_owed)
-            {
-                let idle_at = client.idle_at();
-                self.table.set_due(index, idle_at);
-                continue;
-            }
-            if let Some(entry) = self.table.get_mut(index)
-                && (entry.is_owed() || entry.endpoint.as_client().is_some())
-                // If not, the peer has taken something, and has a new deadline.
-                && entry.is_due(due)
-            {
-                // Removed at once, whether or not the guest ever takes the reset.
-                let ports = entry.conn.ports();
-                let guest_knows = entry.conn.is_announced() && !entry.conn.is_forgotten();
-                entry.conn.vanish();
-                if guest_knows {
-                    self.refuse(ports);
+            let Some(entry) = self.table.get(index) else { continue };
+            let idle_at = entry.endpoint.as_client().map(Client::idle_at);
+            match idle_at {
+                Some(idle_at) if idle_at > now && !entry.is_owed() => {
+                    self.table.set_due(index, idle_at);
                 }
-                self.remove_if_closed(index, watcher)?;
+                // If it is not, the peer has taken something, and has a new deadline.
+                _ if entry.is_due(due) && (entry.is_owed() || idle_at.is_some()) => {
+                    self.drop_connection(index, watcher)?;
+                }
+                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Removes a connection at once, whether or not the guest ever takes the reset.
+    fn drop_connection(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some(entry) = self.table.get_mut(index) else { return Ok(()) };
+        let ports = entry.conn.ports();
+        let guest_knows = entry.conn.is_announced() && !entry.conn.is_forgotten();
+        entry.conn.vanish();
+        if guest_knows {
+            self.refuse(ports);
+        }
+        self.remove_if_closed(index, watcher)
     }
 
     /// Closes everything at the end of the box. Reserved ports that the guest has not used are dropped.
@@ -321,6 +328,9 @@ impl Mux {
         conn.host_took(REQUEST_LEN);
         // A complete datagram is always sent: an abort that comes later does not drop it.
         conn.set_abortable(protocol == Protocol::Tcp);
+        if protocol == Protocol::Udp {
+            conn.grow_buffer(DATAGRAM_BUFFER_LEN);
+        }
         let connected = filter
             .resolve(protocol, destination)
             .map_err(io::Error::from_raw_os_error)
@@ -460,7 +470,7 @@ impl Mux {
     fn accept(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         let has_room = self.table.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS);
         let Some(client) = self.listeners.accept(index, has_room, watcher)? else { return Ok(()) };
-        let Client { endpoint, guest_port: guest, fallback_port } = client;
+        let Accepted { endpoint, guest_port: guest, fallback_port } = client;
         // Otherwise the socket is dropped, which ends the client's connection: there are too many,
         // or the client has gone already, or the host cannot watch the socket.
         if let Ok(endpoint) = endpoint
@@ -513,7 +523,14 @@ impl Mux {
         now: Instant,
         watcher: &mut Watcher<'_, '_>,
     ) -> Option<usize> {
-        if self.clients.is_full() || !self.table.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS) {
+        if self.clients.is_full() {
+            let standing = |index: &usize| {
+                self.table.get(*index).and_then(|e| e.endpoint.as_client()).map(Client::standing)
+            };
+            let least = self.clients.slots().min_by_key(standing)?;
+            self.drop_connection(least, watcher).ok()?;
+        }
+        if !self.table.has_room_for_flow(MAX_FLOWS_FOR_CLIENTS) {
             return None;
         }
         let header = Published { protocol: Protocol::Udp, guest_port, client: name.1.client };
@@ -528,7 +545,9 @@ impl Mux {
 
     fn insert(&mut self, mut entry: Entry, watcher: &mut Watcher<'_, '_>) -> Result<()> {
         if self.table.count() >= LARGE_BUFFERS {
-            entry.conn.set_buffer_len(SMALL_BUFFER_LEN as u32);
+            let is_client = entry.endpoint.as_client().is_some();
+            let len = if is_client { DATAGRAM_BUFFER_LEN } else { SMALL_BUFFER_LEN as u32 };
+            entry.conn.set_buffer_len(len);
             entry.endpoint.set_read_ahead(SMALL_BUFFER_LEN);
         }
         let index = self.table.take_slot();

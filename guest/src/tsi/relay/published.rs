@@ -18,7 +18,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::flows::{Flows, Key, Kind, Side};
 use super::shared::{BATCH, HANDSHAKE_LIMIT, Shared, Token, Wake, fill};
 use super::spliced::Spliced;
-use crate::sys::net;
+use crate::sys::{self, net};
 use crate::tsi::datagrams::{Datagrams, Received};
 use crate::tsi::program::{CLIENT_PORT, Id};
 use crate::tsi::stream::Stream;
@@ -29,7 +29,7 @@ pub struct Clients {
     /// Where the host's connections come, if there are published ports.
     listener: Option<File>,
     flows: Flows<Client>,
-    /// How many have been named; their ids follow from it.
+    /// The number of the last that was named, from which its id follows.
     named: u32,
 }
 
@@ -97,7 +97,9 @@ enum Loopback {
 impl Clients {
     /// With the socket on which the host's connections come, if there are published ports.
     pub fn new(listener: Option<File>) -> Self {
-        Clients { listener, flows: Flows::new(Kind::Published), named: 0 }
+        // An earlier relay may have been killed: sockets that are connected to its clients are not to get others'.
+        let named = sys::monotonic_ns() as u32;
+        Clients { listener, flows: Flows::new(Kind::Published), named }
     }
 
     /// Has what comes to the listener reported.
@@ -184,8 +186,8 @@ impl Clients {
 }
 
 impl Greeting {
-    /// Reads what has come of the greeting, and looks for the server once it is whole. `named` counts
-    /// the clients before this one.
+    /// Reads what has come of the greeting, and looks for the server once it is whole. `named` is the number of the
+    /// client before this one.
     fn step(mut self, key: Key, named: &mut u32, shared: &mut Shared) -> Option<Client> {
         match fill(&mut self.vsock, &mut self.bytes, PUBLISHED_LEN) {
             Ok(false) => return Some(Client::Greeting(self)),
@@ -193,9 +195,14 @@ impl Greeting {
             Err(_) => return None,
         }
         let published = Published::decode(self.bytes[..].try_into().ok()?)?;
-        *named = named.wrapping_add(1);
-        let id = Id::published(*named);
-        shared.programs.name_client(id, published);
+        let id = loop {
+            *named = named.wrapping_add(1);
+            let id = Id::published(*named);
+            // There are more ids than there can be clients.
+            if shared.programs.name_client(id, published) {
+                break id;
+            }
+        };
         match published.protocol {
             Protocol::Tcp => Named { vsock: self.vsock, id, guest_port: published.guest_port }
                 .connect(Loopback::Ip4, key, shared),
@@ -307,9 +314,10 @@ impl Served {
     ///
     /// # Errors
     /// The host has ended the flow.
-    fn exchange(&mut self, scratch: &mut [u8], key: Key, shared: &Shared) -> io::Result<bool> {
+    fn exchange(&mut self, scratch: &mut [u8], key: Key, shared: &mut Shared) -> io::Result<bool> {
         let Served { datagrams, server, .. } = self;
         let now = Instant::now();
+        shared.programs.answer_client(server.id, server.published);
         let more = datagrams.receive(scratch, now, |received| {
             if let Received::Datagram(bytes) = received {
                 server.deliver(bytes, key, shared);
