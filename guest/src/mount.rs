@@ -103,21 +103,21 @@ pub fn kernel_file_systems() -> Result<(), String> {
     Ok(())
 }
 
-/// Mounts those that hardly any program does without below another root, where nothing is mounted yet. A
-/// failure is the program's to notice.
-pub fn kernel_file_systems_below(root: &Path) {
-    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
-    let Ok(of_root) = device(root) else { return };
-    for (name, fstype, flags) in [
-        ("proc", "proc", NOSUID_NODEV_NOEXEC),
-        ("sys", "sysfs", NOSUID_NODEV_NOEXEC),
-        ("dev", "devtmpfs", libc::MS_NOSUID),
+/// Mounts those that hardly any program does without in this process's root, where nothing is mounted yet and its
+/// owner has left no link in the way. A failure is the program's to notice.
+pub fn kernel_file_systems_if_missing() {
+    let device = |path: &str| {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        metadata.is_dir().then(|| metadata.dev())
+    };
+    let Some(of_root) = device("/") else { return };
+    for (target, fstype, flags) in [
+        ("/proc", "proc", NOSUID_NODEV_NOEXEC),
+        ("/sys", "sysfs", NOSUID_NODEV_NOEXEC),
+        ("/dev", "devtmpfs", libc::MS_NOSUID),
     ] {
-        let target = root.join(name);
-        let _ = fs::create_dir(&target);
-        if let (Ok(there), Some(target)) = (device(&target), target.to_str())
-            && there == of_root
-        {
+        let _ = fs::create_dir(target);
+        if device(target) == Some(of_root) {
             let _ = sys::mount(fstype, target, fstype, flags, "");
         }
     }

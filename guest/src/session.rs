@@ -52,7 +52,9 @@ pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, Os
         [parts.next(), parts.next()]
             .map(|part| OsStr::from_bytes(part.unwrap_or_default()).to_owned())
     });
-    let own = own.map(|[name, value]| (name, value)).filter(|(name, _)| !name.is_empty());
+    // The runtime's words to a guest init, which are no business of the program's.
+    let is_shown = |name: &OsStr| !name.is_empty() && !name.as_bytes().starts_with(b"A3S_SEC_");
+    let own = own.map(|[name, value]| (name, value)).filter(|(name, _)| is_shown(name));
     let of_box = context.instance.exec_env.iter();
     of_box.map(|(name, value)| (name.into(), value.into())).chain(own).collect()
 }
@@ -93,13 +95,17 @@ impl<'a> Root<'a> {
     /// Makes it the root of this process, and so of what it starts.
     ///
     /// # Errors
-    /// Those of chroot(2).
+    /// Those of chroot(2) and unshare(2).
     pub fn enter(self) -> io::Result<()> {
-        mount::kernel_file_systems_below(self.0);
         // Behind it there may be no /proc, by which the command is made so.
         sys::no_longer_spare();
+        // What is mounted there goes with the command. It would be in the way of whoever removes the directory,
+        // or removed with it: the box has only one /dev.
+        sys::own_mounts()?;
         sys::chroot(self.0)?;
-        std::env::set_current_dir("/")
+        std::env::set_current_dir("/")?;
+        mount::kernel_file_systems_if_missing();
+        Ok(())
     }
 }
 

@@ -384,11 +384,12 @@ mod tests {
             errors,
             ["entrypoint.env[0]: mounts a file 'passwd', which / (share 'vol0') lacks"]
         );
+        // The host lets nobody write to the second.
         let copied = |tag: &str, path: &str, read_only| Mount::Share {
             tag: tag.into(),
             path: path.into(),
             read_only,
-            copy_up: true,
+            copy_up: !read_only,
         };
         let file = Mount::File { tag: "vol0".into(), path: "/a/passwd".into(), read_only: true };
         let expected = [file, copied("workspace", "/b", false), copied("vol0", "/c", true)];

@@ -75,6 +75,8 @@ pub(super) fn plan(vars: &Variables<'_>, spec: &Spec, report: &mut Report) -> Ve
         let read_only = read_only || share.read_only;
         let (tag, path) = (tag.to_owned(), path.to_owned());
         if !is_file {
+            // What the host does not let the box write stays empty.
+            let copy_up = copy_up && !share.read_only;
             mounts.push(Mount::Share { tag, path, read_only, copy_up });
             continue;
         }

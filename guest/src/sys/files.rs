@@ -86,13 +86,21 @@ fn flock(file: BorrowedFd<'_>, operation: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives this process, which has one thread, the rights of a user, for good unless that is root.
+/// Gives this process, which has one thread, the rights of a user, until [`become_root`]. Its real user stays root:
+/// that user's processes may send it no signals.
 pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     // SAFETY: pointer and length describe `groups`.
     check(unsafe { libc::setgroups(groups.len(), groups.as_ptr()) })?;
     // SAFETY: plain system calls.
     check(unsafe { libc::setresgid(gid, gid, gid) })?;
     // SAFETY: as above.
-    check(unsafe { libc::setresuid(uid, uid, uid) })?;
+    check(unsafe { libc::setresuid(0, uid, 0) })?;
+    Ok(())
+}
+
+/// Gives this process root's rights again.
+pub fn become_root() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::seteuid(0) })?;
     Ok(())
 }

@@ -258,6 +258,13 @@ fn set_oom_score(score: &CStr) {
     }
 }
 
+/// Gives this process mounts of its own: others see nothing of what it mounts, and it sees what they do.
+pub fn own_mounts() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    mount("", "/", "", libc::MS_REC | libc::MS_SLAVE, "")
+}
+
 /// Makes this process, which may be a [`fork`], as good as any program of the box to kill for want of
 /// memory, for good unless it is root. Makes only async-signal-safe calls.
 pub fn no_longer_spare() {
