@@ -215,19 +215,20 @@ fn run_box(
     let outcome = &record.outcome;
     timeline.mark("exit");
     sudden_end::decide(outcome.exit_code());
-    let reported = outcome_file
-        .map_or(Ok(()), |to| to.write(|file| record.write_to(file)))
-        .and_then(|()| timeline_file.map_or(Ok(()), |to| to.write(|f| timeline.write_to(f))))
-        .and_then(|()| {
-            let Some((wanted, to)) = status else { return Ok(()) };
+    // Each on its own: one that fails does not keep the others.
+    let reported = [
+        status.map_or(Ok(()), |(wanted, to)| {
             let text = wanted.text(outcome.exit_code());
             to.write(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
-        });
+        }),
+        outcome_file.map_or(Ok(()), |to| to.write(|file| record.write_to(file))),
+        timeline_file.map_or(Ok(()), |to| to.write(|file| timeline.write_to(file))),
+    ];
     // Last, because a stderr that nobody reads makes this wait for a moment.
     if let Some(message) = outcome.message() {
         log::error(&message);
     }
-    if let Err(error) = reported {
+    for error in reported.into_iter().filter_map(Result::err) {
         log::error(&format!("{error:#}"));
     }
     outcome.exit_code()

@@ -195,7 +195,7 @@ pub const MEMBERS: &[Member] = &[
         path: "resource_limits.cpu_quota",
         kind: "number",
         default: Some("null"),
-        words: "microseconds of CPU time per period: `cpu.max`; at least 1000, negative or none is unlimited",
+        words: "microseconds of CPU time per period: `cpu.max`; at least 1000; negative, 0 or none is unlimited",
     },
     Member {
         path: "resource_limits.cpu_period",

@@ -49,11 +49,13 @@ fn init_variable(limit: &Limit) -> &'static str {
 /// guest init runs.
 pub(super) fn plan_cgroup(spec: &Spec, init: &GuestInit, report: &mut Report) -> Option<Cgroup> {
     let limits = &spec.resource_limits;
-    if let Some(quota) = limits.cpu_quota.filter(|us| *us >= 0 && !CPU_QUOTA_US.contains(us)) {
+    // As the runtime has it, and container engines.
+    let cpu_quota = limits.cpu_quota.filter(|us| *us != 0);
+    if let Some(quota) = cpu_quota.filter(|us| *us >= 0 && !CPU_QUOTA_US.contains(us)) {
         report.error(
             "resource_limits.cpu_quota",
             format!(
-                "is {quota} microseconds, must be from {} to {}, or -1 for no limit",
+                "is {quota} microseconds, must be from {} to {}, or 0 or -1 for no limit",
                 CPU_QUOTA_US.start(),
                 CPU_QUOTA_US.end()
             ),
@@ -69,8 +71,8 @@ pub(super) fn plan_cgroup(spec: &Spec, init: &GuestInit, report: &mut Report) ->
             ),
         );
     }
-    let cpu_max = (limits.cpu_quota.is_some() || limits.cpu_period.is_some()).then(|| {
-        let quota_us = limits.cpu_quota.and_then(unless_negative);
+    let cpu_max = (cpu_quota.is_some() || limits.cpu_period.is_some()).then(|| {
+        let quota_us = cpu_quota.and_then(unless_negative);
         Limit::CpuMax { quota_us, period_us: limits.cpu_period.unwrap_or(DEFAULT_CPU_PERIOD_US) }
     });
     let planned: Vec<Limit> = [
@@ -254,8 +256,7 @@ mod tests {
             assert!(cgroup.to_string().ends_with(expected), "{cgroup}");
         }
         for (quota, period, field) in [
-            (Some(0), None, "quota: is 0 microseconds, must be from 1000 to "),
-            (Some(999), None, "quota: is 999 "),
+            (Some(999), None, "quota: is 999 microseconds, must be from 1000 to "),
             (Some(1 << 44), None, "quota: is 17592186044416 "),
             (None, Some(999), "period: is 999 microseconds, must be from 1000 to 1000000"),
             (None, Some(1_000_001), "period: is 1000001 "),

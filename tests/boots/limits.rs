@@ -115,7 +115,7 @@ fn limits_that_cannot_be_are_named() {
             "cpuset_cpus: is \"0-\", must be a list of CPUs like \"0-3,6\"\n",
         ),
         (json!({"cpuset_cpus": "1023"}), "cpuset_cpus: has the CPU 1023, which is offline or "),
-        (json!({"cpu_quota": 0}), "cpu_quota: is 0 microseconds, must be from 1000 to "),
+        (json!({"cpu_quota": 999}), "cpu_quota: is 999 microseconds, must be from 1000 to "),
         (json!({"cpu_period": 999}), "cpu_period: is 999 microseconds, must be from 1000 to "),
     ] {
         let ran = waiting(limits).run();
