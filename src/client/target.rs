@@ -54,18 +54,19 @@ impl Target {
 
     fn try_connect(&self) -> Result<Channel, NoConnection> {
         let path = self.socket.display();
-        let is_socket =
-            || fs::metadata(&self.socket).is_ok_and(|metadata| metadata.file_type().is_socket());
+        // Not what is gone meanwhile: a box that starts removes what an earlier one has left.
+        let is_something_else =
+            || fs::metadata(&self.socket).is_ok_and(|metadata| !metadata.file_type().is_socket());
         Channel::connect(&self.socket).map_err(|error| match error.kind() {
             ErrorKind::NotFound => NoConnection::Absent(anyhow!(
                 "no such socket: {path}: the box is not running, or the path is wrong"
             )),
-            ErrorKind::ConnectionRefused if is_socket() => NoConnection::Absent(anyhow!(
-                "nobody listens on {path}: the box is gone and left the file behind"
-            )),
-            ErrorKind::ConnectionRefused => {
+            ErrorKind::ConnectionRefused if is_something_else() => {
                 NoConnection::Failed(anyhow!("{path} is not a socket; name the box's"))
             }
+            ErrorKind::ConnectionRefused => NoConnection::Absent(anyhow!(
+                "nobody listens on {path}: the box is gone and left the file behind"
+            )),
             _ => NoConnection::Failed(
                 anyhow::Error::new(error).context(format!("connect to {path}")),
             ),
