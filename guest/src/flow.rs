@@ -119,15 +119,19 @@ impl Published {
     }
 }
 
-/// Port and address, the address of IPv4 as IPv4-mapped.
-fn encode_address(address: SocketAddr) -> [u8; 18] {
-    let mut bytes = [0; 18];
-    let ip = match address.ip() {
+/// As IPv6 has it: an address of IPv4 as IPv4-mapped.
+pub fn mapped(ip: IpAddr) -> Ipv6Addr {
+    match ip {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,
-    };
+    }
+}
+
+/// Port and address, the address [`mapped`].
+fn encode_address(address: SocketAddr) -> [u8; 18] {
+    let mut bytes = [0; 18];
     bytes[..2].copy_from_slice(&address.port().to_be_bytes());
-    bytes[2..].copy_from_slice(&ip.octets());
+    bytes[2..].copy_from_slice(&mapped(address.ip()).octets());
     bytes
 }
 

@@ -27,6 +27,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use mote_agent::flow::mapped;
 use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
 use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
@@ -241,10 +242,7 @@ fn loopback_resolvers(resolv_conf: &str) -> Vec<Ipv6Addr> {
             address.parse::<IpAddr>().ok()
         })
         .filter(IpAddr::is_loopback)
-        .map(|ip| match ip {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-            IpAddr::V6(ip) => ip,
-        })
+        .map(mapped)
         .collect()
 }
 

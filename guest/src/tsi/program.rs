@@ -8,7 +8,7 @@ use aya::maps::lpm_trie::{Key as TrieKey, LpmTrie};
 use aya::maps::{HashMap, MapData, RingBuf};
 use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr};
 use aya::{Ebpf, EbpfLoader};
-use mote_agent::flow::{Protocol, Published};
+use mote_agent::flow::{Protocol, Published, mapped};
 use mote_agent::instance::{MAX_EXCEPTIONS, Prefix};
 
 /// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
@@ -400,14 +400,6 @@ impl Programs {
     /// Readable when there are events.
     pub fn events(&self) -> RawFd {
         self.events.as_raw_fd()
-    }
-}
-
-/// As IPv6 has it: an address of IPv4 as IPv4-mapped.
-fn mapped(ip: IpAddr) -> Ipv6Addr {
-    match ip {
-        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-        IpAddr::V6(ip) => ip,
     }
 }
 
