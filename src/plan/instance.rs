@@ -2,7 +2,6 @@
 
 use std::fs;
 
-use mote_agent::flow::Protocol;
 use mote_agent::instance::{self, Entrypoint, Instance, PublishedPorts, ResolvConf, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
@@ -11,7 +10,7 @@ use super::init_files::Host;
 use super::limits;
 use super::name_servers;
 use super::networking::Networking;
-use super::ports::PublishedPort;
+use super::ports::{PublishedPort, has_udp};
 use crate::policy::rules::Cidr;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
@@ -127,10 +126,7 @@ pub(super) fn plan(
             Networking::Hosts(policy) => policy.datagrams(&addresses_of_host()),
         },
         syn_retries: unusual_syn_retries(),
-        published: PublishedPorts {
-            any: !ports.is_empty(),
-            udp: ports.iter().any(|port| port.protocol == Protocol::Udp),
-        },
+        published: PublishedPorts { any: !ports.is_empty(), udp: has_udp(ports) },
         security,
         resolv_conf: match resolv_conf {
             Some(text) => ResolvConf::Always(text),

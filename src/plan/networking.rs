@@ -2,13 +2,11 @@
 
 use std::path::Path;
 
-use mote_agent::flow::Protocol;
-
 use super::egress;
 use super::name_servers;
 use super::network::{Network, PasstSocket, check_variables};
 use super::networks_file;
-use super::ports::PublishedPort;
+use super::ports::{PublishedPort, has_udp};
 use crate::confine::NetworkAccess;
 use crate::policy::Policy;
 use crate::policy::rules::Rules;
@@ -85,10 +83,7 @@ impl Networking {
 
     /// What mote itself uses of the host's network while it runs the guest, which has these ports.
     pub fn access(&self, ports: &[PublishedPort]) -> NetworkAccess {
-        NetworkAccess {
-            connects: matches!(self, Networking::Hosts(_)),
-            answers: ports.iter().any(|port| port.protocol == Protocol::Udp),
-        }
+        NetworkAccess { connects: matches!(self, Networking::Hosts(_)), answers: has_udp(ports) }
     }
 }
 

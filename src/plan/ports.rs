@@ -17,6 +17,11 @@ pub struct PublishedPort {
     pub guest: u16,
 }
 
+/// Whether there are UDP ports among these: their answers need more of the guest and of mote.
+pub(super) fn has_udp(ports: &[PublishedPort]) -> bool {
+    ports.iter().any(|port| port.protocol == Protocol::Udp)
+}
+
 /// Most published ports (contract §1.6).
 const MAX_PUBLISHED_PORTS: usize = 4096;
 
