@@ -28,8 +28,8 @@
 //! - [`console`], [`bus`]: the guest's output and serial port; its port and MMIO accesses
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
-//! - [`host`]: what a box needs on the host: its sockets, as they are bound, each share's
-//!   virtiofsd, the janitor, the process that writes its logs
+//! - [`host`]: what a box needs on the host: its sockets, as they are bound, what its passt publishes instead,
+//!   each share's virtiofsd, the janitor, the process that writes its logs
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`probe`]: whether this host can run boxes

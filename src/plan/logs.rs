@@ -1,4 +1,4 @@
-//! Logs as the runtime of 3.2 and 3.3 wants them (contract §2.5): the files of both streams, and what else
+//! Logs as the runtime of 3.2 and 3.3 wants them (contract §2.11): the files of both streams, and what else
 //! gets their lines.
 
 use std::fmt;

@@ -60,7 +60,7 @@ pub struct Spec {
     pub resource_limits: ResourceLimits,
 }
 
-/// How the entrypoint's output is logged (§2.5): the driver and its options, as they are written.
+/// How the entrypoint's output is logged (§2.11): the driver and its options, as they are written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogConfig {
     /// What writes the log.

@@ -1,4 +1,4 @@
-//! The log of JSON objects: one object a line, as the runtime's own shim writes them (contract §2.5), and
+//! The log of JSON objects: one object a line, as the runtime's own shim writes them (contract §2.11), and
 //! what becomes of a log that is full.
 
 use std::fs::File;
