@@ -10,9 +10,9 @@ use std::process::Command;
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
 
-use crate::common::{TestBox, eventually, executable, mote, now_s, seq};
+use crate::common::{TestBox, eventually, mote, now_s, seq};
 use crate::processes::{children_of, name_of};
-use crate::sandbox::{copied_virtiofsd, unprivileged};
+use crate::sandbox::unprivileged;
 
 /// A small box that runs this shell script, with this driver for its logs and these options.
 fn logging(script: &str, driver: &str, options: Value) -> TestBox {
@@ -212,18 +212,7 @@ fn a_user_of_the_host_gets_full_logs_packed_by_a_confined_process() {
     for namespaces in [true, false] {
         let options = json!({"max-size": "1k"});
         let test = logging("seq 1000; exec sleep 10000", "json-file", options);
-        // A place from which the user may execute the binary.
-        let binary = test.path("mote");
-        executable(&binary, &fs::read(mote()).expect("the binary"));
-        let words = unprivileged(&test, namespaces);
-        let mut command = Command::new(&words[0]);
-        command
-            .args(&words[1..])
-            .arg(&binary)
-            .args(["--config", &test.spec.to_string()])
-            .env("TMPDIR", test.path("tmp"))
-            .env("MOTE_VIRTIOFSD", copied_virtiofsd(&test));
-        let started = test.start_by(&mut command);
+        let started = test.start_by(&mut unprivileged(&test, namespaces));
         let console = test.path("out/console.log");
         let written = || fs::read_to_string(&console).is_ok_and(|text| text.ends_with("\n1000\n"));
         eventually("the guest has written", written);

@@ -260,9 +260,25 @@ fn the_sandbox_can_be_left_out_aloud() {
 /// A user of the group that owns /dev/kvm.
 const USER: u32 = 4711;
 
+/// A command that runs the box as [`USER`], with or without the right to make namespaces.
+pub fn unprivileged(test: &TestBox, namespaces: bool) -> Command {
+    // A place from which the user may execute the binary.
+    let binary = test.path("mote");
+    executable(&binary, &fs::read(mote()).expect("the binary"));
+    let words = words_of_user(test, namespaces);
+    let mut command = Command::new(&words[0]);
+    command
+        .args(&words[1..])
+        .arg(&binary)
+        .args(["--config", &test.spec.to_string()])
+        .env("TMPDIR", test.path("tmp"))
+        .env("MOTE_VIRTIOFSD", copied_virtiofsd(test));
+    command
+}
+
 /// Gives the box's directory to [`USER`], and returns words in front of a command that run it as that
 /// user, with or without the right to make namespaces.
-pub fn unprivileged(test: &TestBox, namespaces: bool) -> Vec<String> {
+fn words_of_user(test: &TestBox, namespaces: bool) -> Vec<String> {
     fn give(path: &Path) {
         chown(path, Some(USER), Some(USER))
             .or_else(|_| std::os::unix::fs::lchown(path, Some(USER), Some(USER)))
@@ -304,18 +320,7 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
             .shell("echo written >/file; cat /file; echo ready; exec sleep 10000")
             .without_console_file()
             .with("vcpus", json!(2));
-        // A place from which the user may execute the binary.
-        let binary = test.path("mote");
-        executable(&binary, &fs::read(mote()).expect("the binary"));
-        let words = unprivileged(&test, namespaces);
-        let mut command = Command::new(&words[0]);
-        command
-            .args(&words[1..])
-            .arg(&binary)
-            .args(["--config", &test.spec.to_string()])
-            .env("TMPDIR", test.path("tmp"))
-            .env("MOTE_VIRTIOFSD", copied_virtiofsd(&test));
-        let mut started = test.start_by(&mut command);
+        let mut started = test.start_by(&mut unprivileged(&test, namespaces));
         started.wait_for_line("written");
         started.wait_for_line("ready");
         let pid = started.pid();
@@ -335,7 +340,7 @@ fn a_user_of_the_kvm_group_can_run_boxes() {
 }
 
 /// Copies virtiofsd to a place from which an unprivileged user can execute it.
-pub fn copied_virtiofsd(test: &TestBox) -> PathBuf {
+fn copied_virtiofsd(test: &TestBox) -> PathBuf {
     let path = std::env::var_os("PATH").expect("a path");
     let found = std::env::split_paths(&path)
         .map(|dir| dir.join("virtiofsd"))
