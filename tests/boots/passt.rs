@@ -229,23 +229,25 @@ def answer():
         udp.sendto(data.upper(), client)
 def serve(listener):
     while True:
-        listener.accept()[0].sendall(b'served')
+        client = listener.accept()[0]
+        client.sendall(client.recv(3).upper())
 for target, arguments in (answer, ()), (serve, (tcp,)), (serve, (other,)):
     threading.Thread(target=target, args=arguments).start()
 end
 until grep -q :2329 /proc/net/udp && grep -q :1F42 /proc/net/tcp; do :; done",
     );
     let said = network.outside.python(
+        // The client speaks first: a passt of 2023 ends no handshake before it has data to send.
         "import socket
-for port in 18001, 18002:
-    print(socket.create_connection(('198.51.100.100', port), 60).recv(6).decode())
-s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-s.settimeout(60)
-s.connect(('198.51.100.100', 19001))
-s.send(b'ask')
-print(s.recv(9).decode())",
+host = '198.51.100.100'
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect((host, 19001))
+udp.settimeout(60)
+for s in *(socket.create_connection((host, port), 60) for port in (18001, 18002)), udp:
+    s.send(b'ask')
+    print(s.recv(9).decode())",
     );
-    assert_eq!(said, "served\nserved\nASK\n");
+    assert_eq!(said, "ASK\nASK\nASK\n");
     let ended = started.stop();
     let left = |index: u8, port: u16| {
         format!(
