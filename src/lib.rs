@@ -29,7 +29,7 @@
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
 //! - [`host`]: what a box needs on the host: its sockets, as they are bound, what its passt publishes instead,
-//!   each share's virtiofsd, the janitor, the process that writes its logs
+//!   each share's virtiofsd, the janitor, the processes that write its logs and exchange frames with other boxes
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`probe`]: whether this host can run boxes
@@ -314,10 +314,14 @@ fn run_on_host(
             }
         }
         let listeners = sockets::listeners(plan, resources.sockets)?;
-        let (vm, served) = Vm::build(plan, listeners, &janitor, &signals.stop, timeline)?;
+        let (vm, mut served) =
+            Vm::build(plan, listeners, resources.switch, &janitor, &signals.stop, timeline)?;
         janitor.end_set_up()?;
         if let Some(logs) = &served.logs {
             logs.wait_until_confined(&signals.stop)?;
+        }
+        if let Some(switch) = &mut served.switch {
+            switch.wait_until_confined(&signals.stop)?;
         }
         plan.sandbox.enter(inherited)?;
         timeline.mark("confined");

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -19,6 +19,7 @@ use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, S
 use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
 use crate::host::logs::LogWriter;
+use crate::host::switch::SwitchProcess;
 use crate::host::virtiofsd::{self, Virtiofsd};
 use crate::kvm::vcpu::{self, Exit, Start};
 use crate::kvm::{cpu, self_test};
@@ -35,7 +36,8 @@ use crate::virtio::main_loop::{DeviceEvent, Forwarder};
 use crate::virtio::mmio::MmioDevice;
 use crate::virtio::net::Net;
 use crate::virtio::net::filter::FrameFilter;
-use crate::virtio::net::passt::{self, Reconnect};
+use crate::virtio::net::passt::{self, Connection, Reconnect};
+use crate::virtio::net::peers::Peers;
 use crate::virtio::vsock::listeners::Listener;
 use crate::virtio::vsock::mux::Mux;
 use crate::{boot, kvm, layout, sys};
@@ -71,6 +73,8 @@ pub struct Served {
     pub backends: Vec<Virtiofsd>,
     /// What the box was not let connect to.
     pub refusals: SharedRefusals,
+    /// Who exchanges frames with other boxes.
+    pub switch: Option<SwitchProcess>,
     /// Who writes the box's logs. Last: it ends when nobody has anything to write any more.
     pub logs: Option<LogWriter>,
 }
@@ -85,7 +89,8 @@ pub struct Running {
 }
 
 impl Vm {
-    /// Builds the VM that the plan describes, on the sockets that were bound for it. No thread that this
+    /// Builds the VM that the plan describes, on the sockets that were bound for it, those that listen and the
+    /// one for other boxes' frames. No thread that this
     /// starts outlives the call. It stops waiting, with an error, when `stop` is readable.
     ///
     /// # Errors
@@ -93,6 +98,7 @@ impl Vm {
     pub fn build(
         plan: &Plan,
         listeners: Vec<Listener>,
+        datagrams: Option<UnixDatagram>,
         janitor: &Janitor,
         stop: &File,
         timeline: &mut Timeline,
@@ -113,13 +119,25 @@ impl Vm {
             Filter::new(policy.clone(), Rc::clone(&refusals))
                 .context("open a socket to ask for the host's routes")
         };
-        let (outgoing, net) = match &plan.networking {
+        let (outgoing, mut net) = match &plan.networking {
             Networking::Hosts(policy) => (Some(filter(policy)?), None),
             Networking::Own(network) => {
                 let filter = FrameFilter::new(filter(&network.policy)?);
                 (None, Some(connect_network(network, filter, janitor, stop)?))
             }
             Networking::None => (None, None),
+        };
+        let switch = match (plan.networking.switch(), &mut net, datagrams) {
+            (Some(switch), Some(net), Some(socket)) => {
+                let isolation = plan.sandbox.isolation;
+                let (process, connection) = SwitchProcess::start(switch, isolation, socket)?;
+                janitor.kill_at_end([process.process()])?;
+                let connection =
+                    Connection::new(connection).context("prepare the connection to mote-switch")?;
+                net.connect_peers(Peers::new(connection, switch.subnet.clone()));
+                Some(process)
+            }
+            _ => None,
         };
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
@@ -206,6 +224,7 @@ impl Vm {
             panic,
             backends,
             refusals,
+            switch,
             logs,
         };
         Ok((vm, served))

@@ -21,15 +21,15 @@ pub mod sudden_end;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::{Context, Result};
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
-    RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 use crate::log;
@@ -240,10 +240,43 @@ pub fn confine_log_writer(isolation: Isolation, directory: Option<&Directory>) -
     if isolation == Isolation::Off {
         return Ok(());
     }
-    restrict_to(directory, NetworkAccess::NONE).context("restrict it by Landlock")?;
+    restrict_to(directory.map(|directory| (directory, logs_accesses())), NetworkAccess::NONE)
+        .context("restrict it by Landlock")?;
     confine::no_new_privileges().context("forgo new privileges")?;
     confine::drop_capabilities().context("drop all capabilities")?;
     seccomp::confine_thread("logs", ThreadKind::Logs)
+}
+
+/// To make, write, rename and remove files.
+fn logs_accesses() -> BitFlags<AccessFs> {
+    let files = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+    files | AccessFs::MakeReg | AccessFs::RemoveFile
+}
+
+/// Confines the process that exchanges frames with other boxes, with one thread: it keeps what it has open, and
+/// may list `directory`, which becomes its working directory and, where the host permits that, its root.
+///
+/// # Errors
+/// The host refuses a step that it had permitted when the plan was made.
+pub fn confine_switch(isolation: Isolation, directory: File) -> Result<()> {
+    sudden_end::report(None)?;
+    confine::enter_directory(&directory).context("enter the directory")?;
+    if isolation == Isolation::Off {
+        return Ok(());
+    }
+    if let Some(user) = isolation.user_namespace() {
+        let others =
+            libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        confine::unshare(user | others).context("enter namespaces of its own")?;
+        confine::make_root().context("make the directory its root")?;
+    }
+    restrict_to(Some((&directory, AccessFs::ReadDir.into())), NetworkAccess::NONE)
+        .context("restrict it by Landlock")?;
+    // With it there would be a way out of the root.
+    drop(directory);
+    confine::no_new_privileges().context("forgo new privileges")?;
+    confine::drop_capabilities().context("drop all capabilities")?;
+    seccomp::confine_thread("switch", ThreadKind::Switch)
 }
 
 fn thread_name() -> String {
@@ -254,11 +287,14 @@ fn thread_name() -> String {
 /// name, binding TCP ports, connecting to other processes' abstract sockets and, in a box with a network
 /// of its own, all TCP connections. What is open stays usable.
 fn restrict_by_landlock(network: NetworkAccess) -> Result<RulesetStatus> {
-    restrict_to(None, network)
+    restrict_to(None::<(&Directory, _)>, network)
 }
 
-/// The same, but that files may be made, written, renamed and removed in this directory.
-fn restrict_to(directory: Option<&Directory>, network: NetworkAccess) -> Result<RulesetStatus> {
+/// The same, but that these accesses are left in this directory.
+fn restrict_to(
+    directory: Option<(impl AsFd, BitFlags<AccessFs>)>,
+    network: NetworkAccess,
+) -> Result<RulesetStatus> {
     // The newest ABI that mote knows; older kernels enforce as much of it as they can.
     let abi = ABI::V6;
     let ports = AccessNet::from_all(abi);
@@ -269,10 +305,8 @@ fn restrict_to(directory: Option<&Directory>, network: NetworkAccess) -> Result<
         // Signals are not restricted: mote must be able to kill virtiofsd, which is outside.
         .scope(Scope::AbstractUnixSocket)?
         .create()?
-        .add_rules(directory.map(|directory| {
-            let files = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
-            let names = AccessFs::MakeReg | AccessFs::RemoveFile;
-            Ok::<_, RulesetError>(PathBeneath::new(directory, files | names))
+        .add_rules(directory.map(|(directory, accesses)| {
+            Ok::<_, RulesetError>(PathBeneath::new(directory, accesses))
         }))?
         .restrict_self()?;
     Ok(status.ruleset)
@@ -290,7 +324,8 @@ mod tests {
         let open = |path| Directory::open(path, Links::Any).expect("directory");
         let (logs, other) = (open(&dir.join("logs")), open(&dir));
         let holds = confine::succeeds_in_child(|| {
-            let status = restrict_to(Some(&logs), NetworkAccess::NONE).map_err(io::Error::other)?;
+            let status = restrict_to(Some((&logs, logs_accesses())), NetworkAccess::NONE)
+                .map_err(io::Error::other)?;
             logs.create_new("new")?;
             logs.rename("new", "old")?;
             logs.append("old")?;

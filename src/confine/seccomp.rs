@@ -35,6 +35,8 @@ pub enum ThreadKind {
     Output,
     /// The only thread of the process that writes logs.
     Logs,
+    /// The only thread of the process that exchanges frames with other boxes.
+    Switch,
 }
 
 impl ThreadKind {
@@ -57,6 +59,9 @@ impl ThreadKind {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/output.bpf"))
             }
             ThreadKind::Logs => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/logs.bpf")),
+            ThreadKind::Switch => {
+                include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/switch.bpf"))
+            }
         };
         // `struct sock_filter` (include/uapi/linux/filter.h), as the build script wrote it.
         let instructions = bytes.as_chunks::<8>().0.iter();
@@ -92,7 +97,7 @@ mod tests {
         let accesses = [(false, false), (false, true), (true, false), (true, true)];
         let mains = accesses
             .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
-        let others = [ThreadKind::Vcpu, ThreadKind::Output, ThreadKind::Logs];
+        let others = [ThreadKind::Vcpu, ThreadKind::Output, ThreadKind::Logs, ThreadKind::Switch];
         for kind in mains.into_iter().chain(others) {
             let program = kind.program();
             assert_eq!(program.last().map(|last| last.code), Some(RETURN), "{kind:?}");

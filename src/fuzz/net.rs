@@ -11,6 +11,7 @@ use super::Input;
 use crate::policy::rules::{Action, Rules};
 use crate::virtio::device::{F_EVENT_IDX, F_VERSION_1};
 use crate::virtio::net::bench::*;
+use crate::virtio::net::filter::Side;
 use crate::virtio::net::passt::FRAME_LEN;
 
 pub fn run(data: &[u8]) {
@@ -50,8 +51,8 @@ pub fn run(data: &[u8]) {
 /// Any bytes as a frame, where nothing may go out. What is answered is a frame too.
 fn judge(frame: &[u8]) {
     let mut filter = frame_filter(Rules { rules: Vec::new(), default: Action::Deny });
-    filter.note(frame);
-    let admitted = filter.admits(frame);
+    filter.note(frame, Side::Passt);
+    let admitted = filter.admits(frame, Side::Passt);
     if let Some(answer) = filter.answer() {
         assert!(!admitted && FRAME_LEN.contains(&answer.len()));
     }

@@ -23,7 +23,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -60,6 +60,8 @@ pub struct Duties<'a> {
     pub cgroup: Option<&'a Cgroup>,
     /// The sockets to listen on.
     pub sockets: &'a [HostSocket],
+    /// The socket for datagrams to bind.
+    pub switch: Option<&'a Path>,
     /// The passt to connect to when asked.
     pub passt: Option<&'a Path>,
 }
@@ -69,6 +71,7 @@ impl<'a> From<&'a Plan> for Duties<'a> {
         Duties {
             cgroup: plan.cgroup.as_ref(),
             sockets: &plan.sockets,
+            switch: plan.networking.switch().map(|switch| switch.socket.as_path()),
             passt: plan.networking.passt_socket(),
         }
     }
@@ -81,6 +84,8 @@ pub struct HostResources {
     pub cgroup: Option<cgroup::Lock>,
     /// The sockets, in the order in which they were asked for.
     pub sockets: Vec<UnixListener>,
+    /// The socket for the frames of other boxes.
+    pub switch: Option<UnixDatagram>,
 }
 
 /// What the janitor must remove at the end of a box. Dropping it does that.
@@ -257,13 +262,24 @@ impl HostResources {
             leftovers.sockets.push(file);
             sockets.push(listener);
         }
-        Ok(HostResources { cgroup, sockets })
+        let switch = duties
+            .switch
+            .map(sockets::bind_datagrams)
+            .transpose()
+            .context("network.bridge_socket_dir")?;
+        let switch = switch.map(|(socket, file)| {
+            leftovers.sockets.push(file);
+            socket
+        });
+        Ok(HostResources { cgroup, sockets, switch })
     }
 
     /// Passes the resources on to mote, and closes them here.
     fn give(self, line: &UnixStream) -> io::Result<()> {
         let cgroup = self.cgroup.map(OwnedFd::from);
-        for fd in cgroup.into_iter().chain(self.sockets.into_iter().map(OwnedFd::from)) {
+        let sockets = self.sockets.into_iter().map(OwnedFd::from);
+        let switch = self.switch.map(OwnedFd::from);
+        for fd in cgroup.into_iter().chain(sockets).chain(switch) {
             line.send_with_fd(&[GIVEN][..], fd.as_raw_fd())?;
         }
         Ok(())
@@ -279,7 +295,9 @@ impl HostResources {
         };
         let cgroup = duties.cgroup.map(|_| take()).transpose()?.map(cgroup::Lock::from);
         let sockets = duties.sockets.iter().map(|_| Ok(take()?.into()));
-        Ok(HostResources { cgroup, sockets: sockets.collect::<Result<_>>()? })
+        let sockets = sockets.collect::<Result<_>>()?;
+        let switch = duties.switch.map(|_| take()).transpose()?.map(UnixDatagram::from);
+        Ok(HostResources { cgroup, sockets, switch })
     }
 }
 

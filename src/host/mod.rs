@@ -1,8 +1,11 @@
 //! What a box needs on the host: its sockets, with what its passt publishes in place of some, the virtiofsd of
-//! each share, the process that writes its logs, and the janitor, which removes all of it at the end.
+//! each share, the processes that write its logs and that exchange frames with other boxes, and the janitor, which
+//! removes all of it at the end.
 
+mod helper;
 pub mod janitor;
 pub mod logs;
 pub mod passt;
 pub mod sockets;
+pub mod switch;
 pub mod virtiofsd;

@@ -4,12 +4,12 @@
 //! Unix sockets (contract §2.8) are private to the user; the [`crate::host::janitor`] makes their files, and
 //! unlinks them at the end. Published ports (§1.6) are open to everybody who can reach the host.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ fn is_stale(path: &Path) -> Result<bool> {
         Ok(_) => bail!(TAKEN),
         // Somebody listens, but the queue of clients is full.
         Err(error) if error.kind() == ErrorKind::WouldBlock => bail!(TAKEN),
+        // Somebody takes datagrams.
+        Err(error) if error.raw_os_error() == Some(libc::EPROTOTYPE) => bail!(TAKEN),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             // A file that is no socket gives the same error.
             ensure!(
@@ -208,6 +210,28 @@ pub fn listen(plan: &HostSocket) -> Result<(UnixListener, SocketFile)> {
         Ok((listener, file))
     };
     bind().with_context(|| format!("listen on {}", path.display()))
+}
+
+/// Binds a socket for datagrams, mode 0600, in a directory that is made if it is not there. Replaces a socket file
+/// that a dead process has left behind.
+///
+/// # Errors
+/// Another process has the socket, or file or directory cannot be made.
+pub fn bind_datagrams(path: &Path) -> Result<(UnixDatagram, SocketFile)> {
+    let bind = || -> Result<(UnixDatagram, SocketFile)> {
+        if let Some(directory) = path.parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        }
+        let _locked = lock_directory(path, LOCK_LIMIT)?;
+        if is_stale(path)? {
+            fs::remove_file(path)?;
+        }
+        let socket = UnixDatagram::unbound()?;
+        sys::socket::set_socket_mode(&socket, 0o600)?;
+        sys::socket::bind_unix(&socket, path.as_os_str().as_bytes())?;
+        Ok((socket, SocketFile::at(path)?))
+    };
+    bind().with_context(|| format!("take datagrams at {}", path.display()))
 }
 
 /// Takes clients at a host port over IPv4 and, if the host has IPv6, over that too. Two boxes cannot share a port.
@@ -434,6 +458,22 @@ mod tests {
         let _datagrams = publish(&port).expect("free");
         let error = publish(&port).expect_err("taken");
         assert!(error.to_string().contains("is in use"), "{error:#}");
+    }
+
+    #[test]
+    fn a_switchs_socket_is_one_processes_and_replaced_when_that_has_ended() {
+        let dir = std::env::temp_dir().join(format!("mote-switch-{}", std::process::id()));
+        let path = dir.join("not/there/yet.sock");
+        let (socket, file) = bind_datagrams(&path).expect("made, with its directories");
+        let error = bind_datagrams(&path).expect_err("taken");
+        assert!(format!("{error:#}").contains("is this box running already?"), "{error:#}");
+        drop(socket);
+        let (_socket, next) = bind_datagrams(&path).expect("replaced");
+        file.remove();
+        assert!(path.exists());
+        next.remove();
+        assert!(!path.exists());
+        fs::remove_dir_all(dir).expect("removed");
     }
 
     #[test]

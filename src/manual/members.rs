@@ -276,6 +276,12 @@ pub const MEMBERS: &[Member] = &[
         words: "the other end of `net_socket_fd`: mote goes to the path by itself",
     },
     Member {
+        path: "network.bridge_socket_dir",
+        kind: "string",
+        default: Some("null"),
+        words: "the directory in which the boxes of one network meet, each with a socket named by its `mac_address`",
+    },
+    Member {
         path: "disable_tsi",
         kind: "boolean",
         default: Some("false"),

@@ -24,6 +24,7 @@ mod ports;
 mod security;
 mod shares;
 mod sockets;
+mod switch;
 #[cfg(test)]
 mod testing;
 mod variables;
@@ -47,6 +48,7 @@ pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
+pub use switch::{Switch, owner as socket_owner, socket_name};
 
 use guest_init::GuestInit;
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use mote_agent::instance::Interface;
 
 use super::paths::{MAX_SOCKET_PATH, parent_problem};
+use super::switch::{self, Switch};
 use crate::policy::Policy;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
@@ -28,8 +29,10 @@ pub struct Network {
     pub mac_address: [u8; 6],
     /// What the agent sets on the interface.
     pub interface: Interface,
-    /// Which frames may go to passt.
+    /// Which frames may go out.
     pub policy: Policy,
+    /// The way to the other boxes of the network, if there is one.
+    pub switch: Option<Switch>,
 }
 
 /// How to reach passt.
@@ -60,7 +63,9 @@ impl Network {
         for (index, server) in network.dns_servers.iter().enumerate() {
             check_server(*server, &format!("network.dns_servers[{index}]"), report);
         }
-        Network { passt: plan_passt(network, report), mac_address: mac, interface, policy }
+        let passt = plan_passt(network, report);
+        let switch = switch::plan(network, report);
+        Network { passt, mac_address: mac, interface, policy, switch }
     }
 }
 
@@ -71,6 +76,10 @@ impl fmt::Display for Network {
         match &self.passt {
             PasstSocket::Path(path) => write!(f, "passt at {}", path.display()),
             PasstSocket::Inherited(fd) => write!(f, "passt on descriptor {fd}"),
+        }?;
+        match &self.switch {
+            Some(switch) => write!(f, ", other boxes at {}", switch.directory.display()),
+            None => Ok(()),
         }
     }
 }
@@ -85,8 +94,8 @@ impl fmt::Display for Mac {
 }
 
 /// Without `net_proxy_fd`, `net_socket_fd` is connected to passt. With it, the two are the ends of one
-/// socket pair: the reference's shim serves the other end with a switch that joins the boxes of a
-/// network, and connects to passt at the path. mote has no switch, and connects to passt itself.
+/// socket pair: the reference's shim serves the other end with its switch, and connects to passt at the path.
+/// mote's device needs no pair between itself and its switch, and connects to passt itself.
 fn plan_passt(network: &spec::Network, report: &mut Report) -> PasstSocket {
     for (field, fd) in
         [("network.net_socket_fd", network.socket_fd), ("network.net_proxy_fd", network.proxy_fd)]
@@ -99,13 +108,8 @@ fn plan_passt(network: &spec::Network, report: &mut Report) -> PasstSocket {
             );
         }
     }
-    match (network.socket_fd, network.proxy_fd) {
-        (Some(fd), None) => return PasstSocket::Inherited(fd),
-        (_, Some(_)) if network.bridge_socket_dir.is_some() => report.warn(
-            "network.bridge_socket_dir",
-            "names a switch between the boxes of one network, which mote does not have: this box reaches what passt reaches",
-        ),
-        _ => {}
+    if let (Some(fd), None) = (network.socket_fd, network.proxy_fd) {
+        return PasstSocket::Inherited(fd);
     }
     let path = &network.passt_socket_path;
     if let Some(problem) = path_problem(path) {
@@ -390,9 +394,28 @@ mod tests {
             (network.socket_fd, network.proxy_fd) = (Some(ours), Some(theirs));
             network.bridge_socket_dir = Some("/tmp".into());
         });
-        assert_eq!((errors.len(), warnings.len()), (0, 1), "{errors:?} {warnings:?}");
+        assert_eq!((errors, warnings), (vec![], vec![]));
         let planned = planned.expect("a network");
         assert_eq!(planned.passt, PasstSocket::Path("/tmp/passt.sock".into()));
+        assert!(planned.to_string().ends_with(", other boxes at /tmp"), "{planned}");
+        let switch = planned.switch.expect("a switch");
+        assert_eq!(switch.socket, Path::new("/tmp/02-42-0a-58-00-02.sock"));
+    }
+
+    #[test]
+    fn directories_where_no_boxes_can_meet_are_refused() {
+        for (directory, expected) in [
+            ("", Some("is empty, must be a host directory")),
+            ("/etc/passwd", Some("/etc/passwd is not a directory; name one")),
+            (&format!("/tmp/{}", "d".repeat(80)), Some("/tmp/ddd")),
+            ("/tmp/not/there/yet", None),
+        ] {
+            let (_, errors, _) =
+                plan(|spec| network(spec).bridge_socket_dir = Some(directory.into()));
+            let start = expected.map(|expected| format!("network.bridge_socket_dir: {expected}"));
+            assert!(errors.len() == usize::from(expected.is_some()), "{errors:?}");
+            assert!(errors.iter().zip(&start).all(|(e, s)| e.starts_with(s)), "{errors:?}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::name_servers;
 use super::network::{Network, PasstSocket, check_variables};
 use super::networks_file;
 use super::ports::{PublishedPort, has_udp};
+use super::switch::Switch;
 use crate::confine::NetworkAccess;
 use crate::policy::Policy;
 use crate::policy::rules::Rules;
@@ -79,6 +80,11 @@ impl Networking {
             PasstSocket::Path(path) => Some(path),
             PasstSocket::Inherited(_) => None,
         }
+    }
+
+    /// The way to the other boxes of the box's network, if there is one.
+    pub fn switch(&self) -> Option<&Switch> {
+        self.own()?.switch.as_ref()
     }
 
     /// What mote itself uses of the host's network while it runs the guest, which has these ports.

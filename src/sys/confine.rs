@@ -77,6 +77,27 @@ pub fn enter_empty_root() -> io::Result<()> {
     Ok(())
 }
 
+/// Makes this directory the working directory of this process.
+///
+/// # Errors
+/// Those of fchdir(2).
+pub fn enter_directory(directory: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::fchdir(directory.as_raw_fd()) })?;
+    Ok(())
+}
+
+/// Makes the working directory the root, too. Without capabilities and descriptors of other directories there is
+/// no way out.
+///
+/// # Errors
+/// Those of chroot(2).
+pub fn make_root() -> io::Result<()> {
+    // SAFETY: the path is NUL-terminated and outlives the call.
+    check(unsafe { libc::chroot(c".".as_ptr()) })?;
+    Ok(())
+}
+
 /// Mounts a restricted copy of a directory's mounts over it: no device files, no set-user-ID, no
 /// programs and, if `read_only`, no writing. Makes only async-signal-safe calls: it is for a child in
 /// a mount namespace of its own, before the child executes its program.

@@ -50,14 +50,23 @@ fn unix_address(path: &[u8]) -> io::Result<(libc::sockaddr_un, libc::socklen_t)>
     Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
 }
 
+/// Binds a Unix socket to a path of at most 107 bytes.
+///
+/// # Errors
+/// Those of bind(2).
+pub fn bind_unix(socket: &impl AsRawFd, path: &[u8]) -> io::Result<()> {
+    let (address, len) = unix_address(path)?;
+    // SAFETY: pointer and length describe `address`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    Ok(())
+}
+
 /// Binds a Unix socket to a path of at most 107 bytes and listens.
 ///
 /// # Errors
 /// Those of bind(2) and listen(2).
 pub fn bind_and_listen(socket: &impl AsRawFd, path: &[u8], backlog: libc::c_int) -> io::Result<()> {
-    let (address, len) = unix_address(path)?;
-    // SAFETY: pointer and length describe `address`.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    bind_unix(socket, path)?;
     listen(socket, backlog)
 }
 

@@ -43,6 +43,7 @@ mod sandbox;
 mod shares;
 mod sockets;
 mod spoofing;
+mod switch;
 mod terminal;
 mod today;
 mod traced;

@@ -188,16 +188,16 @@ fn a_box_on_passt_has_the_network_of_its_spec() {
 
 /// Runs a passt in a network, for boxes there.
 pub fn passt_in(network: &Network, socket: &Path) -> Child {
-    passt_with(network, socket, &[])
+    passt_with(network, socket, PASSTS_OPTIONS, &[])
 }
 
-/// The same with more options.
-fn passt_with(network: &Network, socket: &Path, options: &[&str]) -> Child {
-    network.host.ip("route add default dev outside\n");
+/// The same with these options, as a line of words, and more of them.
+pub fn passt_with(network: &Network, socket: &Path, line: &str, options: &[&str]) -> Child {
+    network.host.ip("route replace default dev outside\n");
     let mut words = network.host.enter();
     words.extend(["passt", "--foreground", "--socket"].map(String::from));
     words.push(socket.to_str().expect("text").into());
-    words.extend(PASSTS_OPTIONS.split(' ').map(String::from));
+    words.extend(line.split(' ').map(String::from));
     words.extend(options.iter().map(|option| (*option).to_owned()));
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -210,7 +210,7 @@ fn ports_that_passt_publishes_are_left_to_it() {
     let network = Network::new();
     let dir = SocketDir::new();
     let options = ["--tcp-ports", "18001:8001", "--udp-ports", "19001:9001"];
-    let mut passt = passt_with(&network, &dir.socket(), &options);
+    let mut passt = passt_with(&network, &dir.socket(), PASSTS_OPTIONS, &options);
     let map = json!(["18001:8001", "19001:9001/udp", "18002:8002"]);
     let test = TestBox::debian().inside(&network).with("port_map", map);
     let test = test.with("network", self::network(&dir.socket()));

@@ -13,14 +13,15 @@ mod json_file;
 mod lines;
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 
+use super::helper;
 use crate::confine::{self, Isolation};
 use crate::console::{Sinks, write_patiently};
 use crate::log::{self, LogOnce};
@@ -33,9 +34,6 @@ use lines::Lines;
 /// How long mote waits at its end for what is still to be written, or packed: as long as a disk may take that
 /// is busy, and not for one that is gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-
-/// The byte by which the process says that it is confined. Others are the beginning of why not.
-const CONFINED: u8 = 0;
 
 /// A box's logs. Dropping it closes them, and waits until they are written.
 #[derive(Debug)]
@@ -95,17 +93,7 @@ impl LogWriter {
     /// # Errors
     /// It could not be confined, or could not work then.
     pub fn wait_until_confined(&self, stop: &File) -> Result<()> {
-        let mut line = &self.streams[0];
-        let [_, is_stopped] = sys::poll([Interest::read(line), Interest::read(stop)], None)?;
-        ensure!(!is_stopped, "stopped while waiting for the process that writes logs");
-        let mut answer = [CONFINED; 256];
-        match line.read(&mut answer).context("read from the process that writes logs")? {
-            1 if answer[0] == CONFINED => Ok(()),
-            read => {
-                let why = String::from_utf8_lossy(&answer[..read]);
-                Err(anyhow!("start the process that writes logs: {why}"))
-            }
-        }
+        helper::wait_until_confined("that writes logs", &self.streams[0], stop)
     }
 }
 
@@ -145,13 +133,7 @@ impl Writer {
         };
         let confined = confine::confine_log_writer(isolation, directory)
             .and_then(|()| self.driver.check().context("make files beside container.json"));
-        let answer = match &confined {
-            Ok(()) => vec![CONFINED],
-            Err(error) => format!("{error:#}").into_bytes(),
-        };
-        // If nobody reads it, mote has ended.
-        let is_told = self.streams[0].from.write_all(&answer).is_ok();
-        if confined.is_err() || !is_told {
+        if !helper::tell(&self.streams[0].from, confined.as_ref().err()) || confined.is_err() {
             return;
         }
         let mut buffer = vec![0; 64 * 1024];
@@ -328,6 +310,7 @@ impl Driver {
 mod tests {
     use super::*;
     use std::fs;
+    use std::io::Write;
     use std::path::PathBuf;
 
     use crate::plan::Syslog;

@@ -1,8 +1,8 @@
-//! Which of the guest's frames may go to passt: the box's egress policy ([`crate::policy`]), for frames.
+//! Which of the guest's frames may go out, to passt or to other boxes: the box's egress policy ([`crate::policy`]), for frames.
 //!
 //! - TCP: passt makes a connection for a SYN and for nothing else, so only a SYN is judged.
-//! - UDP and ICMP: every packet is judged, unless its destination was allowed, or has itself sent to this port of
-//!   the guest, a short time ago.
+//! - UDP and ICMP, and TCP to other boxes, which may take anything for data: every packet is judged, unless its
+//!   destination was allowed, or has itself sent to this port of the guest, a short time ago.
 //! - What keeps the link going (ARP, neighbour discovery, DHCP) passes.
 //! - Nothing else does: no other protocol, no fragment, no extension header of IPv6. What comes after one of
 //!   these passt may find in another place than this filter would, and it uses none of them.
@@ -49,6 +49,15 @@ const ANSWERS: usize = 64;
 /// How much of a refused packet its answer quotes: any IP header, and what identifies a socket.
 const QUOTED: usize = 128;
 
+/// Who is at the other side of the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// passt, which makes connections of frames.
+    Passt,
+    /// Other boxes, which get the frames.
+    Peers,
+}
+
 /// Judges the frames of a guest.
 #[derive(Debug)]
 pub struct FrameFilter {
@@ -62,21 +71,21 @@ pub struct FrameFilter {
 
 /// What a packet says about itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Packet {
+pub(super) struct Packet {
     source: IpAddr,
-    source_port: u16,
+    pub(super) source_port: u16,
     destination: Destination,
     /// The protocol's number.
     number: u8,
     /// The first byte of its header: ICMP's type.
-    first: u8,
+    pub(super) first: u8,
     /// Whether it asks for a TCP connection.
     connects: bool,
 }
 
 /// What a frame is.
 #[derive(Debug, PartialEq, Eq)]
-enum Frame {
+pub(super) enum Frame {
     Arp,
     Packet(Packet),
     /// Nothing that anybody needs.
@@ -95,8 +104,9 @@ impl FrameFilter {
         }
     }
 
-    /// Whether a frame of the guest's may go on. If not, there may be an [answer](Self::answer).
-    pub fn admits(&mut self, frame: &[u8]) -> bool {
+    /// Whether a frame of the guest's may go on, to other boxes or else to passt. If not, there may be an
+    /// [answer](Self::answer).
+    pub fn admits(&mut self, frame: &[u8], to: Side) -> bool {
         #[cfg(any(test, fuzzing))]
         if self.passes_all {
             return true;
@@ -110,7 +120,7 @@ impl FrameFilter {
             return true;
         }
         let destination = packet.destination;
-        let admitted = if destination.protocol == Some(Protocol::Tcp) {
+        let admitted = if destination.protocol == Some(Protocol::Tcp) && to == Side::Passt {
             !packet.connects || self.filter.admit(destination).is_ok()
         } else {
             let now = Instant::now();
@@ -126,13 +136,12 @@ impl FrameFilter {
         admitted
     }
 
-    /// Takes note of a frame to the guest, whose sender may be answered.
-    pub fn note(&mut self, frame: &[u8]) {
-        if let Frame::Packet(Packet { source, source_port, destination, number: UDP, .. }) =
-            parse(frame)
+    /// Takes note of a frame to the guest, from another box or else from passt: its sender may be answered.
+    pub fn note(&mut self, frame: &[u8], from: Side) {
+        if let Frame::Packet(Packet { source, source_port, destination, number, .. }) = parse(frame)
+            && (number == UDP || number == TCP && from == Side::Peers)
         {
-            let protocol = Some(Protocol::Udp);
-            let sender = Destination { protocol, ip: source, port: source_port };
+            let sender = Destination { ip: source, port: source_port, ..destination };
             self.remembered.add(sender, destination.port, Instant::now() + HEARD);
         }
     }
@@ -149,6 +158,14 @@ impl FrameFilter {
 }
 
 impl Packet {
+    pub(super) fn is_icmpv6(&self) -> bool {
+        self.number == ICMPV6
+    }
+
+    pub(super) fn is_udp(&self) -> bool {
+        self.number == UDP
+    }
+
     /// Whether it is part of the link's own workings, and goes nowhere beyond it.
     fn keeps_link(&self) -> bool {
         let Destination { ip, port, .. } = self.destination;
@@ -185,7 +202,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-fn parse(frame: &[u8]) -> Frame {
+pub(super) fn parse(frame: &[u8]) -> Frame {
     let packet = match word(frame, ETHERNET_LEN - 2) {
         Some(ETHERTYPE_ARP) => return Frame::Arp,
         Some(ETHERTYPE_IPV4) => parse_ipv4(&frame[ETHERNET_LEN..]),
@@ -385,7 +402,7 @@ mod tests {
     fn a_connection_to_where_the_guest_may_not_go_is_refused_and_answered() {
         let mut filter = filter();
         let refused = ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, SYN));
-        assert!(!filter.admits(&refused));
+        assert!(!filter.admits(&refused, Side::Passt));
         let answer = filter.answer().expect("an answer").to_vec();
         assert_eq!(answer[..12], [4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2]);
         assert_eq!(answer[14 + 9], ICMP);
@@ -399,10 +416,12 @@ mod tests {
         assert_eq!(filter.answer(), None);
         // The rest of a connection that somebody outside has begun.
         for flags in [SYN | 0x10, 0x10, 0x04] {
-            assert!(filter.admits(&ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, flags))));
+            assert!(filter.admits(&ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, flags)), Side::Passt));
         }
         // A SYN with flags of other uses is one.
-        assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, SYN | 0xc0))));
+        assert!(
+            !filter.admits(&ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, SYN | 0xc0)), Side::Passt)
+        );
     }
 
     #[test]
@@ -410,53 +429,53 @@ mod tests {
         let mut filter = filter();
         let syn = tcp(80, SYN);
         let refused = ipv6("2001:db9::1", TCP, &syn);
-        assert!(!filter.admits(&refused));
+        assert!(!filter.admits(&refused, Side::Passt));
         let answer = filter.answer().expect("an answer").to_vec();
         assert_eq!(answer[54..56], [1, 3]);
         let sum = [&answer[22..54], &[0, 0], &answer[18..20], &[0, 0, 0, ICMPV6], &answer[54..]];
         assert_eq!(checksum(&sum.concat()), [0, 0]);
-        assert!(filter.admits(&ipv6("2001:db8::1", TCP, &syn)));
+        assert!(filter.admits(&ipv6("2001:db8::1", TCP, &syn), Side::Passt));
         // passt takes the first two bytes of an extension header for ports, if TCP is next, and a header of ESP
         // or AH for an extension header.
         for number in [0, 43, 44, 50, 51, 60, 135, 139, 140, 253, 254] {
             let hidden = [&[TCP, 0, 0, 80, 0, 0, 0, 0][..], &syn].concat();
-            assert!(!filter.admits(&ipv6("2001:db8::1", number, &hidden)), "{number}");
+            assert!(!filter.admits(&ipv6("2001:db8::1", number, &hidden), Side::Passt), "{number}");
         }
-        assert!(!filter.admits(&ipv6("::ffff:198.51.100.1", TCP, &syn)));
+        assert!(!filter.admits(&ipv6("::ffff:198.51.100.1", TCP, &syn), Side::Passt));
     }
 
     #[test]
     fn datagrams_go_to_who_may_be_sent_to_or_has_asked() {
         let mut filter = filter();
         let reply = ipv4(GUEST, "198.51.100.1", UDP, &udp(5000, 6000));
-        assert!(!filter.admits(&reply));
-        filter.note(&ipv4("198.51.100.1", GUEST, UDP, &udp(6000, 5000)));
-        assert!(filter.admits(&reply));
+        assert!(!filter.admits(&reply, Side::Passt));
+        filter.note(&ipv4("198.51.100.1", GUEST, UDP, &udp(6000, 5000)), Side::Passt);
+        assert!(filter.admits(&reply, Side::Passt));
         for (from, to) in [(5001, 6000), (5000, 6001)] {
-            assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", UDP, &udp(from, to))));
+            assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", UDP, &udp(from, to)), Side::Passt));
         }
-        assert!(!filter.admits(&ipv4(GUEST, "198.51.100.2", UDP, &udp(5000, 6000))));
-        assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", ICMP, &[8, 0])));
+        assert!(!filter.admits(&ipv4(GUEST, "198.51.100.2", UDP, &udp(5000, 6000)), Side::Passt));
+        assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", ICMP, &[8, 0]), Side::Passt));
     }
 
     #[test]
     fn the_link_works_and_nothing_hides() {
         let mut filter = filter();
-        assert!(filter.admits(&header(ETHERTYPE_ARP)));
-        assert!(filter.admits(&ipv4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67))));
-        assert!(filter.admits(&ipv6("ff02::1:2", UDP, &udp(546, 547))));
-        assert!(filter.admits(&ipv6("ff02::1:ff00:1", ICMPV6, &[135])));
-        assert!(filter.admits(&ipv6("2001:db9::1", ICMPV6, &[135])));
-        assert!(!filter.admits(&ipv6("2001:db9::1", ICMPV6, &[128])));
+        assert!(filter.admits(&header(ETHERTYPE_ARP), Side::Passt));
+        assert!(filter.admits(&ipv4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67)), Side::Passt));
+        assert!(filter.admits(&ipv6("ff02::1:2", UDP, &udp(546, 547)), Side::Passt));
+        assert!(filter.admits(&ipv6("ff02::1:ff00:1", ICMPV6, &[135]), Side::Passt));
+        assert!(filter.admits(&ipv6("2001:db9::1", ICMPV6, &[135]), Side::Passt));
+        assert!(!filter.admits(&ipv6("2001:db9::1", ICMPV6, &[128]), Side::Passt));
         let mut fragment = ipv4(GUEST, "192.0.2.1", UDP, &udp(1, 2));
-        assert!(filter.admits(&fragment));
+        assert!(filter.admits(&fragment, Side::Passt));
         for field in [[0x20, 0], [0, 1]] {
             fragment[20..22].copy_from_slice(&field);
-            assert!(!filter.admits(&fragment));
+            assert!(!filter.admits(&fragment, Side::Passt));
         }
         for ethertype in [0x8100, 0x88a8, 0x8864, 0] {
             let hidden = [header(ethertype), ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, SYN))];
-            assert!(!filter.admits(&hidden.concat()), "{ethertype:#x}");
+            assert!(!filter.admits(&hidden.concat(), Side::Passt), "{ethertype:#x}");
         }
     }
 
@@ -468,9 +487,9 @@ mod tests {
             ipv4(GUEST, "192.0.2.1", UDP, &udp(1, 2)[..4]),
             ipv6("2001:db8::1", TCP, &tcp(80, SYN)[..14]),
         ] {
-            assert!(filter.admits(&whole));
+            assert!(filter.admits(&whole, Side::Passt));
             for len in 0..whole.len() {
-                assert!(!filter.admits(&whole[..len]), "{len} of {whole:?}");
+                assert!(!filter.admits(&whole[..len], Side::Passt), "{len} of {whole:?}");
             }
         }
         assert_eq!(filter.answer(), None);
@@ -480,7 +499,7 @@ mod tests {
     fn answers_are_bounded() {
         let mut filter = filter();
         for _ in 0..2 * ANSWERS {
-            assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, SYN))));
+            assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", TCP, &tcp(80, SYN)), Side::Passt));
         }
         assert_eq!(filter.answers.len(), ANSWERS);
     }

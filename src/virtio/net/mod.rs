@@ -15,10 +15,11 @@
 //! A side that cannot take more holds up the other: no frame is read from passt while the driver has
 //! no buffers, and none is taken from the driver while the socket is full. Without passt the link is
 //! down: frames from the driver are dropped, and the device tries to connect again. A [`filter`] says
-//! which of the driver's frames go to passt at all.
+//! which of the driver's frames go out at all; some of them go to [`peers`] in place of passt.
 
 pub mod filter;
 pub mod passt;
+pub mod peers;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -27,8 +28,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use event_manager::EventSet;
-use filter::FrameFilter;
+use filter::{FrameFilter, Side};
 use passt::{Connection, FRAME_LEN, Lost, Reconnect};
+use peers::{Peers, Way};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
@@ -62,10 +64,11 @@ const TRANSMIT_BATCH: usize = 8;
 /// How long to wait before connecting to passt again, at first and after many failures.
 const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
-/// What is watched: notifications of both queues, and the connection to passt.
+/// What is watched: notifications of both queues, the connection to passt, and that to peers.
 const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
 const PASST: u32 = 2;
+const PEERS: u32 = 3;
 
 /// `struct virtio_net_config` up to the last field that a feature offers: address, status, number of
 /// queue pairs (without meaning here), MTU.
@@ -106,6 +109,8 @@ enum Fault {
     Driver(anyhow::Error),
     /// The connection to passt is lost: the link goes down.
     Passt(Lost),
+    /// The connection to the switch is lost: the box has no peers any more.
+    Peers(Lost),
 }
 
 impl From<anyhow::Error> for Fault {
@@ -126,6 +131,8 @@ pub struct Net {
     mac: [u8; 6],
     queues: Option<Queues>,
     passt: Option<Connection>,
+    /// `None` if there are none, or their switch has ended.
+    peers: Option<Peers>,
     filter: FrameFilter,
     /// How to connect to passt again; `None` if the connection was inherited.
     reconnect: Option<Reconnect>,
@@ -158,6 +165,7 @@ impl Net {
             mac,
             queues: None,
             passt: Some(Connection::new(socket).context("prepare the connection to passt")?),
+            peers: None,
             filter,
             reconnect,
             linked_at: Instant::now(),
@@ -167,6 +175,20 @@ impl Net {
             filled: Vec::new(),
             complaint: LogOnce::default(),
         })
+    }
+
+    /// Gives the box peers.
+    pub fn connect_peers(&mut self, peers: Peers) {
+        self.peers = Some(peers);
+    }
+
+    fn on_peers(&mut self, set: EventSet) -> Result<(), Fault> {
+        let Some(peers) = &mut self.peers else { return Ok(()) };
+        if peers.connection.note(set) {
+            self.transmit()?;
+        }
+        self.receive()?;
+        if set.contains(EventSet::HANG_UP) { Err(Fault::Peers(Lost::Closed)) } else { Ok(()) }
     }
 
     fn on_passt(&mut self, set: EventSet) -> Result<(), Fault> {
@@ -184,7 +206,8 @@ impl Net {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         queues.receive.clear_kick();
         let Some(passt) = &mut self.passt else { return Ok(()) };
-        let moved = queues.receive_from(passt, &mut self.filter, &mut self.filled);
+        let moved =
+            queues.receive_from(passt, self.peers.as_mut(), &mut self.filter, &mut self.filled);
         queues.receive.notify(&queues.ram)?;
         moved
     }
@@ -196,7 +219,7 @@ impl Net {
             return Ok(queues.transmit.serve(&queues.ram, QUEUE_SIZES[1].into(), |_| 0)?);
         };
         queues.transmit.clear_kick();
-        let moved = queues.transmit_to(passt, &mut self.filter);
+        let moved = queues.transmit_to(passt, self.peers.as_mut(), &mut self.filter);
         queues.transmit.notify(&queues.ram)?;
         moved?;
         if self.filter.answer().is_some() { self.receive() } else { Ok(()) }
@@ -212,7 +235,19 @@ impl Net {
                 self.reset(watcher)
             }
             Err(Fault::Passt(lost)) => self.take_link_down(&lost, watcher),
+            Err(Fault::Peers(lost)) => self.lose_peers(&lost, watcher),
         }
+    }
+
+    fn lose_peers(&mut self, lost: &Lost, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some(peers) = self.peers.take() else { return Ok(()) };
+        watcher.remove(peers.connection.socket())?;
+        log::warn(&format!(
+            "net: mote-switch {lost}; the other boxes of the network are out of reach for good"
+        ));
+        // What waited for room there.
+        let moved = self.transmit();
+        self.judge(moved, watcher)
     }
 
     fn take_link_down(&mut self, lost: &Lost, watcher: &mut Watcher<'_, '_>) -> Result<()> {
@@ -251,7 +286,7 @@ impl Net {
         }
         let Some(again) = &mut self.reconnect else { return Ok(()) };
         let connected = (again.connect)().and_then(Connection::new).map_err(Into::into);
-        match connected.and_then(|passt| watch(&passt, watcher).map(|()| passt)) {
+        match connected.and_then(|passt| watch(&passt, PASST, watcher).map(|()| passt)) {
             Ok(passt) => {
                 let path = again.path.display();
                 log::info(&format!("net: passt serves {path} again; the link is up"));
@@ -302,7 +337,12 @@ impl MainLoopDevice for Net {
     }
 
     fn register(&mut self, watcher: &mut Watcher<'_, '_>) -> Result<()> {
-        self.passt.as_ref().map_or(Ok(()), |passt| watch(passt, watcher))
+        let connections =
+            [(self.passt.as_ref(), PASST), (self.peers.as_ref().map(|p| &p.connection), PEERS)];
+        for (connection, source) in connections {
+            connection.map_or(Ok(()), |connection| watch(connection, source, watcher))?;
+        }
+        Ok(())
     }
 
     fn activate(&mut self, activation: Activation, watcher: &mut Watcher<'_, '_>) -> Result<()> {
@@ -340,6 +380,7 @@ impl MainLoopDevice for Net {
             RECEIVE => self.receive(),
             TRANSMIT => self.transmit(),
             PASST => self.on_passt(set),
+            PEERS => self.on_peers(set),
             _ => Ok(()),
         };
         self.judge(moved, watcher)
@@ -354,15 +395,16 @@ impl MainLoopDevice for Net {
     }
 }
 
-fn watch(passt: &Connection, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+fn watch(connection: &Connection, source: u32, watcher: &mut Watcher<'_, '_>) -> Result<()> {
     let set = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-    Ok(watcher.add(passt.socket(), PASST, set)?)
+    Ok(watcher.add(connection.socket(), source, set)?)
 }
 
 impl Queues {
     fn receive_from(
         &mut self,
         passt: &mut Connection,
+        mut peers: Option<&mut Peers>,
         filter: &mut FrameFilter,
         filled: &mut Vec<Filled>,
     ) -> Result<(), Fault> {
@@ -373,13 +415,33 @@ impl Queues {
             filter.take_answer();
         }
         for _ in 0..RECEIVE_BATCH {
-            let Some(frame) = passt.frame()? else { return Ok(()) };
-            let len = frame.len();
-            if !self.deliver(frame, filled)? {
+            let mut is_over = true;
+            if let Some(frame) = passt.frame()? {
+                let len = frame.len();
+                if !self.deliver(frame, filled)? {
+                    return Ok(());
+                }
+                filter.note(frame, Side::Passt);
+                if let Some(peers) = &mut peers {
+                    peers.note_passt(frame);
+                }
+                passt.take_frame(len);
+                is_over = false;
+            }
+            if let Some(Peers { connection, .. }) = &mut peers
+                && let Some(frame) = connection.frame().map_err(Fault::Peers)?
+            {
+                let len = frame.len();
+                if !self.deliver(frame, filled)? {
+                    return Ok(());
+                }
+                filter.note(frame, Side::Peers);
+                connection.take_frame(len);
+                is_over = false;
+            }
+            if is_over {
                 return Ok(());
             }
-            filter.note(frame);
-            passt.take_frame(len);
         }
         // There may be more frames: they wait until all others had their turn.
         Ok(self.receive.kick().write(1).context("go on receiving")?)
@@ -388,27 +450,29 @@ impl Queues {
     fn transmit_to(
         &mut self,
         passt: &mut Connection,
+        mut peers: Option<&mut Peers>,
         filter: &mut FrameFilter,
     ) -> Result<(), Fault> {
         let Queues { ram, transmit, .. } = self;
         for _ in 0..TRANSMIT_BATCH {
-            // The socket is full: epoll reports when it has room again.
-            if !passt.flush()? {
+            // A socket is full: epoll reports when it has room again.
+            if !passt.flush()? || !flush(&mut peers)? {
                 return Ok(());
             }
             // This loop needs a bound of its own: invalid frames are dropped and take no room, so that
             // a driver could keep it going for ever.
             for _ in 0..QUEUE_SIZES[1] {
-                if !passt.has_room() {
+                if !passt.has_room() || peers.as_ref().is_some_and(|p| !p.connection.has_room()) {
                     break;
                 }
                 let Some(chain) = transmit.pop_or_wait(ram)? else {
+                    flush(&mut peers)?;
                     passt.flush()?;
                     return Ok(());
                 };
                 let head = chain.head_index();
                 // An invalid frame is dropped, and one that is refused.
-                let _ = put(chain, ram, passt, filter);
+                let _ = put(chain, ram, passt, peers.as_deref_mut(), filter);
                 transmit.push(ram, head, 0)?;
             }
         }
@@ -463,12 +527,18 @@ impl Queues {
     }
 }
 
-/// Adds the driver's frame to what is sent to passt, without its header, which passt does not need. It is judged
-/// after it was copied: the driver can change it no more.
+/// Writes the frames for peers; `false` when their switch takes no more at the moment.
+fn flush(peers: &mut Option<&mut Peers>) -> Result<bool, Fault> {
+    peers.as_mut().map_or(Ok(true), |peers| peers.connection.flush().map_err(Fault::Peers))
+}
+
+/// Adds the driver's frame to what is sent to passt or to peers, without its header, which neither needs. It is
+/// judged after it was copied: the driver can change it no more.
 fn put(
     chain: Chain<'_>,
     ram: &GuestRam,
     passt: &mut Connection,
+    peers: Option<&mut Peers>,
     filter: &mut FrameFilter,
 ) -> Result<()> {
     let mut reader = Reader::new(chain, ram)?;
@@ -477,7 +547,17 @@ fn put(
     ensure!(FRAME_LEN.contains(&len), "a frame of {len} bytes");
     passt.put_frame(len, |bytes| {
         reader.read_exact(bytes)?;
-        ensure!(filter.admits(bytes), "a frame that is refused");
+        let Some(peers) = peers else {
+            ensure!(filter.admits(bytes, Side::Passt), "a frame that is refused");
+            return Ok(());
+        };
+        let way = peers.way(bytes);
+        let side = if way == Way::Passt { Side::Passt } else { Side::Peers };
+        ensure!(filter.admits(bytes, side), "a frame that is refused");
+        if side == Side::Peers {
+            peers.connection.put_copy(bytes);
+        }
+        ensure!(way != Way::Peers, "a frame that is not for passt");
         Ok(())
     })
 }

@@ -8,6 +8,7 @@
 //! The socket is non-blocking and registered edge-triggered: after it would have blocked, it is not
 //! used until epoll reports it again. While a frame is incomplete, the device waits as if there were none.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -209,6 +210,14 @@ impl Connection {
         fill(&mut rest[..len])?;
         self.outgoing.end = end + PREFIX_LEN + len;
         Ok(())
+    }
+
+    /// Adds a copy of a frame; all else is as for [`Self::put_frame`].
+    pub fn put_copy(&mut self, frame: &[u8]) {
+        let Ok(()) = self.put_frame(frame.len(), |bytes| {
+            bytes.copy_from_slice(frame);
+            Ok::<_, Infallible>(())
+        });
     }
 
     /// Writes the frames that were put. `false` when the socket is full: epoll reports when it has room.
