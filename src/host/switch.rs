@@ -148,8 +148,8 @@ impl<'a> Frames<'a> {
     /// Carries frames until mote's end.
     fn carry(mut self) -> Result<(), Lost> {
         loop {
-            let progress = self.to_boxes()?;
-            let is_over = self.to_mote();
+            let progress = self.move_to_boxes()?;
+            let is_over = self.move_to_mote();
             let is_flushed = self.mote.flush()?;
             let limit = match progress {
                 Progress::More => Some(Duration::ZERO),
@@ -173,7 +173,7 @@ impl<'a> Frames<'a> {
     }
 
     /// Moves frames of the guest's to the boxes they are for.
-    fn to_boxes(&mut self) -> Result<Progress, Lost> {
+    fn move_to_boxes(&mut self) -> Result<Progress, Lost> {
         for _ in 0..BATCH {
             let Some(frame) = self.mote.frame()? else { return Ok(Progress::Done) };
             let len = frame.len();
@@ -206,7 +206,7 @@ impl<'a> Frames<'a> {
     }
 
     /// Moves frames of the boxes' to mote. `false` if there may be more.
-    fn to_mote(&mut self) -> bool {
+    fn move_to_mote(&mut self) -> bool {
         for _ in 0..BATCH {
             // Errors pass, like that of a signal.
             let Ok(len) = self.own.recv(&mut self.buffer) else { return true };

@@ -7,6 +7,7 @@
 use super::*;
 
 use std::cell::RefCell;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -19,13 +20,13 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::memory::RegisterPage;
+use crate::memory::{GuestRam, RegisterPage};
 use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
 use crate::policy::rules::Rules;
 use crate::token::Token;
-use crate::virtio::device::ReadyQueue;
+use crate::virtio::device::{ConfigSpace, ReadyQueue};
 
 /// The device's number.
 const DEVICE: u8 = 3;

@@ -10,12 +10,12 @@
 //! Who asks for a destination that is refused is told by ICMP that the host is unreachable, at once.
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use mote_agent::flow::Protocol;
 
+use super::remembered::Remembered;
 use crate::policy::destination::Destination;
 use crate::policy::filter::Filter;
 
@@ -42,8 +42,6 @@ const DHCPV6_PORT: u16 = 547;
 /// itself (RFC 4787, REQ-5: at least two minutes).
 const ALLOWED: Duration = Duration::from_secs(10);
 const HEARD: Duration = Duration::from_secs(180);
-/// How many such destinations are remembered, at most.
-const REMEMBERED: usize = 1024;
 /// Most answers that wait for the guest to take them.
 const ANSWERS: usize = 64;
 /// How much of a refused packet its answer quotes: any IP header, and what identifies a socket.
@@ -314,34 +312,6 @@ fn checksum(bytes: &[u8]) -> [u8; 2] {
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     (!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes()
-}
-
-/// Pairs of a peer and a port of the guest between which packets pass, until some moment. A new pair may take
-/// an old one's place: that one is judged again.
-#[derive(Debug)]
-struct Remembered {
-    slots: Vec<Option<(Destination, u16, Instant)>>,
-    hasher: RandomState,
-}
-
-impl Remembered {
-    fn new() -> Self {
-        Remembered { slots: vec![None; REMEMBERED], hasher: RandomState::new() }
-    }
-
-    fn slot(&self, peer: Destination, port: u16) -> usize {
-        self.hasher.hash_one((peer, port)) as usize % REMEMBERED
-    }
-
-    fn add(&mut self, peer: Destination, port: u16, until: Instant) {
-        let slot = self.slot(peer, port);
-        self.slots[slot] = Some((peer, port, until));
-    }
-
-    fn has(&self, peer: Destination, port: u16, now: Instant) -> bool {
-        self.slots[self.slot(peer, port)]
-            .is_some_and(|(known, its, until)| (known, its) == (peer, port) && now < until)
-    }
 }
 
 #[cfg(test)]

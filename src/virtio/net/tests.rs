@@ -7,6 +7,7 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::bench::*;
 use super::*;
+use crate::memory::GuestRam;
 
 #[test]
 fn a_frame_fills_as_many_buffers_as_it_needs() {
