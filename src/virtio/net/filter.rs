@@ -429,6 +429,25 @@ mod tests {
     }
 
     #[test]
+    fn another_box_gets_no_segment_of_a_connection_that_may_not_be() {
+        let mut filter = filter();
+        let segment = |from, to, ports: [u16; 2]| {
+            let mut tcp = tcp(ports[1], 0x10);
+            tcp[..2].copy_from_slice(&ports[0].to_be_bytes());
+            ipv4(from, to, TCP, &tcp)
+        };
+        let answer = segment(GUEST, "198.51.100.1", [80, 5000]);
+        assert!(!filter.admits(&answer, Side::Peers));
+        // Nor because something came from outside that says so.
+        let asked = segment("198.51.100.1", GUEST, [5000, 80]);
+        filter.note(&asked, Side::Passt);
+        assert!(!filter.admits(&answer, Side::Peers));
+        filter.note(&asked, Side::Peers);
+        assert!(filter.admits(&answer, Side::Peers));
+        assert!(!filter.admits(&segment(GUEST, "198.51.100.1", [81, 5000]), Side::Peers));
+    }
+
+    #[test]
     fn the_link_works_and_nothing_hides() {
         let mut filter = filter();
         assert!(filter.admits(&header(ETHERTYPE_ARP), Side::Passt));
