@@ -330,7 +330,7 @@ fn run_on_host(
         run::run(vm, served, &plan.sandbox, Rc::clone(signals), timeline)
     };
     let record = run(timeline);
-    // The VM is dropped and its back-ends have ended, so that nothing outlives this process.
+    // The VM is dropped and its back-ends have ended: only the janitor outlives this process, for a moment.
     janitor.dismiss();
     record
 }

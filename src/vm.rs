@@ -144,6 +144,7 @@ impl Vm {
 
         // The machine: memory, interrupt controllers, vCPUs.
         let vm = kvm::create_vm(&kvm)?;
+        janitor.hold(&vm)?;
         let ram = memory::create_ram(plan.memory_bytes)?;
         let register_slot = memory::add_ram(&vm, &ram)?;
         timeline.mark("memory_ready");

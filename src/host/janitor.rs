@@ -8,7 +8,7 @@
 //! ```
 //!
 //! There are two ways between them. Over the line, a pair of sockets, mote gives the janitor the processes
-//! of its virtiofsd, and closes its direction for good before it is confined; the janitor gives mote the
+//! of its virtiofsd and the VM, and closes its direction for good before it is confined; the janitor gives mote the
 //! sockets and connections. On the pipe mote asks for those. Descriptors do not pass through a pipe, and
 //! the janitor never waits for mote to read: closing a descriptor of an attacker's choice could take
 //! forever, and so could an answer.
@@ -18,6 +18,9 @@
 //! removes what it has made. A mote under an attacker's control can make the janitor connect to the box's
 //! passt, and remove the sockets early. It cannot make the janitor remove the cgroup, which limits mote:
 //! the janitor waits until mote has ended.
+//!
+//! mote waits for the sockets' removal, and ends. The janitor is there for some milliseconds more: it holds the VM,
+//! so that whoever waits for mote does not wait for the kernel to take the VM apart.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
@@ -26,7 +29,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -48,8 +51,10 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(10);
 /// How long the janitor may take to unlink a few files.
 const CLEANING_LIMIT: Duration = Duration::from_secs(1);
 
-/// The byte that is sent with a descriptor.
+/// The byte that is sent with a descriptor: to mote; to the janitor with a process to kill.
 const GIVEN: u8 = 0;
+/// The byte that is sent with a descriptor to hold.
+const HELD: u8 = 2;
 /// The byte before the text that says why the resources could not be made.
 const NO_RESOURCES: u8 = 1;
 
@@ -94,6 +99,8 @@ struct Leftovers {
     sockets: Vec<SocketFile>,
     /// The box's virtiofsd processes.
     processes: Vec<File>,
+    /// What is closed once mote has ended.
+    held: Vec<File>,
     cgroup: Option<Remains>,
 }
 
@@ -119,8 +126,6 @@ impl Drop for Leftovers {
 pub struct Janitor {
     line: UnixStream,
     requests: PipeWriter,
-    /// The janitor's process id, if it ends before this process: with a cgroup it does not.
-    ends_first: Option<u32>,
 }
 
 /// The janitor's side of what connects it with mote.
@@ -146,23 +151,21 @@ impl Janitor {
             sys::process::process_file(std::process::id()).context("watch mote for its janitor")?;
         let mote = Mote { line: theirs, requests: read, process };
         let keep = [mote.line.as_raw_fd(), mote.requests.as_raw_fd(), mote.process.as_raw_fd()];
-        let pid = sys::process::start_detached(c"mote-janitor", &keep, || work(&duties, &mote))
+        sys::process::start_detached(c"mote-janitor", &keep, || work(&duties, &mote))
             .context("start the janitor")?;
         drop(mote);
-        let ends_first = duties.cgroup.is_none().then_some(pid);
-        let mut janitor = Janitor { line, requests, ends_first };
+        let janitor = Janitor { line, requests };
         match HostResources::take(&duties, &janitor.line, stop) {
             Ok(resources) => {
                 janitor.line.set_nonblocking(true).context("prepare the janitor's line")?;
                 Ok((janitor, resources))
             }
             Err(error) => {
-                // It has said why and closed the line: it is ending, with or without a cgroup.
-                if let Ok([true]) = sys::poll([Interest::read(&janitor.line)], Some(Duration::ZERO))
-                {
-                    janitor.ends_first = Some(pid);
+                // It has said why and is ending, unless it waits for a cgroup's lock, which may take long.
+                let says = sys::poll([Interest::read(&janitor.line)], Some(Duration::ZERO));
+                if duties.cgroup.is_none() || matches!(says, Ok([true])) {
+                    janitor.dismiss();
                 }
-                janitor.dismiss();
                 Err(error)
             }
         }
@@ -174,12 +177,23 @@ impl Janitor {
     /// The janitor has ended, or [`Janitor::end_set_up`] was called.
     pub fn kill_at_end<'a>(&self, processes: impl IntoIterator<Item = &'a OwnedFd>) -> Result<()> {
         for process in processes {
-            self.line
-                .send_with_fd(&[GIVEN][..], process.as_raw_fd())
-                .map_err(io::Error::from)
-                .context("tell the janitor of a process")?;
+            self.hand(GIVEN, process).context("tell the janitor of a process")?;
         }
         Ok(())
+    }
+
+    /// Makes the janitor hold this, too, until this process has ended: what the kernel does when it is closed for
+    /// the last time then takes nobody's time who waits for this process.
+    ///
+    /// # Errors
+    /// As for [`Janitor::kill_at_end`].
+    pub fn hold(&self, descriptor: &impl AsRawFd) -> Result<()> {
+        self.hand(HELD, descriptor).context("give the janitor a descriptor to hold")
+    }
+
+    fn hand(&self, what: u8, descriptor: &impl AsRawFd) -> io::Result<()> {
+        let sent = self.line.send_with_fd(&[what][..], descriptor.as_raw_fd());
+        sent.map(drop).map_err(io::Error::from)
     }
 
     /// Makes it impossible, from now on, to send the janitor a descriptor: what it has been sent, it gets.
@@ -201,12 +215,20 @@ impl Janitor {
         Ok(PasstLine { requests, answers })
     }
 
-    /// Makes the janitor clean up, and waits for its end, unless it waits for the end of this process.
+    /// Makes the janitor clean up, and waits until it has, but for what waits for the end of this process.
     /// Every [`PasstLine`] must be dropped before.
     pub fn dismiss(self) {
-        drop((self.requests, self.line));
-        if let Some(pid) = self.ends_first {
-            sys::process::reap(pid, CLEANING_LIMIT);
+        drop(self.requests);
+        // It closes the line when it has. Late answers may be in it.
+        let deadline = Instant::now() + CLEANING_LIMIT;
+        let mut line = &self.line;
+        while let Ok([true]) = sys::poll(
+            [Interest::read(line)],
+            Some(deadline.saturating_duration_since(Instant::now())),
+        ) {
+            if !matches!(line.read(&mut [0; 64]), Ok(1..)) {
+                break;
+            }
         }
     }
 }
@@ -217,16 +239,14 @@ fn work(duties: &Duties<'_>, mote: &Mote) {
     match HostResources::make(duties, &mote.line, &mut leftovers) {
         Ok(resources) => {
             match resources.give(&mote.line).context("hand a descriptor to mote") {
-                Ok(()) => serve(mote, duties.passt, &mut leftovers.processes),
+                Ok(()) => serve(mote, duties.passt, &mut leftovers),
                 Err(error) => refuse(&mote.line, &error),
             }
-            // First, because mote may be waiting for an answer, and the janitor waits for mote below.
-            let _ = mote.line.shutdown(Shutdown::Both);
             // At once: clients take an existing socket for a running box (contract §2.8).
             leftovers.remove_most();
-            if leftovers.cgroup.is_some() {
-                let _ = sys::poll([Interest::read(&mote.process)], None);
-            }
+            // mote waits for that.
+            let _ = mote.line.shutdown(Shutdown::Both);
+            let _ = sys::poll([Interest::read(&mote.process)], None);
         }
         Err(error) => {
             drop(leftovers);
@@ -325,12 +345,12 @@ fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
 
 /// Serves mote until it closes the pipe or ends; the pipe alone would not do, because a mote under an
 /// attacker's control may have passed its end to another process.
-fn serve(mote: &Mote, passt: Option<&Path>, processes: &mut Vec<File>) {
+fn serve(mote: &Mote, passt: Option<&Path>, leftovers: &mut Leftovers) {
     // From here on nothing waits for mote, but for a limited time.
     if mote.line.set_nonblocking(true).is_err() {
         return;
     }
-    take_processes(mote, processes);
+    take_descriptors(mote, leftovers);
     // Any number of requests that wait at once are one.
     let mut bytes = [0; 64];
     loop {
@@ -344,12 +364,14 @@ fn serve(mote: &Mote, passt: Option<&Path>, processes: &mut Vec<File>) {
     }
 }
 
-/// Takes the processes that mote sends, each with a byte, until it closes that direction or ends.
-fn take_processes(mote: &Mote, processes: &mut Vec<File>) {
+/// Takes the descriptors that mote sends, each with a byte, until it closes that direction or ends.
+fn take_descriptors(mote: &Mote, leftovers: &mut Leftovers) {
+    let mut what = [0];
     loop {
-        match mote.line.recv_with_fd(&mut [0]) {
-            Ok((1, Some(process))) => processes.push(process),
-            // A process, but the janitor can have no more descriptors.
+        match mote.line.recv_with_fd(&mut what) {
+            Ok((1, Some(held))) if what == [HELD] => leftovers.held.push(held),
+            Ok((1, Some(process))) => leftovers.processes.push(process),
+            // A descriptor, but the janitor can have no more descriptors.
             Err(error) if error.errno() == libc::ENOBUFS => {}
             Err(error) if error.errno() == libc::EAGAIN => {
                 let both = [Interest::read(&mote.line), Interest::read(&mote.process)];
@@ -472,7 +494,7 @@ mod tests {
         ours.shutdown(Shutdown::Write).expect("closed");
         let (served, over) = mpsc::channel();
         thread::spawn(move || {
-            serve(&mote, None, &mut Vec::new());
+            serve(&mote, None, &mut Leftovers::default());
             served.send(()).expect("somebody waits");
         });
         requests.write_all(&[0]).expect("a request");

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use crate::network::Network;
-use crate::processes::{kill, processes_with};
+use crate::processes::{kill, processes_beside_janitors, processes_with};
 
 /// Far beyond any boot: a run that takes longer hangs.
 const DEADLINE_S: &str = "180";
@@ -325,7 +325,7 @@ impl TestBox {
     }
 
     fn traces(&self) -> Traces {
-        Traces { dir: self.dir.clone(), limited: !self.spec["resource_limits"].is_null() }
+        Traces { dir: self.dir.clone() }
     }
 }
 
@@ -342,8 +342,6 @@ impl Drop for TestBox {
 #[derive(Clone)]
 struct Traces {
     dir: PathBuf,
-    /// Whether it has a cgroup.
-    limited: bool,
 }
 
 impl Traces {
@@ -365,16 +363,15 @@ impl Traces {
     }
 
     fn assert_nothing_left(&self) {
-        // The janitor of a box with a cgroup removes it after mote has ended, and then ends itself.
-        if self.limited {
-            eventually("the janitor ends", || processes_with(&self.dir).is_empty());
-        }
-        assert_eq!(processes_with(&self.dir), Vec::<String>::new(), "processes left");
         for sub in ["tmp", "sock"] {
             let left = fs::read_dir(self.dir.join(sub)).expect("directory").flatten();
             let left: Vec<_> = left.collect();
             assert!(left.is_empty(), "left in {sub}: {left:?}");
         }
+        // The janitor ends after mote, when it has closed the VM and removed the cgroup.
+        let left = processes_beside_janitors(&self.dir);
+        assert_eq!(left, Vec::<String>::new(), "processes left");
+        eventually("the janitor ends", || processes_with(&self.dir).is_empty());
     }
 }
 

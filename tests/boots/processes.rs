@@ -12,12 +12,21 @@ pub fn kill(pid: u32, signal: i32) {
 
 /// Command lines of running processes that mention a path.
 pub fn processes_with(path: &Path) -> Vec<String> {
-    let path = path.to_str().expect("text");
-    let pids = fs::read_dir("/proc").expect("proc").flatten();
-    pids.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
-        .map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " "))
-        .filter(|line| line.contains(path))
-        .collect()
+    with_path(path).map(|(_, line)| line).collect()
+}
+
+/// The same, but for janitors.
+pub fn processes_beside_janitors(path: &Path) -> Vec<String> {
+    let others = with_path(path).filter(|(pid, _)| name_of(*pid) != "mote-janitor");
+    others.map(|(_, line)| line).collect()
+}
+
+fn with_path(path: &Path) -> impl Iterator<Item = (u32, String)> {
+    let path = path.to_str().expect("text").to_owned();
+    pids()
+        .filter_map(|pid| Some((pid, fs::read(format!("/proc/{pid}/cmdline")).ok()?)))
+        .map(|(pid, bytes)| (pid, String::from_utf8_lossy(&bytes).replace('\0', " ")))
+        .filter(move |(_, line)| line.contains(&path))
 }
 
 /// The numbers of all processes.
