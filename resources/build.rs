@@ -3,12 +3,13 @@
 //! and is stripped of pages that hold nothing; the initramfs holds the agent, built here as its own static
 //! program; the filters are compiled from `seccomp/*.json`.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
 
-use seccompiler::TargetArch;
+use seccompiler::{BpfProgram, TargetArch, sock_filter};
 use serde_json::Value;
 
 #[path = "../src/cpio.rs"]
@@ -80,9 +81,8 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     add("main", &answers, "main-answers")?;
     add("main-outgoing", &answers, "main-outgoing-answers")?;
 
-    let json = serde_json::to_vec(&filters)?;
-    for (name, program) in seccompiler::compile_from_json(&json[..], TargetArch::x86_64)? {
-        let bytes: Vec<u8> = program
+    for (name, filter) in &filters {
+        let bytes: Vec<u8> = searching_program(filter)?
             .iter()
             .flat_map(|i| {
                 let [c0, c1] = i.code.to_le_bytes();
@@ -93,6 +93,70 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
         fs::write(out.join(format!("{name}.bpf")), bytes)?;
     }
     Ok(())
+}
+
+/// A filter that looks the call's number up in a search tree. What seccompiler makes compares it with one after the
+/// other, and the kernel walks that for each number there is when the filter is put in place.
+fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
+    let rules = filter["filter"].as_array().ok_or("a filter has rules")?;
+    let mut calls = BTreeMap::<&str, Vec<&Value>>::new();
+    for rule in rules {
+        let call = rule["syscall"].as_str().ok_or("a rule names a system call")?;
+        calls.entry(call).or_default().push(rule);
+    }
+    // Each call alone: its number, and the instructions for when it is that. Those before check the architecture and
+    // load the number, and are the same for all.
+    let mut head = BpfProgram::new();
+    let mut leaves = Vec::new();
+    for rules in calls.into_values() {
+        let mut alone = filter.clone();
+        alone["filter"] = rules.into_iter().cloned().collect();
+        let json = serde_json::to_vec(&serde_json::json!({ "alone": alone }))?;
+        let mut program = seccompiler::compile_from_json(&json[..], TargetArch::x86_64)?;
+        let mut program = program.remove("alone").ok_or("seccompiler compiles the filter")?;
+        let compares = |i: &sock_filter| i.code == JUMP_IF_EQUAL && i.k != AUDIT_ARCH_X86_64;
+        let at = program.iter().position(compares).ok_or("a filter compares the call's number")?;
+        let body = program.split_off(at + 1);
+        let number = program.pop().ok_or("the comparison")?.k;
+        head = program;
+        leaves.push((number, body));
+    }
+    leaves.sort_unstable_by_key(|(number, _)| *number);
+    Ok([head, search(&leaves)?].concat())
+}
+
+/// The tree for these calls, of which there is at least one.
+fn search(leaves: &[(u32, BpfProgram)]) -> Result<BpfProgram, Box<dyn Error>> {
+    if let [(number, body)] = leaves {
+        // The last instruction of each body is for what is not allowed.
+        let last = u8::try_from(body.len() - 1)?;
+        let mut leaf = vec![jump(JUMP_IF_EQUAL, *number, 0, last)];
+        leaf.extend_from_slice(body);
+        return Ok(leaf);
+    }
+    let (low, high) = leaves.split_at(leaves.len() / 2);
+    let (low_code, high_code) = (search(low)?, search(high)?);
+    let mut code = match u8::try_from(low_code.len()) {
+        Ok(skipped) => vec![jump(JUMP_IF_AT_LEAST, high[0].0, skipped, 0)],
+        // Conditional jumps are short.
+        Err(_) => vec![
+            jump(JUMP_IF_AT_LEAST, high[0].0, 0, 1),
+            jump(JUMP, u32::try_from(low_code.len())?, 0, 0),
+        ],
+    };
+    code.extend(low_code);
+    code.extend(high_code);
+    Ok(code)
+}
+
+/// Of linux/bpf_common.h and linux/audit.h.
+const JUMP: u16 = 0x05;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const JUMP_IF_AT_LEAST: u16 = 0x35;
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+
+fn jump(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
+    sock_filter { code, jt, jf, k }
 }
 
 fn build_kernel(root: &Path) -> Result<String, Box<dyn Error>> {
