@@ -23,7 +23,7 @@
 //! so that whoever waits for mote does not wait for the kernel to take the VM apart.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -35,14 +35,10 @@ use anyhow::{Context, Result, anyhow, ensure};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::cgroup::{self, Cgroup, Remains};
+use crate::host::passt_line::{self, PasstLine};
 use crate::host::sockets::{self, SocketFile};
 use crate::plan::{HostSocket, Plan};
 use crate::sys::{self, Interest};
-use crate::virtio::net::passt;
-
-/// How long mote waits for an answer while the box runs. The janitor answers without waiting, but may
-/// have to wait for a CPU.
-const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 
 /// How long the janitor sleeps after each connection to passt: the box's limit on CPU time does not hold
 /// for it, so a mote under an attacker's control must not keep it busy. mote asks less often.
@@ -359,7 +355,7 @@ fn serve(mote: &Mote, passt: Option<&Path>, leftovers: &mut Leftovers) {
         let Ok(1..) = (&mote.requests).read(&mut bytes) else { return };
         // In a process of its own. The last one to close a connection closes the descriptors that a passt
         // under an attacker's control may have sent over it; that may take long, but not at a process's end.
-        sys::confine::succeeds_in_child(|| answer(&mote.line, passt));
+        sys::confine::succeeds_in_child(|| passt_line::answer(&mote.line, passt));
         thread::sleep(CONNECT_PAUSE);
     }
 }
@@ -382,56 +378,10 @@ fn take_descriptors(mote: &Mote, leftovers: &mut Leftovers) {
     }
 }
 
-/// Connects to passt, and answers with the connection, or with an errno in a byte. An answer for which
-/// the line has no room is not given: mote does not read.
-fn answer(mut line: &UnixStream, passt: Option<&Path>) -> io::Result<()> {
-    match passt.map_or(Err(ErrorKind::Unsupported.into()), passt::connect_now) {
-        Ok(socket) => {
-            line.send_with_fd(&[GIVEN][..], socket.as_raw_fd())?;
-            // Closed by the end of this process.
-            std::mem::forget(socket);
-        }
-        Err(error) => {
-            line.write_all(&[error.raw_os_error().unwrap_or(libc::EIO) as u8])?;
-        }
-    }
-    Ok(())
-}
-
-/// The way to the janitor and back, used to ask for connections to passt.
-#[derive(Debug)]
-pub struct PasstLine {
-    requests: PipeWriter,
-    answers: UnixStream,
-}
-
-impl PasstLine {
-    /// A new connection to the box's passt, if passt listens at this moment. Waits for the janitor, not
-    /// for passt.
-    ///
-    /// # Errors
-    /// Nobody listens, or the janitor does not answer in time.
-    pub fn connect(&mut self) -> io::Result<UnixStream> {
-        let mut byte = [0];
-        // A late answer to an earlier request is dropped: its connection is old.
-        while let Ok((1, _)) = self.answers.recv_with_fd(&mut byte) {}
-        self.requests.write_all(&[0])?;
-        let [ready] = sys::poll([Interest::read(&self.answers)], Some(ANSWER_LIMIT))?;
-        if !ready {
-            return Err(ErrorKind::TimedOut.into());
-        }
-        match self.answers.recv_with_fd(&mut byte) {
-            Ok((1, Some(socket))) => Ok(UnixStream::from(OwnedFd::from(socket))),
-            Ok((1, None)) => Err(io::Error::from_raw_os_error(byte[0].into())),
-            Ok(_) => Err(ErrorKind::BrokenPipe.into()),
-            Err(error) => Err(io::Error::from_raw_os_error(error.errno())),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::ErrorKind;
     use std::os::unix::process::ExitStatusExt;
     use std::path::PathBuf;
     use std::process::Command;

@@ -6,6 +6,7 @@ mod helper;
 pub mod janitor;
 pub mod logs;
 pub mod passt;
+pub mod passt_line;
 pub mod sockets;
 pub mod switch;
 pub mod virtiofsd;
