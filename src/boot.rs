@@ -4,8 +4,6 @@
 //! Direct 64-bit boot (Documentation/arch/x86/boot.rst): no firmware, no decompressor, and
 //! boot_params can carry a seed for the random number generator.
 
-use std::io::Cursor;
-
 use anyhow::{Context, Result, anyhow, bail};
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -14,7 +12,7 @@ use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::elf::Elf;
 use mote_agent::instance;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::kvm::cpu;
 use crate::layout::{self, RamRange};
@@ -38,16 +36,12 @@ const RNG_SEED_LEN: usize = 32;
 /// # Errors
 /// The kernel is no vmlinux, or memory is too small for it and the initramfs.
 pub fn load(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<u64> {
-    let kernel = Elf::load(
-        ram,
-        None,
-        &mut Cursor::new(&plan.kernel.bytes),
-        Some(GuestAddress(layout::HIGH_MEMORY)),
-    )
-    .map_err(|e| anyhow!("{e}"))
-    .with_context(|| {
-        format!("load the guest kernel ({}) as an uncompressed ELF vmlinux", plan.kernel.origin)
-    })?;
+    let high_memory = Some(GuestAddress(layout::HIGH_MEMORY));
+    let kernel = Elf::load(ram, None, &mut plan.kernel.open()?, high_memory)
+        .map_err(|e| anyhow!("{e}"))
+        .with_context(|| {
+            format!("load the guest kernel ({}) as an uncompressed ELF vmlinux", plan.kernel)
+        })?;
     let initramfs = load_initramfs(plan, ram, kernel.kernel_end)?;
     write_page_tables(ram).context("write the boot page tables")?;
     write_command_line(plan, ram, devices)?;
@@ -72,16 +66,20 @@ fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initra
     let config = archive.finish();
 
     let start = kernel_end.next_multiple_of(layout::MMIO_PAGE);
-    let second = (plan.initramfs.bytes.len() as u64).next_multiple_of(4);
-    for (offset, bytes) in [(0, &plan.initramfs.bytes[..]), (second, &config[..])] {
-        ram.write_slice(bytes, GuestAddress(start + offset)).map_err(|_| {
-            let need_mib = (start + second + config.len() as u64).next_multiple_of(1 << 20) >> 20;
-            anyhow!(
-                "memory_mib: kernel, agent and entrypoint need {need_mib} MiB before anything runs; give more"
-            )
-        })?;
+    let mut agent = plan.initramfs.open()?;
+    let second = agent.len().next_multiple_of(4);
+    let end = start + second + config.len() as u64;
+    if !ram.check_range(GuestAddress(start), usize::try_from(end - start)?) {
+        let need_mib = end.next_multiple_of(1 << 20) >> 20;
+        bail!(
+            "memory_mib: kernel, agent and entrypoint need {need_mib} MiB before anything runs; give more"
+        );
     }
-    Ok(Initramfs { start, len: second + config.len() as u64 })
+    let len = usize::try_from(agent.len())?;
+    ram.read_exact_volatile_from(GuestAddress(start), &mut agent, len)
+        .with_context(|| format!("load the initramfs ({})", plan.initramfs))?;
+    ram.write_slice(&config, GuestAddress(start + second)).context("load the configuration")?;
+    Ok(Initramfs { start, len: end - start })
 }
 
 fn write_page_tables(ram: &GuestRam) -> Result<()> {

@@ -2,14 +2,16 @@
 //! is no search path to get wrong. `resources/build.rs` makes both. `MOTE_KERNEL` and `MOTE_INITRAMFS`
 //! name files to use instead.
 
-use std::borrow::Cow;
 use std::fmt;
-use std::fs;
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
 
 use crate::spec::json::Report;
+use crate::sys::file_part::FilePart;
 
-/// Page-aligned, so that copying into guest memory starts on a page of the page cache.
+/// Page-aligned, so that reading into guest memory starts on a page of the page cache.
 #[repr(C, align(4096))]
 struct PageAligned<T: ?Sized>(T);
 
@@ -26,18 +28,44 @@ pub fn initramfs() -> &'static [u8] {
     &INITRAMFS.0
 }
 
-/// Bytes to load, and where they come from.
+/// What is loaded into the guest's memory.
 #[derive(Clone)]
-pub struct Image {
-    /// The bytes.
-    pub bytes: Cow<'static, [u8]>,
-    /// "built in", or the file's path.
-    pub origin: String,
+pub enum Image {
+    /// It is in this program.
+    BuiltIn(&'static [u8]),
+    /// It is a file.
+    File(PathBuf),
+}
+
+impl Image {
+    /// Opens it for reading.
+    ///
+    /// # Errors
+    /// The file, the program's own if it is built in, cannot be opened.
+    pub fn open(&self) -> Result<FilePart> {
+        let opened = match self {
+            Image::BuiltIn(bytes) => FilePart::of_program(bytes),
+            Image::File(path) => FilePart::whole(path),
+        };
+        opened.with_context(|| match self {
+            Image::BuiltIn(_) => "open this program's own file, /proc/self/exe".into(),
+            Image::File(path) => format!("open {}", path.display()),
+        })
+    }
+}
+
+impl fmt::Display for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Image::BuiltIn(_) => f.write_str("built in"),
+            Image::File(path) => path.display().fmt(f),
+        }
+    }
 }
 
 impl fmt::Debug for Image {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Image({}, {} bytes)", self.origin, self.bytes.len())
+        write!(f, "Image({self})")
     }
 }
 
@@ -48,11 +76,12 @@ pub(super) fn plan(
     variable: &str,
     report: &mut Report,
 ) -> Option<Image> {
-    let Some(path) = path else {
-        return Some(Image { bytes: Cow::Borrowed(built_in), origin: "built in".into() });
-    };
-    match fs::read(path) {
-        Ok(bytes) => Some(Image { bytes: Cow::Owned(bytes), origin: path.display().to_string() }),
+    let Some(path) = path else { return Some(Image::BuiltIn(built_in)) };
+    let image = Image::File(path.into());
+    // Only a read tells a directory from a file.
+    let readable = FilePart::whole(path).and_then(|mut file| file.read(&mut [0]));
+    match readable {
+        Ok(_) => Some(image),
         Err(error) => {
             report.error(
                 variable,

@@ -266,8 +266,8 @@ impl fmt::Display for Plan {
                 limits::limit_text(*hard)
             )?;
         }
-        writeln!(f, "kernel     {}", self.kernel.origin)?;
-        writeln!(f, "initramfs  {}", self.initramfs.origin)?;
+        writeln!(f, "kernel     {}", self.kernel)?;
+        writeln!(f, "initramfs  {}", self.initramfs)?;
         writeln!(f, "virtiofsd  {}", self.virtiofsd.display())?;
         write!(f, "confined   {}", self.sandbox.isolation)
     }

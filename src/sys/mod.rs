@@ -18,6 +18,7 @@ pub mod arguments;
 pub mod confine;
 pub mod directory;
 pub mod fatal;
+pub mod file_part;
 pub mod process;
 pub mod routes;
 pub mod socket;
