@@ -1,7 +1,7 @@
-//! Build script: makes the guest's two files, which [`image`](../src/plan/image.rs) embeds, and the
+//! Build script: makes the guest's two files and virtiofsd, which [`image`](../src/plan/image.rs) embeds, and the
 //! filters of [`seccomp`](../src/confine/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
 //! and is stripped of pages that hold nothing; the initramfs holds the agent, built here as its own static
-//! program; the filters are compiled from `seccomp/*.json`.
+//! program; virtiofsd comes from `virtiofsd.sh` (cached too); the filters are compiled from `seccomp/*.json`.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -25,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "resources/build.rs",
         "resources/kernel.sh",
         "resources/kernel.config",
+        "resources/virtiofsd.sh",
         "resources/seccomp",
     ] {
         println!("cargo::rerun-if-changed={input}");
@@ -33,12 +34,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
 
     let kernel = out.join("vmlinux");
-    fs::write(&kernel, packed_kernel(&fs::read(build_kernel(&root)?)?)?)?;
+    fs::write(&kernel, packed_kernel(&fs::read(path_from(&root, "kernel.sh")?)?)?)?;
     println!("cargo::rustc-env=MOTE_BUILT_KERNEL={}", kernel.display());
 
     let initramfs = out.join("initramfs.cpio");
     fs::write(&initramfs, initramfs_of(&fs::read(build_agent(&root, &out)?)?))?;
     println!("cargo::rustc-env=MOTE_BUILT_INITRAMFS={}", initramfs.display());
+
+    println!("cargo::rustc-env=MOTE_BUILT_VIRTIOFSD={}", path_from(&root, "virtiofsd.sh")?);
 
     compile_filters(&root.join("resources/seccomp"), &out)?;
     println!("cargo::rustc-env=MOTE_BUILT_FILTERS={}", out.display());
@@ -159,18 +162,19 @@ fn jump(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
     sock_filter { code, jt, jf, k }
 }
 
-fn build_kernel(root: &Path) -> Result<String, Box<dyn Error>> {
+/// The path that a script in `resources` prints, of what it has made.
+fn path_from(root: &Path, script: &str) -> Result<String, Box<dyn Error>> {
     let output = Command::new("bash")
-        .arg(root.join("resources/kernel.sh"))
+        .arg(root.join("resources").join(script))
         .stderr(Stdio::inherit())
         .output()?;
     if !output.status.success() {
-        return Err("resources/kernel.sh failed; its message is above".into());
+        return Err(format!("resources/{script} failed; its message is above").into());
     }
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// The same kernel without the pages that hold nothing, nearly half of the file: zeros, which guest memory has
+/// A kernel without the pages that hold nothing, nearly half of the file: zeros, which guest memory has
 /// already, and the filling behind code that has huge pages to itself (`int3`, ALIGN_ENTRY_TEXT_BEGIN and
 /// _END in arch/x86/kernel/vmlinux.lds.S), where nothing jumps to. Each run of other pages becomes a segment
 /// of its own.

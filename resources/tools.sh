@@ -4,7 +4,7 @@
 # nothing when all is there.
 #   tools.sh GROUP…
 #     build   what `make build` needs
-#     box     to run a box: virtiofsd, and a root file system to run it on
+#     box     a root file system to run a box on
 #     lab     for a machine whose /dev/kvm is not complete: the emulated one
 #     test    what the tests need besides
 #     bench   what the benchmarks need besides
@@ -12,7 +12,6 @@
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
-virtiofsd_version=1.14.0
 virtme_version=1.42
 cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2
@@ -36,10 +35,10 @@ libelf-dev          /usr/include/libelf.h                the kernel's objtool
 xz-utils            /usr/bin/xz                          unpacks the kernel source
 clang               /usr/bin/clang                       compiles the agent's BPF programs
 libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
-"
-box_packages="
 libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
 libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
+"
+box_packages="
 debootstrap         /usr/sbin/debootstrap                makes a root file system
 "
 lab_packages="
@@ -123,14 +122,6 @@ install_qemu() {
         die "apt-get install failed"
 }
 
-install_virtiofsd() {
-    local root=$cache/virtiofsd-$virtiofsd_version
-    [ -x "$root/bin/virtiofsd" ] && return
-    say "building virtiofsd $virtiofsd_version from crates.io: serves the guest's file systems"
-    # Outside this checkout, whose cargo settings are not meant for it.
-    (cd / && cargo install --quiet --locked --root "$root" --version "$virtiofsd_version" virtiofsd)
-}
-
 # Builds a cargo subcommand and prints its path. Without optimisation: it runs for seconds, and would take
 # minutes longer to build.
 install_cargo_tool() {
@@ -159,10 +150,7 @@ command -v cargo >/dev/null || die "cargo is missing; install Rust from https://
 for group; do
     case $group in
         build) install_packages "$build_packages" ;;
-        box)
-            install_packages "$box_packages"
-            install_virtiofsd
-            ;;
+        box) install_packages "$box_packages" ;;
         lab)
             install_packages "$lab_packages"
             install_qemu

@@ -8,6 +8,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::confine::{Isolation, NetworkAccess};
+use crate::host::virtiofsd::Program;
 use crate::kvm::{self, cpu, self_test, vcpu};
 use crate::memory;
 use crate::plan::{self, Environment};
@@ -58,18 +59,19 @@ fn test_kvm() -> Result<()> {
 
 fn virtiofsd(environment: &Environment) -> std::result::Result<String, String> {
     let mut report = Report::default();
-    let Some(path) = plan::find_virtiofsd(environment, &mut report) else {
+    let Some(image) = plan::virtiofsd(environment, &mut report) else {
         return Err(report.errors.iter().map(|fault| fault.problem.clone()).collect());
     };
-    let output = Command::new(&path)
+    let program = Program::new(&image).map_err(|error| format!("{error:#}"))?;
+    let output = Command::new(program.path())
         .arg("--version")
         .stdin(Stdio::null())
         .output()
-        .map_err(|error| format!("run {} --version: {error}", path.display()))?;
+        .map_err(|error| format!("run virtiofsd ({program}) --version: {error}"))?;
     let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if output.status.success() {
-        Ok(format!("{} ({version})", path.display()))
+        Ok(format!("{program} ({version})"))
     } else {
-        Err(format!("{} --version failed: {}", path.display(), output.status))
+        Err(format!("virtiofsd ({program}) --version failed: {}", output.status))
     }
 }

@@ -82,7 +82,7 @@ def qemu_initramfs(_root):
 def qemu_virtiofs(root):
     socket = WORK / "fs.sock"
     daemon = subprocess.Popen(
-        ["virtiofsd", "--socket-path", str(socket), "--shared-dir", str(root), "--cache=auto", "--log-level=error"])
+        [os.environ["MOTE_BENCH_VIRTIOFSD"], "--socket-path", str(socket), "--shared-dir", str(root), "--cache=auto", "--log-level=error"])
     start = time.monotonic()
     while not socket.exists():
         time.sleep(0.001)

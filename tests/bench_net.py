@@ -237,7 +237,7 @@ def mote_passt(work, root):
 def qemu_passt(work, root):
     process, path = passt(work)
     directory = pathlib.Path(tempfile.mkdtemp(dir=work))
-    fs = subprocess.Popen(["virtiofsd", "--socket-path", directory / "fs.sock", "--shared-dir", root,
+    fs = subprocess.Popen([os.environ["MOTE_BENCH_VIRTIOFSD"], "--socket-path", directory / "fs.sock", "--shared-dir", root,
                            "--cache=auto", "--log-level=error"])
     try:
         wait_for(directory / "fs.sock", fs, "virtiofsd")
@@ -281,7 +281,7 @@ def report(results):
 
 
 def main(work):
-    for program, why in (("passt", "the peer"), ("iperf3", "throughput"), ("virtiofsd", "root file systems"),
+    for program, why in (("passt", "the peer"), ("iperf3", "throughput"),
                          ("qemu-system-x86_64", "what to compare with")):
         need(program, why)
     subprocess.run(["ip", "-batch", "-"], input=SETUP, text=True, check=True)

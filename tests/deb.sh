@@ -22,8 +22,6 @@ root=$work/host
 for directory in dev proc sys; do mount --rbind /$directory "$root/$directory"; done
 mkdir -p "$root/srv/box"
 mount --move "$work/box" "$root/srv/box"
-# As `cargo install virtiofsd` leaves it: Debian 12 has none.
-cp "$(command -v virtiofsd)" "$root/usr/local/bin/"
 cp "$MOTE_DEB" "$root/root/"
 cat >"$root/root/spec.json" <<'JSON'
 {

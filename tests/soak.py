@@ -167,6 +167,12 @@ class Box:
         return found
 
 
+def name_of(process):
+    """A process's name. The kernel names virtiofsd, which is in a memory file, by a descriptor."""
+    is_virtiofsd = (process / "cmdline").read_bytes().startswith(b"virtiofsd\0")
+    return "virtiofsd" if is_virtiofsd else (process / "comm").read_text().strip()
+
+
 def processes_of(directory):
     """Processes started for a box: its directory is in their environment or their command line."""
     needle = str(directory).encode() + b"/"
@@ -176,7 +182,7 @@ def processes_of(directory):
             try:
                 told = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
                 if needle in told:
-                    found.append((int(process.name), (process / "comm").read_text().strip()))
+                    found.append((int(process.name), name_of(process)))
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 pass
     return found
@@ -333,7 +339,7 @@ def shared_state():
             continue
         try:
             state.update(f"namespace {os.readlink(link)}" for link in (process / "ns").iterdir())
-            name = (process / "comm").read_text().strip()
+            name = name_of(process)
             if name.startswith(("mote", "virtiofsd")):
                 state.add(f"process {process.name}: {name}")
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,10 +1,12 @@
-//! The virtio-fs back-end: one virtiofsd process per share, started and owned by mote.
+//! The virtio-fs back-end: one virtiofsd process per share, started and owned by mote. The program is in mote's own
+//! file, and is run from a memory file.
 //!
 //! mote makes the listening socket and connects to it before virtiofsd exists, and hands it to virtiofsd
 //! as an open descriptor. So mote is always the only client, and there is no socket file to wait for or
 //! to leave behind.
 
 use std::ffi::CString;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -12,7 +14,8 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -25,7 +28,8 @@ use landlock::{
 use mote_agent::instance::ROOT_TAG;
 
 use crate::confine::Isolation;
-use crate::plan::Share;
+use crate::plan::{Image, Share};
+use crate::sys::process::MemoryProgram;
 use crate::sys::{self, Interest, confine};
 
 /// How long all virtiofsd processes of a box may take together until they have answered.
@@ -54,6 +58,48 @@ const ENDING_LIMIT: Duration = Duration::from_millis(200);
 /// How long a killed virtiofsd may take to vanish; one that is stuck in the kernel never will.
 const REAP_LIMIT: Duration = Duration::from_secs(1);
 
+/// The program, ready to be started for any number of shares.
+#[derive(Debug)]
+pub enum Program {
+    /// mote's own.
+    Memory(MemoryProgram),
+    /// One that the user has named.
+    File(PathBuf),
+}
+
+impl Program {
+    /// Makes what is built in a program that can be started.
+    ///
+    /// # Errors
+    /// The host permits no such program, or has no memory for it.
+    pub fn new(image: &Image) -> Result<Program> {
+        if let Image::File(path) = image {
+            return Ok(Program::File(path.clone()));
+        }
+        let memory = MemoryProgram::new(c"virtiofsd", image.open()?).context(
+            "put virtiofsd into a memory file (if the sysctl vm.memfd_noexec is 2, set it to 1, or name a virtiofsd in MOTE_VIRTIOFSD)",
+        )?;
+        Ok(Program::Memory(memory))
+    }
+
+    /// A path by which this process and its children can execute it.
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Program::Memory(memory) => memory.path(),
+            Program::File(path) => path.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Program::Memory(_) => f.write_str("built in"),
+            Program::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
 /// A running virtiofsd. It is killed when the thread that started it ends, and when this is dropped.
 #[derive(Debug)]
 pub struct Virtiofsd {
@@ -76,15 +122,17 @@ impl Virtiofsd {
     /// # Errors
     /// The program cannot be started, or the host cannot confine it.
     pub fn spawn(
-        program: &Path,
+        program: &Program,
         share: &Share,
         isolation: Isolation,
         memory_bytes: u64,
     ) -> Result<(Virtiofsd, UnixStream)> {
         let (listener, connection) =
             sys::socket::connected_listener().context("create the vhost-user socket")?;
-        let mut command = Command::new(program);
+        let path = program.path();
+        let mut command = Command::new(&path);
         command
+            .arg0("virtiofsd")
             .arg(format!("--fd={}", sys::process::INHERITED_FD))
             .arg("--shared-dir")
             .arg(&share.host_path)
@@ -104,7 +152,7 @@ impl Virtiofsd {
         let open_files = open_files.clamp(*OPEN_FILES.start(), *OPEN_FILES.end());
         let prepare = move || confine::limit_open_files_anew(open_files).and_then(|()| restrict());
         sys::process::helper(&mut command, listener.as_fd(), prepare);
-        let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
+        let mut child = command.spawn().with_context(|| format!("start virtiofsd ({program})"))?;
         let ended = sys::process::process_file(child.id()).context("watch virtiofsd")?;
         let stderr = child.stderr.take();
         if let Some(pipe) = &stderr {
@@ -205,7 +253,7 @@ fn needless_capabilities(read_only: bool) -> &'static str {
 /// can do no more than its share allows. This is in addition to virtiofsd's own sandbox, which it enters
 /// later. A read-only share becomes a read-only mount, or a tree that Landlock allows only to read.
 fn restriction(
-    program: &Path,
+    program: &Program,
     share: &Share,
     isolation: Isolation,
 ) -> Result<Box<dyn FnMut() -> io::Result<()> + Send + Sync>> {
@@ -243,22 +291,24 @@ fn own_sandbox(isolation: Isolation) -> Option<&'static str> {
     }
 }
 
+/// Where a virtiofsd of the user's finds the libraries that it is linked with.
+const LIBRARIES: [&str; 7] = [
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/local/lib",
+    "/etc/ld.so.cache",
+    "/nix/store",
+    "/gnu/store",
+];
+
 /// Landlock rules that allow virtiofsd its share, and what it needs to start and to open a file again
 /// (/proc/self/fd); no network, and no signals to other processes.
-fn landlock_rules(program: &Path, share: &Share) -> Result<RulesetCreated> {
+fn landlock_rules(program: &Program, share: &Share) -> Result<RulesetCreated> {
     let abi = ABI::V6;
     let all = AccessFs::from_all(abi);
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let execute = read | AccessFs::Execute;
-    let libraries = [
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/local/lib",
-        "/etc/ld.so.cache",
-        "/nix/store",
-        "/gnu/store",
-    ];
     let mut rules = Ruleset::default()
         .handle_access(all)?
         // Without `Refer` the guest could not move files from one directory to another.
@@ -268,8 +318,11 @@ fn landlock_rules(program: &Path, share: &Share) -> Result<RulesetCreated> {
         .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::AbstractUnixSocket | Scope::Signal)?
         .create()?;
-    for path in libraries.map(Path::new).into_iter().chain([program]).filter(|path| path.exists()) {
-        rules = rules.add_rules(path_beneath_rules([path], execute))?;
+    // A memory file is below no directory, and needs no rule.
+    if let Program::File(path) = program {
+        let needed = LIBRARIES.map(Path::new).into_iter().chain([path.as_path()]);
+        rules =
+            rules.add_rules(path_beneath_rules(needed.filter(|path| path.exists()), execute))?;
     }
     rules = rules.add_rules(path_beneath_rules(["/proc"], read))?;
     let devices = AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev;
@@ -342,7 +395,8 @@ mod tests {
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("mode");
         let (mut daemon, mut connection) =
-            Virtiofsd::spawn(&script, &share(), Isolation::Off, 1 << 30).expect("starts");
+            Virtiofsd::spawn(&Program::File(script.clone()), &share(), Isolation::Off, 1 << 30)
+                .expect("starts");
         // Its end closes the listening socket, and with it the waiting connection.
         assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
         daemon.child.wait().expect("waits");

@@ -1,19 +1,16 @@
-//! The environment variables that mote uses, read once, in `main`; and the search for virtiofsd.
+//! The environment variables that mote uses, read once, in `main`.
 
-use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use super::image::{self, Image};
 use crate::spec::json::Report;
 
 /// The environment variables that mote uses; read once, in `main`.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
-    /// `PATH`, to find virtiofsd.
-    pub path: Option<OsString>,
-    /// `MOTE_VIRTIOFSD`: the virtiofsd to run.
+    /// `MOTE_VIRTIOFSD`: a virtiofsd to run instead of the built-in one.
     pub virtiofsd: Option<PathBuf>,
     /// `MOTE_KERNEL`: a vmlinux to boot instead of the built-in one.
     pub kernel: Option<PathBuf>,
@@ -34,7 +31,6 @@ impl Environment {
     pub fn from_process() -> Self {
         let path = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         Environment {
-            path: std::env::var_os("PATH"),
             virtiofsd: path("MOTE_VIRTIOFSD"),
             kernel: path("MOTE_KERNEL"),
             initramfs: path("MOTE_INITRAMFS"),
@@ -46,36 +42,16 @@ impl Environment {
     }
 }
 
-/// Where distributions put virtiofsd outside `PATH`.
-const VIRTIOFSD_PLACES: [&str; 3] =
-    ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd/virtiofsd", "/usr/lib/virtiofsd"];
-
-/// Finds the virtio-fs daemon.
-pub fn find_virtiofsd(environment: &Environment, report: &mut Report) -> Option<PathBuf> {
-    if let Some(path) = &environment.virtiofsd {
-        if is_executable(path) {
-            return Some(path.clone());
+/// The virtio-fs daemon: the built-in one, or the one that the environment names.
+pub fn virtiofsd(environment: &Environment, report: &mut Report) -> Option<Image> {
+    match &environment.virtiofsd {
+        None => Some(Image::BuiltIn(image::virtiofsd())),
+        Some(path) if is_executable(path) => Some(Image::File(path.clone())),
+        Some(path) => {
+            report.error("MOTE_VIRTIOFSD", format!("{} is not an executable file", path.display()));
+            None
         }
-        report.error("MOTE_VIRTIOFSD", format!("{} is not an executable file", path.display()));
-        return None;
     }
-    let path = environment.path.as_deref().unwrap_or(OsStr::new(""));
-    let on_path = path
-        .as_bytes()
-        .split(|&byte| byte == b':')
-        .filter(|dir| !dir.is_empty())
-        .map(|dir| Path::new(OsStr::from_bytes(dir)).join("virtiofsd"));
-    let found = on_path.chain(VIRTIOFSD_PLACES.map(PathBuf::from)).find(|file| is_executable(file));
-    if found.is_none() {
-        report.error(
-            "virtiofsd",
-            format!(
-                "is not installed: it is in no directory of PATH and not at {}; run 'cargo install virtiofsd' or name it in MOTE_VIRTIOFSD",
-                VIRTIOFSD_PLACES.join(", ")
-            ),
-        );
-    }
-    found
 }
 
 fn is_executable(path: &Path) -> bool {
@@ -91,7 +67,7 @@ mod tests {
     use crate::plan::testing::spec;
 
     #[test]
-    fn a_missing_virtiofsd_says_how_to_get_it() {
+    fn a_virtiofsd_that_is_missing_is_named() {
         let mut report = Report::default();
         let environment =
             Environment { virtiofsd: Some("/no/virtiofsd".into()), ..Environment::default() };

@@ -1,6 +1,6 @@
-//! The guest kernel and the initramfs, inside this binary: one file is the whole install, and there
-//! is no search path to get wrong. `resources/build.rs` makes both. `MOTE_KERNEL` and `MOTE_INITRAMFS`
-//! name files to use instead.
+//! The guest kernel, the initramfs and virtiofsd, inside this binary: one file is the whole install, and there
+//! is no search path to get wrong. `resources/build.rs` makes them. `MOTE_KERNEL`, `MOTE_INITRAMFS` and
+//! `MOTE_VIRTIOFSD` name files to use instead.
 
 use std::fmt;
 use std::io::Read;
@@ -17,6 +17,7 @@ struct PageAligned<T: ?Sized>(T);
 
 static KERNEL: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_KERNEL")));
 static INITRAMFS: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_INITRAMFS")));
+static VIRTIOFSD: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_VIRTIOFSD")));
 
 /// The guest kernel, an uncompressed ELF vmlinux.
 pub fn kernel() -> &'static [u8] {
@@ -28,7 +29,12 @@ pub fn initramfs() -> &'static [u8] {
     &INITRAMFS.0
 }
 
-/// What is loaded into the guest's memory.
+/// The program that serves a box's file systems, static.
+pub fn virtiofsd() -> &'static [u8] {
+    &VIRTIOFSD.0
+}
+
+/// What is built in, or a file in its place.
 #[derive(Clone)]
 pub enum Image {
     /// It is in this program.

@@ -32,12 +32,11 @@ mod volumes;
 
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
 
 use mote_agent::flow::Protocol;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
-pub use environment::{Environment, find_virtiofsd};
+pub use environment::{Environment, virtiofsd};
 pub use image::Image;
 pub use init_files::StatusFile;
 pub use logs::{JsonFile, LogDriver, Logs, Syslog};
@@ -96,7 +95,7 @@ pub struct Plan {
     /// The archive with the agent.
     pub initramfs: Image,
     /// The virtio-fs daemon.
-    pub virtiofsd: PathBuf,
+    pub virtiofsd: Image,
     /// Whether the kernel prints all its messages.
     pub debug: bool,
     /// How mote is confined.
@@ -132,7 +131,7 @@ impl Plan {
             "MOTE_INITRAMFS",
             report,
         );
-        let virtiofsd = find_virtiofsd(environment, report);
+        let virtiofsd = virtiofsd(environment, report);
         if !report.errors.is_empty() {
             return None;
         }
@@ -268,7 +267,7 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "kernel     {}", self.kernel)?;
         writeln!(f, "initramfs  {}", self.initramfs)?;
-        writeln!(f, "virtiofsd  {}", self.virtiofsd.display())?;
+        writeln!(f, "virtiofsd  {}", self.virtiofsd)?;
         write!(f, "confined   {}", self.sandbox.isolation)
     }
 }

@@ -4,14 +4,17 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::ptr;
 use std::time::{Duration, Instant};
 
+use super::file_part::FilePart;
 use super::{check, owned};
 
 /// A descriptor that becomes readable when the process ends.
@@ -64,6 +67,43 @@ pub fn helper(
 
 /// The number under which a [`helper`] finds its descriptor.
 pub const INHERITED_FD: RawFd = 3;
+
+/// A program in a memory file that nobody can change, at least as long as this lives.
+#[derive(Debug)]
+pub struct MemoryProgram(File);
+
+impl MemoryProgram {
+    /// Copies a program into a memory file.
+    ///
+    /// # Errors
+    /// Those of memfd_create(2), which a host may forbid (`vm.memfd_noexec`), and of writing.
+    pub fn new(name: &CStr, program: FilePart) -> io::Result<MemoryProgram> {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: plain system calls; the string outlives them.
+        let create = |more| check(unsafe { libc::memfd_create(name.as_ptr(), flags | more) });
+        let created = create(libc::MFD_EXEC).or_else(|error| match error.raw_os_error() {
+            // Linux before 6.3, where every one can be executed.
+            Some(libc::EINVAL) => create(0),
+            _ => Err(error),
+        });
+        let file = File::from(owned(created?));
+        program.copy_to(&file)?;
+        let seals =
+            libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+        // SAFETY: plain system calls on an open descriptor. The second is out of a helper's way, whose own one
+        // has a low number.
+        let fd = unsafe {
+            check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
+            check(libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, INHERITED_FD + 1))?
+        };
+        Ok(MemoryProgram(File::from(owned(fd))))
+    }
+
+    /// A path by which this process and those that it forks can execute it.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+    }
+}
 
 /// Kills the process behind a [`process_file`]. One that has ended is no error.
 pub fn kill_process(process: &impl AsRawFd) {

@@ -9,14 +9,14 @@ set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 vng=$cache/virtme-ng-1.42/bin/vng
-virtiofsd=$cache/virtiofsd-1.14.0/bin
 # A lab without a heartbeat for this long hangs: it is ended, and the command is run in a new one.
 silence_limit_s=${LAB_SILENCE_S:-45}
 attempts=${LAB_ATTEMPTS:-4}
 run_limit_s=${LAB_LIMIT_S:-2400}
 
 die() { echo "lab: $*" >&2; exit 1; }
-[ -x "$vng" ] && [ -x "$virtiofsd/virtiofsd" ] || die "virtme-ng or virtiofsd is missing; run 'make tools'"
+[ -x "$vng" ] || die "virtme-ng is missing; run 'make tools'"
+virtiofsd=$("$(dirname "$0")/../../resources/virtiofsd.sh")
 kernel=$(find /boot -name 'vmlinuz-*-cloud-amd64' | sort -V | tail -n 1)
 [ -n "$kernel" ] || die "no cloud kernel in /boot; run 'make tools'"
 
@@ -66,7 +66,7 @@ mkdir "$shared"
     echo 'stty -F /dev/ttyS1 -echo; cat /dev/ttyS1 >/dev/null &'
     # Loopback is up on a booted host; virtme-ng's init does not see to that.
     echo 'ip link set lo up'
-    echo "export PATH=$(printf %q "$virtiofsd:$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp"
+    echo "export PATH=$(printf %q "$PATH") HOME=$(printf %q "$HOME") TMPDIR=/tmp"
     # Tells tests that this is a machine of their own, whose clock they may set.
     echo 'export MOTE_LAB=1'
     for name in "${!MOTE_@}"; do echo "export $name=$(printf %q "${!name}")"; done
@@ -78,7 +78,10 @@ mkdir "$shared"
 
 start_lab() {
     local serial="-chardev pipe,id=pulse,path=$pulse -device isa-serial,index=1,chardev=pulse"
-    export PATH=$virtiofsd:$(dirname "$vng"):$PATH
+    # virtme-ng serves the file system by it.
+    mkdir -p "$work/bin"
+    ln -sf "$virtiofsd" "$work/bin/virtiofsd"
+    export PATH=$work/bin:$(dirname "$vng"):$PATH
     exec "$@" "$vng" --run "$kernel" \
         --disable-kvm --disable-microvm --cpus $cpus --memory "${memory_mib}M" \
         --rwdir="$shared" --qemu-opts="-cpu $cpu $serial" --exec "bash $work/command"

@@ -4,8 +4,6 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
-export PATH=$cache/virtiofsd-1.14.0/bin:$PATH
 mote=${MOTE:-$here/../../target/release/mote}
 
 if "$mote" probe >/dev/null 2>&1; then
