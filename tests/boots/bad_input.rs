@@ -278,7 +278,7 @@ fn virtiofsd_missing_or_dying_is_explained() {
 
     // Neither is needed.
     let test = TestBox::busybox().shell("exit 3");
-    assert_eq!(test.run_by(test.command().env("PATH", "/nowhere")).code, 3);
+    assert_eq!(test.run_by(test.command().env("PATH", "/usr/bin:/bin")).code, 3);
 }
 
 #[test]

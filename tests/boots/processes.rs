@@ -17,7 +17,9 @@ pub fn processes_with(path: &Path) -> Vec<String> {
 
 /// The same, but for janitors.
 pub fn processes_beside_janitors(path: &Path) -> Vec<String> {
-    let others = with_path(path).filter(|(pid, _)| name_of(*pid) != "mote-janitor");
+    // One that ends meanwhile has no name.
+    let others =
+        with_path(path).filter(|(pid, _)| !["mote-janitor", ""].contains(&&*name_of(*pid)));
     others.map(|(_, line)| line).collect()
 }
 
