@@ -49,7 +49,9 @@
 #define KIND_DATAGRAM (1 << ID_BITS)
 #define KIND_PUBLISHED (2 << ID_BITS) /* made by the agent */
 
-#define CONNECTED_MAX 65536
+/* The host has 3,072 connections at once; beside those there are sockets that are ending, and UDP's. A table has
+ * as many buckets, and each is set up at the start. */
+#define CONNECTED_MAX 8192
 #define DATAGRAM_MAX 4096
 #define EVENTS_LEN (256 * 1024)
 #define RESOLVERS 4
