@@ -113,9 +113,6 @@ fn command_line(plan: &Plan, devices: usize) -> Result<Cmdline> {
         "rcupdate.rcu_expedited=1",
         // Else the driver makes an interface; the guest has only `lo` and what the spec asks for.
         "dummy.numdummies=0",
-        // They make the files of /sys/kernel/slab, which say next to nothing in this kernel, and of
-        // /sys/module/*/parameters, for which there are sysctls and this line.
-        "initcall_blacklist=slab_late_init,param_sysfs_builtin_init",
         "rdinit=/init",
     ] {
         line.insert_str(word)?;
