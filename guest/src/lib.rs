@@ -1,6 +1,7 @@
 //! What host and guest agree on, compiled into both sides. The agent itself (`main.rs` and its modules)
 //! is only in the `mote-agent` binary. Each module uses only those above it:
 //!
+//! - [`attestation`]: how the agent starts the attestation server (`guest/attest`), a program of its own
 //! - [`instance`]: the configuration that the VMM places in the initramfs
 //! - [`frame`]: the framing of all channels
 //! - [`protocol`]: the messages on the control channel, and the vsock ports
@@ -8,6 +9,7 @@
 //! - [`files`], [`exec`], [`pty`]: what clients of the box's sockets say
 //! - [`flow`]: how network connections travel
 
+pub mod attestation;
 pub mod exec;
 pub mod files;
 pub mod flow;
