@@ -1,7 +1,8 @@
-//! Build script: makes the guest's two files and virtiofsd, which [`image`](../src/plan/image.rs) embeds, and the
+//! Build script: makes the guest's three files and virtiofsd, which [`image`](../src/plan/image.rs) embeds, and the
 //! filters of [`seccomp`](../src/confine/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
-//! and is stripped of pages that hold nothing; the initramfs holds the agent, built here as its own static
-//! program; virtiofsd comes from `virtiofsd.sh` (cached too); the filters are compiled from `seccomp/*.json`.
+//! and is stripped of pages that hold nothing; the initramfs holds the agent, and an archive of its own the
+//! attestation server, each built here as its own static program; virtiofsd comes from `virtiofsd.sh` (cached too);
+//! the filters are compiled from `seccomp/*.json`.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -38,8 +39,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rustc-env=MOTE_BUILT_KERNEL={}", kernel.display());
 
     let initramfs = out.join("initramfs.cpio");
-    fs::write(&initramfs, initramfs_of(&fs::read(build_agent(&root, &out)?)?))?;
+    fs::write(&initramfs, initramfs_of(&build_guest(&root, &out, "mote-agent")?))?;
     println!("cargo::rustc-env=MOTE_BUILT_INITRAMFS={}", initramfs.display());
+
+    let attest = out.join("attest.cpio");
+    fs::write(&attest, attest_archive_of(&build_guest(&root, &out, "mote-attest")?))?;
+    println!("cargo::rustc-env=MOTE_BUILT_ATTEST={}", attest.display());
 
     println!("cargo::rustc-env=MOTE_BUILT_VIRTIOFSD={}", path_from(&root, "virtiofsd.sh")?);
 
@@ -252,7 +257,9 @@ fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
     Ok(packed)
 }
 
-fn build_agent(root: &Path, out: &Path) -> Result<PathBuf, Box<dyn Error>> {
+/// Builds a program of the guest's, and returns it. Each by a call of its own: what one needs of a crate would
+/// otherwise be in the other, too.
+fn build_guest(root: &Path, out: &Path, package: &str) -> Result<Vec<u8>, Box<dyn Error>> {
     // A directory of its own: the outer cargo holds the lock of the usual one. All profiles share it.
     let target_dir = out
         .ancestors()
@@ -273,7 +280,7 @@ fn build_agent(root: &Path, out: &Path) -> Result<PathBuf, Box<dyn Error>> {
     }
     let status = Command::new(env::var("CARGO")?)
         .current_dir(root)
-        .args(["build", "--quiet", "--locked", "--package", "mote-agent", "--profile", "release"])
+        .args(["build", "--quiet", "--locked", "--package", package, "--profile", "release"])
         .args(["--config", "profile.release.opt-level=\"z\"", "--target", TARGET])
         .arg("--target-dir")
         .arg(&target_dir)
@@ -281,9 +288,17 @@ fn build_agent(root: &Path, out: &Path) -> Result<PathBuf, Box<dyn Error>> {
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .status()?;
     if !status.success() {
-        return Err("building mote-agent failed; cargo's message is above".into());
+        return Err(format!("building {package} failed; cargo's message is above").into());
     }
-    Ok(target_dir.join(TARGET).join("release/mote-agent"))
+    Ok(fs::read(target_dir.join(TARGET).join("release").join(package))?)
+}
+
+/// Unpacked behind the agent's, in boxes that have the server.
+fn attest_archive_of(program: &[u8]) -> Vec<u8> {
+    let mut archive = cpio::Archive::new();
+    archive.directory("mote", 0o700);
+    archive.file("mote/attest", 0o500, program);
+    archive.finish()
 }
 
 fn initramfs_of(agent: &[u8]) -> Vec<u8> {

@@ -17,7 +17,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use crate::kvm::cpu;
 use crate::layout::{self, RamRange};
 use crate::memory::GuestRam;
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
+use crate::sys::file_part::FilePart;
 use crate::{cpio, sys};
 
 // include/uapi/asm/bootparam.h, include/uapi/asm/setup_data.h
@@ -56,8 +57,8 @@ struct Initramfs {
     len: u64,
 }
 
-/// Loads the agent's archive and, behind it, the archive with the instance configuration (Linux unpacks
-/// archives that follow each other).
+/// Loads the agent's archive, the attestation server's if the box has one, and the archive with the instance
+/// configuration (Linux unpacks archives that follow each other).
 fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initramfs> {
     let config = serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
     let mut archive = cpio::Archive::new();
@@ -66,19 +67,26 @@ fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initra
     let config = archive.finish();
 
     let start = kernel_end.next_multiple_of(layout::MMIO_PAGE);
-    let mut agent = plan.initramfs.open()?;
-    let second = agent.len().next_multiple_of(4);
-    let end = start + second + config.len() as u64;
+    let mut archives = vec![plan.initramfs.open()?];
+    if plan.attestation.is_some() {
+        archives.push(plan::attest().open()?);
+    }
+    let padded = |archive: &FilePart| archive.len().next_multiple_of(4);
+    let end = start + archives.iter().map(padded).sum::<u64>() + config.len() as u64;
     if !ram.check_range(GuestAddress(start), usize::try_from(end - start)?) {
         let need_mib = end.next_multiple_of(1 << 20) >> 20;
         bail!(
             "memory_mib: kernel, agent and entrypoint need {need_mib} MiB before anything runs; give more"
         );
     }
-    let len = usize::try_from(agent.len())?;
-    ram.read_exact_volatile_from(GuestAddress(start), &mut agent, len)
-        .with_context(|| format!("load the initramfs ({})", plan.initramfs))?;
-    ram.write_slice(&config, GuestAddress(start + second)).context("load the configuration")?;
+    let mut at = start;
+    for mut archive in archives {
+        let len = usize::try_from(archive.len())?;
+        ram.read_exact_volatile_from(GuestAddress(at), &mut archive, len)
+            .with_context(|| format!("load the initramfs ({})", plan.initramfs))?;
+        at += padded(&archive);
+    }
+    ram.write_slice(&config, GuestAddress(at)).context("load the configuration")?;
     Ok(Initramfs { start, len: end - start })
 }
 

@@ -209,7 +209,9 @@ fn run_box(
                 status = Some((wanted.clone(), file));
             }
             timeline.mark("plan_ready");
-            run_to_end(&plan, &inherited, &mut timeline)
+            let mut record = run_to_end(&plan, &inherited, &mut timeline)?;
+            record.simulated_attestation = plan.simulates_attestation();
+            Ok(record)
         })
         .unwrap_or_else(|error| Outcome::NotStarted(error).into());
     let outcome = &record.outcome;

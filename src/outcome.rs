@@ -129,12 +129,14 @@ pub struct Record {
     pub outcome: Outcome,
     /// What it was not let connect to.
     pub refusals: Refusals,
+    /// Whether the reports about it that its clients may have got were made up.
+    pub simulated_attestation: bool,
 }
 
 impl From<Outcome> for Record {
     /// Of a box that has not run.
     fn from(outcome: Outcome) -> Self {
-        Record { outcome, refusals: Refusals::default() }
+        Record { outcome, refusals: Refusals::default(), simulated_attestation: false }
     }
 }
 
@@ -144,6 +146,9 @@ impl Record {
         let mut object = self.outcome.to_json();
         if !self.refusals.is_empty() {
             object["refused"] = self.refusals.to_json();
+        }
+        if self.simulated_attestation {
+            object["attestation"] = json!("simulated");
         }
         object
     }

@@ -122,7 +122,7 @@ pub fn run(
         state.timeline.mark_at("first_output", at);
     }
     let refusals = state.served.refusals.take();
-    Ok(Record { outcome, refusals })
+    Ok(Record { outcome, refusals, simulated_attestation: false })
 }
 
 struct MainLoop<'a> {

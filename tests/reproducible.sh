@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the guest's kernel image and initramfs (with the agent) twice, in two fresh clones with paths of
+# Builds the guest's kernel image and initramfs archives twice, in two fresh clones with paths of
 # their own, and compares their bytes. The kernel itself is built once a machine, with a fixed identity.
 set -euo pipefail
 
@@ -11,7 +11,7 @@ for name in one another/place; do
     git clone --quiet "$here" "$work/$name"
     # Checking the product runs its build script, which builds the guest's files in full.
     (cd "$work/$name" && cargo check --quiet --locked)
-    for file in initramfs.cpio vmlinux main.bpf main-outgoing.bpf vcpu.bpf output.bpf; do
+    for file in initramfs.cpio attest.cpio vmlinux main.bpf main-outgoing.bpf vcpu.bpf output.bpf; do
         built=$(find "$work/$name/target" -path "*/mote-*/out/$file")
         printf '%s  %s\n' "$(sha256sum <"$built" | cut -d' ' -f1)" "$file"
     done >"$work/sums.${name%%/*}"

@@ -59,6 +59,9 @@ pub struct Instance {
     pub etc: Vec<(String, String)>,
     /// Names of sysctl(8) with dots, and their values.
     pub sysctls: Vec<(String, String)>,
+    /// Arguments of the attestation server ([`crate::attestation::Options`]), if the box has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attestation: Option<Vec<String>>,
 }
 
 /// Which ports of a box the host takes clients to.

@@ -15,6 +15,7 @@
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
 //! - [`launch`]: starting a program, from all of these
 //! - [`host`], [`connection`]: the connections to the VMM, and to a client
+//! - [`attest`]: the attestation server, and what it leaves for commands
 //! - [`session`], [`reply`]: what sessions have in common, and what a command's client gets
 //! - [`command`], [`terminal`]: commands, and terminals, one of the two kinds of sessions
 //! - [`place`], [`transfer`], [`directory`]: where paths lead, files in and out, and directories
@@ -24,6 +25,7 @@
 //! - [`prepare`]: everything before the entrypoint
 //! - [`supervisor`]: everything after
 
+mod attest;
 mod cgroup;
 mod command;
 mod connection;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use mote_agent::attestation;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
 use crate::copy;
@@ -162,6 +163,10 @@ pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
         let _ = fs::create_dir_all(&instance.workdir);
     }
     if instance.read_only_root {
+        if instance.attestation.is_some() {
+            // Secrets are to have a place all the same; without it they are refused.
+            let _ = fs::create_dir_all(attestation::SECRETS);
+        }
         make_read_only("/").map_err(|e| format!("make / read-only: {e}"))?;
     }
     Ok(())

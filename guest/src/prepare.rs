@@ -5,6 +5,7 @@ use std::path::Path;
 
 use mote_agent::instance::{self, Instance, Networking};
 
+use crate::attest::Attest;
 use crate::cgroup::BoxCgroup;
 use crate::etc::Staged;
 use crate::resolv::NameServers;
@@ -35,6 +36,8 @@ pub struct Prepared {
     pub server: Server,
     /// The process that carries connections, if the box needs it.
     pub tsi: Option<Tsi>,
+    /// The attestation server, if the box has one.
+    pub attest: Option<Attest>,
     /// When all servers were ready, on the same clock.
     pub servers_ready_ns: u64,
 }
@@ -50,6 +53,7 @@ pub fn prepare() -> Result<Prepared, String> {
     let name_servers = NameServers::stage(&instance.resolv_conf)?;
     let etc = instance.etc.iter().map(|(name, text)| Ok((name, Staged::new(name, text)?)));
     let etc = etc.collect::<Result<Vec<_>, String>>()?;
+    let attest = instance.attestation.as_deref().map(Attest::stage).transpose()?;
     mount::root()?;
     mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
@@ -90,5 +94,14 @@ pub fn prepare() -> Result<Prepared, String> {
         tsi.wait_until_ready()?;
     }
     let servers_ready_ns = sys::monotonic_ns();
-    Ok(Prepared { instance, root_mounted_ns, children, cgroup, server, tsi, servers_ready_ns })
+    Ok(Prepared {
+        instance,
+        root_mounted_ns,
+        children,
+        cgroup,
+        server,
+        tsi,
+        attest,
+        servers_ready_ns,
+    })
 }

@@ -24,6 +24,8 @@ pub const STDERR_PORT: u32 = CONTROL_PORT + 2;
 pub const EXEC_SERVER_PORT: u32 = CONTROL_PORT + 3;
 /// Guest port of the agent's terminal server, beside the contract's 4090.
 pub const PTY_SERVER_PORT: u32 = CONTROL_PORT + 4;
+/// Guest port of the attestation server, beside the contract's 4091.
+pub const ATTEST_SERVER_PORT: u32 = CONTROL_PORT + 7;
 
 /// Longest payload of a message: a failure text, with room to spare.
 pub const MAX_PAYLOAD: usize = 4096;

@@ -16,6 +16,7 @@ use mote_agent::frame::{self, HEADER_LEN};
 use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
 use mote_agent::pty;
 
+use crate::attest::Attest;
 use crate::cgroup::BoxCgroup;
 use crate::connection::{Connection, PATIENCE};
 use crate::journal::Journal;
@@ -213,6 +214,7 @@ impl Server {
         let mut keep = vec![socket.as_fd()];
         keep.extend(context.cgroup.descriptors());
         keep.extend(journal.map(Journal::descriptor));
+        keep.extend(context.attest.map(Attest::descriptor));
         let pid = sys::fork(&keep, NAME, || {
             let Ok(socket) = socket.try_clone() else { return };
             match service {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use mote_agent::instance::Instance;
 use mote_agent::text::Text;
 
+use crate::attest::Attest;
 use crate::cgroup::BoxCgroup;
 use crate::launch::Program;
 use crate::mount;
@@ -22,6 +23,8 @@ pub struct Context<'a> {
     pub instance: &'a Instance,
     /// Its cgroup.
     pub cgroup: &'a BoxCgroup,
+    /// Its attestation server, if it has one.
+    pub attest: Option<&'a Attest>,
     /// Process id of the entrypoint.
     pub entrypoint: i32,
     /// Number of the session, which no other has had.
@@ -45,7 +48,7 @@ pub fn program<'a>(
     Program { executable, args, env, workdir, user, rlimits, terminal, by_session, security }
 }
 
-/// The box's environment with a request's own entries over it.
+/// The box's environment with what secrets add to it, and a request's own entries over both.
 pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, OsString)> {
     let own = request.iter().map(|entry| {
         let mut parts = entry.as_bytes().splitn(2, |byte| *byte == b'=');
@@ -56,7 +59,9 @@ pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, Os
     let is_shown = |name: &OsStr| !name.is_empty() && !name.as_bytes().starts_with(b"A3S_SEC_");
     let own = own.map(|[name, value]| (name, value)).filter(|(name, _)| is_shown(name));
     let of_box = context.instance.exec_env.iter();
-    of_box.map(|(name, value)| (name.into(), value.into())).chain(own).collect()
+    let of_box = of_box.map(|(name, value)| (name.into(), value.into()));
+    let secret = context.attest.map(Attest::variables).into_iter().flatten();
+    of_box.chain(secret).chain(own).collect()
 }
 
 /// A request's directory, seen from the box's own, or from the root that the request names.

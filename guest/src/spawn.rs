@@ -1,4 +1,5 @@
-//! Starting a process: everything between `fork` and `execve`, with a report of the step that failed.
+//! Starting a process: everything between `fork` and `execve`, with a report of the step that failed; and making a
+//! fork of the agent another program of the agent's own.
 
 #![allow(unsafe_code, reason = "fork, and what may be done before execve")]
 
@@ -6,7 +7,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::zeroed;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
 use mote_agent::instance::Rlimit;
@@ -251,4 +252,57 @@ unsafe fn child(
         }
         failed(Step::Exec, 0)
     }
+}
+
+/// Makes this process, which is a fork of the agent ([`sys::fork`]), the program in an open file. Its standard input is `input`; it has the
+/// `inherited` descriptors under the numbers that go with them, and otherwise only the standard streams. Returns only
+/// if that fails.
+pub fn execute(
+    program: &impl AsRawFd,
+    arguments: &[CString],
+    input: BorrowedFd<'_>,
+    inherited: &[(RawFd, BorrowedFd<'_>)],
+) -> io::Error {
+    /// Above all numbers that descriptors are given to.
+    const ASIDE: libc::c_int = 64;
+    let placed = || -> io::Result<OwnedFd> {
+        // SAFETY: plain system calls on open descriptors. First all are put aside, so that none takes another's
+        // number; the copies end with the execve.
+        unsafe {
+            let aside = |fd: RawFd| check(libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, ASIDE)).map(owned);
+            let program = aside(program.as_raw_fd())?;
+            let input = aside(input.as_raw_fd())?;
+            let inherited = inherited.iter().map(|(to, fd)| Ok((*to, aside(fd.as_raw_fd())?)));
+            let inherited = inherited.collect::<io::Result<Vec<_>>>()?;
+            for (to, fd) in [(0, input)].into_iter().chain(inherited) {
+                check(libc::dup2(fd.as_raw_fd(), to))?;
+            }
+            Ok(program)
+        }
+    };
+    let program = match placed() {
+        Ok(program) => program,
+        Err(error) => return error,
+    };
+    let mut argv: Vec<*const libc::c_char> = arguments.iter().map(|a| a.as_ptr()).collect();
+    argv.push(ptr::null());
+    let envp: [*const libc::c_char; 1] = [ptr::null()];
+    // SAFETY: the strings and the lists, which end with a null, outlive the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            envp.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    io::Error::last_os_error()
+}
+
+/// Ends this process, which is a fork of the agent ([`sys::fork`]), with exit status 1.
+pub fn fail() -> ! {
+    // SAFETY: it never returns, so nothing of the parent's is dropped.
+    unsafe { libc::_exit(1) }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use mote_agent::protocol::{EntrypointEnd, FromHost};
 
+use crate::attest::Attest;
 use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
 use crate::host::{Control, OutputPump, Received};
 use crate::prepare::Prepared;
@@ -69,9 +70,10 @@ impl<'a> Supervisor<'a> {
         outputs: [OutputPump; 2],
         control: &'a mut Control,
     ) -> Self {
-        let Prepared { instance, cgroup, children, server, tsi, .. } = prepared;
+        let Prepared { instance, cgroup, children, server, tsi, attest, .. } = prepared;
+        let attest = attest.as_ref();
         Supervisor {
-            context: Context { instance, cgroup, entrypoint, session: 0 },
+            context: Context { instance, cgroup, attest, entrypoint, session: 0 },
             children,
             control,
             outputs,
@@ -133,6 +135,9 @@ impl<'a> Supervisor<'a> {
             ExitStatus::Signaled(signal) => EntrypointEnd::Signaled(signal),
         };
         kill_box(self.context.cgroup);
+        if let Some(attest) = self.context.attest {
+            attest.finish();
+        }
         let mut limit = REAP_LIMIT;
         if let Some(tsi) = &mut self.tsi {
             tsi.finish();
@@ -150,6 +155,9 @@ impl<'a> Supervisor<'a> {
             {
                 *give_up_at = (Instant::now() + REAP_LIMIT).min(*give_up_at);
             }
+        }
+        if let Some(attest) = self.context.attest {
+            attest.child_ended(child);
         }
         self.server.child_ended(child, self.context.cgroup);
     }
@@ -190,9 +198,11 @@ impl<'a> Supervisor<'a> {
     fn wait_and_serve(&mut self, is_last: bool) {
         // New clients are served while there is a box.
         let serving = !matches!(self.phase, Phase::Draining { .. });
+        let attest = self.context.attest.filter(|_| serving);
         let deadlines = [
             self.phase.deadline().filter(|_| !is_last),
             self.server.next_deadline().filter(|_| serving),
+            attest.and_then(Attest::next_deadline),
             self.context.cgroup.lacks_controllers().then_some(self.controllers_due),
         ];
         let limit = deadlines.into_iter().flatten().min().map(until);
@@ -201,6 +211,8 @@ impl<'a> Supervisor<'a> {
             interests.extend(self.server.interests());
         }
         let clients = interests.len();
+        interests.extend(attest.and_then(Attest::interest));
+        let of_attest = clients..interests.len();
         interests.push(Interest::read(self.children.as_fd()));
         interests.extend(self.control.interests());
         interests.extend(self.outputs.iter().filter_map(OutputPump::interest));
@@ -208,6 +220,9 @@ impl<'a> Supervisor<'a> {
         let Ok(ready) = sys::poll(&interests, limit) else { return };
         if serving {
             self.server.serve(&ready[..clients], &self.context);
+        }
+        if let Some(attest) = attest {
+            attest.serve(ready[of_attest].contains(&true));
         }
     }
 }

@@ -39,7 +39,7 @@ pub const MEMBERS: &[Member] = &[
         path: "attest_socket_path",
         kind: "path",
         default: Some(r#""""#),
-        words: "the same for attestation; mote's agent serves none",
+        words: "the same for attestation, for boxes that ask for it",
     },
     Member {
         path: "port_forward_socket_path",

@@ -95,19 +95,12 @@ impl GuestInit {
         guests: &[PathBuf],
         report: &mut Report,
     ) {
-        for (name, what) in [
-            (
-                "A3S_TEE_SIMULATE",
-                "an attestation server, which mote's agent does not have: connections to attest_socket_path are closed",
-            ),
-            (
-                "BOX_PERSIST_ROOTFS_METADATA",
-                "a list of the root's files at the end, which mote's agent does not write: the stopped box cannot be committed",
-            ),
-        ] {
-            if vars.value(name).is_some() {
-                report.warn("entrypoint.env", format!("{name} asks for {what}"));
-            }
+        let metadata = "BOX_PERSIST_ROOTFS_METADATA";
+        if vars.value(metadata).is_some() {
+            report.warn(
+                "entrypoint.env",
+                format!("{metadata} asks for a list of the root's files at the end, which mote's agent does not write: the stopped box cannot be committed"),
+            );
         }
         for name in ["BOX_SIDECAR_IMAGE", "BOX_DEFERRED_MAIN"] {
             if vars.value(name).is_some() {

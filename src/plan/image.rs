@@ -18,6 +18,7 @@ struct PageAligned<T: ?Sized>(T);
 static KERNEL: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_KERNEL")));
 static INITRAMFS: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_INITRAMFS")));
 static VIRTIOFSD: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_VIRTIOFSD")));
+static ATTEST: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_ATTEST")));
 
 /// The guest kernel, an uncompressed ELF vmlinux.
 pub fn kernel() -> &'static [u8] {
@@ -32,6 +33,11 @@ pub fn initramfs() -> &'static [u8] {
 /// The program that serves a box's file systems, static.
 pub fn virtiofsd() -> &'static [u8] {
     &VIRTIOFSD.0
+}
+
+/// A second archive, with the attestation server, for boxes that have one.
+pub fn attest() -> Image {
+    Image::BuiltIn(&ATTEST.0)
 }
 
 /// What is built in, or a file in its place.

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use mote_agent::attestation;
 use mote_agent::instance::{self, Entrypoint, Instance, PublishedPorts, ResolvConf, Security};
 
 use super::guest_init::{GuestInit, MainProcess};
@@ -26,6 +27,7 @@ pub(super) fn plan(
     networking: &Networking,
     ports: &[PublishedPort],
     host: &str,
+    attestation: Option<attestation::Options>,
     report: &mut Report,
 ) -> Instance {
     let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
@@ -140,6 +142,7 @@ pub(super) fn plan(
         .filter_map(|(name, text)| Some((name.to_owned(), text?)))
         .collect(),
         sysctls,
+        attestation: attestation.map(|options| options.arguments()),
     }
 }
 

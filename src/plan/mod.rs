@@ -5,6 +5,7 @@
 //! Planning changes nothing on the host, so `mote check` is this stage and a printout. [`Plan::new`]
 //! lists the parts that are checked; each has a file of its own.
 
+mod attestation;
 mod egress;
 mod environment;
 mod guest_init;
@@ -33,11 +34,12 @@ mod volumes;
 use std::fmt;
 use std::fs;
 
+use mote_agent::attestation::Options;
 use mote_agent::flow::Protocol;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, virtiofsd};
-pub use image::Image;
+pub use image::{Image, attest};
 pub use init_files::StatusFile;
 pub use logs::{JsonFile, LogDriver, Logs, Syslog};
 pub use network::{Network, PasstSocket};
@@ -88,6 +90,8 @@ pub struct Plan {
     pub output: Output,
     /// Where the runtime looks for the exit code of a box whose init is mote's agent.
     pub status_file: Option<StatusFile>,
+    /// The attestation server that the guest has, if any.
+    pub attestation: Option<Options>,
     /// What the agent is told.
     pub instance: Instance,
     /// The vmlinux to boot.
@@ -113,7 +117,8 @@ impl Plan {
         let cgroup = limits::plan_cgroup(spec, &init, report);
         let mut shares = shares::plan(spec, report);
         shares.retain(|share| !(init.has_inits_shares && init_files::is_inits_share(&share.tag)));
-        let sockets = sockets::plan(spec, report);
+        let attestation = attestation::plan(spec, report);
+        let sockets = sockets::plan(spec, attestation.is_some(), report);
         let published_ports = ports::plan(&spec.port_map, report);
         let output = output::plan(spec, &guests, report);
         // Read once. A box with a network of its own has name servers of its own.
@@ -121,7 +126,8 @@ impl Plan {
         let networking = Networking::new(spec, &host, report);
         shares::warn_of_paths_that_guests_can_move(spec, &guests, report);
         let status_file = init.status.take();
-        let instance = instance::plan(spec, init, &networking, &published_ports, &host, report);
+        let instance =
+            instance::plan(spec, init, &networking, &published_ports, &host, attestation, report);
         refuse_unsupported(spec, report);
         let kernel =
             image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
@@ -155,6 +161,7 @@ impl Plan {
             networking,
             output: output?,
             status_file,
+            attestation,
             instance,
             kernel: kernel?,
             initramfs: initramfs?,
@@ -215,6 +222,9 @@ impl fmt::Display for Plan {
         match self.networking.policy() {
             Some(policy) => writeln!(f, "egress     {}", policy.rules())?,
             None => writeln!(f, "network    none but loopback")?,
+        }
+        if self.simulates_attestation() {
+            writeln!(f, "attestation  SIMULATED: proves nothing")?;
         }
         writeln!(f, "console    {}", self.output)?;
         if let Some(status) = &self.status_file {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mote_agent::protocol::{EXEC_SERVER_PORT, PTY_SERVER_PORT};
+use mote_agent::protocol::{ATTEST_SERVER_PORT, EXEC_SERVER_PORT, PTY_SERVER_PORT};
 
 use super::guest_init;
 use super::paths::socket_problem;
@@ -30,15 +30,16 @@ pub struct HostSocket {
 /// would be sent commands, uploads and keystrokes that are meant for root: they are asked only where that
 /// program is the image's own guest init, or the spec says so. mote's agent has ports of its own, which it
 /// holds before any other program runs. It does not answer for a guest init that is yet to listen: its answer would
-/// tell the runtime that the box is ready.
-pub(super) fn plan(spec: &Spec, report: &mut Report) -> Vec<HostSocket> {
+/// tell the runtime that the box is ready. `attests` says whether it has an attestation server.
+pub(super) fn plan(spec: &Spec, attests: bool, report: &mut Report) -> Vec<HostSocket> {
     let init_is_images = guest_init::is_of_image(spec);
     let images = spec.guest_agent == GuestAgent::Image || init_is_images;
+    let attest_port = attests.then_some(ATTEST_SERVER_PORT);
     let mut sockets: Vec<HostSocket> = Vec::new();
     for (field, path, images_port, own_port) in [
         ("exec_socket_path", &spec.exec_socket_path, EXEC_PORT, Some(EXEC_SERVER_PORT)),
         ("pty_socket_path", &spec.pty_socket_path, PTY_PORT, Some(PTY_SERVER_PORT)),
-        ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT, None),
+        ("attest_socket_path", &spec.attest_socket_path, ATTEST_PORT, attest_port),
         ("port_forward_socket_path", &spec.port_forward_socket_path, PORT_FORWARD_PORT, None),
     ] {
         let (guest_port, fallback_port) = match images {
@@ -81,6 +82,7 @@ mod tests {
         let own = [(Some(EXEC_SERVER_PORT), None), (None, None)];
         let images = [(Some(EXEC_PORT), Some(EXEC_SERVER_PORT)), (Some(ATTEST_PORT), None)];
         let inits = [(Some(EXEC_PORT), None), (Some(ATTEST_PORT), None)];
+        let attesting = |ports: [(_, _); 2], attest| [ports[0], attest];
         fn init(spec: &mut Spec, executable: &str, variable: &str) {
             spec.entrypoint.executable = executable.into();
             spec.entrypoint.env = vec![(variable.into(), "sleep".into())];
@@ -91,6 +93,21 @@ mod tests {
         assert_eq!(ports(|s| init(s, "/bin/sh", "BOX_EXEC_CONFIG_FILE")), inits);
         assert_eq!(ports(|s| init(s, "/bin/sh", "BOX_BOOT_CONFIG_FILE")), inits);
         assert_eq!(ports(|s| init(s, "/no/such/init", "BOX_EXEC_EXEC")), own);
+        fn asking(spec: &mut Spec) {
+            spec.entrypoint.env.push(("A3S_TEE_SIMULATE".into(), "1".into()));
+        }
+        assert_eq!(ports(asking), attesting(own, (Some(ATTEST_SERVER_PORT), None)));
+        let either = (Some(ATTEST_PORT), Some(ATTEST_SERVER_PORT));
+        let image = |s: &mut Spec| {
+            s.guest_agent = GuestAgent::Image;
+            asking(s);
+        };
+        assert_eq!(ports(image), attesting(images, either));
+        let with_init = |s: &mut Spec| {
+            init(s, "/bin/sh", "BOX_EXEC_EXEC");
+            asking(s);
+        };
+        assert_eq!(ports(with_init), inits);
     }
 
     #[test]

@@ -15,15 +15,16 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 /// `MOUNT_ATTR_NOSUID`, `_NODEV` and `_NOEXEC`.
 const SEALED: libc::c_uint = 2 | 4 | 8;
 
-/// A directory in memory that is in nobody's tree, with room for that much (tmpfs).
+/// A directory in memory that is in nobody's tree and root's alone, with room for that much (tmpfs).
 pub fn memory_directory(bytes: u64, files: u64) -> io::Result<File> {
     // SAFETY: system calls on NUL-terminated strings that outlive them, and on descriptors that live to the
     // end of the block.
     unsafe {
         let fs = libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC);
         let fs = owned(check(fs as libc::c_int)?);
-        for (name, value) in [("size", bytes), ("nr_inodes", files)] {
-            let (name, value) = (c_string(name)?, c_string(value.to_string())?);
+        let (bytes, files) = (bytes.to_string(), files.to_string());
+        for (name, value) in [("size", &*bytes), ("nr_inodes", &*files), ("mode", "0700")] {
+            let (name, value) = (c_string(name)?, c_string(value)?);
             let (name, value) = (name.as_ptr(), value.as_ptr());
             let fd = fs.as_raw_fd();
             let set = libc::syscall(libc::SYS_fsconfig, fd, FSCONFIG_SET_STRING, name, value, 0);
