@@ -14,6 +14,7 @@
     reason = "a failed expectation is how a test fails"
 )]
 
+mod attestation;
 mod bad_input;
 mod client;
 mod commands;
