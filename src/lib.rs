@@ -32,6 +32,7 @@
 //!   each share's virtiofsd, the janitor, the processes that write its logs and exchange frames with other boxes
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
+//! - [`tee`]: what this host offers for confidential VMs
 //! - [`probe`]: whether this host can run boxes
 //! - [`manual`]: what commands, options and the spec's members mean: help, man pages, completions
 //! - [`client`]: working with a box that runs, from another process
@@ -67,6 +68,7 @@ pub mod resolv_conf;
 pub mod run;
 pub mod spec;
 pub mod sys;
+pub mod tee;
 pub mod timeline;
 pub mod token;
 pub mod virtio;
@@ -136,6 +138,10 @@ fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) ->
     let checked =
         read_spec(config, &mut report, timeline).map(|spec| make_plan(&spec, environment, report));
     match checked {
+        Ok(Ok(Plan { tee: Some(technology), .. })) => {
+            log::error(&tee::refusal(technology));
+            USAGE
+        }
         Ok(Ok(plan)) => print(&format!("{plan}\n")),
         Ok(Err(faults)) => {
             for fault in &faults {
@@ -204,6 +210,9 @@ fn run_box(
                 let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
                 anyhow!("spec: {}", faults.join("; "))
             })?;
+            if let Some(technology) = plan.tee {
+                return Ok(Outcome::TeeUnavailable(tee::refusal(technology)).into());
+            }
             if let Some(wanted) = &plan.status_file {
                 let file = ReportFile::create(&wanted.file, "exit status")?;
                 status = Some((wanted.clone(), file));

@@ -48,6 +48,8 @@ pub enum Outcome {
     },
     /// mote could not start the box.
     NotStarted(anyhow::Error),
+    /// The box is to be protected from its host, by what the host or mote lacks.
+    TeeUnavailable(String),
     /// A back-end process died while the guest ran (`on_backend_end` in `run.rs`).
     BackendDied(String),
     /// The guest kernel panicked or crashed.
@@ -69,7 +71,7 @@ impl Outcome {
             Outcome::Exited(code) => *code,
             Outcome::Signaled(signal) => 128 + signal,
             Outcome::EntrypointNotStarted { code, .. } => *code,
-            Outcome::NotStarted(_) => 125,
+            Outcome::NotStarted(_) | Outcome::TeeUnavailable(_) => 125,
             Outcome::BackendDied(_) => 124,
             Outcome::GuestCrashed(_) => 123,
             Outcome::NoStatus(_) => 122,
@@ -84,6 +86,7 @@ impl Outcome {
             Outcome::Signaled(_) => "signaled",
             Outcome::EntrypointNotStarted { .. } => "entrypoint-not-started",
             Outcome::NotStarted(_) => "not-started",
+            Outcome::TeeUnavailable(_) => "tee-unavailable",
             Outcome::BackendDied(_) => "backend-died",
             Outcome::GuestCrashed(_) => "guest-crashed",
             Outcome::NoStatus(_) => "no-status",
@@ -99,7 +102,8 @@ impl Outcome {
             Outcome::Exited(_) | Outcome::Signaled(_) => None,
             Outcome::EntrypointNotStarted { reason, .. } => Some(reason.clone()),
             Outcome::NotStarted(error) => Some(format!("{error:#}")),
-            Outcome::BackendDied(reason)
+            Outcome::TeeUnavailable(reason)
+            | Outcome::BackendDied(reason)
             | Outcome::GuestCrashed(reason)
             | Outcome::NoStatus(reason)
             | Outcome::Stopped(reason)

@@ -11,8 +11,9 @@ use crate::confine::{Isolation, NetworkAccess};
 use crate::host::virtiofsd::Program;
 use crate::kvm::{self, cpu, self_test, vcpu};
 use crate::memory;
-use crate::plan::{self, Environment};
+use crate::plan::{self, Environment, Technology};
 use crate::spec::json::Report;
+use crate::tee::{self, NO_LAUNCH};
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {
@@ -25,6 +26,20 @@ pub fn run(environment: &Environment) -> bool {
         let line = match result {
             Ok(found) => format!("{name:<10} ok: {found}\n"),
             Err(problem) => format!("{name:<10} NOT READY: {problem}\n"),
+        };
+        text += &line;
+    }
+    for technology in Technology::ALL {
+        let name = technology.to_string().to_lowercase();
+        let lacking = tee::lacking(technology);
+        let line = match lacking.is_empty() {
+            true => {
+                format!("{name:<10} not offered: the host has all that it takes, but {NO_LAUNCH}\n")
+            }
+            false => format!(
+                "{name:<10} not offered: the host lacks {}; and {NO_LAUNCH}\n",
+                lacking.join("; ")
+            ),
         };
         text += &line;
     }

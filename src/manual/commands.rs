@@ -184,6 +184,11 @@ pub const ENDS: &[[&str; 3]] = &[
         "mote could not start the box: spec, host, a back-end that did not come up within 10 s",
         "`not-started`",
     ],
+    [
+        "125",
+        "the box is to be a confidential VM (`tee_config`), which mote does not run",
+        "`tee-unavailable`",
+    ],
     ["124", "a back-end (virtiofsd) died while the guest ran", "`backend-died`"],
     ["123", "the guest kernel panicked or crashed", "`guest-crashed`"],
     ["122", "the guest ended without an exit status", "`no-status`"],

@@ -303,7 +303,7 @@ pub const MEMBERS: &[Member] = &[
         path: "tee_config",
         kind: "object",
         default: Some("null"),
-        words: "refused: mote runs no confidential VMs",
+        words: "checked, with its file, and refused: mote runs no confidential VMs. What the host lacks for one is said, as `mote probe` says it",
     },
 ];
 

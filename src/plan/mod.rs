@@ -26,6 +26,7 @@ mod security;
 mod shares;
 mod sockets;
 mod switch;
+mod tee;
 #[cfg(test)]
 mod testing;
 mod variables;
@@ -50,6 +51,7 @@ pub use ports::PublishedPort;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
 pub use switch::{Switch, owner as socket_owner, socket_name};
+pub use tee::Technology;
 
 use guest_init::GuestInit;
 
@@ -90,6 +92,8 @@ pub struct Plan {
     pub output: Output,
     /// Where the runtime looks for the exit code of a box whose init is mote's agent.
     pub status_file: Option<StatusFile>,
+    /// By what the box is to be protected from its host: such a box does not start ([`crate::tee`]).
+    pub tee: Option<Technology>,
     /// The attestation server that the guest has, if any.
     pub attestation: Option<Options>,
     /// What the agent is told.
@@ -128,7 +132,7 @@ impl Plan {
         let status_file = init.status.take();
         let instance =
             instance::plan(spec, init, &networking, &published_ports, &host, attestation, report);
-        refuse_unsupported(spec, report);
+        let tee = tee::plan(spec, report);
         let kernel =
             image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
         let initramfs = image::plan(
@@ -161,6 +165,7 @@ impl Plan {
             networking,
             output: output?,
             status_file,
+            tee,
             attestation,
             instance,
             kernel: kernel?,
@@ -319,17 +324,6 @@ fn host_memory_mib() -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib >> 10)
-}
-
-/// Refuses, by name, what the contract has and this version of mote has not: protection that is not
-/// enforced is worse than none.
-fn refuse_unsupported(spec: &Spec, report: &mut Report) {
-    if spec.tee_config.is_some() {
-        report.error(
-            "tee_config",
-            "asks for a confidential VM, which mote cannot run; leave it null",
-        );
-    }
 }
 
 #[cfg(test)]

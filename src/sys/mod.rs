@@ -22,6 +22,7 @@ pub mod file_part;
 pub mod process;
 pub mod routes;
 pub mod socket;
+pub mod tee;
 pub mod terminal;
 
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {

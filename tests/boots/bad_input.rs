@@ -281,6 +281,41 @@ fn virtiofsd_missing_or_dying_is_explained() {
     assert_eq!(test.run_by(test.command().env("PATH", "/usr/bin:/bin")).code, 3);
 }
 
+/// The host lacks something, or mote does: both are said.
+#[test]
+fn a_confidential_box_is_refused_with_what_the_host_lacks() {
+    let probe = Command::new(mote()).arg("probe").output().expect("mote runs").stdout;
+    let probe = String::from_utf8_lossy(&probe).into_owned();
+    for (tee_type, name) in [("snp", "SEV-SNP"), ("tdx", "TDX")] {
+        let test = TestBox::busybox();
+        let file = test.path("out/tee.json");
+        let data = r#"{"gen":"genoa"}"#;
+        let tee = json!({
+            "workload_id": "w", "cpus": 1, "ram_mib": 256, "tee": tee_type, "tee_data": data,
+            "attestation_url": "",
+        });
+        fs::write(&file, tee.to_string()).expect("written");
+        let test = test.with("memory_mib", json!(256)).with("vcpus", json!(1));
+        let test = test.with("tee_config", json!({"config_path": file, "tee_type": tee_type}));
+        let ran = test.run();
+        ran.assert_ended(125, "tee-unavailable");
+        ran.assert_one_line();
+        assert!(ran.stderr.starts_with(&format!("mote: tee_config: {name}: ")), "{}", ran.stderr);
+        assert!(ran.stderr.contains("mote has no way to launch one"), "{}", ran.stderr);
+        let line = probe.lines().find(|line| line.starts_with(&name.to_lowercase()));
+        let line = line.expect("probe speaks of it");
+        // A host that has everything lacks nothing.
+        let lacking = line.split(" lacks ").nth(1).unwrap_or("mote has no way to launch one");
+        assert!(ran.stderr.contains(lacking), "{line}: {}", ran.stderr);
+        let checked =
+            test.run_by(Command::new(mote()).args(["check", "--config", &test.spec.to_string()]));
+        assert_eq!((checked.code, &checked.stderr), (2, &ran.stderr));
+        // The file contradicts the spec.
+        let test = test.with("vcpus", json!(2));
+        test.run().assert_not_started(&["tee.json says cpus 1, but vcpus of the spec is 2"]);
+    }
+}
+
 #[test]
 fn a_kernel_that_is_none_is_named() {
     let test = TestBox::busybox();
