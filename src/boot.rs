@@ -302,8 +302,8 @@ mod tests {
             map.iter().map(|entry| (entry.addr, entry.size)).collect::<Vec<_>>(),
             [
                 (0, layout::MP_TABLE),
-                (layout::HIGH_MEMORY, layout::MMIO - layout::HIGH_MEMORY),
-                (layout::RAM_ABOVE_4_GIB, (6 << 30) - layout::MMIO),
+                (layout::HIGH_MEMORY, layout::LOW_RAM - layout::HIGH_MEMORY),
+                (layout::RAM_ABOVE_4_GIB, (6 << 30) - layout::LOW_RAM),
             ]
         );
     }
