@@ -3,8 +3,10 @@
 
 use std::fs::{self, OpenOptions};
 
-use kvm_bindings::{KVM_CAP_VM_TYPES, KVM_X86_SNP_VM, KVM_X86_TDX_VM};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_bindings::{
+    KVM_CAP_VM_TYPES, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_X86_SNP_VM, KVM_X86_TDX_VM,
+};
+use kvm_ioctls::Cap;
 
 use crate::kvm;
 use crate::plan::Technology;
@@ -47,8 +49,11 @@ fn sev_lacks() -> Vec<String> {
     if sev && guests == 0 {
         lacking.push("keys for encrypted guests (the firmware's number of SEV ASIDs is 0)".into());
     }
-    lacking.extend(parameter_lacks("kvm_amd", "sev_snp"));
-    lacking.extend(firmware_lacks());
+    match parameter_lacks("kvm_amd", "sev_snp") {
+        // Newer kernels would set the security processor up, only to answer.
+        Some(lack) => lacking.push(lack),
+        None => lacking.extend(firmware_lacks()),
+    }
     lacking
 }
 
@@ -100,23 +105,19 @@ fn kvm_lacks(technology: Technology) -> Vec<String> {
         Technology::SevSnp => (KVM_X86_SNP_VM, "KVM_X86_SNP_VM"),
         Technology::Tdx => (KVM_X86_TDX_VM, "KVM_X86_TDX_VM"),
     };
-    // Bits, not a number; none on a KVM that does not know the question.
+    // Bits; none on a KVM that does not know the question.
     let types = kvm.check_extension_raw(KVM_CAP_VM_TYPES.into());
-    let has = |cap| kvm_has(&kvm, cap);
+    let has = |cap, bit: u32| kvm.check_extension_int(cap) & bit as i32 != 0;
     [
+        (types & 1 << vm_type != 0, format!("VMs of the type {name} (KVM_CAP_VM_TYPES)")),
+        (has(Cap::GuestMemfd, 1), "guest_memfd (KVM_CAP_GUEST_MEMFD)".into()),
         (
-            types > 0 && types & 1 << vm_type != 0,
-            format!("VMs of the type {name} (KVM_CAP_VM_TYPES)"),
+            has(Cap::MemoryAttributes, KVM_MEMORY_ATTRIBUTE_PRIVATE),
+            "private memory (KVM_CAP_MEMORY_ATTRIBUTES)".into(),
         ),
-        (has(Cap::GuestMemfd), "guest_memfd (KVM_CAP_GUEST_MEMFD)".into()),
-        (has(Cap::MemoryAttributes), "memory attributes (KVM_CAP_MEMORY_ATTRIBUTES)".into()),
     ]
     .into_iter()
     .filter(|(has, _)| !has)
     .map(|(_, what)| what)
     .collect()
-}
-
-fn kvm_has(kvm: &Kvm, cap: Cap) -> bool {
-    kvm.check_extension_int(cap) > 0
 }

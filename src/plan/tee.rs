@@ -53,7 +53,7 @@ impl fmt::Display for Technology {
 pub(super) fn plan(spec: &Spec, report: &mut Report) -> Option<Technology> {
     let config = spec.tee_config.as_ref()?;
     let technology = match config.tee_type.as_str() {
-        "snp" | "sev-snp" => Some(Technology::SevSnp),
+        "snp" | "sev_snp" => Some(Technology::SevSnp),
         "tdx" => Some(Technology::Tdx),
         other => {
             let known = "must be \"snp\" or \"tdx\"";
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn what_the_runtime_writes_is_taken() {
         let file = File::new("good", GOOD);
-        for name in ["snp", "sev-snp"] {
+        for name in ["snp", "sev_snp"] {
             let plan = testing::plan(asking(name, &file.0)).expect("a plan");
             assert_eq!(plan.tee, Some(Technology::SevSnp));
         }
