@@ -29,10 +29,11 @@ use crate::virtio::net::peers::{self, Mac};
 
 /// Most frames in one direction before the other has its turn.
 const BATCH: usize = 64;
-/// How long a box may make this one wait that takes no more frames.
+/// How long a box may make this one wait that takes no more frames, and how often.
 const PATIENCE: Duration = Duration::from_millis(10);
+const PATIENT_AGAIN: Duration = Duration::from_secs(1);
 /// Most boxes to which there is a socket.
-const MOST_BOXES: usize = 1024;
+const MOST_BOXES: usize = 256;
 
 /// A box's switch.
 #[derive(Debug)]
@@ -108,8 +109,6 @@ struct Frames<'a> {
     /// The box's own socket.
     own: UnixDatagram,
     boxes: HashMap<Mac, OtherBox>,
-    /// Since when the first frame of mote's waits for its box to take it.
-    waits_since: Option<Instant>,
     buffer: Vec<u8>,
 }
 
@@ -117,8 +116,8 @@ struct Frames<'a> {
 struct OtherBox {
     /// Connected to the box's own.
     socket: UnixDatagram,
-    /// It has not taken the last frame: the next ones do not wait.
-    is_stuck: bool,
+    /// When it was first waited for, not long ago.
+    waited_at: Option<Instant>,
 }
 
 /// How far the frames of mote's have gone.
@@ -139,7 +138,6 @@ impl<'a> Frames<'a> {
             mote: Connection::new(mote)?,
             own,
             boxes: HashMap::new(),
-            waits_since: None,
             // One byte more than a frame has: what is longer can be told.
             buffer: vec![0; FRAME_LEN.end() + 1],
         })
@@ -190,19 +188,18 @@ impl<'a> Frames<'a> {
                 }
                 _ => {}
             }
-            self.waits_since = None;
             self.mote.take_frame(len);
         }
         Ok(Progress::More)
     }
 
-    /// Whether the frame that this box has not taken is kept; if not, the box is stuck.
+    /// Whether the frame that this box has not taken is kept for it.
     fn may_wait(&mut self, to: Mac) -> bool {
         let Some(other) = self.boxes.get_mut(&to) else { return false };
-        let since = *self.waits_since.get_or_insert_with(Instant::now);
-        let may = !other.is_stuck && since.elapsed() < PATIENCE;
-        other.is_stuck |= !may;
-        may
+        let now = Instant::now();
+        let recent = other.waited_at.filter(|at| now - *at < PATIENT_AGAIN);
+        let since = *other.waited_at.insert(recent.unwrap_or(now));
+        now - since < PATIENCE
     }
 
     /// Moves frames of the boxes' to mote. `false` if there may be more.
@@ -228,12 +225,12 @@ fn send(boxes: &mut HashMap<Mac, OtherBox>, to: Mac, frame: &[u8]) -> bool {
             boxes.clear();
         }
         let Ok(socket) = connect(to) else { return true };
-        boxes.insert(to, OtherBox { socket, is_stuck: false });
+        boxes.insert(to, OtherBox { socket, waited_at: None });
     }
     let Some(other) = boxes.get_mut(&to) else { return true };
     match other.socket.send(frame) {
         Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
-        Ok(_) => other.is_stuck = false,
+        Ok(_) => {}
         // It has ended. Another may have come in its place.
         Err(_) => {
             boxes.remove(&to);

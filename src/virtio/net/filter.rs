@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use mote_agent::flow::Protocol;
 
 use super::remembered::Remembered;
+pub use super::remembered::Side;
 use crate::policy::destination::Destination;
 use crate::policy::filter::Filter;
 
@@ -47,15 +48,6 @@ const ANSWERS: usize = 64;
 /// How much of a refused packet its answer quotes: any IP header, and what identifies a socket.
 const QUOTED: usize = 128;
 
-/// Who is at the other side of the link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// passt, which makes connections of frames.
-    Passt,
-    /// Other boxes, which get the frames.
-    Peers,
-}
-
 /// Judges the frames of a guest.
 #[derive(Debug)]
 pub struct FrameFilter {
@@ -76,7 +68,7 @@ pub(super) struct Packet {
     /// The protocol's number.
     number: u8,
     /// The first byte of its header: ICMP's type.
-    pub(super) first: u8,
+    first: u8,
     /// Whether it asks for a TCP connection.
     connects: bool,
 }
@@ -122,9 +114,9 @@ impl FrameFilter {
             !packet.connects || self.filter.admit(destination).is_ok()
         } else {
             let now = Instant::now();
-            self.remembered.has(destination, packet.source_port, now)
+            self.remembered.has(to, destination, packet.source_port, now)
                 || self.filter.admit(destination).is_ok_and(|()| {
-                    self.remembered.add(destination, packet.source_port, now + ALLOWED);
+                    self.remembered.add(to, destination, packet.source_port, now + ALLOWED);
                     true
                 })
         };
@@ -140,7 +132,7 @@ impl FrameFilter {
             && (number == UDP || number == TCP && from == Side::Peers)
         {
             let sender = Destination { ip: source, port: source_port, ..destination };
-            self.remembered.add(sender, destination.port, Instant::now() + HEARD);
+            self.remembered.add(from, sender, destination.port, Instant::now() + HEARD);
         }
     }
 
@@ -156,8 +148,18 @@ impl FrameFilter {
 }
 
 impl Packet {
-    pub(super) fn is_icmpv6(&self) -> bool {
-        self.number == ICMPV6
+    pub(super) fn source(&self) -> IpAddr {
+        self.source
+    }
+
+    pub(super) fn destination(&self) -> IpAddr {
+        self.destination.ip
+    }
+
+    /// Whether it has the guest send what is for others to a router of the sender's choice.
+    pub(super) fn is_redirect(&self) -> bool {
+        const REDIRECT: u8 = 5;
+        self.number == ICMP && self.first == REDIRECT
     }
 
     pub(super) fn is_udp(&self) -> bool {
@@ -438,13 +440,15 @@ mod tests {
         };
         let answer = segment(GUEST, "198.51.100.1", [80, 5000]);
         assert!(!filter.admits(&answer, Side::Peers));
-        // Nor because something came from outside that says so.
+        // Nor because something came from outside that says so, nor the other way round.
         let asked = segment("198.51.100.1", GUEST, [5000, 80]);
         filter.note(&asked, Side::Passt);
         assert!(!filter.admits(&answer, Side::Peers));
         filter.note(&asked, Side::Peers);
         assert!(filter.admits(&answer, Side::Peers));
         assert!(!filter.admits(&segment(GUEST, "198.51.100.1", [81, 5000]), Side::Peers));
+        filter.note(&ipv4("198.51.100.1", GUEST, UDP, &udp(6000, 5000)), Side::Peers);
+        assert!(!filter.admits(&ipv4(GUEST, "198.51.100.1", UDP, &udp(5000, 6000)), Side::Passt));
     }
 
     #[test]

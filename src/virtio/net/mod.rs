@@ -3,10 +3,10 @@
 //!
 //! The features offered are those that a stream of plain frames can carry:
 //!
-//! - `CSUM`: the driver may leave TCP and UDP checksums out. passt terminates the connections and does
-//!   not check them.
+//! - `CSUM`, without peers: the driver may leave TCP and UDP checksums out. passt terminates the connections and
+//!   does not check them.
 //! - `GUEST_CSUM`: frames arrive with `DATA_VALID`. passt has just computed their checksums, and there
-//!   is no wire between passt and the guest that could change a bit.
+//!   is no wire between passt and the guest that could change a bit. Peers may have left them out.
 //! - `MRG_RXBUF`: a large frame may fill several small buffers.
 //! - `MTU`: see [`MTU`]. With it segmentation offloads would be of no use: a frame is as long as a
 //!   segment can be.
@@ -263,15 +263,16 @@ impl MainLoopDevice for Net {
     }
 
     fn properties(&self) -> Properties {
+        // Peers may check checksums, and nobody would finish them.
+        let csum = self.peers.is_none().then_some(VIRTIO_NET_F_CSUM);
         let features = [
-            VIRTIO_NET_F_CSUM,
             VIRTIO_NET_F_GUEST_CSUM,
             VIRTIO_NET_F_MAC,
             VIRTIO_NET_F_MRG_RXBUF,
             VIRTIO_NET_F_MTU,
             VIRTIO_NET_F_STATUS,
         ];
-        let features = features.into_iter().fold(0, |all, bit| all | 1 << bit);
+        let features = features.into_iter().chain(csum).fold(0, |all, bit| all | 1 << bit);
         Properties {
             id: VIRTIO_ID_NET,
             features: features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,

@@ -91,9 +91,6 @@ impl Queues {
                     return Ok(());
                 }
                 filter.note(frame, Side::Passt);
-                if let Some(peers) = &mut peers {
-                    peers.note_passt(frame);
-                }
                 passt.take_frame(len);
                 is_over = false;
             }

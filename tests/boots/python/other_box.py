@@ -30,9 +30,9 @@ def checksum(data):
     return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
 
 
-def udp(to, from_port, to_port, text):
+def udp(to, from_port, to_port, text, source=OWN):
     length = 28 + len(text)
-    header = struct.pack("!BBHHHBBH", 0x45, 0, length, 0, 0x4000, 64, 17, 0) + OWN + to
+    header = struct.pack("!BBHHHBBH", 0x45, 0, length, 0, 0x4000, 64, 17, 0) + source + to
     header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
     return header + struct.pack("!HHHH", from_port, to_port, length - 20, 0) + text
 
@@ -57,6 +57,10 @@ if how == "posing":
     send(0x0800, good, to=bytes([2, 66, 10, 88, 0, 7]))
     s.sendto(b"short", name(BOXS_MAC))
     send(0x0800, bytes(65_600))
+    # Behind a tag, which Linux would take off.
+    s.sendto(BOXS_MAC + MAC + b"\x81\0\0\0\x08\x06" + arp(2, GATEWAY, BOXS_MAC, BOX), name(BOXS_MAC))
+    # From the gateway's address.
+    send(0x0800, udp(BOX, 53, 9, b"not this one", source=GATEWAY))
     # As a server of DHCP.
     send(0x0800, udp(BOX, 67, 9, b"not this one"))
     send(0x0800, udp(BOX, 7, 9, b"this one"))
