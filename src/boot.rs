@@ -67,12 +67,13 @@ fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initra
     let config = archive.finish();
 
     let start = kernel_end.next_multiple_of(layout::MMIO_PAGE);
-    let mut archives = vec![plan.initramfs.open()?];
-    if plan.attestation.is_some() {
-        archives.push(plan::attest().open()?);
-    }
+    let attest = plan.attestation.is_some().then(plan::attest);
+    let images = [Some(&plan.initramfs), attest.as_ref()].into_iter().flatten();
+    let archives = images.map(|image| Ok((image, image.open()?))).collect::<Result<Vec<_>>>()?;
     let padded = |archive: &FilePart| archive.len().next_multiple_of(4);
-    let end = start + archives.iter().map(padded).sum::<u64>() + config.len() as u64;
+    let end = start
+        + archives.iter().map(|(_, archive)| padded(archive)).sum::<u64>()
+        + config.len() as u64;
     if !ram.check_range(GuestAddress(start), usize::try_from(end - start)?) {
         let need_mib = end.next_multiple_of(1 << 20) >> 20;
         bail!(
@@ -80,10 +81,10 @@ fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initra
         );
     }
     let mut at = start;
-    for mut archive in archives {
+    for (image, mut archive) in archives {
         let len = usize::try_from(archive.len())?;
         ram.read_exact_volatile_from(GuestAddress(at), &mut archive, len)
-            .with_context(|| format!("load the initramfs ({})", plan.initramfs))?;
+            .with_context(|| format!("load an archive for the initramfs ({image})"))?;
         at += padded(&archive);
     }
     ram.write_slice(&config, GuestAddress(at)).context("load the configuration")?;

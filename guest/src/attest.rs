@@ -35,6 +35,8 @@ pub struct Attest {
     variables: File,
     /// The process that takes clients, if there is one.
     process: Cell<Option<i32>>,
+    /// It has ended of itself: there is nothing that another one could serve.
+    has_given_up: Cell<bool>,
     resting_until: Cell<Option<Instant>>,
 }
 
@@ -62,6 +64,7 @@ impl Attest {
             variables: files::memory_directory(2 * MAX_VARIABLES_LEN, 2 + SPARE_FILES)
                 .map_err(failed("make a directory in memory"))?,
             process: Cell::new(None),
+            has_given_up: Cell::new(false),
             resting_until: Cell::new(None),
         })
     }
@@ -93,10 +96,13 @@ impl Attest {
         self.resting_until.get()
     }
 
-    /// Starts the server if a client waits; `ready` answers [`Attest::interest`].
+    /// Starts the server if a client waits, or closes it if there is none to be had; `ready` answers
+    /// [`Attest::interest`].
     pub fn serve(&self, ready: bool) {
         self.resting_until.set(self.resting_until.get().filter(|until| Instant::now() < *until));
-        if ready && let Err(error) = self.start() {
+        if ready && self.has_given_up.get() {
+            self.refuse_clients();
+        } else if ready && let Err(error) = self.start() {
             eprintln!("mote-agent: start the attestation server: {error}");
             self.refuse_clients();
         }
@@ -115,8 +121,7 @@ impl Attest {
         Ok(())
     }
 
-    /// Takes note of a child's end, which may be the server's. After its own end there is nothing that another one
-    /// could serve: clients are closed.
+    /// Takes note of a child's end, which may be the server's.
     pub fn child_ended(&self, child: Reaped) {
         if self.process.get() != Some(child.pid) {
             return;
@@ -124,7 +129,10 @@ impl Attest {
         self.process.set(None);
         match child.status {
             ExitStatus::Signaled(_) => self.resting_until.set(Some(Instant::now() + REST)),
-            ExitStatus::Exited(_) => self.refuse_clients(),
+            ExitStatus::Exited(_) => {
+                self.has_given_up.set(true);
+                self.refuse_clients();
+            }
         }
     }
 

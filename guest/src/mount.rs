@@ -165,7 +165,14 @@ pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
     if instance.read_only_root {
         if instance.attestation.is_some() {
             // Secrets are to have a place all the same; without it they are refused.
-            let _ = fs::create_dir_all(attestation::SECRETS);
+            // Through no link, which may lead to a share. Nothing else runs yet.
+            let is_directory = |path: &str| fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
+            for path in ["/run", attestation::SECRETS] {
+                let _ = fs::create_dir(path);
+                if !is_directory(path) {
+                    break;
+                }
+            }
         }
         make_read_only("/").map_err(|e| format!("make / read-only: {e}"))?;
     }

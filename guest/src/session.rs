@@ -61,6 +61,7 @@ pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, Os
     let of_box = context.instance.exec_env.iter();
     let of_box = of_box.map(|(name, value)| (name.into(), value.into()));
     let secret = context.attest.map(Attest::variables).into_iter().flatten();
+    let secret = secret.filter(|(name, _)| is_shown(name));
     of_box.chain(secret).chain(own).collect()
 }
 

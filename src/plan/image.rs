@@ -3,7 +3,6 @@
 //! `MOTE_VIRTIOFSD` name files to use instead.
 
 use std::fmt;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -90,9 +89,7 @@ pub(super) fn plan(
 ) -> Option<Image> {
     let Some(path) = path else { return Some(Image::BuiltIn(built_in)) };
     let image = Image::File(path.into());
-    // Only a read tells a directory from a file.
-    let readable = FilePart::whole(path).and_then(|mut file| file.read(&mut [0]));
-    match readable {
+    match FilePart::whole(path) {
         Ok(_) => Some(image),
         Err(error) => {
             report.error(

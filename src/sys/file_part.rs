@@ -2,8 +2,9 @@
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::slice;
 
@@ -19,14 +20,18 @@ pub struct FilePart {
 }
 
 impl FilePart {
-    /// All of the file at this path.
+    /// All of the regular file at this path.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// Those of open(2), or it is no regular file.
     pub fn whole(path: &Path) -> io::Result<FilePart> {
-        let file = File::open(path)?;
-        let len = file.metadata()?.len();
-        Ok(FilePart { file, start: 0, len })
+        // Not to wait for the other end of a FIFO.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        Ok(FilePart { file, start: 0, len: metadata.len() })
     }
 
     /// These bytes, which are part of this program, in its file.

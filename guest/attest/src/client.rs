@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustls::{ServerConfig, ServerConnection, Stream};
 
 use crate::budget::Budget;
-use crate::request::Service;
+use crate::request::{self, Reply, Service};
 
 /// How long a handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -60,7 +60,14 @@ pub fn serve(socket: OwnedFd, config: Arc<ServerConfig>, service: &Service) -> i
                     stream.sock.deadline = Instant::now() + REQUEST_LIMIT;
                     let mut request = vec![0; length];
                     stream.read_exact(&mut request)?;
-                    (service.answer(&request), Some(part))
+                    match service.answer(&request) {
+                        Ok(Reply::Ready(answer)) => (Ok(answer), Some(part)),
+                        Ok(Reply::Message(message)) => {
+                            drop((request, part));
+                            (request::deliver(message), None)
+                        }
+                        Err(text) => (Err(text), Some(part)),
+                    }
                 }
                 None => (Err("Too many long requests at once".into()), None),
             }
@@ -72,8 +79,13 @@ pub fn serve(socket: OwnedFd, config: Arc<ServerConfig>, service: &Service) -> i
     };
     stream.sock.deadline = Instant::now() + REQUEST_LIMIT;
     let (kind, payload) = match answer {
-        Ok(answer) => (kind::DATA, answer),
-        Err(text) => (kind::ERROR, text.into_bytes()),
+        Ok(answer) if answer.len() <= MAX_PAYLOAD => (kind::DATA, answer),
+        Ok(answer) => (kind::ERROR, format!("Answer of {} bytes is too long", answer.len()).into()),
+        // It may have the client's own words.
+        Err(mut text) => {
+            text.truncate(text.floor_char_boundary(MAX_PAYLOAD));
+            (kind::ERROR, text.into_bytes())
+        }
     };
     stream.write_all(&frame::header(kind, payload.len() as u32))?;
     stream.write_all(&payload)?;

@@ -78,17 +78,27 @@ fn default_policy() -> Cow<'static, str> {
     sealing::DEFAULT_POLICY.into()
 }
 
+/// What comes of a request.
+#[derive(Debug)]
+pub enum Reply {
+    /// The answer, as JSON.
+    Ready(Vec<u8>),
+    /// A message, whose answer may take long, and needs nothing of the request any more.
+    Message(Message),
+}
+
 impl Service {
-    /// The answer to a request, as JSON.
+    /// The reply to a request.
     ///
     /// # Errors
     /// The text that the client is sent instead.
-    pub fn answer(&self, request: &[u8]) -> Result<Vec<u8>, String> {
+    pub fn answer(&self, request: &[u8]) -> Result<Reply, String> {
         let Request { route, payload } =
             serde_json::from_slice(request).map_err(|e| format!("Invalid request JSON: {e}"))?;
         // One that is not there is null.
         let payload = payload.map_or("null", RawValue::get);
-        match route {
+        let answer = match route {
+            Route::Process => return parse(payload, "process").map(Reply::Message),
             Route::Status => json(&Status { status: "ok", tee: true }),
             Route::Secrets => {
                 let request: secrets::Request<'_> = parse(payload, "secrets")?;
@@ -104,17 +114,19 @@ impl Service {
                 let data = sealing::unseal(&self.identity, &blob, &context, &policy)?;
                 json(&Unsealed { data })
             }
-            Route::Process => {
-                let answer = parse::<Message>(payload, "process")?.deliver();
-                let text = json(&answer)?;
-                if answer.success {
-                    Ok(text)
-                } else {
-                    Err(String::from_utf8_lossy(&text).into_owned())
-                }
-            }
-        }
+        };
+        answer.map(Reply::Ready)
     }
+}
+
+/// The answer to a message.
+///
+/// # Errors
+/// The text that the client is sent instead: JSON too.
+pub fn deliver(message: Message) -> Result<Vec<u8>, String> {
+    let answer = message.deliver();
+    let text = json(&answer)?;
+    if answer.success { Ok(text) } else { Err(String::from_utf8_lossy(&text).into_owned()) }
 }
 
 fn parse<'a, T: Deserialize<'a>>(payload: &'a str, route: &str) -> Result<T, String> {
@@ -138,7 +150,10 @@ mod tests {
             identity: Report::simulated(&[0; DATA_LEN]).identity(),
             secrets: Secrets::new(directory(), directory()).expect("none"),
         };
-        service.answer(request.as_bytes()).map(|json| String::from_utf8(json).expect("text"))
+        service.answer(request.as_bytes()).map(|reply| match reply {
+            Reply::Ready(json) => String::from_utf8(json).expect("text"),
+            Reply::Message(message) => panic!("{message:?}"),
+        })
     }
 
     #[test]

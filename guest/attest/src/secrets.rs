@@ -15,6 +15,10 @@ use serde::{Deserialize, Serialize};
 
 /// Longest name in bytes.
 const MAX_NAME: usize = 256;
+/// Most bytes of a variable with its name: Linux executes nothing with a longer one (`MAX_ARG_STRLEN`, with a NUL).
+const MAX_VARIABLE_LEN: usize = 128 * 1024 - 1;
+/// Most errors that the answer has.
+const MAX_ERRORS: usize = 100;
 /// Most of a client's own words that are in the message of an error.
 const QUOTED: usize = 300;
 /// Name of a file that is being written: no secret's.
@@ -102,6 +106,11 @@ impl Secrets {
                 errors.push(format!("Failed to set {quoted} for commands: {reason}"));
             }
         }
+        if errors.len() > MAX_ERRORS {
+            let more = errors.len() - MAX_ERRORS;
+            errors.truncate(MAX_ERRORS);
+            errors.push(format!("{more} more errors"));
+        }
         if next != *known {
             let text: Vec<u8> =
                 next.iter().flat_map(|entry| [entry, &b"\0"[..]].concat()).collect();
@@ -154,6 +163,9 @@ fn set(known: &mut Vec<Vec<u8>>, name: &str, value: &str) -> Result<(), String> 
         return Err("its value has a NUL character, which no variable can have".into());
     }
     let entry = [name.as_bytes(), b"=", value.as_bytes()].concat();
+    if entry.len() > MAX_VARIABLE_LEN {
+        return Err(format!("a variable has at most {MAX_VARIABLE_LEN} bytes"));
+    }
     let start = &entry[..=name.len()];
     let at = known.iter().position(|other| other.starts_with(start));
     let others = known.iter().enumerate().filter(|(index, _)| Some(*index) != at);
