@@ -82,9 +82,10 @@ pub fn serve(socket: OwnedFd, config: Arc<ServerConfig>, service: &Service) -> i
         Ok(answer) if answer.len() <= MAX_PAYLOAD => (kind::DATA, answer),
         Ok(answer) => (kind::ERROR, format!("Answer of {} bytes is too long", answer.len()).into()),
         // It may have the client's own words.
-        Err(mut text) => {
-            text.truncate(text.floor_char_boundary(MAX_PAYLOAD));
-            (kind::ERROR, text.into_bytes())
+        Err(text) => {
+            let mut text = text.into_bytes();
+            text.truncate(MAX_PAYLOAD);
+            (kind::ERROR, text)
         }
     };
     stream.write_all(&frame::header(kind, payload.len() as u32))?;

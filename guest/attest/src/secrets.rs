@@ -230,12 +230,16 @@ mod tests {
         }
         assert_eq!(known, [b"A=3".to_vec(), b"AB=2".to_vec()]);
         assert!(set(&mut known, "N", "a\0b").is_err_and(|reason| reason.contains("NUL")));
-        let room = MAX_VARIABLES_LEN as usize - "A=3.AB=2.C=.".len();
-        assert!(set(&mut known, "C", &"c".repeat(room + 1)).is_err());
-        set(&mut known, "C", &"c".repeat(room)).expect("set");
+        let most = MAX_VARIABLE_LEN - "C=".len();
+        assert!(set(&mut known, "C", &"c".repeat(most + 1)).is_err());
+        set(&mut known, "C", &"c".repeat(most)).expect("set");
+        let others = "A=3.AB=2.".len() + MAX_VARIABLE_LEN + 1;
+        let room = MAX_VARIABLES_LEN as usize - others - "D=.".len();
+        assert!(set(&mut known, "D", &"d".repeat(room + 1)).is_err());
+        set(&mut known, "D", &"d".repeat(room)).expect("set");
         // A new value takes the old one's place.
-        set(&mut known, "C", &"d".repeat(room)).expect("set");
-        assert!(set(&mut known, "D", "").is_err());
+        set(&mut known, "D", &"e".repeat(room)).expect("set");
+        assert!(set(&mut known, "E", "").is_err());
     }
 
     #[test]
