@@ -12,6 +12,9 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
 target=x86_64-unknown-linux-gnu
 libraries=/usr/lib/x86_64-linux-gnu
 
+# A build script that runs this has settings for what it is part of.
+unset CARGO_TARGET_DIR CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS RUSTC_WRAPPER RUSTC_WORKSPACE_WRAPPER
+
 say() { echo "virtiofsd: $*" >&2; }
 die() { say "$*"; exit 1; }
 
@@ -50,8 +53,7 @@ if [ ! -x "$program" ]; then
     export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$libraries LIBCAPNG_LINK_TYPE=static LIBCAPNG_LIB_PATH=$libraries
     # Two builds of the same inputs give the same bytes, wherever.
     RUSTFLAGS+=" --remap-path-prefix=$work=/virtiofsd --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo"
-    env -u CARGO_TARGET_DIR -u CARGO_BUILD_TARGET \
-        cargo build --quiet --release --locked --target "$target" --manifest-path "virtiofsd-$version/Cargo.toml" --target-dir "$work/target" >&2
+    cargo build --quiet --release --locked --target "$target" --manifest-path "virtiofsd-$version/Cargo.toml" --target-dir "$work/target" >&2
     cp "$work/target/$target/release/virtiofsd" "$program.tmp"
     mv "$program.tmp" "$program"
     say "built $program"
