@@ -268,11 +268,13 @@ fn build_guest(root: &Path, out: &Path, package: &str) -> Result<Vec<u8>, Box<dy
         .unwrap_or(out)
         .join("agent");
     let cargo_home = env::var("CARGO_HOME").unwrap_or_default();
-    // Not position-independent: PID 1 of a private machine gains nothing from relocating itself.
+    // Not position-independent: PID 1 of a private machine gains nothing from relocating itself. Without the index for
+    // unwinding: a panic ends the program.
     // The remapped paths make the bytes the same in every checkout.
     let mut flags = vec![
         "-Ctarget-feature=+crt-static".to_owned(),
         "-Crelocation-model=static".to_owned(),
+        "-Clink-arg=-Wl,--no-eh-frame-hdr".to_owned(),
         format!("--remap-path-prefix={}=/mote", root.display()),
     ];
     if !cargo_home.is_empty() {
