@@ -136,7 +136,7 @@ fn secrets_have_room_and_no_more() {
     assert_eq!(said[0], r#"DATA {"injected":1000}"#);
     assert_eq!(
         said[1],
-        r#"DATA {"injected":1,"errors":["Failed to set large0 for commands: all variables together have at most 262144 bytes"]}"#
+        r#"DATA {"injected":1,"errors":["Failed to set large0 for commands: a variable has at most 131071 bytes"]}"#
     );
     assert!(
         said[2].starts_with(r#"DATA {"injected":0,"errors":["Failed to write larger0: No space"#),
