@@ -111,6 +111,8 @@ impl Leftovers {
 impl Drop for Leftovers {
     fn drop(&mut self) {
         self.remove_most();
+        // KVM may have a thread in the cgroup as long as there is the VM.
+        self.held.clear();
         if let Some(cgroup) = &mut self.cgroup {
             cgroup.remove();
         }
