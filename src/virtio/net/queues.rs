@@ -73,7 +73,7 @@ impl Queues {
     pub(super) fn receive_from(
         &mut self,
         passt: &mut Connection,
-        mut peers: Option<&mut Peers>,
+        peers: Option<&mut Peers>,
         filter: &mut FrameFilter,
         filled: &mut Vec<Filled>,
     ) -> Result<(), Fault> {
@@ -83,25 +83,21 @@ impl Queues {
             }
             filter.take_answer();
         }
+        let peers = peers.map(|peers| (Side::Peers, &mut peers.connection));
+        let mut sides = [Some((Side::Passt, passt)), peers];
         for _ in 0..RECEIVE_BATCH {
             let mut is_over = true;
-            if let Some(frame) = passt.frame()? {
+            for (side, connection) in sides.iter_mut().flatten() {
+                let lost = |lost| match side {
+                    Side::Passt => Fault::Passt(lost),
+                    Side::Peers => Fault::Peers(lost),
+                };
+                let Some(frame) = connection.frame().map_err(lost)? else { continue };
                 let len = frame.len();
                 if !self.deliver(frame, filled)? {
                     return Ok(());
                 }
-                filter.note(frame, Side::Passt);
-                passt.take_frame(len);
-                is_over = false;
-            }
-            if let Some(Peers { connection, .. }) = &mut peers
-                && let Some(frame) = connection.frame().map_err(Fault::Peers)?
-            {
-                let len = frame.len();
-                if !self.deliver(frame, filled)? {
-                    return Ok(());
-                }
-                filter.note(frame, Side::Peers);
+                filter.note(frame, *side);
                 connection.take_frame(len);
                 is_over = false;
             }
