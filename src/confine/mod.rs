@@ -240,11 +240,8 @@ pub fn confine_log_writer(isolation: Isolation, directory: Option<&Directory>) -
     if isolation == Isolation::Off {
         return Ok(());
     }
-    restrict_to(directory.map(|directory| (directory, logs_accesses())), NetworkAccess::NONE)
-        .context("restrict it by Landlock")?;
-    confine::no_new_privileges().context("forgo new privileges")?;
-    confine::drop_capabilities().context("drop all capabilities")?;
-    seccomp::confine_thread("logs", ThreadKind::Logs)
+    let left = directory.map(|directory| (directory, logs_accesses()));
+    give_up_the_rest(left, "logs", ThreadKind::Logs)
 }
 
 /// To make, write, rename and remove files.
@@ -270,13 +267,19 @@ pub fn confine_switch(isolation: Isolation, directory: File) -> Result<()> {
         confine::unshare(user | others).context("enter namespaces of its own")?;
         confine::make_root().context("make the directory its root")?;
     }
-    restrict_to(Some((&directory, AccessFs::ReadDir.into())), NetworkAccess::NONE)
-        .context("restrict it by Landlock")?;
-    // With it there would be a way out of the root.
-    drop(directory);
+    give_up_the_rest(Some((&directory, AccessFs::ReadDir.into())), "switch", ThreadKind::Switch)
+}
+
+/// Steps 4 to 6 for a process beside mote with one thread, which keeps these accesses in this directory.
+fn give_up_the_rest(
+    directory: Option<(impl AsFd, BitFlags<AccessFs>)>,
+    name: &str,
+    kind: ThreadKind,
+) -> Result<()> {
+    restrict_to(directory, NetworkAccess::NONE).context("restrict it by Landlock")?;
     confine::no_new_privileges().context("forgo new privileges")?;
     confine::drop_capabilities().context("drop all capabilities")?;
-    seccomp::confine_thread("switch", ThreadKind::Switch)
+    seccomp::confine_thread(name, kind)
 }
 
 fn thread_name() -> String {
