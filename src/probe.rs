@@ -13,7 +13,7 @@ use crate::kvm::{self, cpu, self_test, vcpu};
 use crate::memory;
 use crate::plan::{self, Environment, Technology};
 use crate::spec::json::Report;
-use crate::tee::{self, NO_LAUNCH};
+use crate::tee;
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {
@@ -31,17 +31,7 @@ pub fn run(environment: &Environment) -> bool {
     }
     for technology in Technology::ALL {
         let name = technology.to_string().to_lowercase();
-        let lacking = tee::lacking(technology);
-        let line = match lacking.is_empty() {
-            true => {
-                format!("{name:<10} not offered: the host has all that it takes, but {NO_LAUNCH}\n")
-            }
-            false => format!(
-                "{name:<10} not offered: the host lacks {}; and {NO_LAUNCH}\n",
-                lacking.join("; ")
-            ),
-        };
-        text += &line;
+        text += &format!("{name:<10} not offered: {}\n", tee::missing(technology));
     }
     text += if ready { "ready\n" } else { "not ready\n" };
     let _ = io::stdout().write_all(text.as_bytes());

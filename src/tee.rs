@@ -15,11 +15,8 @@ use crate::sys::tee::{Sev, platform_status, sev};
 /// The oldest firmware that Linux takes for SEV-SNP (`SNP_MIN_API_MAJOR`, drivers/crypto/ccp/sev-dev.c).
 const FIRMWARE: (u8, u8) = (1, 51);
 
-/// What mote itself lacks.
-pub const NO_LAUNCH: &str = "mote has no way to launch one";
-
 /// What this host lacks for it, and may do something about.
-pub fn lacking(technology: Technology) -> Vec<String> {
+fn lacking(technology: Technology) -> Vec<String> {
     let processor = match technology {
         Technology::SevSnp => sev_lacks(),
         Technology::Tdx => tdx_lacks(),
@@ -27,18 +24,23 @@ pub fn lacking(technology: Technology) -> Vec<String> {
     processor.into_iter().chain(kvm_lacks(technology)).collect()
 }
 
-/// Why a box that asks for it does not start, in one line.
-pub fn refusal(technology: Technology) -> String {
+/// Why no VM is protected by it here, in one line.
+pub fn missing(technology: Technology) -> String {
+    const NO_LAUNCH: &str = "mote has no way to launch one";
     let lacking = lacking(technology);
     if lacking.is_empty() {
-        return format!("tee_config: {technology}: {NO_LAUNCH}; leave it null");
+        return format!("this host has all that it takes, but {NO_LAUNCH}");
     }
-    let lacking = lacking.join("; ");
-    format!("tee_config: {technology}: this host lacks {lacking}; and {NO_LAUNCH}: leave it null")
+    format!("this host lacks {}; and {NO_LAUNCH}", lacking.join("; "))
+}
+
+/// Why a box that asks for it does not start, in one line.
+pub fn refusal(technology: Technology) -> String {
+    format!("tee_config: {technology}: {}: leave it null", missing(technology))
 }
 
 fn sev_lacks() -> Vec<String> {
-    let Some(Sev { sev, es, snp, guests, .. }) = sev() else {
+    let Some(Sev { sev, es, snp, guests }) = sev() else {
         return vec!["a CPU with memory encryption (AMD; CPUID has no leaf 0x8000001f)".into()];
     };
     let mut lacking: Vec<String> = [("SEV", sev), ("SEV-ES", es), ("SEV-SNP", snp)]

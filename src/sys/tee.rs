@@ -19,8 +19,6 @@ pub struct Sev {
     pub es: bool,
     /// Whose memory the host cannot change either.
     pub snp: bool,
-    /// Number of the bit that marks encrypted pages.
-    pub c_bit: u32,
     /// How many there can be at once.
     pub guests: u32,
 }
@@ -35,7 +33,7 @@ pub fn sev() -> Option<Sev> {
     }
     let leaf = __cpuid(LEAF);
     let has = |bit: u32| leaf.eax & 1 << bit != 0;
-    Some(Sev { sev: has(1), es: has(3), snp: has(4), c_bit: leaf.ebx & 0x3f, guests: leaf.ecx })
+    Some(Sev { sev: has(1), es: has(3), snp: has(4), guests: leaf.ecx })
 }
 
 /// `struct sev_issue_cmd` (include/uapi/linux/psp-sev.h).
