@@ -57,12 +57,11 @@ pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, Os
     });
     // The runtime's words to a guest init, which are no business of the program's.
     let is_shown = |name: &OsStr| !name.is_empty() && !name.as_bytes().starts_with(b"A3S_SEC_");
-    let own = own.map(|[name, value]| (name, value)).filter(|(name, _)| is_shown(name));
+    let own = own.map(|[name, value]| (name, value));
     let of_box = context.instance.exec_env.iter();
     let of_box = of_box.map(|(name, value)| (name.into(), value.into()));
     let secret = context.attest.map(Attest::variables).into_iter().flatten();
-    let secret = secret.filter(|(name, _)| is_shown(name));
-    of_box.chain(secret).chain(own).collect()
+    of_box.chain(secret.chain(own).filter(|(name, _)| is_shown(name))).collect()
 }
 
 /// A request's directory, seen from the box's own, or from the root that the request names.

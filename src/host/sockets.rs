@@ -222,10 +222,7 @@ pub fn bind_datagrams(path: &Path) -> Result<(UnixDatagram, SocketFile)> {
         if let Some(directory) = path.parent() {
             DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         }
-        let _locked = lock_directory(path, LOCK_LIMIT)?;
-        if is_stale(path)? {
-            fs::remove_file(path)?;
-        }
+        remove_stale(path)?;
         let socket = UnixDatagram::unbound()?;
         sys::socket::set_socket_mode(&socket, 0o600)?;
         sys::socket::bind_unix(&socket, path.as_os_str().as_bytes())?;
