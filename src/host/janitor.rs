@@ -216,6 +216,8 @@ impl Janitor {
     /// Makes the janitor clean up, and waits until it has, but for what waits for the end of this process.
     /// Every [`PasstLine`] must be dropped before.
     pub fn dismiss(self) {
+        // Of a box that could not be set up, it still waits for descriptors. Fails only if it has ended.
+        let _ = self.end_set_up();
         drop(self.requests);
         // It closes the line when it has. Late answers may be in it.
         let deadline = Instant::now() + CLEANING_LIMIT;
@@ -406,8 +408,15 @@ mod tests {
         let (janitor, _) = Janitor::start(duties, &never()).expect("a janitor");
         janitor.end_set_up().expect("closed");
         let mut line = janitor.passt_line().expect("a line");
+        // The janitor may have to wait for a CPU.
+        let mut connect = || loop {
+            match line.connect() {
+                Err(error) if error.kind() == ErrorKind::TimedOut => {}
+                answer => break answer,
+            }
+        };
         for text in ["first", "second"] {
-            let mut socket = line.connect().expect("connected");
+            let mut socket = connect().expect("connected");
             socket.write_all(text.as_bytes()).expect("written");
             drop(socket);
             let mut read = String::new();
@@ -415,10 +424,10 @@ mod tests {
             assert_eq!(read, text);
         }
         drop(listener);
-        let error = line.connect().expect_err("nobody listens");
+        let error = connect().expect_err("nobody listens");
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
         std::fs::remove_file(&path).expect("removed");
-        assert_eq!(line.connect().expect_err("no file").kind(), ErrorKind::NotFound);
+        assert_eq!(connect().expect_err("no file").kind(), ErrorKind::NotFound);
     }
 
     #[test]
@@ -432,6 +441,17 @@ mod tests {
         assert!(format!("{error:#}").contains("Broken pipe"), "{error:#}");
         janitor.dismiss();
         assert_eq!(sleeping.wait().expect("its end").signal(), Some(libc::SIGKILL));
+    }
+
+    #[test]
+    fn a_janitor_that_is_dismissed_before_the_set_up_has_ended_cleans_up() {
+        let path = scratch("dismissed");
+        let sockets = [HostSocket { path: path.clone(), guest_port: None, fallback_port: None }];
+        let duties = Duties { sockets: &sockets, ..Duties::default() };
+        let (janitor, _) = Janitor::start(duties, &never()).expect("a janitor");
+        assert!(path.exists());
+        janitor.dismiss();
+        assert!(!path.exists());
     }
 
     #[test]
