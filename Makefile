@@ -88,11 +88,11 @@ demo: build tools-box
 bench bench-net: export LAB_CPUS = 2
 
 bench: build tools-box-bench
-	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/virtiofsd.sh)" $(WITH_KVM) tests/bench.py $(ARGS)
+	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" $(WITH_KVM) tests/bench.py $(ARGS)
 
 bench-net: build tools-box-bench
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" \
-		MOTE_BENCH_VIRTIOFSD="$$(resources/virtiofsd.sh)" $(WITH_KVM) tests/bench_net.py
+		MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" $(WITH_KVM) tests/bench_net.py
 
 soak: build tools-box-lab-test
 	tests/soak.py --boots $(or $(BOOTS),100) --seed $(or $(SEED),1) --parallel $(or $(PARALLEL),2) $(ARGS)

@@ -1,8 +1,7 @@
-//! Build script: makes the guest's three files and virtiofsd, which [`image`](../src/plan/image.rs) embeds, and the
+//! Build script: makes the guest's three files, which [`image`](../src/plan/image.rs) embeds, and the
 //! filters of [`seccomp`](../src/confine/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
 //! and is stripped of pages that hold nothing; the initramfs holds the agent, and an archive of its own the
-//! attestation server, each built here as its own static program; virtiofsd comes from `virtiofsd.sh` (cached too);
-//! the filters are compiled from `seccomp/*.json`.
+//! attestation server, each built here as its own static program; the filters are compiled from `seccomp/*.json`.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -26,7 +25,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         "resources/build.rs",
         "resources/kernel.sh",
         "resources/kernel.config",
-        "resources/virtiofsd.sh",
         "resources/seccomp",
     ] {
         println!("cargo::rerun-if-changed={input}");
@@ -46,8 +44,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(&attest, attest_archive_of(&build_guest(&root, &out, "mote-attest")?))?;
     println!("cargo::rustc-env=MOTE_BUILT_ATTEST={}", attest.display());
 
-    println!("cargo::rustc-env=MOTE_BUILT_VIRTIOFSD={}", path_from(&root, "virtiofsd.sh")?);
-
     compile_filters(&root.join("resources/seccomp"), &out)?;
     println!("cargo::rustc-env=MOTE_BUILT_FILTERS={}", out.display());
     Ok(())
@@ -57,7 +53,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// does not build.
 fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     let mut filters = serde_json::Map::new();
-    for name in ["main.json", "vcpu.json", "output.json", "logs.json", "switch.json"] {
+    for name in
+        ["main.json", "vcpu.json", "output.json", "logs.json", "switch.json", "virtiofsd.json"]
+    {
         let parsed: Value = serde_json::from_slice(&fs::read(sources.join(name))?)
             .map_err(|error| format!("{name}: {error}"))?;
         filters.extend(parsed.as_object().ok_or("a filter file holds an object")?.clone());

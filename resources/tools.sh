@@ -9,6 +9,7 @@
 #     test    what the tests need besides
 #     bench   what the benchmarks need besides
 #     deny, fuzz, deb   what the target of this name needs; prints the path of its cargo-…
+#     virtiofsd   what serves files to the lab, and to other VMMs in the benchmarks; prints its path
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mote
@@ -17,6 +18,8 @@ cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2
 cargo_deb_version=3.8.0
 qemu_version=10
+# The one that mote has inside.
+virtiofsd_version=1.14.0
 
 say() { echo "tools: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -35,8 +38,7 @@ libelf-dev          /usr/include/libelf.h                the kernel's objtool
 xz-utils            /usr/bin/xz                          unpacks the kernel source
 clang               /usr/bin/clang                       compiles the agent's BPF programs
 libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
-libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
-libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
+libcap-ng-dev       /usr/include/cap-ng.h                mote's virtiofsd uses it
 "
 box_packages="
 debootstrap         /usr/sbin/debootstrap                makes a root file system
@@ -71,6 +73,10 @@ passt               /usr/bin/passt                       the network of the benc
 iproute2            /sbin/ip                             makes networks for the benchmark
 iperf3              /usr/bin/iperf3                      the network benchmark
 busybox-static      /usr/share/doc/busybox-static        the benchmark's root file system
+"
+virtiofsd_packages="
+libcap-ng-dev       /usr/include/cap-ng.h                builds virtiofsd
+libseccomp-dev      /usr/include/seccomp.h               builds virtiofsd
 "
 deb_packages="
 dpkg-dev            /usr/bin/dpkg-parsechangelog         reads the package's changelog
@@ -122,15 +128,20 @@ install_qemu() {
         die "apt-get install failed"
 }
 
-# Builds a cargo subcommand and prints its path. Without optimisation: it runs for seconds, and would take
-# minutes longer to build.
+# Builds a program of crates.io and prints its path. With --debug without optimisation: most run for seconds, and
+# would take minutes longer to build.
 install_cargo_tool() {
     local name=$1 version=$2 why=$3 root=$cache/$1-$2
     if [ ! -x "$root/bin/$name" ]; then
         say "building $name $version from crates.io: $why"
-        (cd / && cargo install --quiet --locked --debug --root "$root" --version "$version" "$name")
+        (cd / && cargo install --quiet --locked "${@:4}" --root "$root" --version "$version" "$name")
     fi
     echo "$root/bin/$name"
+}
+
+install_virtiofsd() {
+    install_packages "$virtiofsd_packages"
+    install_cargo_tool virtiofsd "$virtiofsd_version" "serves files to the lab"
 }
 
 install_virtme() {
@@ -142,7 +153,7 @@ install_virtme() {
     "$root/bin/pip" install --quiet --disable-pip-version-check "virtme-ng==$virtme_version"
 }
 
-[ $# -gt 0 ] || die "usage: $0 build|box|lab|test|bench|deny|fuzz|deb…"
+[ $# -gt 0 ] || die "usage: $0 build|box|lab|test|bench|deny|fuzz|deb|virtiofsd…"
 mkdir -p "$cache"
 exec 9>"$cache/tools.lock"
 flock 9
@@ -155,20 +166,23 @@ for group; do
             install_packages "$lab_packages"
             install_qemu
             install_virtme
+            install_virtiofsd >/dev/null
             ;;
         test) install_packages "$test_packages" ;;
         bench)
             install_packages "$bench_packages"
             install_qemu
+            install_virtiofsd >/dev/null
             ;;
-        deny) install_cargo_tool cargo-deny "$cargo_deny_version" "looks at the dependencies" ;;
+        virtiofsd) install_virtiofsd ;;
+        deny) install_cargo_tool cargo-deny "$cargo_deny_version" "looks at the dependencies" --debug ;;
         fuzz)
             install_packages "$fuzz_packages"
-            install_cargo_tool cargo-fuzz "$cargo_fuzz_version" "builds the fuzzers"
+            install_cargo_tool cargo-fuzz "$cargo_fuzz_version" "builds the fuzzers" --debug
             ;;
         deb)
             install_packages "$deb_packages"
-            install_cargo_tool cargo-deb "$cargo_deb_version" "makes the Debian package"
+            install_cargo_tool cargo-deb "$cargo_deb_version" "makes the Debian package" --debug
             ;;
         *) die "there is no group '$group'" ;;
     esac

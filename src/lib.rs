@@ -29,7 +29,8 @@
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
 //! - [`host`]: what a box needs on the host: its sockets, as they are bound, what its passt publishes instead,
-//!   each share's virtiofsd, the janitor, the processes that write its logs and exchange frames with other boxes
+//!   each share's virtiofsd (mote's own file as another process, which serves by the crate `src/virtiofsd`), the
+//!   janitor, the processes that write its logs and exchange frames with other boxes
 //! - [`vm`]: the whole VM, assembled from all of these
 //! - [`run`]: the main loop, and how it decides the box's outcome
 //! - [`tee`]: what this host offers for confidential VMs

@@ -1,9 +1,10 @@
 //! `mote`: reads the arguments and the environment, calls [`mote::execute`], exits with its code.
-//! The only exit point.
+//! The only exit point. Under the name `virtiofsd` it serves a share instead ([`server`]).
 
 use std::process::ExitCode;
 
 use mote::confine::sudden_end;
+use mote::host::virtiofsd::server;
 use mote::plan::Environment;
 use mote::timeline::Timeline;
 use mote::{cli, log, outcome};
@@ -17,8 +18,12 @@ fn main() -> ExitCode {
         );
     }));
     let timeline = Timeline::start();
+    let mut arguments = std::env::args_os();
+    if arguments.next().is_some_and(|name| name == server::NAME) {
+        return server::main(arguments);
+    }
     let environment = Environment::from_process();
-    match cli::parse(std::env::args_os().skip(1)) {
+    match cli::parse(arguments) {
         Ok(command) => ExitCode::from(mote::execute(command, &environment, timeline)),
         Err(problem) => {
             log::error(&problem);

@@ -8,7 +8,6 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::confine::{Isolation, NetworkAccess};
-use crate::host::virtiofsd::Program;
 use crate::kvm::{self, cpu, self_test, vcpu};
 use crate::memory;
 use crate::plan::{self, Environment, Technology};
@@ -64,15 +63,15 @@ fn test_kvm() -> Result<()> {
 
 fn virtiofsd(environment: &Environment) -> std::result::Result<String, String> {
     let mut report = Report::default();
-    let Some(image) = plan::virtiofsd(environment, &mut report) else {
-        return Err(report.errors.iter().map(|fault| fault.problem.clone()).collect());
+    let Some(program) = plan::virtiofsd(environment, &mut report) else {
+        return Ok(format!("built in (virtiofsd {})", mote_virtiofsd::VERSION));
     };
-    let program = Program::new(&image).map_err(|error| format!("{error:#}"))?;
-    let output = Command::new(program.path())
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| format!("run virtiofsd ({program}) --version: {error}"))?;
+    if !report.errors.is_empty() {
+        return Err(report.errors.iter().map(|fault| fault.problem.clone()).collect());
+    }
+    let output = Command::new(&program).arg("--version").stdin(Stdio::null()).output();
+    let program = program.display();
+    let output = output.map_err(|error| format!("run virtiofsd ({program}) --version: {error}"))?;
     let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if output.status.success() {
         Ok(format!("{program} ({version})"))

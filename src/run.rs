@@ -546,10 +546,8 @@ impl MutEventSubscriber for MainLoop<'_> {
             let token = Token::Backend(index as u32);
             let fd = backend.ended().as_raw_fd();
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
-            if let Some(stderr) = backend.stderr() {
-                let token = Token::BackendStderr(index as u32);
-                registered = registered.and_then(|()| Ok(watch(ops, stderr.as_raw_fd(), token)?));
-            }
+            let (fd, token) = (backend.stderr().as_raw_fd(), Token::BackendStderr(index as u32));
+            registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
         }
         if let Err(error) = registered {
             self.fail(Outcome::NotStarted(error.context("set up the main loop")));
@@ -577,9 +575,8 @@ impl MutEventSubscriber for MainLoop<'_> {
             Token::BackendStderr(index) => {
                 if let Some(backend) = self.served.backends.get_mut(index as usize)
                     && !backend.listen()
-                    && let Some(stderr) = backend.stderr()
                 {
-                    let _ = ops.remove(Events::empty(&stderr));
+                    let _ = ops.remove(Events::empty(&backend.stderr()));
                 }
             }
             Token::Device { device, source } => {

@@ -20,7 +20,7 @@ use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
 use crate::host::logs::LogWriter;
 use crate::host::switch::SwitchProcess;
-use crate::host::virtiofsd::{self, Program, Virtiofsd};
+use crate::host::virtiofsd::{self, Virtiofsd};
 use crate::kvm::vcpu::{self, Exit, Start};
 use crate::kvm::{cpu, self_test};
 use crate::memory::{self, GuestRam, RegisterPages};
@@ -303,11 +303,10 @@ fn connect_network(
 fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     let mut backends = Vec::new();
     let mut connections = Vec::new();
-    let program = Program::new(&plan.virtiofsd)?;
     for share in &plan.shares {
         let isolation = plan.sandbox.isolation;
         let (backend, connection) =
-            Virtiofsd::spawn(&program, share, isolation, plan.memory_bytes)?;
+            Virtiofsd::spawn(plan.virtiofsd.as_deref(), share, isolation, plan.memory_bytes)?;
         backends.push(backend);
         connections.push(connection);
     }

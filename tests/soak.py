@@ -168,9 +168,8 @@ class Box:
 
 
 def name_of(process):
-    """A process's name. The kernel names virtiofsd, which is in a memory file, by a descriptor."""
-    is_virtiofsd = (process / "cmdline").read_bytes().startswith(b"virtiofsd\0")
-    return "virtiofsd" if is_virtiofsd else (process / "comm").read_text().strip()
+    """A process's name."""
+    return (process / "comm").read_text().strip()
 
 
 def processes_of(directory):

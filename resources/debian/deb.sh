@@ -9,7 +9,7 @@ staged=target/debian/staged
 rm -rf "$staged"
 resources/install.sh install "$staged"
 version() { dpkg-query -W -f '${Version}' "$1"; }
-sed "s/@LINUX@/$(version linux-source-6.12)/; s/@LIBC@/$(version libc6-dev)/; s/@SECCOMP@/$(version libseccomp-dev)/; s/@CAPNG@/$(version libcap-ng-dev)/" \
+sed "s/@LINUX@/$(version linux-source-6.12)/; s/@LIBC@/$(version libc6-dev)/; s/@CAPNG@/$(version libcap-ng-dev)/" \
     resources/debian/copyright >"$staged/copyright"
 
 # The changelog has the version of the package, whose first part is mote's.

@@ -18,6 +18,7 @@
 
 pub mod seccomp;
 pub mod sudden_end;
+pub mod virtiofsd;
 
 use std::fs::File;
 use std::io;
@@ -54,6 +55,31 @@ pub enum Isolation {
 }
 
 impl Isolation {
+    /// All there are.
+    pub const ALL: [Isolation; 5] = [
+        Isolation::Namespaces,
+        Isolation::UserNamespaces,
+        Isolation::Landlock,
+        Isolation::FiltersOnly,
+        Isolation::Off,
+    ];
+
+    /// A word for it, by which mote tells a process that it starts.
+    pub fn word(self) -> &'static str {
+        match self {
+            Isolation::Namespaces => "namespaces",
+            Isolation::UserNamespaces => "user-namespaces",
+            Isolation::Landlock => "landlock",
+            Isolation::FiltersOnly => "filters",
+            Isolation::Off => "off",
+        }
+    }
+
+    /// What a word is for.
+    pub fn from_word(word: &str) -> Option<Isolation> {
+        Isolation::ALL.into_iter().find(|isolation| isolation.word() == word)
+    }
+
     /// Finds out what the host permits, by trying it in a child process.
     pub fn of_host(network: NetworkAccess) -> Isolation {
         let permitted = |isolation: Isolation| {
@@ -168,7 +194,7 @@ impl Sandbox {
             );
         }
         confine::no_new_privileges().context("forgo new privileges")?;
-        confine::drop_capabilities().context("drop all capabilities")?;
+        confine::drop_capabilities_but(0).context("drop all capabilities")?;
         confine::hide_memory().context("keep mote's memory from others")
     }
 
@@ -278,7 +304,7 @@ fn give_up_the_rest(
 ) -> Result<()> {
     restrict_to(directory, NetworkAccess::NONE).context("restrict it by Landlock")?;
     confine::no_new_privileges().context("forgo new privileges")?;
-    confine::drop_capabilities().context("drop all capabilities")?;
+    confine::drop_capabilities_but(0).context("drop all capabilities")?;
     seccomp::confine_thread(name, kind)
 }
 

@@ -37,6 +37,8 @@ pub enum ThreadKind {
     Logs,
     /// The only thread of the process that exchanges frames with other boxes.
     Switch,
+    /// All threads of the process that serves a share.
+    Virtiofsd,
 }
 
 impl ThreadKind {
@@ -61,6 +63,9 @@ impl ThreadKind {
             ThreadKind::Logs => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/logs.bpf")),
             ThreadKind::Switch => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/switch.bpf"))
+            }
+            ThreadKind::Virtiofsd => {
+                include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/virtiofsd.bpf"))
             }
         };
         // `struct sock_filter` (include/uapi/linux/filter.h), as the build script wrote it.
@@ -97,7 +102,8 @@ mod tests {
         let accesses = [(false, false), (false, true), (true, false), (true, true)];
         let mains = accesses
             .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
-        let others = [ThreadKind::Vcpu, ThreadKind::Output, ThreadKind::Logs, ThreadKind::Switch];
+        let helpers = [ThreadKind::Logs, ThreadKind::Switch, ThreadKind::Virtiofsd];
+        let others = [ThreadKind::Vcpu, ThreadKind::Output].into_iter().chain(helpers);
         for kind in mains.into_iter().chain(others) {
             let program = kind.program();
             assert_eq!(program.last().map(|last| last.code), Some(RETURN), "{kind:?}");

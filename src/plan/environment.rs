@@ -4,7 +4,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::image::{self, Image};
 use crate::spec::json::Report;
 
 /// The environment variables that mote uses; read once, in `main`.
@@ -42,16 +41,13 @@ impl Environment {
     }
 }
 
-/// The virtio-fs daemon: the built-in one, or the one that the environment names.
-pub fn virtiofsd(environment: &Environment, report: &mut Report) -> Option<Image> {
-    match &environment.virtiofsd {
-        None => Some(Image::BuiltIn(image::virtiofsd())),
-        Some(path) if is_executable(path) => Some(Image::File(path.clone())),
-        Some(path) => {
-            report.error("MOTE_VIRTIOFSD", format!("{} is not an executable file", path.display()));
-            None
-        }
+/// The virtiofsd that the environment names, if any, in place of mote's own.
+pub fn virtiofsd(environment: &Environment, report: &mut Report) -> Option<PathBuf> {
+    let path = environment.virtiofsd.clone()?;
+    if !is_executable(&path) {
+        report.error("MOTE_VIRTIOFSD", format!("{} is not an executable file", path.display()));
     }
+    Some(path)
 }
 
 fn is_executable(path: &Path) -> bool {

@@ -1,6 +1,5 @@
-//! The guest kernel, the initramfs and virtiofsd, inside this binary: one file is the whole install, and there
-//! is no search path to get wrong. `resources/build.rs` makes them. `MOTE_KERNEL`, `MOTE_INITRAMFS` and
-//! `MOTE_VIRTIOFSD` name files to use instead.
+//! The guest kernel and the initramfs, inside this binary: one file is the whole install, and there is no search path
+//! to get wrong. `resources/build.rs` makes them. `MOTE_KERNEL` and `MOTE_INITRAMFS` name files to use instead.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,7 +15,6 @@ struct PageAligned<T: ?Sized>(T);
 
 static KERNEL: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_KERNEL")));
 static INITRAMFS: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_INITRAMFS")));
-static VIRTIOFSD: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_VIRTIOFSD")));
 static ATTEST: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_ATTEST")));
 
 /// The guest kernel, an uncompressed ELF vmlinux.
@@ -27,11 +25,6 @@ pub fn kernel() -> &'static [u8] {
 /// The initramfs, an uncompressed cpio archive with the agent as `/init`.
 pub fn initramfs() -> &'static [u8] {
     &INITRAMFS.0
-}
-
-/// The program that serves a box's file systems, static.
-pub fn virtiofsd() -> &'static [u8] {
-    &VIRTIOFSD.0
 }
 
 /// A second archive, with the attestation server, for boxes that have one.

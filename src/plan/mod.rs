@@ -34,6 +34,7 @@ mod volumes;
 
 use std::fmt;
 use std::fs;
+use std::path::PathBuf;
 
 use mote_agent::attestation::Options;
 use mote_agent::flow::Protocol;
@@ -102,8 +103,8 @@ pub struct Plan {
     pub kernel: Image,
     /// The archive with the agent.
     pub initramfs: Image,
-    /// The virtio-fs daemon.
-    pub virtiofsd: Image,
+    /// A virtiofsd to run in place of mote's own.
+    pub virtiofsd: Option<PathBuf>,
     /// Whether the kernel prints all its messages.
     pub debug: bool,
     /// How mote is confined.
@@ -170,7 +171,7 @@ impl Plan {
             instance,
             kernel: kernel?,
             initramfs: initramfs?,
-            virtiofsd: virtiofsd?,
+            virtiofsd,
             debug: environment.debug,
             sandbox,
         })
@@ -282,7 +283,10 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "kernel     {}", self.kernel)?;
         writeln!(f, "initramfs  {}", self.initramfs)?;
-        writeln!(f, "virtiofsd  {}", self.virtiofsd)?;
+        match &self.virtiofsd {
+            None => writeln!(f, "virtiofsd  built in")?,
+            Some(path) => writeln!(f, "virtiofsd  {}", path.display())?,
+        }
         write!(f, "confined   {}", self.sandbox.isolation)
     }
 }

@@ -3,13 +3,15 @@
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
-use std::fs;
+use std::ffi::CStr;
+use std::fs::{self, File};
 use std::io;
 use std::mem::zeroed;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
 
-use super::check;
+use super::{check, owned};
 
 /// A set of namespaces to leave for new ones: `CLONE_NEW*` of unshare(2).
 pub type Namespaces = libc::c_int;
@@ -20,18 +22,38 @@ pub type Namespaces = libc::c_int;
 /// # Errors
 /// Those of unshare(2); the maps of a user namespace cannot be written.
 pub fn unshare(namespaces: Namespaces) -> io::Result<()> {
-    // SAFETY: plain system calls.
-    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    let own = Identity::own();
     // SAFETY: plain system call.
     check(unsafe { libc::unshare(namespaces) })?;
-    if namespaces & libc::CLONE_NEWUSER != 0 {
+    if namespaces & libc::CLONE_NEWUSER != 0 { own.map() } else { Ok(()) }
+}
+
+/// As whom a process works.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity {
+    user: libc::uid_t,
+    group: libc::gid_t,
+}
+
+impl Identity {
+    /// This process's.
+    pub fn own() -> Identity {
+        // SAFETY: plain system calls.
+        unsafe { Identity { user: libc::geteuid(), group: libc::getegid() } }
+    }
+
+    /// Keeps it in the user namespace that this process has just entered.
+    ///
+    /// # Errors
+    /// The maps cannot be written.
+    pub fn map(self) -> io::Result<()> {
         // user_namespaces(7): an unprivileged process may map itself, once it has given up changing
         // its groups.
+        let Identity { user, group } = self;
         fs::write("/proc/self/setgroups", "deny")?;
         fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
-        fs::write("/proc/self/gid_map", format!("{group} {group} 1"))?;
+        fs::write("/proc/self/gid_map", format!("{group} {group} 1"))
     }
-    Ok(())
 }
 
 /// Keeps mounts made in this mount namespace from appearing in others, and those of others from here.
@@ -62,7 +84,19 @@ pub fn enter_empty_root() -> io::Result<()> {
         let tmpfs = c"tmpfs".as_ptr();
         check(libc::mount(tmpfs, place.as_ptr(), tmpfs, flags, options.as_ptr().cast()))?;
         check(libc::chdir(place.as_ptr()))?;
-        let dot = c".".as_ptr();
+    }
+    enter_mount()
+}
+
+/// Makes the mount that is the working directory the root. Where possible, nothing else is left in this mount
+/// namespace, which must be the process's own.
+///
+/// # Errors
+/// Those of pivot_root(2), umount(2) and chroot(2).
+fn enter_mount() -> io::Result<()> {
+    let dot = c".".as_ptr();
+    // SAFETY: system calls on NUL-terminated strings that outlive them.
+    unsafe {
         // pivot_root(2), "NOTES": with "." for both, the old root is mounted over the new one, and
         // umount2 removes the old one.
         match check(libc::syscall(libc::SYS_pivot_root, dot, dot) as libc::c_int) {
@@ -100,11 +134,12 @@ pub fn make_root() -> io::Result<()> {
 
 /// Mounts a restricted copy of a directory's mounts over it: no device files, no set-user-ID, no
 /// programs and, if `read_only`, no writing. Makes only async-signal-safe calls: it is for a child in
-/// a mount namespace of its own, before the child executes its program.
+/// a mount namespace of its own, before the child executes its program. Returns the mount.
 ///
 /// # Errors
-/// Those of open_tree(2), mount_setattr(2) and move_mount(2); ENOSYS before Linux 5.12.
-pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result<()> {
+/// Those of open_tree(2) and move_mount(2). Before Linux 5.12, which has no mount_setattr(2), the copy is as its
+/// original; virtiofsd itself refuses writes in any case.
+pub fn restrict_mount(directory: &CStr, read_only: bool) -> io::Result<OwnedFd> {
     let mut attributes: libc::mount_attr = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
         attr_clr: 0,
@@ -116,23 +151,59 @@ pub fn restrict_mount(directory: &std::ffi::CStr, read_only: bool) -> io::Result
     }
     let tree_flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as u32;
     let empty = c"".as_ptr();
+    let path = directory.as_ptr();
     // SAFETY: system calls on NUL-terminated strings and a structure of the size given, all of which
-    // outlive the calls, and on a descriptor that is closed here or, after an error, by the exec.
+    // outlive the calls, and on an open descriptor.
     unsafe {
-        let path = directory.as_ptr();
         let tree = libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path, tree_flags);
-        let tree = check(tree as libc::c_int)?;
-        let at = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+        let tree = owned(check(tree as libc::c_int)?);
+        let (fd, at) = (tree.as_raw_fd(), libc::AT_EMPTY_PATH | libc::AT_RECURSIVE);
         let size = size_of::<libc::mount_attr>();
         let set =
-            libc::syscall(libc::SYS_mount_setattr, tree, empty, at, &raw const attributes, size);
-        check(set as libc::c_int)?;
+            libc::syscall(libc::SYS_mount_setattr, fd, empty, at, &raw const attributes, size);
+        match check(set as libc::c_int) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {}
+            set => drop(set?),
+        }
         let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
-        let moved = libc::syscall(libc::SYS_move_mount, tree, empty, libc::AT_FDCWD, path, flags);
+        let moved = libc::syscall(libc::SYS_move_mount, fd, empty, libc::AT_FDCWD, path, flags);
         check(moved as libc::c_int)?;
-        libc::close(tree);
+        Ok(tree)
     }
-    Ok(())
+}
+
+/// Makes a restricted copy ([`restrict_mount`]) of a directory's mounts the root of this process, which must be in a
+/// mount namespace of its own, and the only mounts there, if that can be.
+///
+/// # Errors
+/// Those of the mount calls, pivot_root(2) and chroot(2).
+pub fn enter_share(directory: &CStr, read_only: bool) -> io::Result<()> {
+    enter_directory(&restrict_mount(directory, read_only)?)?;
+    enter_mount()
+}
+
+/// This process's /proc/self/fd.
+///
+/// # Errors
+/// Those of open(2).
+pub fn own_descriptors() -> io::Result<File> {
+    path_of("/proc/self/fd")
+}
+
+fn path_of(directory: &str) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(directory)
+}
+
+/// This process's /proc/self/fd, by a mount of its own that nothing leads out of: a name in it is followed to an open
+/// file, and `..` nowhere. The process must be in a mount namespace of its own, where this takes the place of /proc.
+///
+/// # Errors
+/// Those of mount(2) and open(2).
+pub fn own_descriptors_alone() -> io::Result<File> {
+    let (from, to) = (c"/proc/self/fd".as_ptr(), c"/proc".as_ptr());
+    // SAFETY: the paths are NUL-terminated; null is what this kind of mount(2) takes for the rest.
+    check(unsafe { libc::mount(from, to, ptr::null(), libc::MS_BIND, ptr::null()) })?;
+    path_of("/proc")
 }
 
 /// Makes sure that no program executed from here on gets more privileges than this one.
@@ -145,12 +216,28 @@ pub fn no_new_privileges() -> io::Result<()> {
     Ok(())
 }
 
-// Capabilities (include/uapi/linux/capability.h).
-const CAP_SETPCAP: u32 = 8;
+/// A set of capabilities, a bit for each (include/uapi/linux/capability.h, `CAP_*`).
+pub type Capabilities = u32;
 
-const CAP_SYS_CHROOT: u32 = 18;
-
-const CAP_SYS_ADMIN: u32 = 21;
+/// To be any file's owner.
+pub const CHOWN: Capabilities = 1;
+/// To read and write files without their permissions.
+pub const DAC_OVERRIDE: Capabilities = 1 << 1;
+/// To do what only a file's owner may.
+pub const FOWNER: Capabilities = 1 << 3;
+/// To keep set-user-ID bits of a file that is written to.
+pub const FSETID: Capabilities = 1 << 4;
+/// To change the group.
+pub const SETGID: Capabilities = 1 << 6;
+/// To change the user.
+pub const SETUID: Capabilities = 1 << 7;
+const SETPCAP: Capabilities = 1 << 8;
+/// To change the root directory.
+pub const SYS_CHROOT: Capabilities = 1 << 18;
+/// To mount, among much else.
+pub const SYS_ADMIN: Capabilities = 1 << 21;
+/// To give files capabilities.
+pub const SETFCAP: Capabilities = 1 << 31;
 
 /// `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct` (capset(2)).
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
@@ -169,7 +256,7 @@ struct CapabilityWord {
     inheritable: u32,
 }
 
-fn effective_capabilities() -> u32 {
+fn effective_capabilities() -> Capabilities {
     let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
     let mut words = [CapabilityWord::default(); 2];
     // SAFETY: version 3 takes a header and two words, and the pointers point to these.
@@ -177,23 +264,52 @@ fn effective_capabilities() -> u32 {
     if ret == 0 { words[0].effective } else { 0 }
 }
 
+fn set_capabilities(word: CapabilityWord) -> io::Result<()> {
+    let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let words = [word, CapabilityWord::default()];
+    // SAFETY: as for capget.
+    check(unsafe {
+        libc::syscall(libc::SYS_capset, &raw mut header, words.as_ptr()) as libc::c_int
+    })?;
+    Ok(())
+}
+
+/// Has a program that this process executes keep these of its capabilities, and no others, although its user is not root.
+///
+/// # Errors
+/// Those of capset(2) and prctl(2).
+pub fn keep_through_exec(kept: Capabilities) -> io::Result<()> {
+    let all = effective_capabilities();
+    set_capabilities(CapabilityWord { effective: all, permitted: all, inheritable: kept })?;
+    for capability in (0..Capabilities::BITS).filter(|bit| kept & 1 << bit != 0) {
+        let raise = libc::PR_CAP_AMBIENT_RAISE;
+        // SAFETY: plain system call.
+        check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, capability, 0, 0) })?;
+    }
+    Ok(())
+}
+
 /// Whether this process may mount file systems, and leave namespaces without a user namespace.
 pub fn is_administrator() -> bool {
-    effective_capabilities() & 1 << CAP_SYS_ADMIN != 0
+    effective_capabilities() & SYS_ADMIN != 0
 }
 
 /// Whether this process may change its root directory.
 pub fn may_chroot() -> bool {
-    effective_capabilities() & 1 << CAP_SYS_CHROOT != 0
+    effective_capabilities() & SYS_CHROOT != 0
 }
 
-/// Gives up every capability, now and in programs executed later.
+/// Gives up every capability but those `kept`, now and in programs executed later.
 ///
 /// # Errors
 /// Those of prctl(2) and capset(2).
-pub fn drop_capabilities() -> io::Result<()> {
-    if effective_capabilities() & 1 << CAP_SETPCAP != 0 {
+pub fn drop_capabilities_but(kept: Capabilities) -> io::Result<()> {
+    let own = effective_capabilities();
+    if own & SETPCAP != 0 {
         for capability in 0.. {
+            if capability < Capabilities::BITS && kept & 1 << capability != 0 {
+                continue;
+            }
             // SAFETY: plain system call; a number beyond the last capability is refused.
             if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
                 break;
@@ -202,12 +318,20 @@ pub fn drop_capabilities() -> io::Result<()> {
     }
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) })?;
-    let mut header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
-    let words = [CapabilityWord::default(); 2];
-    // SAFETY: as for capget.
-    check(unsafe {
-        libc::syscall(libc::SYS_capset, &raw mut header, words.as_ptr()) as libc::c_int
-    })?;
+    let kept = own & kept;
+    set_capabilities(CapabilityWord { effective: kept, permitted: kept, inheritable: 0 })
+}
+
+/// Gives up the groups that this process has beside its first, if it may.
+///
+/// # Errors
+/// Those of setgroups(2).
+pub fn drop_groups() -> io::Result<()> {
+    if effective_capabilities() & SETGID == 0 {
+        return Ok(());
+    }
+    // SAFETY: plain system call; an empty list needs no pointer.
+    check(unsafe { libc::setgroups(0, ptr::null()) })?;
     Ok(())
 }
 
@@ -278,6 +402,19 @@ pub fn limit_open_files_anew(most: u64) -> io::Result<()> {
     match check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &wanted) }) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => limit(Resource::OpenFiles, most),
         done => done.map(drop),
+    }
+}
+
+/// This process's limit on open files.
+///
+/// # Errors
+/// Those of getrlimit(2).
+pub fn open_files() -> io::Result<u64> {
+    // SAFETY: an all-zero rlimit is valid, and the call takes a pointer to one.
+    unsafe {
+        let mut limit: libc::rlimit = zeroed();
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit))?;
+        Ok(limit.rlim_cur)
     }
 }
 

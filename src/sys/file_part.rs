@@ -45,15 +45,6 @@ impl FilePart {
         Ok(FilePart { file, start, len: bytes.len() as u64 })
     }
 
-    /// Copies a part that nothing has been read of into another file.
-    ///
-    /// # Errors
-    /// Those of reading and writing.
-    pub fn copy_to(self, mut to: &File) -> io::Result<()> {
-        let copied = io::copy(&mut self.file.take(self.len), &mut to)?;
-        if copied == self.len { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
-    }
-
     /// How many bytes it has.
     pub fn len(&self) -> u64 {
         self.len

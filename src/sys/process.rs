@@ -3,18 +3,18 @@
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::Command;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
 use std::ptr;
 use std::time::{Duration, Instant};
 
-use super::file_part::FilePart;
+use super::confine::{self, Capabilities, Namespaces};
 use super::{check, owned};
 
 /// A descriptor that becomes readable when the process ends.
@@ -42,24 +42,14 @@ pub fn helper(
     // descriptor until then.
     unsafe {
         command.pre_exec(move || {
-            // First: entering a new user namespace would undo the next line.
+            // First: entering a new user namespace would undo that it ends with mote.
             prepare()?;
-            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
-            // A group of its own: a terminal's Ctrl-C must reach mote only.
-            check(libc::setpgid(0, 0))?;
+            become_helper()?;
             // The parent may have died before the line above took effect.
             if libc::getppid() as u32 != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
-            // mote blocks the signals that it reads from a descriptor; programs expect none blocked.
-            let mut none: libc::sigset_t = zeroed();
-            libc::sigemptyset(&mut none);
-            check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
-            if source == INHERITED_FD {
-                check(libc::fcntl(source, libc::F_SETFD, 0))?;
-            } else {
-                check(libc::dup2(source, INHERITED_FD))?;
-            }
+            hand_on(source)?;
             Ok(())
         });
     }
@@ -68,40 +58,137 @@ pub fn helper(
 /// The number under which a [`helper`] finds its descriptor.
 pub const INHERITED_FD: RawFd = 3;
 
-/// A program in a memory file that nobody can change, at least as long as this lives.
-#[derive(Debug)]
-pub struct MemoryProgram(File);
+/// The environment of what [`start_again`] starts: the stacks of its threads are less than a huge page, which the kernel
+/// would give them whole.
+const ENVIRONMENT: &CStr = c"RUST_MIN_STACK=1048576";
 
-impl MemoryProgram {
-    /// Copies a program into a memory file.
-    ///
-    /// # Errors
-    /// Those of memfd_create(2), which a host may forbid (`vm.memfd_noexec`), and of writing.
-    pub fn new(name: &CStr, program: FilePart) -> io::Result<MemoryProgram> {
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        // SAFETY: plain system calls; the string outlives them.
-        let create = |more| check(unsafe { libc::memfd_create(name.as_ptr(), flags | more) });
-        let created = create(libc::MFD_EXEC).or_else(|error| match error.raw_os_error() {
-            // Linux before 6.3, where every one can be executed.
-            Some(libc::EINVAL) => create(0),
-            _ => Err(error),
-        });
-        let file = File::from(owned(created?));
-        program.copy_to(&file)?;
-        let seals =
-            libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
-        // SAFETY: plain system calls on an open descriptor. The second is out of a helper's way, whose own one
-        // has a low number.
-        let fd = unsafe {
-            check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
-            check(libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, INHERITED_FD + 1))?
-        };
-        Ok(MemoryProgram(File::from(owned(fd))))
+/// Executes this program again as a child with these arguments, of which the first is its name, in new `namespaces`
+/// beside its parent's. It finds `inherited` as [`INHERITED_FD`], has `stderr` as its standard error, and the other
+/// standard streams are empty; of its parent's environment it has nothing. In a new user namespace its user and group do not change, and it
+/// has these `capabilities` there, a bit for each. Returns its number and a [`process_file`].
+///
+/// Must be called while there is one thread.
+///
+/// # Errors
+/// Those of clone(2). If the child cannot go on, it says why on `stderr`, and ends.
+pub fn start_again(
+    arguments: &[CString],
+    inherited: BorrowedFd<'_>,
+    stderr: BorrowedFd<'_>,
+    namespaces: Namespaces,
+    capabilities: Capabilities,
+) -> io::Result<(u32, OwnedFd)> {
+    let nothing = File::options().read(true).write(true).open("/dev/null")?;
+    let user = confine::Identity::own();
+    let mut file: RawFd = -1;
+    let flags = namespaces | libc::CLONE_PIDFD | libc::SIGCHLD;
+    // SAFETY: the child is a copy of this process, which has one thread; on its copy nothing else runs until it has
+    // executed the program or ended. `file` takes the descriptor that CLONE_PIDFD makes.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut file, 0, 0) };
+    let pid = check(pid as libc::c_int)?;
+    if pid > 0 {
+        return Ok((pid as u32, owned(file)));
     }
+    // From here on this is the child. Its descriptors are above the standard streams', which std has seen to.
+    let error = (|| {
+        if namespaces & libc::CLONE_NEWUSER != 0 {
+            user.map()?;
+            confine::keep_through_exec(capabilities)?;
+        }
+        for (from, to) in [(nothing.as_fd(), 0), (nothing.as_fd(), 1), (stderr, 2)] {
+            // SAFETY: plain system call on an open descriptor; nothing owns the standard streams.
+            check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
+        }
+        hand_on(inherited.as_raw_fd())?;
+        let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).collect();
+        pointers.push(ptr::null());
+        let environment = [ENVIRONMENT.as_ptr(), ptr::null()];
+        let program = c"/proc/self/exe".as_ptr();
+        // SAFETY: both lists are of NUL-terminated strings and end with a null pointer, and outlive the call.
+        check(unsafe { libc::execve(program, pointers.as_ptr(), environment.as_ptr()) })
+    })();
+    if let Err(error) = error {
+        let text = format!("start mote's own file again, /proc/self/exe: {error}\n");
+        // SAFETY: plain system call on a buffer of this length.
+        unsafe { libc::write(stderr.as_raw_fd(), text.as_ptr().cast(), text.len()) };
+    }
+    // SAFETY: plain system call. Nothing of this copy of the process is to run.
+    unsafe { libc::_exit(1) }
+}
 
-    /// A path by which this process and those that it forks can execute it.
-    pub fn path(&self) -> PathBuf {
-        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+/// Gives a descriptor the number [`INHERITED_FD`], and has it stay open on exec. Async-signal-safe.
+fn hand_on(fd: RawFd) -> io::Result<()> {
+    // SAFETY: plain system calls. What may have had the number is not used any more: a program is executed next.
+    unsafe {
+        if fd == INHERITED_FD {
+            check(libc::fcntl(fd, libc::F_SETFD, 0))?;
+        } else {
+            check(libc::dup2(fd, INHERITED_FD))?;
+        }
+    }
+    Ok(())
+}
+
+/// The socket that this process was started with as [`INHERITED_FD`]. Must be called once.
+///
+/// # Errors
+/// There is none.
+pub fn inherited_listener() -> io::Result<UnixListener> {
+    // SAFETY: plain system call; what it refuses is not open.
+    check(unsafe { libc::fcntl(INHERITED_FD, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the number is open, and by this function's contract nobody owns it.
+    Ok(unsafe { UnixListener::from_raw_fd(INHERITED_FD) })
+}
+
+/// What a process that mote has started does first: ends with mote, is in a process group of its own, since a
+/// terminal's Ctrl-C must reach mote only, and gets the signals that mote has blocked.
+///
+/// # Errors
+/// Those of prctl(2) and setpgid(2).
+pub fn become_helper() -> io::Result<()> {
+    // SAFETY: plain system calls; an all-zero set is valid until it is emptied.
+    unsafe {
+        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        check(libc::setpgid(0, 0))?;
+        let mut none: libc::sigset_t = zeroed();
+        libc::sigemptyset(&mut none);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
+    }
+    Ok(())
+}
+
+/// Sets the name of this process, of which the first 15 bytes count.
+pub fn name(name: &CStr) {
+    // SAFETY: plain system call; the string outlives it.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// How a child has ended, `None` if it has not yet. Must not be called again once it has ended.
+///
+/// # Errors
+/// Those of waitpid(2).
+pub fn ended(pid: u32) -> io::Result<Option<ExitStatus>> {
+    waited(pid, libc::WNOHANG)
+}
+
+/// Waits for a child's end. Must not be called again.
+///
+/// # Errors
+/// Those of waitpid(2).
+pub fn wait(pid: u32) -> io::Result<ExitStatus> {
+    waited(pid, 0)?.ok_or_else(|| io::ErrorKind::Other.into())
+}
+
+fn waited(pid: u32, flags: libc::c_int) -> io::Result<Option<ExitStatus>> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the pointer is to a local.
+        match check(unsafe { libc::waitpid(pid as libc::pid_t, &mut status, flags) }) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(ExitStatus::from_raw(status))),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 

@@ -106,19 +106,10 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
     fs::write(data.join("file"), "precious").expect("file");
     let mounts = json!([{ "tag": "data", "host_path": data, "read_only": true }]);
     let (test, started) = test.with("fs_mounts", mounts).idle();
-    // The process that serves is a child of the one that mote has started.
-    let serving = |path: &Path| {
-        let pids = virtiofsd_of(path).into_iter();
-        pids.max_by_key(|pid| {
-            fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
-                != fs::read_link("/proc/self/ns/pid").ok()
-        })
-        .expect("virtiofsd runs")
-    };
     for (path, read_only, capabilities) in
         [(test.path("root"), false, "00000000800000db"), (data.clone(), true, "0000000000000002")]
     {
-        let pid = serving(&path);
+        let [pid] = virtiofsd_of(&path)[..] else { panic!("one process per share") };
         let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
         for line in ["Seccomp:\t2", "NoNewPrivs:\t1", &format!("CapEff:\t{capabilities}")] {
             assert!(status.contains(&format!("\n{line}\n")), "no {line} in {status}");
@@ -135,7 +126,11 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
             }
             false => written.expect("writable"),
         }
+        for kind in ["pid", "mnt", "net"] {
+            assert_ne!(namespace(&pid.to_string(), kind), namespace("self", kind), "{kind}");
+        }
         let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mounts");
+        assert_eq!(mounts.lines().count(), 1, "{mounts}");
         for option in ["nosuid", "nodev", "noexec"] {
             assert!(mounts.lines().all(|line| line.contains(option)), "{mounts}");
         }
@@ -193,11 +188,9 @@ fn no_process_shows_the_spec() {
 /// A box's processes, by number and command: mote, its janitor and virtiofsd.
 fn processes_of(test: &TestBox, mote: &Started) -> Vec<(u32, String)> {
     let daemons = virtiofsd_of(&test.dir);
-    let others = [mote.pid()].into_iter().chain(children_of(mote.pid()));
-    let others = others.filter(|pid| !daemons.contains(pid)).map(|pid| (pid, name_of(pid)));
-    // The kernel names a program in a memory file by its descriptor.
-    let daemons = daemons.iter().map(|pid| (*pid, "virtiofsd".to_owned()));
-    let all: Vec<_> = others.chain(daemons).collect();
+    let pids: BTreeSet<u32> =
+        [mote.pid()].into_iter().chain(children_of(mote.pid())).chain(daemons).collect();
+    let all: Vec<_> = pids.into_iter().map(|pid| (pid, name_of(pid))).collect();
     for name in ["mote", "mote-janitor", "virtiofsd"] {
         assert!(all.iter().any(|(_, found)| found == name), "no {name} in {all:?}");
     }

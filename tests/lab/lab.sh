@@ -16,7 +16,7 @@ run_limit_s=${LAB_LIMIT_S:-2400}
 
 die() { echo "lab: $*" >&2; exit 1; }
 [ -x "$vng" ] || die "virtme-ng is missing; run 'make tools'"
-virtiofsd=$("$(dirname "$0")/../../resources/virtiofsd.sh")
+virtiofsd=$("$(dirname "$0")/../../resources/tools.sh" virtiofsd)
 kernel=$(find /boot -name 'vmlinuz-*-cloud-amd64' | sort -V | tail -n 1)
 [ -n "$kernel" ] || die "no cloud kernel in /boot; run 'make tools'"
 

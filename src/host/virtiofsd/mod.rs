@@ -1,0 +1,268 @@
+//! The virtio-fs back-end: one virtiofsd process per share, started and owned by mote. It is mote's own file, executed
+//! again ([`server`]), or a program that the user has named (`named`).
+//!
+//! mote makes the listening socket and connects to it before virtiofsd exists, and hands it to virtiofsd
+//! as an open descriptor. So mote is always the only client, and there is no socket file to wait for or
+//! to leave behind.
+
+mod named;
+pub mod server;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::net::Shutdown;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use mote_agent::instance::ROOT_TAG;
+
+use crate::confine::Isolation;
+use crate::plan::Share;
+use crate::sys::{self, Interest};
+
+/// How long all virtiofsd processes of a box may take together until they have answered.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Least bytes of memory that each file costs a Linux guest (an inode of FUSE and a directory entry).
+/// virtiofsd keeps every file open that the guest knows. The guest's memory limits how many those can be;
+/// a malicious guest may claim more, and so virtiofsd's open files are limited to that number.
+const INODE_LEN: u64 = 1024;
+/// Bounds of virtiofsd's limit on open files, which depends on the guest's memory. The upper bound is
+/// virtiofsd's own default.
+const OPEN_FILES: RangeInclusive<u64> = 65_536..=1_000_000;
+
+/// How many bytes of its latest error output are kept.
+const LAST_WORDS: usize = 4096;
+
+/// How long virtiofsd may take from its first sign of ending to its end.
+const ENDING_LIMIT: Duration = Duration::from_millis(200);
+
+/// How long a killed virtiofsd may take to vanish; one that is stuck in the kernel never will.
+const REAP_LIMIT: Duration = Duration::from_secs(1);
+
+/// What to serve, and how it is confined.
+#[derive(Debug, Clone, Copy)]
+struct Task<'a> {
+    directory: &'a Path,
+    read_only: bool,
+    isolation: Isolation,
+    /// Its limit on open files.
+    open_files: u64,
+}
+
+/// A process that has been started.
+struct Started {
+    pid: u32,
+    /// Its standard error.
+    stderr: File,
+    /// Readable when it has ended.
+    ended: OwnedFd,
+}
+
+/// A running virtiofsd. It is killed when the thread that started it ends, and when this is dropped.
+#[derive(Debug)]
+pub struct Virtiofsd {
+    pid: u32,
+    ended: OwnedFd,
+    /// A child of virtiofsd's, which serves the guest in its place: a named one's, as the first process of a pid
+    /// namespace.
+    server: Option<OwnedFd>,
+    share: String,
+    /// virtiofsd's standard error, non-blocking.
+    stderr: File,
+    /// The last bytes that it wrote there.
+    said: Vec<u8>,
+}
+
+impl Virtiofsd {
+    /// Starts the daemon for a share, mote's own or the program that is `named`, for a guest with this much memory.
+    /// Returns it with the vhost-user connection, which it may not have accepted yet. Must be called while there is one
+    /// thread.
+    ///
+    /// # Errors
+    /// The program cannot be started, or the host cannot confine it.
+    pub fn spawn(
+        named: Option<&Path>,
+        share: &Share,
+        isolation: Isolation,
+        memory_bytes: u64,
+    ) -> Result<(Virtiofsd, UnixStream)> {
+        let (listener, connection) =
+            sys::socket::connected_listener().context("create the vhost-user socket")?;
+        let open_files = memory_bytes / INODE_LEN;
+        let open_files = open_files.clamp(*OPEN_FILES.start(), *OPEN_FILES.end());
+        let (directory, read_only) = (share.host_path.as_path(), share.read_only);
+        let task = Task { directory, read_only, isolation, open_files };
+        let Started { pid, stderr, ended } = match named {
+            Some(program) => named::start(program, &task, listener.as_fd())?,
+            None => server::start(&task, listener.as_fd()).context("start virtiofsd")?,
+        };
+        sys::set_nonblocking(&stderr).context("prepare virtiofsd's standard error")?;
+        let share = describe(share);
+        Ok((Virtiofsd { pid, ended, server: None, share, stderr, said: Vec::new() }, connection))
+    }
+
+    /// Looks for a child that serves the guest in its place. Must be called when virtiofsd has answered, before the
+    /// guest runs: then the child exists, and cannot have been attacked yet.
+    pub fn find_server(&mut self) {
+        let pid = self.pid;
+        // If the kernel has no such list, only virtiofsd itself can end its child.
+        let children = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let first = |list: io::Result<String>| list.ok()?.split_whitespace().next()?.parse().ok();
+        let Some(child) = first(children()) else { return };
+        let Ok(server) = sys::process::process_file(child) else { return };
+        // Still the same: so no other process has got the number meanwhile.
+        if first(children()) == Some(child) {
+            self.server = Some(server);
+        }
+    }
+
+    /// All its processes. The janitor kills them if this process cannot.
+    pub fn processes(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.server.iter().chain([&self.ended])
+    }
+
+    /// A descriptor that is readable when virtiofsd has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// A descriptor that is readable when virtiofsd has written to its standard error. The caller must then
+    /// call [`Virtiofsd::listen`]: a full pipe would stop virtiofsd.
+    pub fn stderr(&self) -> BorrowedFd<'_> {
+        self.stderr.as_fd()
+    }
+
+    /// Reads what virtiofsd has written to its standard error, at most as much as a pipe holds. `false`
+    /// when no more will come.
+    pub fn listen(&mut self) -> bool {
+        let mut bytes = [0; LAST_WORDS];
+        for _ in 0..16 {
+            match self.stderr.read(&mut bytes) {
+                Ok(0) => return false,
+                Ok(read) => self.said.extend(&bytes[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+            }
+            let excess = self.said.len().saturating_sub(LAST_WORDS);
+            self.said.drain(..excess);
+        }
+        true
+    }
+
+    /// Says how virtiofsd ended, with the last line of its error output. Must be called only when it has
+    /// ended or does not answer: a running one is killed.
+    pub fn describe_end(&mut self) -> String {
+        // Its sockets close a moment before the process has ended.
+        let _ = sys::poll([Interest::read(&self.ended)], Some(ENDING_LIMIT));
+        let status = match sys::process::ended(self.pid) {
+            Ok(Some(status)) => status.to_string(),
+            _ => {
+                sys::process::kill_process(&self.ended);
+                let ended = sys::process::wait(self.pid);
+                ended.map_or_else(|e| e.to_string(), |_| "it did not answer".into())
+            }
+        };
+        // Without waiting for the end of the pipe: virtiofsd's child may still hold it.
+        self.listen();
+        let text = String::from_utf8_lossy(&self.said);
+        let last = text.lines().rev().find(|line| !line.trim().is_empty());
+        match last {
+            Some(last) => format!("virtiofsd for {} ended ({status}): {}", self.share, last.trim()),
+            None => format!("virtiofsd for {} ended ({status})", self.share),
+        }
+    }
+}
+
+impl Drop for Virtiofsd {
+    fn drop(&mut self) {
+        // Killing a process that has ended is no error. The server is killed too: under an attacker's
+        // control it may not end with its parent.
+        self.processes().for_each(sys::process::kill_process);
+        // Waits for the processes, its child too, so that none is left as a zombie.
+        sys::process::reap(self.pid, REAP_LIMIT);
+    }
+}
+
+fn describe(share: &Share) -> String {
+    if share.tag == ROOT_TAG {
+        format!("the root file system ({})", share.host_path.display())
+    } else {
+        format!("share '{}' ({})", share.tag, share.host_path.display())
+    }
+}
+
+/// Runs `talk` on connections to back-ends that may hang. After `ANSWER_LIMIT`, or when `stop` is
+/// readable, the connections are shut down, so that every wait on them fails. A time-out on the sockets
+/// would not do: the vhost crate takes it for an interruption and goes on waiting.
+///
+/// # Errors
+/// `talk` fails, or has taken too long, or mote was told to stop.
+pub fn talk_in_time<T>(
+    connections: Vec<UnixStream>,
+    stop: &File,
+    talk: impl FnOnce(Vec<UnixStream>) -> Result<T>,
+) -> Result<T> {
+    let clones = connections.iter().map(UnixStream::try_clone).collect::<io::Result<Vec<_>>>();
+    let watched = clones.context("duplicate the vhost-user connections")?;
+    // `talking` is closed when `talk` has returned.
+    let (talking, over) = UnixStream::pair().context("create a socket pair")?;
+    thread::scope(|scope| {
+        let limit = thread::Builder::new()
+            .name("answer-limit".into())
+            .spawn_scoped(scope, move || {
+                let ends = [Interest::read(&over), Interest::read(stop)];
+                let in_time = matches!(sys::poll(ends, Some(ANSWER_LIMIT)), Ok([true, _]));
+                if !in_time {
+                    for connection in &watched {
+                        // Fails only if the back-end has closed it already.
+                        let _ = connection.shutdown(Shutdown::Both);
+                    }
+                }
+                in_time
+            })
+            .context("start the thread that limits virtiofsd's time")?;
+        let said = talk(connections)?;
+        drop(talking);
+        // `talk` may have succeeded just before the connections were shut down.
+        ensure!(limit.join().unwrap_or(false), "virtiofsd took too long, or mote was told to stop");
+        Ok(said)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn share() -> Share {
+        Share { tag: "t".into(), host_path: "/".into(), read_only: true }
+    }
+
+    #[test]
+    fn a_daemon_that_dies_at_start_is_quoted() {
+        let dir = std::env::temp_dir().join(format!("mote-test-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("directory");
+        let script = dir.join("virtiofsd");
+        fs::write(&script, "#!/bin/sh\necho first >&2\necho 'cannot serve' >&2\nexit 3\n")
+            .expect("script");
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("mode");
+        let (mut daemon, mut connection) =
+            Virtiofsd::spawn(Some(&script), &share(), Isolation::Off, 1 << 30).expect("starts");
+        // Its end closes the listening socket, and with it the waiting connection.
+        assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
+        sys::poll([Interest::read(&daemon.ended)], None).expect("ended");
+        assert_eq!(
+            daemon.describe_end(),
+            "virtiofsd for share 't' (/) ended (exit status: 3): cannot serve"
+        );
+        fs::remove_file(&script).expect("removed");
+        fs::remove_dir(&dir).expect("nothing else is left in the directory");
+    }
+}
