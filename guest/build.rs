@@ -1,28 +1,69 @@
-//! Build script: compiles the agent's BPF programs with clang, which `make tools` installs.
+//! Build script: compiles the agent's BPF programs with clang, which `make tools` installs, and writes what the kernel
+//! is given of them as Rust (`ObjectDefinition` in src/sys/bpf.rs): nothing is parsed or patched at a start.
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, io};
+use std::{env, fs, io};
+
+use object::read::elf::ElfFile64;
+use object::{Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget, SectionKind};
 
 const SOURCE: &str = "bpf/tsi.bpf.c";
 
+// Of include/uapi/linux/bpf.h.
+const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
+const BPF_PROG_TYPE_CGROUP_SOCK: u32 = 9;
+const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
+const BPF_LD_IMM64: u8 = 0x18;
+const BPF_PSEUDO_MAP_IDX: u8 = 5;
+/// Of Documentation/bpf/llvm_reloc.rst: an instruction that loads an address.
+const R_BPF_64_64: u32 = 1;
+
+/// Section, type and attachment (`BPF_CGROUP_…`) of programs.
+const PROGRAMS: [(&str, u32, u32); 12] = [
+    ("cgroup_skb/egress", BPF_PROG_TYPE_CGROUP_SKB, 1),
+    ("cgroup/bind4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 8),
+    ("cgroup/bind6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 9),
+    ("cgroup/connect4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 10),
+    ("cgroup/connect6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 11),
+    ("cgroup/sendmsg4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 14),
+    ("cgroup/sendmsg6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 15),
+    ("cgroup/recvmsg4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 19),
+    ("cgroup/recvmsg6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 20),
+    ("cgroup/getpeername4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 29),
+    ("cgroup/getpeername6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 30),
+    ("cgroup/sock_release", BPF_PROG_TYPE_CGROUP_SOCK, 34),
+];
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={SOURCE}");
-    compile("tsi.bpf.o", &[])?;
-    compile("tsi-all.bpf.o", &["-DWITH_RESOLVERS", "-DWITH_CLIENTS"])?;
-    compile("tsi-clients.bpf.o", &["-DWITH_CLIENTS", "-DHAS_OWN_NETWORK=true"])
+    println!("cargo::rerun-if-changed=build.rs");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let mut rust = String::new();
+    for (name, options) in [
+        ("TSI", &[][..]),
+        ("TSI_ALL", &["-DWITH_RESOLVERS", "-DWITH_CLIENTS"]),
+        ("TSI_CLIENTS", &["-DWITH_CLIENTS", "-DHAS_OWN_NETWORK=true"]),
+    ] {
+        let object = out.join(format!("{name}.o"));
+        compile(&object, options)?;
+        write_definition(&mut rust, name, &fs::read(object)?)
+            .map_err(|error| format!("{SOURCE} as {name}: {error}"))?;
+    }
+    fs::write(out.join("tsi.rs"), rust)?;
+    Ok(())
 }
 
-fn compile(name: &str, options: &[&str]) -> Result<(), Box<dyn Error>> {
-    let object = PathBuf::from(env::var("OUT_DIR")?).join(name);
+fn compile(object: &Path, options: &[&str]) -> Result<(), Box<dyn Error>> {
     // Debian's headers of the kernel's own types are below the architecture's directory. No debug
-    // information: it would only make the agent larger, and the kernel has no BTF to match.
+    // information: the kernel has no BTF to match.
     let status = Command::new("clang")
         .args(["-target", "bpf", "-mcpu=v3", "-O2", "-Wall", "-Wextra", "-Werror"])
         .args(options)
         .args(["-I", "/usr/include/x86_64-linux-gnu", "-c", SOURCE, "-o"])
-        .arg(&object)
+        .arg(object)
         .status()
         .map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => "clang is missing; run 'make tools'".into(),
@@ -34,5 +75,88 @@ fn compile(name: &str, options: &[&str]) -> Result<(), Box<dyn Error>> {
         )
         .into());
     }
+    Ok(())
+}
+
+/// Writes a static of the object's maps and programs.
+fn write_definition(rust: &mut String, name: &str, elf: &[u8]) -> Result<(), Box<dyn Error>> {
+    let elf = ElfFile64::<object::Endianness>::parse(elf)?;
+    let section = |name| elf.section_by_name(name).ok_or(format!("there is no section {name}"));
+    let license = str::from_utf8(section("license")?.data()?)?.trim_end_matches('\0').to_owned();
+
+    writeln!(rust, "static {name}: ObjectDefinition = ObjectDefinition {{ license: c{license:?},")?;
+    // `struct map_def`, each at the address of its symbol.
+    let definitions = section("maps")?;
+    let mut maps: Vec<_> = elf
+        .symbols()
+        .filter(|symbol| symbol.section_index() == Some(definitions.index()) && symbol.size() != 0)
+        .collect();
+    maps.sort_by_key(ObjectSymbol::address);
+    writeln!(rust, "maps: &[")?;
+    for map in &maps {
+        let bytes = definitions.data_range(map.address(), map.size())?.unwrap_or_default();
+        let words: Vec<u32> =
+            bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let &[kind, key_len, value_len, max_entries, flags] = &words[..] else {
+            return Err(format!("the map {:?} is no struct map_def", map.name()).into());
+        };
+        let name = map.name()?;
+        writeln!(
+            rust,
+            "MapDefinition {{ name: {name:?}, kind: {kind}, key_len: {key_len}, value_len: {value_len}, \
+             max_entries: {max_entries}, flags: {flags} }},"
+        )?;
+    }
+    writeln!(rust, "], programs: &[")?;
+    for section in elf.sections().filter(|section| section.kind() == SectionKind::Text) {
+        if section.size() == 0 {
+            continue;
+        }
+        let section_name = section.name()?;
+        let (_, kind, attach_type) = PROGRAMS
+            .into_iter()
+            .find(|(name, ..)| *name == section_name)
+            .ok_or(format!("a program's section has the unknown name {section_name}"))?;
+        let program = elf
+            .symbols()
+            .find(|symbol| symbol.is_global() && symbol.section_index() == Some(section.index()))
+            .ok_or(format!("there is no program in the section {section_name}"))?;
+        if (program.address(), program.size()) != (0, section.size()) {
+            return Err(format!("the section {section_name} has more than one program").into());
+        }
+        let mut code = section.data()?.to_vec();
+        let mut used = Vec::new();
+        for (offset, relocation) in section.relocations() {
+            let RelocationTarget::Symbol(symbol) = relocation.target() else {
+                return Err(format!("{section_name}: a relocation without a symbol").into());
+            };
+            let index = maps
+                .iter()
+                .position(|map| map.index() == symbol)
+                .filter(|_| relocation.flags() == RelocationFlags::Elf { r_type: R_BPF_64_64 })
+                .ok_or(format!("{section_name}: a reference to something else than a map"))?;
+            // struct bpf_insn: the code; the two registers; a 16-bit offset; a 32-bit immediate.
+            let instruction = usize::try_from(offset)?;
+            let instruction = &mut code[instruction..instruction + 8];
+            if instruction[0] != BPF_LD_IMM64 || instruction[4..] != [0; 4] {
+                return Err(format!("{section_name}: a map is referred to within").into());
+            }
+            instruction[1] |= BPF_PSEUDO_MAP_IDX << 4;
+            instruction[4..].copy_from_slice(&u32::try_from(index)?.to_le_bytes());
+            used.push(index);
+        }
+        used.sort_unstable();
+        used.dedup();
+        write!(
+            rust,
+            "ProgramDefinition {{ name: {:?}, kind: {kind}, attach_type: {attach_type}, maps: &{used:?}, instructions: &[",
+            program.name()?
+        )?;
+        for instruction in code.as_chunks().0 {
+            write!(rust, "{:#x},", u64::from_le_bytes(*instruction))?;
+        }
+        writeln!(rust, "] }},")?;
+    }
+    writeln!(rust, "] }};")?;
     Ok(())
 }

@@ -9,7 +9,7 @@
 //! Each module uses only those above it, and the library ([`mote_agent`]):
 //!
 //! - [`sys`]: the system calls
-//! - [`sys::net`], [`sys::files`]: those of networking, and some about files
+//! - [`sys::net`], [`sys::files`], [`sys::bpf`]: those of networking, some about files, and BPF's
 //! - [`etc`], [`copy`]: files in the place of the image's; what the image has, copied into volumes
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts

@@ -1,5 +1,5 @@
-//! Thin, safe wrappers over the system calls the agent needs, those of networking in [`net`] and some about
-//! files in [`files`]; with [`crate::spawn`] the agent's only unsafe code.
+//! Thin, safe wrappers over the system calls the agent needs, those of networking in [`net`], some about
+//! files in [`files`] and `bpf(2)` in [`bpf`]; with [`crate::spawn`] the agent's only unsafe code.
 //!
 //! Each wrapper does one call (or one inseparable group).
 //!
@@ -8,6 +8,7 @@
 
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
+pub mod bpf;
 pub mod files;
 pub mod net;
 

@@ -1,15 +1,19 @@
 //! The BPF programs (`guest/bpf/tsi.bpf.c`, which explains them): loading, attaching, and the maps
 //! and events that the agent shares with them.
 
+use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use aya::maps::lpm_trie::{Key as TrieKey, LpmTrie};
-use aya::maps::{HashMap, MapData, RingBuf};
-use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr};
-use aya::{Ebpf, EbpfLoader};
 use mote_agent::flow::{Protocol, Published, mapped};
 use mote_agent::instance::{MAX_EXCEPTIONS, Prefix};
+
+use crate::sys::bpf::{
+    self, Created, Map, MapDefinition, ObjectDefinition, ProgramDefinition, RingBuffer, Write,
+};
+
+// `TSI`, `TSI_ALL` and `TSI_CLIENTS`, which the build script makes of the source.
+include!(concat!(env!("OUT_DIR"), "/tsi.rs"));
 
 /// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
 pub const AGENT_PORT: u16 = 1;
@@ -36,7 +40,8 @@ const KIND_DATAGRAM: u32 = 1 << ID_BITS;
 const KIND_PUBLISHED: u32 = 2 << ID_BITS;
 
 /// `struct flow`, as bytes.
-type RawFlow = [u8; 32];
+type RawFlow = [u8; RAW_FLOW_LEN];
+const RAW_FLOW_LEN: usize = 32;
 const FLOW_IP: usize = 8;
 const FLOW_PORT: usize = 24;
 const FLOW_PROTOCOL: usize = 26;
@@ -48,11 +53,18 @@ const STATE_NEW: u8 = 0;
 const STATE_OPEN: u8 = 2;
 
 /// `struct client_key`, as bytes: address, port, the server's port.
-type RawClientKey = [u8; 20];
+type RawClientKey = [u8; CLIENT_KEY_LEN];
+const CLIENT_KEY_LEN: usize = 20;
 
 /// `struct outlook`, as bytes.
-type RawOutlook = [u8; 2 + 2 * MAX_EXCEPTIONS];
+type RawOutlook = [u8; OUTLOOK_LEN];
+const OUTLOOK_LEN: usize = 2 + 2 * MAX_EXCEPTIONS;
+/// `struct prefix`, as bytes.
+type RawPrefix = [u8; PREFIX_LEN];
+const PREFIX_LEN: usize = 20;
 
+/// The map that events come by, which is there even if no program of the box reports any.
+const EVENTS: &str = "events";
 /// `struct syn_event`, as bytes.
 const SYN_LEN: usize = 176;
 const SYN_FLOW: usize = 8;
@@ -106,6 +118,11 @@ impl Id {
     fn address(self, is_ip4: bool) -> SocketAddr {
         let ip = if is_ip4 { IpAddr::V4(self.ip4()) } else { self.ip6().into() };
         SocketAddr::new(ip, CLIENT_PORT)
+    }
+
+    /// As a map's key or value.
+    fn key(self) -> [u8; 4] {
+        self.0.to_ne_bytes()
     }
 
     fn is_datagram(self) -> bool {
@@ -175,7 +192,7 @@ impl Event {
         let (kind, id) = (word(0)?, word(4)?);
         match (kind, raw.len()) {
             (EVENT_SYN, SYN_LEN) => {
-                let flow: &RawFlow = raw[SYN_FLOW..SYN_FLOW + 32].try_into().ok()?;
+                let flow: &RawFlow = raw[SYN_FLOW..SYN_FLOW + RAW_FLOW_LEN].try_into().ok()?;
                 let len = (word(SYN_PACKET_LEN)? as usize).min(PACKET_MAX);
                 let packet = raw[SYN_PACKET..SYN_PACKET + len].to_vec();
                 Some(Event::Syn { id: Id(id), original: Original::from_raw(flow)?, packet })
@@ -194,11 +211,6 @@ impl Event {
     }
 }
 
-/// Makes only an entry that does not exist (`BPF_NOEXIST`).
-const NEW: u64 = 1;
-/// Changes only an entry that exists (`BPF_EXIST`): the socket may be gone meanwhile.
-const EXISTING: u64 = 2;
-
 /// What of TSI a box needs, beside the true addresses of clients of published ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
@@ -210,15 +222,11 @@ pub struct Extent {
 
 impl Extent {
     /// Which object has what is needed: to verify what is not costs a start.
-    fn object(self, has_resolvers: bool) -> &'static [u8] {
-        const PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi.bpf.o"));
-        const ALL: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi-all.bpf.o"));
-        const CLIENTS: &[u8] =
-            aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tsi-clients.bpf.o"));
+    fn object(self, has_resolvers: bool) -> &'static ObjectDefinition {
         match self {
-            Extent { outgoing: true, answers } if answers || has_resolvers => ALL,
-            Extent { outgoing: false, answers: true } => CLIENTS,
-            _ => PLAIN,
+            Extent { outgoing: true, answers } if answers || has_resolvers => &TSI_ALL,
+            Extent { outgoing: false, answers: true } => &TSI_CLIENTS,
+            _ => &TSI,
         }
     }
 
@@ -232,14 +240,14 @@ impl Extent {
 
 /// The programs, attached while this lives, and the flows that they know.
 pub struct Programs {
-    _attached: Ebpf,
-    connected: HashMap<MapData, u32, RawFlow>,
-    datagrams: HashMap<MapData, u32, RawFlow>,
+    _links: Vec<OwnedFd>,
+    connected: Map<4, RAW_FLOW_LEN>,
+    datagrams: Map<4, RAW_FLOW_LEN>,
     /// Who is answered by datagrams, if anybody is.
-    clients: Option<HashMap<MapData, RawClientKey, u32>>,
+    clients: Option<Map<CLIENT_KEY_LEN, 4>>,
     /// The box's addresses.
     own: Vec<IpAddr>,
-    events: RingBuf<MapData>,
+    events: RingBuffer,
 }
 
 impl Programs {
@@ -256,54 +264,50 @@ impl Programs {
         prefixes: &[Prefix],
         own: Vec<IpAddr>,
     ) -> Result<Self, String> {
-        let mut ebpf = EbpfLoader::new()
-            .btf(None)
-            .load(extent.object(!resolvers.is_empty()))
-            .map_err(|e| format!("load the BPF programs: {}", chain(&e)))?;
-        let mut take =
-            |name: &str| ebpf.take_map(name).ok_or_else(|| format!("there is no map {name}"));
-        let failed = |e: aya::maps::MapError| format!("open a map: {}", chain(&e));
-        let connected = HashMap::try_from(take("flows")?).map_err(failed)?;
-        let datagrams = HashMap::try_from(take("datagram_flows")?).map_err(failed)?;
-        let clients = extent.answers.then(|| take("clients")).transpose()?;
-        let clients = clients.map(HashMap::try_from).transpose().map_err(failed)?;
-        let events = RingBuf::try_from(take("events")?).map_err(failed)?;
-        // Open until the programs that refer to them are loaded.
-        let _known = match resolvers {
-            _ if !extent.outgoing => None,
-            [] => None,
-            _ => {
-                let known = take("resolvers")?;
-                let mut known = HashMap::<_, [u8; 16], u8>::try_from(known).map_err(failed)?;
-                for ip in resolvers.iter().take(MAX_RESOLVERS) {
-                    known.insert(ip.octets(), 1, 0).map_err(failed)?;
-                }
-                Some(known)
-            }
-        };
-        let outlooks = take("outlooks")?;
-        let mut outlooks =
-            LpmTrie::<_, [u8; 16], RawOutlook>::try_from(outlooks).map_err(failed)?;
-        for prefix in prefixes {
-            let key = TrieKey::new(prefix.len.into(), prefix.ip.octets());
-            outlooks.insert(&key, outlook(prefix), 0).map_err(failed)?;
-        }
-        for (name, program) in ebpf.programs_mut() {
-            if extent.includes(name) {
-                attach(program, cgroup).map_err(|e| format!("attach {name}: {}", chain(&e)))?;
+        let object = extent.object(!resolvers.is_empty());
+        let programs = object.programs.iter().filter(|program| extent.includes(program.name));
+        let mut maps = Maps::create(object, programs.clone())?;
+        let fill = |e: io::Error| format!("fill a map of the BPF programs: {e}");
+        // Both are open until the programs that refer to them are loaded.
+        let outlooks = maps.take::<PREFIX_LEN, OUTLOOK_LEN>("outlooks")?;
+        if let Some(outlooks) = &outlooks {
+            for prefix in prefixes {
+                outlooks.set(&trie_key(prefix), &outlook(prefix), Write::Any).map_err(fill)?;
             }
         }
-        Ok(Programs { _attached: ebpf, connected, datagrams, clients, own, events })
+        let known = maps.take::<16, 1>("resolvers")?;
+        if let Some(known) = &known {
+            for ip in resolvers.iter().take(MAX_RESOLVERS) {
+                known.set(&ip.octets(), &[1], Write::Any).map_err(fill)?;
+            }
+        }
+        let links = programs
+            .map(|program| {
+                let loaded = bpf::load_program(program, object.license, &maps.descriptors)
+                    .map_err(|e| format!("load the BPF program {}: {e}", program.name))?;
+                bpf::attach_to_cgroup(loaded.as_fd(), cgroup, program.attach_type)
+                    .map_err(|e| format!("attach the BPF program {}: {e}", program.name))
+            })
+            .collect::<Result<_, String>>()?;
+        let missing = |name: &'static str| move || format!("the BPF programs have no map {name}");
+        Ok(Programs {
+            _links: links,
+            connected: maps.take("flows")?.ok_or_else(missing("flows"))?,
+            datagrams: maps.take("datagram_flows")?.ok_or_else(missing("datagram_flows"))?,
+            clients: maps.take("clients")?,
+            own,
+            events: maps.take_events()?,
+        })
     }
 
     /// Where a flow wanted to go; `None` for one that is forgotten, as TCP's are with their sockets.
     pub fn original(&self, id: Id) -> Option<Original> {
         let raw = if id.is_datagram() {
-            self.datagrams.get(&id.0, 0)
+            self.datagrams.get(&id.key())
         } else {
-            self.connected.get(&id.0, 0)
+            self.connected.get(&id.key())
         };
-        Original::from_raw(&raw.ok()?)
+        Original::from_raw(&raw?)
     }
 
     /// Lets a flow's SYNs pass from now on.
@@ -319,18 +323,18 @@ impl Programs {
     /// Has the next datagram of a socket that is not connected fail with this errno, once. A connected one is
     /// told by ICMP.
     pub fn refuse(&mut self, id: Id, errno: u16) {
-        if let Ok(mut raw) = self.datagrams.get(&id.0, 0) {
+        if let Some(mut raw) = self.datagrams.get(&id.key()) {
             raw[FLOW_ERROR..FLOW_SERVER_PORT].copy_from_slice(&errno.to_ne_bytes());
             // Without it the datagram vanishes.
-            let _ = self.datagrams.insert(id.0, raw, EXISTING);
+            let _ = self.datagrams.set(&id.key(), &raw, Write::Existing);
         }
     }
 
     fn set_state(&mut self, id: Id, state: u8) {
-        if let Ok(mut raw) = self.connected.get(&id.0, 0) {
+        if let Some(mut raw) = self.connected.get(&id.key()) {
             raw[FLOW_STATE] = state;
             // A failure is the same as a lost packet: it is asked for again.
-            let _ = self.connected.insert(id.0, raw, EXISTING);
+            let _ = self.connected.set(&id.key(), &raw, Write::Existing);
         }
     }
 
@@ -344,9 +348,9 @@ impl Programs {
         if protocol == Protocol::Udp {
             raw[FLOW_SERVER_PORT..].copy_from_slice(&guest_port.to_be_bytes());
         }
-        match self.connected.insert(id.0, raw, NEW) {
+        match self.connected.set(&id.key(), &raw, Write::New) {
             Ok(()) => self.answer_client(id, published),
-            Err(_) if self.connected.get(&id.0, 0).is_ok() => return false,
+            Err(_) if self.connected.get(&id.key()).is_some() => return false,
             // Without it the server sees an address of the agent's.
             Err(_) => {}
         }
@@ -357,11 +361,11 @@ impl Programs {
     pub fn answer_client(&mut self, id: Id, Published { protocol, guest_port, client }: Published) {
         let is_answered = protocol == Protocol::Udp && self.is_elsewhere(client.ip());
         let key = client_key(client, guest_port);
-        if let Some(clients) = self.clients.as_mut().filter(|_| is_answered)
-            && !clients.get(&key, 0).is_ok_and(|known| known == id.0)
+        if let Some(clients) = self.clients.as_ref().filter(|_| is_answered)
+            && clients.get(&key) != Some(id.key())
         {
             // Without it the server's answers go to the client as from somebody else.
-            let _ = clients.insert(key, id.0, 0);
+            let _ = clients.set(&key, &id.key(), Write::Any);
         }
     }
 
@@ -373,10 +377,10 @@ impl Programs {
     /// Forgets a client of a published port.
     pub fn forget_client(&mut self, id: Id, Published { guest_port, client, .. }: Published) {
         self.forget(id);
-        if let Some(clients) = &mut self.clients {
+        if let Some(clients) = &self.clients {
             let key = client_key(client, guest_port);
             // It may have come back as another flow.
-            if clients.get(&key, 0).is_ok_and(|known| known == id.0) {
+            if clients.get(&key) == Some(id.key()) {
                 let _ = clients.remove(&key);
             }
         }
@@ -384,17 +388,12 @@ impl Programs {
 
     /// Forgets a flow: that of a client, or one of datagrams whose socket is gone.
     pub fn forget(&mut self, id: Id) {
-        let _ = self.connected.remove(&id.0);
+        let _ = self.connected.remove(&id.key());
     }
 
     /// The next event.
     pub fn next_event(&mut self) -> Option<Event> {
-        loop {
-            let item = self.events.next()?;
-            if let Some(event) = Event::from_raw(&item) {
-                return Some(event);
-            }
-        }
+        self.events.next(Event::from_raw)
     }
 
     /// Readable when there are events.
@@ -411,6 +410,13 @@ fn client_key(client: SocketAddr, server_port: u16) -> RawClientKey {
     key
 }
 
+fn trie_key(prefix: &Prefix) -> RawPrefix {
+    let mut key = [0; PREFIX_LEN];
+    key[..4].copy_from_slice(&u32::from(prefix.len).to_ne_bytes());
+    key[4..].copy_from_slice(&prefix.ip.octets());
+    key
+}
+
 fn outlook(prefix: &Prefix) -> RawOutlook {
     let mut raw = [0; size_of::<RawOutlook>()];
     raw[..2].copy_from_slice(&u16::from(prefix.refused).to_ne_bytes());
@@ -420,43 +426,59 @@ fn outlook(prefix: &Prefix) -> RawOutlook {
     raw
 }
 
-fn attach(
-    program: &mut aya::programs::Program,
-    cgroup: BorrowedFd<'_>,
-) -> Result<(), aya::programs::ProgramError> {
-    use aya::programs::Program as Any;
-    // Links take no mode, and are always beside whatever else is attached (bpf_link_create).
-    let mode = CgroupAttachMode::Single;
-    match program {
-        Any::CgroupSockAddr(program) => {
-            let program: &mut CgroupSockAddr = program;
-            program.load()?;
-            program.attach(cgroup, mode).map(drop)
-        }
-        Any::CgroupSkb(program) => {
-            let program: &mut CgroupSkb = program;
-            program.load()?;
-            let egress = aya::programs::CgroupSkbAttachType::Egress;
-            program.attach(cgroup, egress, mode).map(drop)
-        }
-        Any::CgroupSock(program) => {
-            let program: &mut CgroupSock = program;
-            program.load()?;
-            program.attach(cgroup, mode).map(drop)
-        }
-        _ => Err(aya::programs::ProgramError::UnexpectedProgramType),
-    }
+/// The maps that a box's programs refer to.
+struct Maps {
+    /// By index in the object; one that nobody refers to is not there, nor is one that was taken.
+    created: Vec<Option<Created>>,
+    definitions: &'static [MapDefinition],
+    /// Of all, by the same index; -1 for one that nobody refers to.
+    descriptors: Vec<RawFd>,
 }
 
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
+impl Maps {
+    fn create<'a>(
+        object: &ObjectDefinition,
+        programs: impl Iterator<Item = &'a ProgramDefinition> + Clone,
+    ) -> Result<Self, String> {
+        let created = object
+            .maps
+            .iter()
+            .enumerate()
+            .map(|(index, definition)| {
+                let is_used = definition.name == EVENTS
+                    || programs.clone().any(|program| program.maps.contains(&index));
+                is_used.then(|| bpf::create_map(definition)).transpose().map_err(|e| {
+                    format!("create the map {} of the BPF programs: {e}", definition.name)
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let descriptor = |map: &Option<Created>| map.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let descriptors = created.iter().map(descriptor).collect();
+        Ok(Maps { created, definitions: object.maps, descriptors })
     }
-    text
+
+    fn take_created(&mut self, name: &str) -> Option<Created> {
+        let index = self.definitions.iter().position(|definition| definition.name == name)?;
+        self.created[index].take()
+    }
+
+    /// Takes a map, for as long as it shall be open; `None` if nobody refers to it.
+    fn take<const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+    ) -> Result<Option<Map<K, V>>, String> {
+        self.take_created(name)
+            .map(Map::new)
+            .transpose()
+            .map_err(|e| format!("open the map {name} of the BPF programs: {e}"))
+    }
+
+    fn take_events(&mut self) -> Result<RingBuffer, String> {
+        self.take_created(EVENTS)
+            .map(RingBuffer::new)
+            .unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+            .map_err(|e| format!("map the ring buffer of the BPF programs: {e}"))
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,428 @@
+//! `bpf(2)`: maps, programs, their attachment to a cgroup, and the ring buffer that programs report by. What is
+//! loaded, [`crate::tsi`] has from the build script.
+//!
+//! Nothing is asked of the kernel but what is needed: it is mote's own (resources/kernel.config), so there is nothing
+//! to find out about it, and each question would cost a start.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use super::{check, owned};
+
+/// Of include/uapi/linux/bpf.h, as all numbers and structures here.
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_MAP_TYPE_RINGBUF: u32 = 27;
+const BPF_RINGBUF_BUSY_BIT: u32 = 1 << 31;
+const BPF_RINGBUF_DISCARD_BIT: u32 = 1 << 30;
+const BPF_RINGBUF_HDR_SZ: usize = 8;
+
+/// Of x86-64.
+const PAGE_LEN: usize = 4096;
+
+/// How much of the verifier's log an error repeats: its end, where the reason is.
+const LOG_TOLD_LEN: usize = 512;
+const LOG_LEN: usize = 1 << 20;
+
+/// When an entry may be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Write {
+    /// Always (`BPF_ANY`).
+    Any = 0,
+    /// If there is none of that key (`BPF_NOEXIST`).
+    New = 1,
+    /// If there is one already (`BPF_EXIST`).
+    Existing = 2,
+}
+
+/// A map, as programs declare it.
+#[derive(Debug)]
+pub struct MapDefinition {
+    /// As in the source.
+    pub name: &'static str,
+    /// `BPF_MAP_TYPE_…`.
+    pub kind: u32,
+    /// Bytes of a key.
+    pub key_len: u32,
+    /// Bytes of a value.
+    pub value_len: u32,
+    /// Most entries; of a ring buffer, its bytes.
+    pub max_entries: u32,
+    /// `BPF_F_…`.
+    pub flags: u32,
+}
+
+/// A program, as it is given to the kernel.
+#[derive(Debug)]
+pub struct ProgramDefinition {
+    /// As in the source.
+    pub name: &'static str,
+    /// `BPF_PROG_TYPE_…`.
+    pub kind: u32,
+    /// `BPF_CGROUP_…`: where it is attached.
+    pub attach_type: u32,
+    /// `struct bpf_insn`. One that loads a map has the map's index among its object's (`BPF_PSEUDO_MAP_IDX`).
+    pub instructions: &'static [u64],
+    /// Which maps it refers to, by those indices.
+    pub maps: &'static [usize],
+}
+
+/// What one source is compiled to.
+#[derive(Debug)]
+pub struct ObjectDefinition {
+    /// Its maps.
+    pub maps: &'static [MapDefinition],
+    /// Its programs.
+    pub programs: &'static [ProgramDefinition],
+    /// Of the programs: which helpers they may call.
+    pub license: &'static CStr,
+}
+
+/// Makes a `bpf(2)` call.
+///
+/// # Safety
+/// `attributes` is laid out as the command's part of `union bpf_attr`; what is not in it is zero for the kernel. The
+/// addresses in it are valid for what the command does with them.
+unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int> {
+    let attributes = ptr::from_ref(attributes);
+    // SAFETY: the kernel reads as many bytes as `attributes` has; the rest is the caller's promise.
+    check(
+        unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) } as libc::c_int
+    )
+}
+
+fn address<T>(pointer: *const T) -> u64 {
+    pointer.expose_provenance() as u64
+}
+
+/// A name as the kernel keeps it, for whoever lists what is loaded: cut, and ended by a NUL.
+fn object_name(name: &str) -> [u8; 16] {
+    let mut kept = [0; 16];
+    for (to, from) in kept[..15].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    kept
+}
+
+/// A map, whatever is in it.
+#[derive(Debug)]
+pub struct Created {
+    fd: OwnedFd,
+    definition: &'static MapDefinition,
+}
+
+impl AsRawFd for Created {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// Creates a map.
+pub fn create_map(definition: &'static MapDefinition) -> io::Result<Created> {
+    #[repr(C)]
+    struct Attributes {
+        kind: u32,
+        key_len: u32,
+        value_len: u32,
+        max_entries: u32,
+        flags: u32,
+        inner_map_fd: u32,
+        numa_node: u32,
+        name: [u8; 16],
+    }
+    let attributes = Attributes {
+        kind: definition.kind,
+        key_len: definition.key_len,
+        value_len: definition.value_len,
+        max_entries: definition.max_entries,
+        flags: definition.flags,
+        inner_map_fd: 0,
+        numa_node: 0,
+        name: object_name(definition.name),
+    };
+    // SAFETY: the layout is the command's; there are no addresses.
+    let fd = owned(unsafe { bpf(BPF_MAP_CREATE, &attributes) }?);
+    Ok(Created { fd, definition })
+}
+
+/// A map whose entries the agent reads and writes, with keys of `K` bytes and values of `V`.
+#[derive(Debug)]
+pub struct Map<const K: usize, const V: usize> {
+    fd: OwnedFd,
+}
+
+#[repr(C)]
+struct ElementAttributes {
+    map_fd: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl<const K: usize, const V: usize> Map<K, V> {
+    /// A map with these sizes; others are refused as invalid input.
+    pub fn new(Created { fd, definition }: Created) -> io::Result<Self> {
+        // The kernel reads and writes as many bytes as it was told when it created it.
+        if (definition.key_len as usize, definition.value_len as usize) != (K, V) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(Map { fd })
+    }
+
+    fn attributes(&self, key: &[u8; K], value: *const [u8; V], write: Write) -> ElementAttributes {
+        ElementAttributes {
+            map_fd: self.fd.as_raw_fd() as u32,
+            _pad: 0,
+            key: address(key),
+            value: address(value),
+            flags: write as u64,
+        }
+    }
+
+    /// The value of a key; `None` if there is none.
+    pub fn get(&self, key: &[u8; K]) -> Option<[u8; V]> {
+        let mut value = [0; V];
+        let attributes = self.attributes(key, &raw mut value, Write::Any);
+        // SAFETY: the kernel reads the map's `K` bytes of `key` and writes its `V` bytes to `value`, which live to the
+        // end of the call.
+        unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &attributes) }.ok()?;
+        Some(value)
+    }
+
+    /// Writes an entry.
+    pub fn set(&self, key: &[u8; K], value: &[u8; V], write: Write) -> io::Result<()> {
+        let attributes = self.attributes(key, value, write);
+        // SAFETY: the kernel reads the map's `K` bytes of `key` and its `V` bytes of `value`, which outlive the call.
+        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attributes) }?;
+        Ok(())
+    }
+
+    /// Removes an entry.
+    pub fn remove(&self, key: &[u8; K]) -> io::Result<()> {
+        let attributes = self.attributes(key, ptr::null(), Write::Any);
+        // SAFETY: the kernel reads the map's `K` bytes of `key`, which outlives the call, and no value.
+        unsafe { bpf(BPF_MAP_DELETE_ELEM, &attributes) }?;
+        Ok(())
+    }
+}
+
+/// `struct bpf_attr`'s part for `BPF_PROG_LOAD`, up to what is needed.
+#[repr(C)]
+struct LoadAttributes {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_len: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+    btf_fd: u32,
+    function_info_record_len: u32,
+    function_info: u64,
+    function_info_count: u32,
+    line_info_record_len: u32,
+    line_info: u64,
+    line_info_count: u32,
+    attach_btf_id: u32,
+    attach_program_fd: u32,
+    relocation_count: u32,
+    map_fds: u64,
+}
+
+/// Loads a program. `maps` are the descriptors of its object's maps, in order; those that it does not refer to may be
+/// anything.
+///
+/// # Errors
+/// The call's, and what the verifier says.
+pub fn load_program(
+    definition: &ProgramDefinition,
+    license: &CStr,
+    maps: &[RawFd],
+) -> Result<OwnedFd, String> {
+    // The kernel trusts the indices: it has no count of the descriptors.
+    if definition.maps.iter().any(|index| *index >= maps.len()) {
+        return Err("it refers to a map that its object does not have".into());
+    }
+    let mut attributes = LoadAttributes {
+        kind: definition.kind,
+        instruction_count: definition.instructions.len() as u32,
+        instructions: address(definition.instructions.as_ptr()),
+        license: address(license.as_ptr()),
+        log_level: 0,
+        log_len: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: object_name(definition.name),
+        interface: 0,
+        attach_type: definition.attach_type,
+        btf_fd: 0,
+        function_info_record_len: 0,
+        function_info: 0,
+        function_info_count: 0,
+        line_info_record_len: 0,
+        line_info: 0,
+        line_info_count: 0,
+        attach_btf_id: 0,
+        attach_program_fd: 0,
+        relocation_count: 0,
+        map_fds: address(maps.as_ptr()),
+    };
+    // SAFETY: the layout is the command's. The kernel reads `instruction_count` instructions, the licence up to its
+    // NUL, and the descriptors that the instructions name, which are among `maps`; all outlive the call.
+    let error = match unsafe { bpf(BPF_PROG_LOAD, &attributes) } {
+        Ok(fd) => return Ok(owned(fd)),
+        Err(error) => error,
+    };
+    // Once more, for the reason: to write the log costs more than to verify.
+    let mut log = vec![0_u8; LOG_LEN];
+    attributes.log_level = 1;
+    attributes.log_len = LOG_LEN as u32;
+    attributes.log = log.as_mut_ptr().expose_provenance() as u64;
+    // SAFETY: as above; and the kernel writes at most `log_len` bytes to `log`, which has as many.
+    let again = unsafe { bpf(BPF_PROG_LOAD, &attributes) };
+    if let Ok(fd) = again {
+        return Ok(owned(fd));
+    }
+    let len = log.iter().position(|byte| *byte == 0).unwrap_or(LOG_LEN);
+    let told = String::from_utf8_lossy(&log[len.saturating_sub(LOG_TOLD_LEN)..len]);
+    Err(format!("{error}: {}", told.trim()))
+}
+
+/// Attaches a program to a cgroup, beside whatever is attached there already, while the result is open.
+pub fn attach_to_cgroup(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        program_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes {
+        program_fd: program.as_raw_fd() as u32,
+        target_fd: cgroup.as_raw_fd() as u32,
+        attach_type,
+        flags: 0,
+    };
+    // SAFETY: the layout is the command's; there are no addresses.
+    Ok(owned(unsafe { bpf(BPF_LINK_CREATE, &attributes) }?))
+}
+
+/// The reading side of a ring buffer (Documentation/bpf/ringbuf.rst).
+///
+/// Its first page is the reader's, with the position up to which it has read. The next has the position up to which
+/// programs have reserved records, and then the records follow, mapped twice, so that none is cut by the end.
+#[derive(Debug)]
+pub struct RingBuffer {
+    fd: OwnedFd,
+    consumer: Mapping,
+    producer: Mapping,
+    /// Bytes of the records: a power of two and of pages, or the kernel would not have created it.
+    len: usize,
+    position: usize,
+}
+
+impl RingBuffer {
+    /// Maps a ring buffer that nobody has read from yet. Maps of other kinds are refused as invalid input.
+    pub fn new(Created { fd, definition }: Created) -> io::Result<Self> {
+        let len = definition.max_entries as usize;
+        if definition.kind != BPF_MAP_TYPE_RINGBUF {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let consumer = Mapping::new(&fd, 0, PAGE_LEN, libc::PROT_READ | libc::PROT_WRITE)?;
+        let producer = Mapping::new(&fd, PAGE_LEN, PAGE_LEN + 2 * len, libc::PROT_READ)?;
+        Ok(RingBuffer { fd, consumer, producer, len, position: 0 })
+    }
+
+    /// Reads records until something comes of one; `None` if there are no more.
+    pub fn next<T>(&mut self, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
+        loop {
+            // Whoever has read everything polls before it reads again, which says whether there is more.
+            // SAFETY: the mapping is at least a page, begins with this position, which is aligned and which the kernel
+            // writes as a whole. It is only loaded here, and not by `SeqCst`: memory may be read-only then.
+            let reserved = unsafe { &*self.producer.address.cast::<AtomicUsize>() };
+            if reserved.load(Ordering::Acquire) == self.position {
+                return None;
+            }
+            // SAFETY: records begin at multiples of 8, behind the first page and within `len` bytes of it.
+            let header = unsafe {
+                self.producer.address.byte_add(PAGE_LEN + (self.position & (self.len - 1)))
+            };
+            // SAFETY: a record begins with its length and two flags, aligned, which the kernel writes as a whole. As above.
+            let header_len = unsafe { &*header.cast::<AtomicU32>() }.load(Ordering::Acquire);
+            if header_len & BPF_RINGBUF_BUSY_BIT != 0 {
+                // The descriptor is readable meanwhile.
+                return None;
+            }
+            let len = (header_len & !BPF_RINGBUF_DISCARD_BIT) as usize;
+            let value = if header_len & BPF_RINGBUF_DISCARD_BIT == 0 && len <= self.len {
+                let data = header.cast::<u8>().cast_const();
+                // SAFETY: the record's bytes follow its header and, mapped twice, are all within the mapping. No
+                // program writes to a record that it has submitted, and its room is used again only once the position
+                // below is beyond it.
+                read(unsafe { std::slice::from_raw_parts(data.byte_add(BPF_RINGBUF_HDR_SZ), len) })
+            } else {
+                None
+            };
+            self.position += (BPF_RINGBUF_HDR_SZ + len).next_multiple_of(8);
+            // SAFETY: the mapping is a page, which begins with this position, and is aligned. Nobody else writes to it.
+            let read_up_to = unsafe { AtomicUsize::from_ptr(self.consumer.address.cast()) };
+            read_up_to.store(self.position, Ordering::Release);
+            if value.is_some() {
+                return value;
+            }
+        }
+    }
+}
+
+impl AsRawFd for RingBuffer {
+    /// Readable when there are records.
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// Memory that is shared with the kernel.
+#[derive(Debug)]
+struct Mapping {
+    address: *mut libc::c_void,
+    len: usize,
+}
+
+impl Mapping {
+    fn new(fd: &OwnedFd, offset: usize, len: usize, protection: libc::c_int) -> io::Result<Self> {
+        let (flags, offset) = (libc::MAP_SHARED, offset as libc::off_t);
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let address =
+            unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd.as_raw_fd(), offset) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping { address, len })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and nothing refers to it any more.
+        unsafe { libc::munmap(self.address, self.len) };
+    }
+}
