@@ -18,6 +18,8 @@ const BPF_PROG_TYPE_CGROUP_SOCK: u32 = 9;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_LD_IMM64: u8 = 0x18;
 const BPF_PSEUDO_MAP_IDX: u8 = 5;
+const BPF_PSEUDO_MAP_IDX_VALUE: u8 = 6;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
 /// Of Documentation/bpf/llvm_reloc.rst: an instruction that loads an address.
 const R_BPF_64_64: u32 = 1;
 
@@ -107,6 +109,16 @@ fn write_definition(rust: &mut String, name: &str, elf: &[u8]) -> Result<(), Box
              max_entries: {max_entries}, flags: {flags} }},"
         )?;
     }
+    // Variables, all in the one value of a map of their own, behind the others.
+    let variables = elf.section_by_name(".bss").filter(|section| section.size() != 0);
+    if let Some(variables) = &variables {
+        writeln!(
+            rust,
+            "MapDefinition {{ name: \"variables\", kind: {BPF_MAP_TYPE_ARRAY}, key_len: 4, value_len: {}, \
+             max_entries: 1, flags: 0 }},",
+            variables.size()
+        )?;
+    }
     writeln!(rust, "], programs: &[")?;
     for section in elf.sections().filter(|section| section.kind() == SectionKind::Text) {
         if section.size() == 0 {
@@ -130,19 +142,34 @@ fn write_definition(rust: &mut String, name: &str, elf: &[u8]) -> Result<(), Box
             let RelocationTarget::Symbol(symbol) = relocation.target() else {
                 return Err(format!("{section_name}: a relocation without a symbol").into());
             };
-            let index = maps
-                .iter()
-                .position(|map| map.index() == symbol)
-                .filter(|_| relocation.flags() == RelocationFlags::Elf { r_type: R_BPF_64_64 })
-                .ok_or(format!("{section_name}: a reference to something else than a map"))?;
-            // struct bpf_insn: the code; the two registers; a 16-bit offset; a 32-bit immediate.
-            let instruction = usize::try_from(offset)?;
-            let instruction = &mut code[instruction..instruction + 8];
-            if instruction[0] != BPF_LD_IMM64 || instruction[4..] != [0; 4] {
-                return Err(format!("{section_name}: a map is referred to within").into());
+            let symbol = elf.symbol_by_index(symbol)?;
+            let section_of_variables = variables.as_ref().map(ObjectSection::index);
+            let (index, pseudo) = match maps.iter().position(|map| map.index() == symbol.index()) {
+                Some(index) => (index, BPF_PSEUDO_MAP_IDX),
+                None if section_of_variables
+                    .is_some_and(|its| symbol.section_index() == Some(its)) =>
+                {
+                    (maps.len(), BPF_PSEUDO_MAP_IDX_VALUE)
+                }
+                None => return Err(format!("{section_name}: neither a map nor a variable").into()),
+            };
+            // Two of struct bpf_insn: the code; the two registers; a 16-bit offset; a 32-bit immediate, which is to
+            // be the map, and in the second the place in its value.
+            let first = usize::try_from(offset)?;
+            let (first, second) = code[first..first + 16].split_at_mut(8);
+            if first[0] != BPF_LD_IMM64
+                || first[4..] != [0; 4]
+                || relocation.flags() != (RelocationFlags::Elf { r_type: R_BPF_64_64 })
+            {
+                return Err(
+                    format!("{section_name}: no plain address of {:?}", symbol.name()).into()
+                );
             }
-            instruction[1] |= BPF_PSEUDO_MAP_IDX << 4;
-            instruction[4..].copy_from_slice(&u32::try_from(index)?.to_le_bytes());
+            first[1] |= pseudo << 4;
+            first[4..].copy_from_slice(&u32::try_from(index)?.to_le_bytes());
+            if pseudo == BPF_PSEUDO_MAP_IDX_VALUE {
+                second[4..].copy_from_slice(&u32::try_from(symbol.address())?.to_le_bytes());
+            }
             used.push(index);
         }
         used.sort_unstable();

@@ -14,6 +14,10 @@
  *
  * All programs are attached to the box's cgroup. The agent is not in it, and sockets of other
  * network namespaces have a loopback of their own: neither is touched.
+ *
+ * Each start has the kernel verify and compile all of this, which costs thousands of instructions for each one here:
+ * what can be looked up is in a map, what two structures have in common is one, and a condition of several parts is
+ * one comparison where that is shorter, since each branch makes the verifier walk all that follows again.
  */
 #include <linux/bpf.h>
 #include <linux/in.h>
@@ -40,9 +44,6 @@
 #define FLOW_NET4 0x7f800000
 #define FLOW_MASK4 0xffc00000
 #define FLOW_NET6_0 bpf_htonl(0xfd545349)
-/* The guest's own addresses are this, and one beside the flows' (guest/src/tsi/mod.rs). */
-#define OWN_IP4 bpf_htonl(0xc0000008)
-
 /* Ids have 22 bits; the top two say whose they are. */
 #define ID_BITS 20
 #define KIND_CONNECTED 0
@@ -54,9 +55,7 @@
 #define CONNECTED_MAX 8192
 #define DATAGRAM_MAX 4096
 #define EVENTS_LEN (256 * 1024)
-#define RESOLVERS 4
-#define PREFIXES_MAX 4096
-#define EXCEPTIONS 8
+#define PREFIXES_MAX 8192 /* the policy's at most 4,096, those of is_carried() and resolv.conf's */
 #define CLIENTS_MAX 4096
 
 /* A box with a network of its own needs only its servers' answers carried (guest/build.rs). */
@@ -84,18 +83,14 @@ struct flow {
 	__u16 server_port; /* big-endian; of clients of a published UDP port: their server's; else 0 */
 };
 
+/* Two words of an address at once, where it is aligned for that. */
+typedef __u64 __attribute__((may_alias)) half;
+
 /* Whom a server answers. */
 struct client_key {
 	struct ip ip;
 	__u16 port;        /* big-endian */
 	__u16 server_port; /* big-endian */
-};
-
-struct datagram_key {
-	__u64 cookie;
-	struct ip ip;
-	__u32 port; /* big-endian, in the low half */
-	__u32 reserved;
 };
 
 enum event_kind {
@@ -134,15 +129,33 @@ struct prefix {
 	struct ip ip;
 };
 
-/* What becomes of datagrams to a prefix. */
-struct outlook {
-	__u16 refused;            /* 0 or 1 */
-	__u16 except[EXCEPTIONS]; /* ports at which it is the other way round, big-endian; or 0 */
+/* Where a socket wants to go: as a prefix first, and then as the flow that it gets. */
+union request {
+	struct flow flow;
+	struct {
+		__u32 reserved;
+		struct prefix prefix;
+	};
+};
+
+enum kind {
+	INSIDE,   /* the box's own, or nowhere: none of ours */
+	OUTSIDE,  /* carried */
+	FLOW,     /* the addresses that name flows */
+	RESOLVER, /* a loopback address of resolv.conf */
+};
+
+/* What becomes of what is sent to a prefix. */
+struct destination {
+	__u32 kind;
+	__u32 refused;   /* 0 or 1: whether the host carries no datagrams to there */
+	__u64 except[2]; /* ports at which it is the other way round, four in each, big-endian; or 0 */
 };
 
 _Static_assert(sizeof(struct flow) == 32 && sizeof(struct syn_event) == 176 &&
 		       sizeof(struct end_event) == 16 && sizeof(struct refused_event) == 40 &&
-		       sizeof(struct outlook) == 2 + 2 * EXCEPTIONS && EXCEPTIONS == 8,
+		       sizeof(struct destination) == 24 &&
+		       offsetof(union request, prefix.ip) == offsetof(union request, flow.ip),
 	       "as in program.rs");
 
 struct map_def {
@@ -156,34 +169,26 @@ struct map_def {
 
 /* id -> flow, of connected sockets and of the agent's connections to published ports */
 MAP(flows, HASH, sizeof(__u32), sizeof(struct flow), CONNECTED_MAX, BPF_F_NO_PREALLOC);
-/* cookie -> id, of connected sockets; 0 for one that has only sent datagrams */
-MAP(sockets, HASH, sizeof(__u64), sizeof(__u32), CONNECTED_MAX, BPF_F_NO_PREALLOC);
-/* The same two for datagrams of sockets that are not connected. What is not used is forgotten. */
+/* socket -> id, of connected sockets; 0 for one that has only sent datagrams */
+MAP(sockets, SK_STORAGE, sizeof(__u32), sizeof(__u32), 0, BPF_F_NO_PREALLOC);
+/* The same two for datagrams of sockets that are not connected: id -> flow, flow as it begins -> id. What is not used is
+ * forgotten. */
 MAP(datagram_flows, LRU_HASH, sizeof(__u32), sizeof(struct flow), DATAGRAM_MAX, 0);
-MAP(datagram_ids, LRU_HASH, sizeof(struct datagram_key), sizeof(__u32), DATAGRAM_MAX, 0);
+MAP(datagram_ids, LRU_HASH, sizeof(struct flow), sizeof(__u32), DATAGRAM_MAX, 0);
 #ifdef WITH_CLIENTS
 /* client -> id, of clients of published UDP ports, by the agent */
 MAP(clients, HASH, sizeof(struct client_key), sizeof(__u32), CLIENTS_MAX, BPF_F_NO_PREALLOC);
 #endif
-/* what the host has said beforehand */
-MAP(outlooks, LPM_TRIE, sizeof(struct prefix), sizeof(struct outlook), PREFIXES_MAX, BPF_F_NO_PREALLOC);
-/* last id given out, per kind */
-MAP(last_ids, ARRAY, sizeof(__u32), sizeof(__u32), 2, 0);
-#ifdef WITH_RESOLVERS
-/* loopback addresses of resolv.conf; the values mean nothing */
-MAP(resolvers, HASH, sizeof(struct ip), sizeof(__u8), RESOLVERS, BPF_F_NO_PREALLOC);
-#endif
+/* The agent fills it (Destinations in guest/src/tsi/destinations.rs). */
+MAP(destinations, LPM_TRIE, sizeof(struct prefix), sizeof(struct destination), PREFIXES_MAX, BPF_F_NO_PREALLOC);
 /* for the agent */
 MAP(events, RINGBUF, 0, 0, EVENTS_LEN, 0);
 
+/* last number given out, of ids of connected sockets and of datagrams */
+__u32 last_connected, last_datagram;
+
 /* ---- addresses -------------------------------------------------------------------------------- */
 
-static __always_inline struct ip mapped(__u32 ip4)
-{
-	return (struct ip){ { 0, 0, bpf_htonl(0xffff), ip4 } };
-}
-
-/* Words are compared at once, here and below: each branch makes the verifier walk all that follows again. */
 static __always_inline bool is_mapped(const struct ip *ip)
 {
 	return (ip->word[0] | ip->word[1] | (ip->word[2] ^ bpf_htonl(0xffff))) == 0;
@@ -194,55 +199,28 @@ static __always_inline bool is_flow4(__u32 ip4)
 	return (ip4 & bpf_htonl(FLOW_MASK4)) == bpf_htonl(FLOW_NET4);
 }
 
-static __always_inline bool is_flow6(const struct ip *ip)
+static __always_inline __u32 id_of4(__u32 ip4)
 {
-	return ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1] | ip->word[2]) == 0;
+	return bpf_ntohl(ip4) & ~FLOW_MASK4;
 }
 
-/* The id that an address names, or -1. */
-static __always_inline __s64 id_of(const struct ip *ip)
+/* Whether it names a flow, by its last word as IPv4's do, or by the three before. */
+static __always_inline bool is_flow(const struct ip *ip)
 {
-	if (is_mapped(ip) && is_flow4(ip->word[3]))
-		return bpf_ntohl(ip->word[3]) & ~FLOW_MASK4;
-	if (is_flow6(ip))
-		return bpf_ntohl(ip->word[3]) & ~FLOW_MASK4;
-	return -1;
-}
-
-static __always_inline struct ip flow_ip(__u32 id, bool ip4)
-{
-	if (ip4)
-		return mapped(bpf_htonl(FLOW_NET4 | id));
-	return (struct ip){ { FLOW_NET6_0, 0, 0, bpf_htonl(id) } };
-}
-
-/* Destinations that leave the guest. The kernel has no route to the rest (multicast, broadcast,
- * link-local), which is the answer that applications get, or they are the guest itself. */
-static __always_inline bool is_outside(const struct ip *ip)
-{
-	if (is_mapped(ip)) {
-		__u32 top = bpf_ntohl(ip->word[3]) >> 24;
-
-		return top != 0 && top != 127 && top < 224 && ip->word[3] != OWN_IP4;
-	}
-	if ((ip->word[0] | ip->word[1] | ip->word[2]) == 0 && bpf_ntohl(ip->word[3]) <= 1)
-		return false;
-	__u32 top = bpf_ntohl(ip->word[0]);
-
-	return top >> 24 != 0xff && top >> 22 != 0xfe80 >> 6 &&
-	       ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1]) != 0;
+	return (is_mapped(ip) && is_flow4(ip->word[3])) ||
+	       ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1] | ip->word[2]) == 0;
 }
 
 #ifdef WITH_RESOLVERS
-/* Whether a loopback address is a resolver of resolv.conf that nobody in the guest plays. */
-static __always_inline bool is_hosts_resolver(struct bpf_sock_addr *ctx, const struct ip *ip)
+/* Whether somebody in the guest plays a resolver of resolv.conf. */
+static __always_inline bool is_played(struct bpf_sock_addr *ctx, const struct ip *ip)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *server;
 	__u32 len;
 
-	if (ctx->user_port != DNS_PORT || !bpf_map_lookup_elem(&resolvers, ip))
-		return false;
+	if (ctx->user_port != DNS_PORT)
+		return true;
 	if (is_mapped(ip)) {
 		tuple.ipv4.daddr = ip->word[3];
 		tuple.ipv4.saddr = bpf_htonl(0x7f000001);
@@ -260,20 +238,18 @@ static __always_inline bool is_hosts_resolver(struct bpf_sock_addr *ctx, const s
 		server = bpf_sk_lookup_udp(ctx, &tuple, len, BPF_F_CURRENT_NETNS, 0);
 	else
 		server = bpf_sk_lookup_tcp(ctx, &tuple, len, BPF_F_CURRENT_NETNS, 0);
-	if (server) {
+	if (server)
 		bpf_sk_release(server);
-		return false;
-	}
-	return true;
+	return server;
 }
 #else
 /* Few resolv.confs name one, and to verify this costs a start more than a millisecond: the agent loads these
  * programs with it only if they do. */
-static __always_inline bool is_hosts_resolver(const struct bpf_sock_addr *ctx, const struct ip *ip)
+static __always_inline bool is_played(const struct bpf_sock_addr *ctx, const struct ip *ip)
 {
 	(void)ctx;
 	(void)ip;
-	return false;
+	return true;
 }
 #endif
 
@@ -283,31 +259,29 @@ static __always_inline bool is_of_box(struct bpf_sock_addr *ctx)
 	return bpf_get_netns_cookie(ctx) == bpf_get_netns_cookie(NULL);
 }
 
-static __always_inline bool is_carried(struct bpf_sock_addr *ctx, const struct ip *ip)
+/* Of a destination outside, or a resolver's. */
+static __always_inline bool is_carried(struct bpf_sock_addr *ctx, __u32 kind, const struct ip *ip)
 {
-	if (HAS_OWN_NETWORK || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP))
+	__u32 protocol = ctx->protocol;
+
+	if (HAS_OWN_NETWORK || (protocol ^ IPPROTO_TCP) * (protocol ^ IPPROTO_UDP) != 0)
 		return false;
-	return is_of_box(ctx) && (is_outside(ip) || is_hosts_resolver(ctx, ip));
+	return kind == OUTSIDE || !is_played(ctx, ip);
 }
 
 /* ---- ids ---------------------------------------------------------------------------------------- */
 
 /* Files a flow under an id of its own. Ids come round: those of sockets that are still there are
  * passed over. 0: there is none, which is no id. */
-static __always_inline __u32 new_id(void *map, __u32 kind, const struct flow *flow)
+static __always_inline __u32 new_id(void *map, __u32 kind, __u32 *last, const struct flow *flow)
 {
-	__u32 key = kind != KIND_CONNECTED;
-	__u32 *last = bpf_map_lookup_elem(&last_ids, &key);
-
-	if (!last)
-		return 0;
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (int i = 0; i < 4; i++) {
 		/* In turn, or past a run of those that are taken. */
-		__u32 id = i ? bpf_get_prandom_u32() : __sync_fetch_and_add(last, 1) + 1;
+		__u32 number = i ? bpf_get_prandom_u32() : __sync_fetch_and_add(last, 1);
+		__u32 id = kind | (number % ((1 << ID_BITS) - 1) + 1);
 
-		id = kind | (id & ((1 << ID_BITS) - 1));
-		if (id != kind && bpf_map_update_elem(map, &id, flow, BPF_NOEXIST) == 0)
+		if (bpf_map_update_elem(map, &id, flow, BPF_NOEXIST) == 0)
 			return id;
 	}
 	return 0;
@@ -319,16 +293,13 @@ static __always_inline int refuse(int error)
 	return 0;
 }
 
-/* A flow has lost its socket. TCP's is of no more use; the agent may still have to read datagrams,
- * and forgets the flow then. */
+/* A flow has lost its socket. The agent forgets it, once it has read the datagrams that there may be. */
 static __always_inline void end_flow(__u32 kind, __u32 id, __u64 cookie)
 {
 	struct end_event event = { .kind = kind, .id = id, .cookie = cookie };
-	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
-	bool told = bpf_ringbuf_output(&events, &event, sizeof(event), 0) == 0;
 
-	if (flow && flow->cookie == cookie && (flow->protocol != IPPROTO_UDP || !told))
-		bpf_map_delete_elem(&flows, &id);
+	if (bpf_ringbuf_output(&events, &event, sizeof(event), 0) != 0)
+		bpf_map_delete_elem(&flows, &event.id);
 }
 
 #ifdef WITH_CLIENTS
@@ -381,70 +352,38 @@ static __always_inline bool is_server(const struct bpf_sock_addr *ctx, const str
 #endif
 
 /* connect(): the socket has one flow, which replaces the one it may have had. 0: no id is free. */
-static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struct ip *ip,
-					  __u32 client)
+static __always_inline __u32 connect_flow(struct bpf_sock_addr *ctx, const struct flow *flow, __u32 client)
 {
-	struct flow flow = {
-		.cookie = bpf_get_socket_cookie(ctx),
-		.ip = *ip,
-		.port = ctx->user_port,
-		.protocol = ctx->protocol,
-		.state = NEW,
-	};
-	__u32 *old = bpf_map_lookup_elem(&sockets, &flow.cookie);
-	__u32 id;
+	__u32 *id = bpf_sk_storage_get(&sockets, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (old && *old)
-		end_flow(REPLACED, *old, flow.cookie);
-	if (client) {
-		/* Its flow ends when the host says so. */
-		bpf_map_delete_elem(&sockets, &flow.cookie);
-		return client;
-	}
-	id = new_id(&flows, KIND_CONNECTED, &flow);
-	if (id && bpf_map_update_elem(&sockets, &flow.cookie, &id, BPF_ANY) == 0)
-		return id;
-	if (id)
-		bpf_map_delete_elem(&flows, &id);
-	bpf_map_delete_elem(&sockets, &flow.cookie);
-	return 0;
+	if (!id)
+		return 0;
+	if (*id)
+		end_flow(REPLACED, *id, flow->cookie);
+	/* A client's flow ends when the host says so. */
+	*id = client ? 0 : new_id(&flows, KIND_CONNECTED, &last_connected, flow);
+	return client ? client : *id;
 }
 
 /* Whether the host has said beforehand that it carries no datagrams to there. Nothing else tells a socket that is
  * not connected of the first one: the host answers when it has been sent. */
-static __always_inline bool is_refused(const struct ip *ip, __u32 port)
+static __always_inline bool is_refused(const struct destination *destination, __u32 port)
 {
-	struct prefix key = { .len = 128, .ip = *ip };
-	struct outlook *outlook = bpf_map_lookup_elem(&outlooks, &key);
-	__u64 low = 1, high = 1;
+	const __u64 ones = 0x0001000100010001;
+	__u64 ports = port * ones;
+	__u64 low = destination->except[0] ^ ports, high = destination->except[1] ^ ports;
 
-	if (!outlook)
-		return false;
-	/* 0 if it is one of the four. */
-#pragma unroll
-	for (int i = 0; i < EXCEPTIONS / 2; i++) {
-		low *= outlook->except[i] ^ port;
-		high *= outlook->except[EXCEPTIONS / 2 + i] ^ port;
-	}
-	return (low && high) == outlook->refused;
+	/* The top bit of a quarter that is 0, and maybe of those above: what to subtract from is borrowed there. */
+	low = (low - ones) & ~low;
+	high = (high - ones) & ~high;
+	return (((low | high) & ones << 15) != 0) != destination->refused;
 }
 
 /* sendto(): the socket has a flow per destination. 0: there is none, for this reason. */
-static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct ip *ip, int *why)
+static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct flow *flow,
+					   const struct destination *destination, int *why)
 {
-	struct datagram_key key = {
-		.cookie = bpf_get_socket_cookie(ctx),
-		.ip = *ip,
-		.port = ctx->user_port,
-	};
-	struct flow flow = {
-		.cookie = key.cookie,
-		.ip = *ip,
-		.port = ctx->user_port,
-		.protocol = IPPROTO_UDP,
-	};
-	__u32 *known = bpf_map_lookup_elem(&datagram_ids, &key);
-	__u32 zero = 0;
+	__u32 *known = bpf_map_lookup_elem(&datagram_ids, flow);
 	struct flow *old;
 	__u32 id;
 
@@ -455,8 +394,8 @@ static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const stru
 		old->error = 0;
 		return *why ? 0 : *known;
 	}
-	if (is_refused(ip, key.port)) {
-		struct refused_event event = { .kind = REFUSED, .flow = flow };
+	if (is_refused(destination, flow->port)) {
+		struct refused_event event = { .kind = REFUSED, .flow = *flow };
 
 		/* For the host to count. */
 		bpf_ringbuf_output(&events, &event, sizeof(event), 0);
@@ -464,19 +403,13 @@ static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const stru
 		return 0;
 	}
 	*why = ENOBUFS;
-	id = new_id(&datagram_flows, KIND_DATAGRAM, &flow);
+	id = new_id(&datagram_flows, KIND_DATAGRAM, &last_datagram, flow);
 	if (!id)
 		return 0;
-	bpf_map_update_elem(&datagram_ids, &key, &id, BPF_ANY);
-	bpf_map_update_elem(&sockets, &flow.cookie, &zero, BPF_NOEXIST);
+	bpf_map_update_elem(&datagram_ids, flow, &id, BPF_ANY);
+	/* So that its end is told. */
+	bpf_sk_storage_get(&sockets, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	return id;
-}
-
-static __always_inline struct flow *find(__u32 id)
-{
-	if (id & KIND_DATAGRAM)
-		return bpf_map_lookup_elem(&datagram_flows, &id);
-	return bpf_map_lookup_elem(&flows, &id);
 }
 
 /* ---- destinations -------------------------------------------------------------------------------
@@ -484,32 +417,30 @@ static __always_inline struct flow *find(__u32 id)
  * Addresses that name flows are for the agent and these programs alone: nobody in the box may connect to one
  * or send to it, which would be another socket's flow, nor bind to one, and pose as somebody outside. */
 
-/* The kernel gives these fields only by constant offsets, so they are copied one by one. */
-static __always_inline struct ip read_ip6(const struct bpf_sock_addr *ctx)
+static __always_inline void read_ip6(struct ip *ip, const struct bpf_sock_addr *ctx)
 {
-	return (struct ip){ { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
-			      ctx->user_ip6[3] } };
+	const volatile half *from = (const volatile half *)ctx->user_ip6;
+	half *to = (half *)ip;
+
+	to[0] = from[0];
+	to[1] = from[1];
 }
 
-static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct ip *ip)
+static __always_inline void write_ip6(struct bpf_sock_addr *ctx, __u64 first, __u64 last)
 {
-	ctx->user_ip6[0] = ip->word[0];
-	ctx->user_ip6[1] = ip->word[1];
-	ctx->user_ip6[2] = ip->word[2];
-	ctx->user_ip6[3] = ip->word[3];
+	volatile half *to = (volatile half *)ctx->user_ip6;
+
+	to[0] = first;
+	to[1] = last;
 }
 
 /* An application names a flow: only its own, as the kernel does for connected sockets with IPv4-mapped
  * addresses, or that of a client whom it serves and who cannot be shown. */
-static __always_inline int name_flow(struct bpf_sock_addr *ctx, __u32 id)
+static __always_inline bool may_name_flow(struct bpf_sock_addr *ctx, __u32 id)
 {
 	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
 
-	if (!is_of_box(ctx))
-		return 1;
-	if (flow && (flow->cookie == bpf_get_socket_cookie(ctx) || is_server(ctx, flow)))
-		return 1;
-	return refuse(ECONNREFUSED);
+	return flow && (flow->cookie == bpf_get_socket_cookie(ctx) || is_server(ctx, flow));
 }
 
 /* The agent's port for a flow's packets. */
@@ -519,22 +450,58 @@ static __always_inline __u32 agents_port(__u32 id)
 	return (__u32)AGENT_PORT << (id >> (ID_BITS + 1) & 1);
 }
 
+/* The id of the flow for what is sent to the request's address. 0: there is none, and this is the program's result. */
+static __always_inline __u32 flow_for(struct bpf_sock_addr *ctx, union request *request, bool connect, int *result)
+{
+	struct destination *destination;
+	struct flow *flow = &request->flow;
+	__u32 client = client_of(ctx, &flow->ip);
+	int why = ENOBUFS;
+	__u32 id;
+
+	*result = 1;
+	request->prefix.len = 128;
+	destination = bpf_map_lookup_elem(&destinations, &request->prefix);
+	if (!client) {
+		if (!destination || destination->kind == INSIDE || !is_of_box(ctx))
+			return 0;
+		if (destination->kind == FLOW) {
+			if (!may_name_flow(ctx, id_of4(flow->ip.word[3])))
+				*result = refuse(ECONNREFUSED);
+			return 0;
+		}
+		if (!is_carried(ctx, destination->kind, &flow->ip))
+			return 0;
+	}
+	flow->cookie = bpf_get_socket_cookie(ctx);
+	flow->port = ctx->user_port;
+	flow->protocol = connect ? ctx->protocol : IPPROTO_UDP;
+	flow->state = NEW;
+	flow->error = 0;
+	flow->server_port = 0;
+	if (connect)
+		id = connect_flow(ctx, flow, client);
+	else if (client)
+		id = client;
+	else
+		id = destination ? datagram_flow(ctx, flow, destination, &why) : 0;
+	if (!id)
+		*result = refuse(why);
+	return id;
+}
+
 static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 {
-	struct ip ip = mapped(ctx->user_ip4);
-	int why = ENOBUFS;
-	__u32 id = client_of(ctx, &ip);
+	union request request;
+	int result;
+	__u32 id;
 
-	if (!id && !is_carried(ctx, &ip))
-		return is_flow4(ctx->user_ip4) ?
-			       name_flow(ctx, bpf_ntohl(ctx->user_ip4) & ~FLOW_MASK4) :
-			       1;
-	if (connect)
-		id = connect_flow(ctx, &ip, id);
-	else if (!id)
-		id = datagram_flow(ctx, &ip, &why);
+	((half *)&request.flow.ip)[0] = 0;
+	request.flow.ip.word[2] = bpf_htonl(0xffff);
+	request.flow.ip.word[3] = ctx->user_ip4;
+	id = flow_for(ctx, &request, connect, &result);
 	if (!id)
-		return refuse(why);
+		return result;
 	ctx->user_ip4 = bpf_htonl(FLOW_NET4 | id);
 	ctx->user_port = agents_port(id);
 	return 1;
@@ -542,24 +509,19 @@ static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 
 static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 {
-	struct ip ip = read_ip6(ctx);
-	int why = ENOBUFS;
-	__u32 id = client_of(ctx, &ip);
+	union request request;
+	int result;
+	__u32 id;
 
-	if (!id && !is_carried(ctx, &ip))
-		return id_of(&ip) >= 0 ? name_flow(ctx, bpf_ntohl(ip.word[3]) & ~FLOW_MASK4) :
-				      1;
-	if (connect)
-		id = connect_flow(ctx, &ip, id);
-	else if (!id)
-		id = datagram_flow(ctx, &ip, &why);
+	read_ip6(&request.flow.ip, ctx);
+	id = flow_for(ctx, &request, connect, &result);
 	if (!id)
-		return refuse(why);
-	/* Read again: a family that is known from the beginning on would have the verifier walk all of the above twice. */
-	barrier();
-	ip = read_ip6(ctx);
-	ip = flow_ip(id, is_mapped(&ip));
-	write_ip6(ctx, &ip);
+		return result;
+	/* The kernel sends to an IPv4-mapped address as to one of IPv4's. */
+	if (connect && is_mapped(&request.flow.ip))
+		ctx->user_ip6[3] = bpf_htonl(FLOW_NET4 | id);
+	else
+		write_ip6(ctx, FLOW_NET6_0, (__u64)bpf_htonl(id) << 32);
 	ctx->user_port = agents_port(id);
 	return 1;
 }
@@ -591,9 +553,10 @@ SEC("cgroup/bind4") int tsi_bind4(struct bpf_sock_addr *ctx)
 
 SEC("cgroup/bind6") int tsi_bind6(struct bpf_sock_addr *ctx)
 {
-	struct ip ip = read_ip6(ctx);
+	struct ip ip;
 
-	return id_of(&ip) >= 0 ? refuse(EADDRNOTAVAIL) : 1;
+	read_ip6(&ip, ctx);
+	return is_flow(&ip) ? refuse(EADDRNOTAVAIL) : 1;
 }
 
 /* ---- sources and peers --------------------------------------------------------------------------
@@ -601,13 +564,21 @@ SEC("cgroup/bind6") int tsi_bind6(struct bpf_sock_addr *ctx)
  * An address that names a flow counts only with a port of the agent's, which ordinary users cannot have: any
  * program may send from it by IP_PKTINFO. */
 
-static __always_inline int show4(struct bpf_sock_addr *ctx)
+/* Only datagrams come from whom the socket has not connected to. */
+static __always_inline struct flow *find(__u32 id, bool datagrams)
+{
+	if (datagrams && id & KIND_DATAGRAM)
+		return bpf_map_lookup_elem(&datagram_flows, &id);
+	return bpf_map_lookup_elem(&flows, &id);
+}
+
+static __always_inline int show4(struct bpf_sock_addr *ctx, bool datagrams)
 {
 	struct flow *flow;
 
 	if (!is_flow4(ctx->user_ip4) || ctx->user_port != agents_port(bpf_ntohl(ctx->user_ip4)))
 		return 1;
-	flow = find(bpf_ntohl(ctx->user_ip4) & ~FLOW_MASK4);
+	flow = find(id_of4(ctx->user_ip4), datagrams);
 	if (!flow)
 		return 1;
 	/* A client over IPv6 at a server that has only IPv4 cannot be shown. If it is answered by its address, it keeps
@@ -619,44 +590,47 @@ static __always_inline int show4(struct bpf_sock_addr *ctx)
 	return 1;
 }
 
-static __always_inline int show6(struct bpf_sock_addr *ctx)
+static __always_inline int show6(struct bpf_sock_addr *ctx, bool datagrams)
 {
-	struct ip ip = read_ip6(ctx);
-	__s64 id = id_of(&ip);
 	struct flow *flow;
+	struct ip ip;
+	half *to_show;
+	__u32 id;
 
-	if (id < 0 || ctx->user_port != agents_port(id))
+	read_ip6(&ip, ctx);
+	id = id_of4(ip.word[3]);
+	if (!is_flow(&ip) || ctx->user_port != agents_port(id))
 		return 1;
-	flow = find(id);
+	flow = find(id, datagrams);
 	if (!flow)
 		return 1;
 	/* Nor can one over IPv4 at a server that has only IPv6. */
 	if (is_client(flow) && is_mapped(&flow->ip) && !is_mapped(&ip))
 		return 1;
-	ip = flow->ip;
-	write_ip6(ctx, &ip);
+	to_show = (half *)&flow->ip;
+	write_ip6(ctx, to_show[0], to_show[1]);
 	ctx->user_port = flow->port;
 	return 1;
 }
 
 SEC("cgroup/recvmsg4") int tsi_recvmsg4(struct bpf_sock_addr *ctx)
 {
-	return show4(ctx);
+	return show4(ctx, true);
 }
 
 SEC("cgroup/recvmsg6") int tsi_recvmsg6(struct bpf_sock_addr *ctx)
 {
-	return show6(ctx);
+	return show6(ctx, true);
 }
 
 SEC("cgroup/getpeername4") int tsi_getpeername4(struct bpf_sock_addr *ctx)
 {
-	return show4(ctx);
+	return show4(ctx, false);
 }
 
 SEC("cgroup/getpeername6") int tsi_getpeername6(struct bpf_sock_addr *ctx)
 {
-	return show6(ctx);
+	return show6(ctx, false);
 }
 
 /* ---- connection requests ------------------------------------------------------------------------ */
@@ -705,48 +679,51 @@ static __always_inline bool report_syn(__u32 id, const struct flow *flow, struct
 	return true;
 }
 
+/* What is not 0 if a packet is none of ours. */
+static __always_inline __u32 no_request(const struct tcp_header *tcp, __u32 protocol)
+{
+	return (protocol ^ IPPROTO_TCP) | ((tcp->flags & (TCP_SYN | TCP_ACK)) ^ TCP_SYN) |
+	       (tcp->destination ^ AGENT_PORT);
+}
+
 /* Keeps a SYN for the agent until the host has answered. Everything else passes. */
 SEC("cgroup_skb/egress") int tsi_egress(struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data;
 	void *end = (void *)(long)skb->data_end;
-	struct tcp_header *tcp;
 	struct flow *flow;
-	struct flow copy;
-	__u32 id;
+	__u32 other, id;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct ip4_header *ip = data;
+		struct tcp_header *tcp = (void *)(ip + 1);
 
-		if ((void *)(ip + 1) > end || !is_flow4(ip->destination) ||
-		    ip->protocol != IPPROTO_TCP || ip->version_ihl != 0x45)
+		if ((void *)(tcp + 1) > end)
 			return 1;
-		id = bpf_ntohl(ip->destination) & ~FLOW_MASK4;
-		tcp = (void *)(ip + 1);
+		id = ip->destination;
+		other = ((id & bpf_htonl(FLOW_MASK4)) ^ bpf_htonl(FLOW_NET4)) | (ip->version_ihl ^ 0x45) |
+			no_request(tcp, ip->protocol);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		struct ip6_header *ip = data;
+		struct tcp_header *tcp = (void *)(ip + 1);
 
-		if ((void *)(ip + 1) > end || ip->destination.word[0] != FLOW_NET6_0 ||
-		    ip->next != IPPROTO_TCP)
+		if ((void *)(tcp + 1) > end)
 			return 1;
-		id = bpf_ntohl(ip->destination.word[3]) & ~FLOW_MASK4;
-		tcp = (void *)(ip + 1);
+		id = ip->destination.word[3];
+		other = (ip->destination.word[0] ^ FLOW_NET6_0) | no_request(tcp, ip->next);
 	} else {
 		return 1;
 	}
-	if ((void *)(tcp + 1) > end || (tcp->flags & (TCP_SYN | TCP_ACK)) != TCP_SYN ||
-	    tcp->destination != AGENT_PORT)
+	if (other)
 		return 1;
+	id = id_of4(id);
 	flow = bpf_map_lookup_elem(&flows, &id);
 	/* One that nobody was redirected to: the agent refuses it. */
 	if (!flow || flow->cookie != bpf_get_socket_cookie(skb) || flow->state == OPEN)
 		return 1;
-	if (flow->state == NEW) {
-		copy = *flow;
-		/* One that cannot be reported comes again. */
-		if (report_syn(id, &copy, skb))
-			flow->state = ASKED;
-	}
+	/* One that cannot be reported comes again. */
+	if (flow->state == NEW && report_syn(id, flow, skb))
+		flow->state = ASKED;
 	return 0;
 }
 
@@ -754,13 +731,10 @@ SEC("cgroup_skb/egress") int tsi_egress(struct __sk_buff *skb)
 
 SEC("cgroup/sock_release") int tsi_release(struct bpf_sock *ctx)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-	__u32 *id = bpf_map_lookup_elem(&sockets, &cookie);
+	__u32 *id = bpf_sk_storage_get(&sockets, ctx, NULL, 0);
 
-	if (id) {
-		end_flow(RELEASED, *id, cookie);
-		bpf_map_delete_elem(&sockets, &cookie);
-	}
+	if (id)
+		end_flow(RELEASED, *id, bpf_get_socket_cookie(ctx));
 	return 1;
 }
 

@@ -18,7 +18,9 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_BTF_LOAD: libc::c_int = 18;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_MAP_TYPE_SK_STORAGE: u32 = 24;
 const BPF_MAP_TYPE_RINGBUF: u32 = 27;
 const BPF_RINGBUF_BUSY_BIT: u32 = 1 << 31;
 const BPF_RINGBUF_DISCARD_BIT: u32 = 1 << 30;
@@ -69,7 +71,8 @@ pub struct ProgramDefinition {
     pub kind: u32,
     /// `BPF_CGROUP_…`: where it is attached.
     pub attach_type: u32,
-    /// `struct bpf_insn`. One that loads a map has the map's index among its object's (`BPF_PSEUDO_MAP_IDX`).
+    /// `struct bpf_insn`. One that loads a map, or an address within the value of one, has the map's index among
+    /// its object's (`BPF_PSEUDO_MAP_IDX`, `BPF_PSEUDO_MAP_IDX_VALUE`).
     pub instructions: &'static [u64],
     /// Which maps it refers to, by those indices.
     pub maps: &'static [usize],
@@ -137,7 +140,17 @@ pub fn create_map(definition: &'static MapDefinition) -> io::Result<Created> {
         inner_map_fd: u32,
         numa_node: u32,
         name: [u8; 16],
+        interface: u32,
+        btf_fd: u32,
+        btf_key_type: u32,
+        btf_value_type: u32,
     }
+    // Storage of sockets must have types, which are the numbers that key and value are here.
+    let types = match definition.kind {
+        BPF_MAP_TYPE_SK_STORAGE => Some(load_types()?),
+        _ => None,
+    };
+    let typed = types.as_ref().map_or(0, |_| BTF_NUMBER);
     let attributes = Attributes {
         kind: definition.kind,
         key_len: definition.key_len,
@@ -147,10 +160,66 @@ pub fn create_map(definition: &'static MapDefinition) -> io::Result<Created> {
         inner_map_fd: 0,
         numa_node: 0,
         name: object_name(definition.name),
+        interface: 0,
+        btf_fd: types.as_ref().map_or(0, |types| types.as_raw_fd() as u32),
+        btf_key_type: typed,
+        btf_value_type: typed,
     };
     // SAFETY: the layout is the command's; there are no addresses.
     let fd = owned(unsafe { bpf(BPF_MAP_CREATE, &attributes) }?);
     Ok(Created { fd, definition })
+}
+
+/// The type that [`load_types`] describes, by its place.
+const BTF_NUMBER: u32 = 1;
+
+/// Describes a 32-bit number to the kernel (Documentation/bpf/btf.rst).
+fn load_types() -> io::Result<OwnedFd> {
+    /// `struct btf_header`, a `struct btf_type` of `BTF_KIND_INT` with its encoding, and the strings.
+    #[repr(C)]
+    struct Types {
+        magic: u16,
+        version: u8,
+        flags: u8,
+        header_len: u32,
+        type_offset: u32,
+        types_len: u32,
+        string_offset: u32,
+        strings_len: u32,
+        name_offset: u32,
+        info: u32,
+        size: u32,
+        encoding: u32,
+        strings: [u8; 8],
+    }
+    #[repr(C)]
+    struct Attributes {
+        types: u64,
+        log: u64,
+        len: u32,
+        log_len: u32,
+        log_level: u32,
+    }
+    static TYPES: Types = Types {
+        magic: 0xeb9f,
+        version: 1,
+        flags: 0,
+        header_len: 24,
+        type_offset: 0,
+        types_len: 16,
+        string_offset: 16,
+        strings_len: 8,
+        name_offset: 1,
+        info: 1 << 24,
+        size: 4,
+        encoding: 32,
+        strings: *b"\0number\0",
+    };
+    let len = size_of::<Types>() as u32;
+    let attributes =
+        Attributes { types: address(&raw const TYPES), log: 0, len, log_len: 0, log_level: 0 };
+    // SAFETY: the layout is the command's. The kernel reads `len` bytes of `TYPES`, which has as many.
+    Ok(owned(unsafe { bpf(BPF_BTF_LOAD, &attributes) }?))
 }
 
 /// A map whose entries the agent reads and writes, with keys of `K` bytes and values of `V`.

@@ -10,12 +10,14 @@
 //! This file sets all that up and looks after the process that serves the flows. Each module uses only
 //! those above it:
 //!
+//! - [`destinations`]: what is carried, by addresses
 //! - [`program`]: what redirects applications, and knows where they want to go
 //! - [`packet`]: what applications' sockets are told
 //! - [`stream`], [`datagrams`]: what one flow does
 //! - [`relay`]: serves all flows
 
 mod datagrams;
+mod destinations;
 mod packet;
 mod program;
 mod relay;
@@ -24,13 +26,14 @@ mod stream;
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use mote_agent::flow::mapped;
 use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
-use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Extent, FLOW_NET6, FLOW_NET6_LEN, Programs};
+use self::destinations::{FLOW_NET6, FLOW_NET6_LEN, OWN_IP4};
+use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Extent, Programs};
 use self::relay::{Relay, Sockets};
 use crate::sys::{self, ExitStatus, Reaped, net};
 
@@ -54,9 +57,7 @@ impl Needs {
     }
 }
 
-/// The guest's own address beside loopback's: one that is nobody's elsewhere (RFC 7600).
-const OWN_IP4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
-/// The same for IPv6, beside the flows'.
+/// The guest's own address for IPv6, beside the flows'.
 const OWN_IP6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0x8000, 0, 0, 1);
 
 /// What the process says when it is ready.

@@ -6,8 +6,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use mote_agent::flow::{Protocol, Published, mapped};
-use mote_agent::instance::{MAX_EXCEPTIONS, Prefix};
+use mote_agent::instance::Prefix;
 
+use super::destinations::{DESTINATION_LEN, FLOW_NET4, FLOW_NET6, PREFIX_LEN, destinations};
 use crate::sys::bpf::{
     self, Created, Map, MapDefinition, ObjectDefinition, ProgramDefinition, RingBuffer, Write,
 };
@@ -19,20 +20,11 @@ include!(concat!(env!("OUT_DIR"), "/tsi.rs"));
 pub const AGENT_PORT: u16 = 1;
 /// Source port of its connections for clients of published ports (`CLIENT_PORT`).
 pub const CLIENT_PORT: u16 = 2;
-/// Network of the IPv6 addresses that name flows (`FLOW_NET6`).
-pub const FLOW_NET6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0, 0, 0, 0);
-/// Its prefix length.
-pub const FLOW_NET6_LEN: u8 = 64;
 /// Network of those among them that name clients of published ports.
 pub const CLIENT_NET6: Ipv6Addr =
     Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0, 0, (KIND_PUBLISHED >> 16) as u16, 0);
 /// Its prefix length.
 pub const CLIENT_NET6_LEN: u8 = 128 - ID_BITS as u8;
-/// Network of the IPv4 addresses that name flows (`FLOW_NET4`).
-const FLOW_NET4: u32 = 0x7f80_0000;
-/// Most loopback resolvers (`RESOLVERS`): resolv.conf(5) has three that count.
-const MAX_RESOLVERS: usize = 4;
-
 /// Bits of an id; those above its number say whose it is (`ID_BITS`).
 const ID_BITS: u32 = 20;
 const ID_MASK: u32 = (4 << ID_BITS) - 1;
@@ -55,13 +47,6 @@ const STATE_OPEN: u8 = 2;
 /// `struct client_key`, as bytes: address, port, the server's port.
 type RawClientKey = [u8; CLIENT_KEY_LEN];
 const CLIENT_KEY_LEN: usize = 20;
-
-/// `struct outlook`, as bytes.
-type RawOutlook = [u8; OUTLOOK_LEN];
-const OUTLOOK_LEN: usize = 2 + 2 * MAX_EXCEPTIONS;
-/// `struct prefix`, as bytes.
-type RawPrefix = [u8; PREFIX_LEN];
-const PREFIX_LEN: usize = 20;
 
 /// The map that events come by, which is there even if no program of the box reports any.
 const EVENTS: &str = "events";
@@ -91,7 +76,7 @@ impl Id {
     pub fn of(ip: Ipv6Addr) -> Option<Self> {
         let low = u128::from(ip) as u32;
         match ip.to_ipv4_mapped() {
-            Some(ip) if u32::from(ip) & !ID_MASK == FLOW_NET4 => Some(Id(low & ID_MASK)),
+            Some(ip) if u32::from(ip) & !ID_MASK == u32::from(FLOW_NET4) => Some(Id(low & ID_MASK)),
             None if u128::from(ip) & !u128::from(ID_MASK) == u128::from(FLOW_NET6) => {
                 Some(Id(low & ID_MASK))
             }
@@ -106,7 +91,7 @@ impl Id {
 
     /// Its address among those of IPv4.
     pub fn ip4(self) -> std::net::Ipv4Addr {
-        (FLOW_NET4 | self.0).into()
+        (u32::from(FLOW_NET4) | self.0).into()
     }
 
     /// Its address among those of IPv6.
@@ -242,7 +227,8 @@ impl Extent {
 pub struct Programs {
     _links: Vec<OwnedFd>,
     connected: Map<4, RAW_FLOW_LEN>,
-    datagrams: Map<4, RAW_FLOW_LEN>,
+    /// Of sockets that are not connected, if they are carried or answered.
+    datagrams: Option<Map<4, RAW_FLOW_LEN>>,
     /// Who is answered by datagrams, if anybody is.
     clients: Option<Map<CLIENT_KEY_LEN, 4>>,
     /// The box's addresses.
@@ -251,9 +237,8 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads the programs and attaches them to a cgroup. `resolvers` are the loopback addresses that
-    /// stand for the host's resolver (IPv4 as IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not.
-    /// `prefixes` say where no datagrams may go, and `own` are the box's addresses beside loopback's.
+    /// Loads the programs and attaches them to a cgroup. `resolvers` and `prefixes` are as in [`destinations`], and
+    /// `own` are the box's addresses beside loopback's.
     ///
     /// # Errors
     /// If the kernel refuses the programs or their maps, or to attach them.
@@ -267,18 +252,13 @@ impl Programs {
         let object = extent.object(!resolvers.is_empty());
         let programs = object.programs.iter().filter(|program| extent.includes(program.name));
         let mut maps = Maps::create(object, programs.clone())?;
-        let fill = |e: io::Error| format!("fill a map of the BPF programs: {e}");
-        // Both are open until the programs that refer to them are loaded.
-        let outlooks = maps.take::<PREFIX_LEN, OUTLOOK_LEN>("outlooks")?;
-        if let Some(outlooks) = &outlooks {
-            for prefix in prefixes {
-                outlooks.set(&trie_key(prefix), &outlook(prefix), Write::Any).map_err(fill)?;
-            }
-        }
-        let known = maps.take::<16, 1>("resolvers")?;
+        // Open until the programs that refer to it are loaded.
+        let known = maps.take::<PREFIX_LEN, DESTINATION_LEN>("destinations")?;
         if let Some(known) = &known {
-            for ip in resolvers.iter().take(MAX_RESOLVERS) {
-                known.set(&ip.octets(), &[1], Write::Any).map_err(fill)?;
+            for (prefix, destination) in destinations(resolvers, prefixes) {
+                known
+                    .set(&prefix, &destination, Write::Any)
+                    .map_err(|e| format!("fill the map destinations of the BPF programs: {e}"))?;
             }
         }
         let links = programs
@@ -289,11 +269,10 @@ impl Programs {
                     .map_err(|e| format!("attach the BPF program {}: {e}", program.name))
             })
             .collect::<Result<_, String>>()?;
-        let missing = |name: &'static str| move || format!("the BPF programs have no map {name}");
         Ok(Programs {
             _links: links,
-            connected: maps.take("flows")?.ok_or_else(missing("flows"))?,
-            datagrams: maps.take("datagram_flows")?.ok_or_else(missing("datagram_flows"))?,
+            connected: maps.take("flows")?.ok_or("the BPF programs have no map flows")?,
+            datagrams: maps.take("datagram_flows")?,
             clients: maps.take("clients")?,
             own,
             events: maps.take_events()?,
@@ -303,7 +282,7 @@ impl Programs {
     /// Where a flow wanted to go; `None` for one that is forgotten, as TCP's are with their sockets.
     pub fn original(&self, id: Id) -> Option<Original> {
         let raw = if id.is_datagram() {
-            self.datagrams.get(&id.key())
+            self.datagrams.as_ref()?.get(&id.key())
         } else {
             self.connected.get(&id.key())
         };
@@ -323,10 +302,11 @@ impl Programs {
     /// Has the next datagram of a socket that is not connected fail with this errno, once. A connected one is
     /// told by ICMP.
     pub fn refuse(&mut self, id: Id, errno: u16) {
-        if let Some(mut raw) = self.datagrams.get(&id.key()) {
+        let Some(datagrams) = &self.datagrams else { return };
+        if let Some(mut raw) = datagrams.get(&id.key()) {
             raw[FLOW_ERROR..FLOW_SERVER_PORT].copy_from_slice(&errno.to_ne_bytes());
             // Without it the datagram vanishes.
-            let _ = self.datagrams.set(&id.key(), &raw, Write::Existing);
+            let _ = datagrams.set(&id.key(), &raw, Write::Existing);
         }
     }
 
@@ -408,22 +388,6 @@ fn client_key(client: SocketAddr, server_port: u16) -> RawClientKey {
     key[16..18].copy_from_slice(&client.port().to_be_bytes());
     key[18..].copy_from_slice(&server_port.to_be_bytes());
     key
-}
-
-fn trie_key(prefix: &Prefix) -> RawPrefix {
-    let mut key = [0; PREFIX_LEN];
-    key[..4].copy_from_slice(&u32::from(prefix.len).to_ne_bytes());
-    key[4..].copy_from_slice(&prefix.ip.octets());
-    key
-}
-
-fn outlook(prefix: &Prefix) -> RawOutlook {
-    let mut raw = [0; size_of::<RawOutlook>()];
-    raw[..2].copy_from_slice(&u16::from(prefix.refused).to_ne_bytes());
-    for (place, port) in raw[2..].chunks_exact_mut(2).zip(&prefix.except) {
-        place.copy_from_slice(&port.to_be_bytes());
-    }
-    raw
 }
 
 /// The maps that a box's programs refer to.
@@ -520,10 +484,6 @@ mod tests {
 
         let client = "192.0.2.1:258".parse().expect("an address");
         assert_eq!(client_key(client, 53)[10..], [0xff, 0xff, 192, 0, 2, 1, 1, 2, 0, 53]);
-
-        let (ip, except) = (Ipv6Addr::LOCALHOST, vec![53, 443]);
-        let raw_outlook = outlook(&Prefix { ip, len: 128, refused: true, except });
-        assert_eq!(raw_outlook[..8], [1, 0, 0, 53, 1, 187, 0, 0]);
 
         let refused = [&[3, 0, 0, 0, 0, 0, 0, 0][..], &raw].concat();
         assert_eq!(Event::from_raw(&refused), Some(Event::Refused(original)));
