@@ -46,6 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut rust = String::new();
     for (name, options) in [
         ("TSI", &[][..]),
+        ("TSI_RESOLVERS", &["-DWITH_RESOLVERS"]),
         ("TSI_ALL", &["-DWITH_RESOLVERS", "-DWITH_CLIENTS"]),
         ("TSI_CLIENTS", &["-DWITH_CLIENTS", "-DHAS_OWN_NETWORK=true"]),
     ] {

@@ -23,7 +23,6 @@ MANY_LINES = 500
 
 # One idea each, and longer than most: why.
 LONG = {
-    "guest/src/tsi/program.rs": "everything that the agent and one BPF source share",
     "src/cgroup.rs": "creating, joining and removing one cgroup, against others who do the same",
     "src/client/cp.rs": "both directions of copying, each with its tests",
     "src/run.rs": "every event of a box's life, in one loop",

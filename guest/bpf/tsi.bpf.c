@@ -37,7 +37,7 @@
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 
-/* These and the layout of the structures: guest/src/tsi/program.rs. */
+/* These and the layout of the structures: guest/src/tsi/program.rs and destinations.rs. */
 #define AGENT_PORT bpf_htons(1)
 #define CLIENT_PORT bpf_htons(2) /* of its connections for clients of published ports */
 #define DNS_PORT bpf_htons(53)
@@ -46,6 +46,7 @@
 #define FLOW_NET6_0 bpf_htonl(0xfd545349)
 /* Ids have 22 bits; the top two say whose they are. */
 #define ID_BITS 20
+#define ID_BIT (1 << (ID_BITS - 1)) /* set in all that are given out here: 0 is no id */
 #define KIND_CONNECTED 0
 #define KIND_DATAGRAM (1 << ID_BITS)
 #define KIND_PUBLISHED (2 << ID_BITS) /* made by the agent */
@@ -55,7 +56,7 @@
 #define CONNECTED_MAX 8192
 #define DATAGRAM_MAX 4096
 #define EVENTS_LEN (256 * 1024)
-#define PREFIXES_MAX 8192 /* the policy's at most 4,096, those of is_carried() and resolv.conf's */
+#define PREFIXES_MAX 8192 /* the policy's, and some that are always there */
 #define CLIENTS_MAX 4096
 
 /* A box with a network of its own needs only its servers' answers carried (guest/build.rs). */
@@ -100,7 +101,7 @@ enum event_kind {
 	REFUSED,  /* a datagram, by what the host has said beforehand */
 };
 
-#define PACKET_MAX 128 /* IPv6 and TCP headers with all their options */
+#define PACKET_MAX 128 /* IPv6 and TCP headers with all their options; a power of two, for report_syn() */
 
 struct syn_event {
 	__u32 kind;
@@ -117,24 +118,24 @@ struct end_event {
 	__u64 cookie;
 };
 
-struct refused_event {
-	__u32 kind;
-	__u32 reserved;
-	struct flow flow; /* that it would have had */
-};
-
 /* Key of a trie. */
 struct prefix {
 	__u32 len;
 	struct ip ip;
 };
 
-/* Where a socket wants to go: as a prefix first, and then as the flow that it gets. */
-union request {
-	struct flow flow;
-	struct {
-		__u32 reserved;
-		struct prefix prefix;
+/* Where a socket wants to go: as a prefix first, then as the flow that it gets, and in the event that says that it does
+ * not. */
+struct request {
+	__u32 event_kind;
+	__u32 event_reserved;
+	union {
+		struct flow flow;
+		struct {
+			__u32 reserved;
+			struct prefix prefix;
+		};
+		half halves[4];
 	};
 };
 
@@ -145,7 +146,6 @@ enum kind {
 	RESOLVER, /* a loopback address of resolv.conf */
 };
 
-/* What becomes of what is sent to a prefix. */
 struct destination {
 	__u32 kind;
 	__u32 refused;   /* 0 or 1: whether the host carries no datagrams to there */
@@ -153,9 +153,9 @@ struct destination {
 };
 
 _Static_assert(sizeof(struct flow) == 32 && sizeof(struct syn_event) == 176 &&
-		       sizeof(struct end_event) == 16 && sizeof(struct refused_event) == 40 &&
+		       sizeof(struct end_event) == 16 && sizeof(struct request) == 40 &&
 		       sizeof(struct destination) == 24 &&
-		       offsetof(union request, prefix.ip) == offsetof(union request, flow.ip),
+		       offsetof(struct request, prefix.ip) == offsetof(struct request, flow.ip),
 	       "as in program.rs");
 
 struct map_def {
@@ -176,10 +176,13 @@ MAP(sockets, SK_STORAGE, sizeof(__u32), sizeof(__u32), 0, BPF_F_NO_PREALLOC);
 MAP(datagram_flows, LRU_HASH, sizeof(__u32), sizeof(struct flow), DATAGRAM_MAX, 0);
 MAP(datagram_ids, LRU_HASH, sizeof(struct flow), sizeof(__u32), DATAGRAM_MAX, 0);
 #ifdef WITH_CLIENTS
+#define HAS_CLIENTS true
 /* client -> id, of clients of published UDP ports, by the agent */
 MAP(clients, HASH, sizeof(struct client_key), sizeof(__u32), CLIENTS_MAX, BPF_F_NO_PREALLOC);
+#else
+#define HAS_CLIENTS false
 #endif
-/* The agent fills it (Destinations in guest/src/tsi/destinations.rs). */
+/* what becomes of what is sent to a prefix; the agent fills it (guest/src/tsi/destinations.rs) */
 MAP(destinations, LPM_TRIE, sizeof(struct prefix), sizeof(struct destination), PREFIXES_MAX, BPF_F_NO_PREALLOC);
 /* for the agent */
 MAP(events, RINGBUF, 0, 0, EVENTS_LEN, 0);
@@ -213,15 +216,15 @@ static __always_inline bool is_flow(const struct ip *ip)
 
 #ifdef WITH_RESOLVERS
 /* Whether somebody in the guest plays a resolver of resolv.conf. */
-static __always_inline bool is_played(struct bpf_sock_addr *ctx, const struct ip *ip)
+static __always_inline bool is_played(struct bpf_sock_addr *ctx, bool connect, bool ip6, const struct ip *ip)
 {
-	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock_tuple tuple;
 	struct bpf_sock *server;
 	__u32 len;
 
 	if (ctx->user_port != DNS_PORT)
 		return true;
-	if (is_mapped(ip)) {
+	if (!ip6 || (connect && is_mapped(ip))) {
 		tuple.ipv4.daddr = ip->word[3];
 		tuple.ipv4.saddr = bpf_htonl(0x7f000001);
 		tuple.ipv4.dport = DNS_PORT;
@@ -234,7 +237,7 @@ static __always_inline bool is_played(struct bpf_sock_addr *ctx, const struct ip
 		tuple.ipv6.sport = AGENT_PORT;
 		len = sizeof(tuple.ipv6);
 	}
-	if (ctx->protocol == IPPROTO_UDP)
+	if (!connect || ctx->protocol == IPPROTO_UDP)
 		server = bpf_sk_lookup_udp(ctx, &tuple, len, BPF_F_CURRENT_NETNS, 0);
 	else
 		server = bpf_sk_lookup_tcp(ctx, &tuple, len, BPF_F_CURRENT_NETNS, 0);
@@ -243,13 +246,15 @@ static __always_inline bool is_played(struct bpf_sock_addr *ctx, const struct ip
 	return server;
 }
 #else
-/* Few resolv.confs name one, and to verify this costs a start more than a millisecond: the agent loads these
- * programs with it only if they do. */
-static __always_inline bool is_played(const struct bpf_sock_addr *ctx, const struct ip *ip)
+/* Not every resolv.conf names one, and to verify this costs a start: the agent loads these programs with it only
+ * if it does. */
+static __always_inline bool is_played(const struct bpf_sock_addr *ctx, bool connect, bool ip6, const struct ip *ip)
 {
 	(void)ctx;
+	(void)connect;
+	(void)ip6;
 	(void)ip;
-	return true;
+	return false; /* there is none */
 }
 #endif
 
@@ -259,14 +264,15 @@ static __always_inline bool is_of_box(struct bpf_sock_addr *ctx)
 	return bpf_get_netns_cookie(ctx) == bpf_get_netns_cookie(NULL);
 }
 
-/* Of a destination outside, or a resolver's. */
-static __always_inline bool is_carried(struct bpf_sock_addr *ctx, __u32 kind, const struct ip *ip)
+/* Of a destination outside, or a resolver's. Only datagrams are sent without being connected. */
+static __always_inline bool is_carried(struct bpf_sock_addr *ctx, bool connect, bool ip6, __u32 kind,
+					const struct ip *ip)
 {
-	__u32 protocol = ctx->protocol;
+	__u32 tcp = connect ? ctx->protocol ^ IPPROTO_TCP : 1;
 
-	if (HAS_OWN_NETWORK || (protocol ^ IPPROTO_TCP) * (protocol ^ IPPROTO_UDP) != 0)
+	if (HAS_OWN_NETWORK || tcp * (ctx->protocol ^ IPPROTO_UDP) != 0)
 		return false;
-	return kind == OUTSIDE || !is_played(ctx, ip);
+	return kind != RESOLVER || !is_played(ctx, connect, ip6, ip);
 }
 
 /* ---- ids ---------------------------------------------------------------------------------------- */
@@ -275,14 +281,16 @@ static __always_inline bool is_carried(struct bpf_sock_addr *ctx, __u32 kind, co
  * passed over. 0: there is none, which is no id. */
 static __always_inline __u32 new_id(void *map, __u32 kind, __u32 *last, const struct flow *flow)
 {
+	__u32 number = __sync_fetch_and_add(last, 1);
+
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < 4; i++) {
-		/* In turn, or past a run of those that are taken. */
-		__u32 number = i ? bpf_get_prandom_u32() : __sync_fetch_and_add(last, 1);
-		__u32 id = kind | (number % ((1 << ID_BITS) - 1) + 1);
+		__u32 id = kind | ID_BIT | (number & (ID_BIT - 1));
 
 		if (bpf_map_update_elem(map, &id, flow, BPF_NOEXIST) == 0)
 			return id;
+		/* Past a run of those that are taken. */
+		number = bpf_get_prandom_u32();
 	}
 	return 0;
 }
@@ -380,9 +388,10 @@ static __always_inline bool is_refused(const struct destination *destination, __
 }
 
 /* sendto(): the socket has a flow per destination. 0: there is none, for this reason. */
-static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const struct flow *flow,
+static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, struct request *request,
 					   const struct destination *destination, int *why)
 {
+	const struct flow *flow = &request->flow;
 	__u32 *known = bpf_map_lookup_elem(&datagram_ids, flow);
 	struct flow *old;
 	__u32 id;
@@ -395,10 +404,10 @@ static __always_inline __u32 datagram_flow(struct bpf_sock_addr *ctx, const stru
 		return *why ? 0 : *known;
 	}
 	if (is_refused(destination, flow->port)) {
-		struct refused_event event = { .kind = REFUSED, .flow = *flow };
-
+		request->event_kind = REFUSED;
+		request->event_reserved = 0;
 		/* For the host to count. */
-		bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+		bpf_ringbuf_output(&events, request, sizeof(*request), 0);
 		*why = EHOSTUNREACH;
 		return 0;
 	}
@@ -434,13 +443,16 @@ static __always_inline void write_ip6(struct bpf_sock_addr *ctx, __u64 first, __
 	to[1] = last;
 }
 
-/* An application names a flow: only its own, as the kernel does for connected sockets with IPv4-mapped
- * addresses, or that of a client whom it serves and who cannot be shown. */
-static __always_inline bool may_name_flow(struct bpf_sock_addr *ctx, __u32 id)
+/* An application names a flow: only its own, as the kernel does for what connected sockets with IPv4-mapped addresses
+ * send, or that of a client whom it serves and who cannot be shown. */
+static __always_inline bool may_name_flow(struct bpf_sock_addr *ctx, bool own, __u32 id)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, &id);
+	struct flow *flow;
 
-	return flow && (flow->cookie == bpf_get_socket_cookie(ctx) || is_server(ctx, flow));
+	if (!own && !HAS_CLIENTS)
+		return false;
+	flow = bpf_map_lookup_elem(&flows, &id);
+	return flow && ((own && flow->cookie == bpf_get_socket_cookie(ctx)) || is_server(ctx, flow));
 }
 
 /* The agent's port for a flow's packets. */
@@ -450,8 +462,15 @@ static __always_inline __u32 agents_port(__u32 id)
 	return (__u32)AGENT_PORT << (id >> (ID_BITS + 1) & 1);
 }
 
+/* The same where an application sends: to clients only if there are any. */
+static __always_inline __u32 port_for(__u32 id)
+{
+	return HAS_CLIENTS ? agents_port(id) : AGENT_PORT;
+}
+
 /* The id of the flow for what is sent to the request's address. 0: there is none, and this is the program's result. */
-static __always_inline __u32 flow_for(struct bpf_sock_addr *ctx, union request *request, bool connect, int *result)
+static __always_inline __u32 flow_for(struct bpf_sock_addr *ctx, struct request *request, bool connect, bool ip6,
+				      int *result)
 {
 	struct destination *destination;
 	struct flow *flow = &request->flow;
@@ -466,25 +485,22 @@ static __always_inline __u32 flow_for(struct bpf_sock_addr *ctx, union request *
 		if (!destination || destination->kind == INSIDE || !is_of_box(ctx))
 			return 0;
 		if (destination->kind == FLOW) {
-			if (!may_name_flow(ctx, id_of4(flow->ip.word[3])))
+			if (!may_name_flow(ctx, !connect && !ip6, id_of4(flow->ip.word[3])))
 				*result = refuse(ECONNREFUSED);
 			return 0;
 		}
-		if (!is_carried(ctx, destination->kind, &flow->ip))
+		if (!is_carried(ctx, connect, ip6, destination->kind, &flow->ip))
 			return 0;
 	}
 	flow->cookie = bpf_get_socket_cookie(ctx);
-	flow->port = ctx->user_port;
-	flow->protocol = connect ? ctx->protocol : IPPROTO_UDP;
-	flow->state = NEW;
-	flow->error = 0;
-	flow->server_port = 0;
+	/* Port and protocol; state (NEW), error and the server's port are 0. */
+	request->halves[3] = ctx->user_port | (connect ? ctx->protocol : IPPROTO_UDP) << 16;
 	if (connect)
 		id = connect_flow(ctx, flow, client);
 	else if (client)
 		id = client;
 	else
-		id = destination ? datagram_flow(ctx, flow, destination, &why) : 0;
+		id = destination ? datagram_flow(ctx, request, destination, &why) : 0;
 	if (!id)
 		*result = refuse(why);
 	return id;
@@ -492,29 +508,29 @@ static __always_inline __u32 flow_for(struct bpf_sock_addr *ctx, union request *
 
 static __always_inline int send4(struct bpf_sock_addr *ctx, bool connect)
 {
-	union request request;
+	struct request request;
 	int result;
 	__u32 id;
 
 	((half *)&request.flow.ip)[0] = 0;
 	request.flow.ip.word[2] = bpf_htonl(0xffff);
 	request.flow.ip.word[3] = ctx->user_ip4;
-	id = flow_for(ctx, &request, connect, &result);
+	id = flow_for(ctx, &request, connect, false, &result);
 	if (!id)
 		return result;
 	ctx->user_ip4 = bpf_htonl(FLOW_NET4 | id);
-	ctx->user_port = agents_port(id);
+	ctx->user_port = port_for(id);
 	return 1;
 }
 
 static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 {
-	union request request;
+	struct request request;
 	int result;
 	__u32 id;
 
 	read_ip6(&request.flow.ip, ctx);
-	id = flow_for(ctx, &request, connect, &result);
+	id = flow_for(ctx, &request, connect, true, &result);
 	if (!id)
 		return result;
 	/* The kernel sends to an IPv4-mapped address as to one of IPv4's. */
@@ -522,7 +538,7 @@ static __always_inline int send6(struct bpf_sock_addr *ctx, bool connect)
 		ctx->user_ip6[3] = bpf_htonl(FLOW_NET4 | id);
 	else
 		write_ip6(ctx, FLOW_NET6_0, (__u64)bpf_htonl(id) << 32);
-	ctx->user_port = agents_port(id);
+	ctx->user_port = port_for(id);
 	return 1;
 }
 
@@ -668,13 +684,13 @@ static __always_inline bool report_syn(__u32 id, const struct flow *flow, struct
 		return false;
 	if (len > PACKET_MAX)
 		len = PACKET_MAX;
-	if (len == 0 || bpf_skb_load_bytes(skb, 0, event->packet, len) != 0)
-		len = 0;
+	/* It is not empty, which the verifier cannot know. */
+	len = ((len - 1) & (PACKET_MAX - 1)) + 1;
+	bpf_skb_load_bytes(skb, 0, event->packet, len);
 	event->kind = SYN;
 	event->id = id;
 	event->flow = *flow;
 	event->packet_len = len;
-	event->reserved = 0;
 	bpf_ringbuf_submit(event, 0);
 	return true;
 }

@@ -60,7 +60,7 @@ const KINDS: [(Ipv6Addr, u8, Kind); 12] = [
 pub fn destinations(
     resolvers: &[Ipv6Addr],
     prefixes: &[Prefix],
-) -> impl Iterator<Item = (RawPrefix, RawDestination)> {
+) -> Vec<(RawPrefix, RawDestination)> {
     let kind = |ip, len| {
         let around = KINDS.iter().rfind(|(around, bits, _)| covers(*around, *bits, ip, len));
         around.map_or(Kind::Outside, |(.., kind)| *kind)
@@ -76,10 +76,10 @@ pub fn destinations(
     }
     entries.extend(KINDS.map(|(ip, len, kind)| ((ip, len), kind)));
     entries.extend(resolvers.iter().take(MAX_RESOLVERS).map(|ip| ((*ip, 128), Kind::Resolver)));
-    let raw = entries.into_iter().map(move |((ip, len), kind)| {
-        (raw_prefix(ip, len), raw_destination(kind, outlook(ip, len)))
-    });
-    raw.collect::<Vec<_>>().into_iter()
+    let raw = entries
+        .into_iter()
+        .map(|((ip, len), kind)| (raw_prefix(ip, len), raw_destination(kind, outlook(ip, len))));
+    raw.collect()
 }
 
 /// Whether all addresses of the second prefix are in the first.
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn addresses_have_the_kind_of_the_longest_prefix() {
-        let entries: Vec<_> = destinations(&[ip("127.0.0.53")], &[]).collect();
+        let entries = destinations(&[ip("127.0.0.53")], &[]);
         for (kind, all) in [
             (Kind::Outside, &["192.0.2.1", "10.0.0.1", "126.255.255.255", "223.255.255.255"][..]),
             (Kind::Outside, &["2001:db8::1", "::2", "fd54:5349:0:1::1", "fec0::1", "::fffe:0:0"]),
@@ -161,7 +161,7 @@ mod tests {
             prefix("192.0.0.8", 128, false, &[]),
             prefix("127.0.0.0", 96 + 9, false, &[]),
         ];
-        let entries: Vec<_> = destinations(&[ip("127.0.0.53")], &prefixes).collect();
+        let entries = destinations(&[ip("127.0.0.53")], &prefixes);
         for (to, kind, is_refused, except) in [
             ("192.0.2.1", Kind::Outside, true, [0, 53, 1, 187]),
             ("10.1.2.3", Kind::Outside, false, [0; 4]),

@@ -13,7 +13,7 @@ use crate::sys::bpf::{
     self, Created, Map, MapDefinition, ObjectDefinition, ProgramDefinition, RingBuffer, Write,
 };
 
-// `TSI`, `TSI_ALL` and `TSI_CLIENTS`, which the build script makes of the source.
+// `TSI`, `TSI_RESOLVERS`, `TSI_ALL` and `TSI_CLIENTS`, which the build script makes of the source.
 include!(concat!(env!("OUT_DIR"), "/tsi.rs"));
 
 /// Port of the agent, below what programs usually listen on (`AGENT_PORT`).
@@ -209,7 +209,8 @@ impl Extent {
     /// Which object has what is needed: to verify what is not costs a start.
     fn object(self, has_resolvers: bool) -> &'static ObjectDefinition {
         match self {
-            Extent { outgoing: true, answers } if answers || has_resolvers => &TSI_ALL,
+            Extent { outgoing: true, answers: true } => &TSI_ALL,
+            Extent { outgoing: true, answers: false } if has_resolvers => &TSI_RESOLVERS,
             Extent { outgoing: false, answers: true } => &TSI_CLIENTS,
             _ => &TSI,
         }
