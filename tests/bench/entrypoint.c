@@ -1,6 +1,6 @@
 /* The program that a box exists for, here the least that one can be: it says that it runs, and ends.
  *   entrypoint        mark ENTRYPOINT, end
- *   entrypoint idle   mark ENTRYPOINT, sleep until killed
+ *   entrypoint stay   mark ENTRYPOINT, sleep until killed
  *   entrypoint exec   mark EXEC, end: what `mote exec` runs in a box */
 
 #include "guest.h"
@@ -8,6 +8,6 @@
 static void start(long *stack) {
     const char *mode = stack[0] > 1 ? (const char *)stack[2] : "";
     mark(same(mode, "exec") ? MARK_EXEC : MARK_ENTRYPOINT);
-    while (same(mode, "idle")) system_call(__NR_pause, 0, 0, 0, 0, 0);
+    while (same(mode, "stay")) system_call(__NR_pause, 0, 0, 0, 0, 0);
     for (;;) system_call(__NR_exit_group, 0, 0, 0, 0, 0);
 }

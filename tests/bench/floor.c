@@ -2,7 +2,7 @@
  *   floor VCPUS MIB KERNEL INITRAMFS COMMAND_LINE
  *
  * It loads an ELF vmlinux into memory, starts it by the 64-bit boot protocol (Documentation/arch/x86/boot.rst), and has
- * no device at all: ports and memory that nobody owns read as ones. A write of 0xfe to port 0x64, by which Linux resets a
+ * no device at all: ports and memory read as ones. A write of 0xfe to port 0x64, by which Linux resets a
  * machine through its keyboard controller, ends it. No sandbox, no check of what the guest or the files say. */
 
 #include <asm/bootparam.h>
@@ -68,7 +68,9 @@ static void *run_vcpu(void *fd_pointer) {
         switch (run->exit_reason) {
         case KVM_EXIT_IO: {
             uint8_t *data = (uint8_t *)run + run->io.data_offset;
-            if (run->io.direction == KVM_EXIT_IO_IN) memset(data, 0xff, (size_t)run->io.size * run->io.count);
+            /* Linux waits for the keyboard controller's status to have no bits before it resets the machine by it. */
+            int nobody = run->io.port == 0x64 ? 0 : 0xff;
+            if (run->io.direction == KVM_EXIT_IO_IN) memset(data, nobody, (size_t)run->io.size * run->io.count);
             else if (run->io.port == 0x64 && *data == 0xfe) exit(0);
             break;
         }

@@ -13,8 +13,8 @@
  * One line on standard output: "RUN LABEL MODE key=value…", with times in microseconds, or "FAIL LABEL MODE reason" and
  * the end of the VMM's output. Needs root, for tracefs; /sys/kernel/tracing must be mounted.
  *
- * The tracepoints: kvm_entry, once a run, for the first instruction of the guest (recording every entry would charge some
- * 20 us each to VMMs that have more of them); kvm_cpuid, for the guest's marks (guest.h). */
+ * The tracepoints: kvm_cpuid, for the guest's marks (guest.h); kvm_entry, for the guest's first instruction, until the
+ * first CPUID: recording every entry would charge some 20 us each to VMMs that have more of them. */
 
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -109,9 +109,9 @@ static void start_tracing(void) {
         set("events/kvm/kvm_exit/enable", "1");
         set("events/kvm/kvm_userspace_exit/enable", "1");
     } else {
-        set_if_possible("events/kvm/kvm_entry/trigger", "!disable_event:kvm:kvm_entry:1");
-        set("events/kvm/kvm_entry/trigger", "disable_event:kvm:kvm_entry:1");
         set("events/kvm/kvm_entry/enable", "1");
+        set_if_possible("events/kvm/kvm_cpuid/trigger", "!disable_event:kvm:kvm_entry:1");
+        set("events/kvm/kvm_cpuid/trigger", "disable_event:kvm:kvm_entry:1");
     }
     if (!strcmp(mode, "processes")) set("events/sched/sched_stat_runtime/enable", "1");
     set("tracing_on", "1");
@@ -136,7 +136,8 @@ static pid_t spawn(char **words, int inherited) {
     dup2(null, 0);
     dup2(log, 1);
     dup2(log, 2);
-    if (inherited >= 0) dup2(inherited, 3);
+    if (inherited >= 0 && inherited != 3) dup2(inherited, 3);
+    if (inherited >= 0) fcntl(3, F_SETFD, 0);
     close_range(inherited >= 0 ? 4 : 3, ~0u, 0);
     execvp(words[0], words);
     dprintf(2, "measure: run %s: %s\n", words[0], strerror(errno));

@@ -1,0 +1,191 @@
+"""The machine that counts: QEMU's software emulation with nested SVM and `-icount`, where one executed instruction is
+one virtual nanosecond, so that a result is a number of instructions (and what slept), and repeats to 0.3 % whatever
+else this machine does. It has one processor, a kernel of Debian's and only what a run needs, all of it in memory."""
+
+import lzma
+import os
+import pathlib
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import time
+
+# Without CMPXCHG16B, which is not always right under emulation (tests/lab/lab.sh). XSAVE stays: Firecracker wants it.
+CPU = "EPYC,+svm,+npt,+invtsc,-cx16"
+MEMORY = "6G"
+# The lab at times stops making progress: it is then ended, and a new one goes on where it was.
+SILENCE_LIMIT_S = 180
+ATTEMPTS = 4
+
+# The order in which they can be loaded. Those that the kernel has built in are not there.
+MODULES = ["irqbypass", "ccp", "kvm", "kvm-amd"]
+
+INIT = """#!/bin/busybox sh
+# A VMM's sandbox needs a root that can be unmounted, which an initramfs cannot: everything moves to a tmpfs.
+if [ "$1" != moved ]; then
+    /bin/busybox mkdir /new
+    /bin/busybox mount -t tmpfs -o size=80% tmpfs /new
+    /bin/busybox cp -a /bin /init /new/
+    for entry in /*; do
+        case $entry in /new | /dev | /bin | /init) ;; *) /bin/busybox mv "$entry" /new/ ;; esac
+    done
+    /bin/busybox mkdir -p /new/proc /new/sys /new/dev /new/tmp /new/run
+    exec /bin/busybox switch_root /new /init moved
+fi
+export PATH=/bin:/usr/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t debugfs debugfs /sys/kernel/debug
+mount -t tracefs tracefs /sys/kernel/tracing
+mkdir /dev/shm
+for at in /dev/shm /tmp /run; do mount -t tmpfs tmpfs $at; done
+for module in MODULES; do [ ! -e /modules/$module.ko ] || insmod /modules/$module.ko; done
+# Else KVM_CREATE_VM sleeps 11 ms on kernels before 6.13, for one more cgroup migration of KVM's own thread.
+mount -t cgroup2 -o favordynmods cgroup2 /sys/fs/cgroup
+ip link set lo up
+echo LAB kernel $(uname -r)
+. /plan
+echo LAB end
+poweroff -f
+"""
+
+
+class Lab:
+    """An image with everything that runs, and the means to run lists of commands on it."""
+
+    def __init__(self, work):
+        self.work = work
+        self.root = work / "lab"
+        self.kernel = newest_kernel()
+
+    def pack(self, stage, programs):
+        """Makes the image: `stage` as /bench, and programs of this system, by their paths, with their libraries."""
+        for name in ("bin", "modules"):
+            (self.root / name).mkdir(parents=True)
+        shutil.copytree(stage, self.root / "bench", symlinks=True)
+        shutil.copy("/bin/busybox", self.root / "bin/busybox")
+        for module in MODULES:
+            copy_module(self.kernel.name.removeprefix("vmlinuz-"), module, self.root / "modules")
+        for program in programs:
+            self.copy_with_libraries(program)
+        for program in (stage / "bin").iterdir():
+            self.copy_libraries(program)
+        if any(program.name.startswith("qemu") for program in programs):
+            self.copy_qemu_data()
+        init = self.root / "init"
+        init.write_text(INIT.replace("MODULES", " ".join(MODULES)))
+        init.chmod(0o755)
+        archive(self.root, self.work / "lab.cpio")
+
+    def copy_with_libraries(self, program):
+        self.copy(program)
+        self.copy_libraries(program)
+
+    def copy_libraries(self, program):
+        libraries = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
+        for library in re.findall(r"(/\S+) \(0x", libraries):
+            self.copy(pathlib.Path(library))
+
+    def copy(self, file):
+        target = self.root / str(file).lstrip("/")
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+
+    def copy_qemu_data(self):
+        for folder in ("/usr/share/qemu", "/usr/share/seabios"):
+            for pattern in ("bios*.bin", "pvh.bin", "qboot.rom"):
+                for file in pathlib.Path(folder).glob(pattern):
+                    self.copy(file)
+
+    def run(self, commands, extra=(), plugin=None):
+        """Runs shell commands, each of which prints lines, the last of them with `RUN` or `FAIL` first. Yields all
+        lines. When the lab hangs, a new one repeats the command that it hung in."""
+        done, attempts = 0, 0
+        while done < len(commands):
+            for line in self.boot(commands[done:], plugin, extra):
+                if line.startswith(("RUN ", "FAIL ")):
+                    done += 1
+                yield line
+            if done < len(commands):
+                attempts += 1
+                if attempts == ATTEMPTS:
+                    raise RuntimeError(f"the lab hung or died {ATTEMPTS} times, at last in: {commands[done]}")
+                print(f"bench: the lab hung or died; a new one goes on with run {done + 1} of {len(commands)}", flush=True)
+
+    def boot(self, commands, plugin, extra):
+        plan = self.work / "plan"
+        shutil.rmtree(plan, ignore_errors=True)
+        plan.mkdir()
+        (plan / "plan").write_text("\n".join(commands) + "\n")
+        archive(plan, self.work / "plan.cpio")
+        with open(self.work / "initrd", "wb") as initrd:
+            for part in ("lab.cpio", "plan.cpio"):
+                initrd.write((self.work / part).read_bytes())
+        command = [
+            "nice", "-n", "5", "qemu-system-x86_64", "-M", "microvm,auto-kernel-cmdline=off", "-accel", "tcg",
+            "-icount", "shift=0,sleep=off", "-cpu", CPU, "-m", MEMORY, "-kernel", str(self.kernel),
+            "-initrd", str(self.work / "initrd"), "-append",
+            "console=ttyS0 quiet loglevel=1 tsc=reliable clocksource=tsc mitigations=off audit=0 panic=-1 reboot=t "
+            f"nokaslr norandmaps {' '.join(extra)}".strip(),
+            "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
+            *(["-plugin", plugin] if plugin else []),
+        ]
+        qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            yield from lines_of(qemu)
+        finally:
+            qemu.kill()
+            qemu.communicate()
+
+
+def lines_of(process):
+    """The lines of a process's output, until it ends or is silent for too long. Its errors are shown at its end."""
+    rest, last, errors = b"", time.monotonic(), b""
+    streams = {process.stdout.fileno(), process.stderr.fileno()}
+    while streams:
+        ready, _, _ = select.select(list(streams), [], [], 1)
+        if not ready and time.monotonic() - last > SILENCE_LIMIT_S:
+            return
+        for stream in ready:
+            data = os.read(stream, 65536)
+            if not data:
+                streams.remove(stream)
+            elif stream == process.stderr.fileno():
+                errors += data
+            else:
+                last = time.monotonic()
+                *whole, rest = (rest + data).split(b"\n")
+                yield from (line.decode(errors="replace").rstrip("\r") for line in whole)
+    said = [line for line in errors.decode(errors="replace").splitlines() if "TCG doesn't support" not in line]
+    if said:
+        print("bench: the lab's QEMU says:", *said, sep="\n  ")
+
+
+def newest_kernel():
+    kernels = sorted(pathlib.Path("/boot").glob("vmlinuz-*-cloud-amd64"), key=lambda path: [
+        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+    if not kernels:
+        raise RuntimeError("no cloud kernel in /boot for the lab; run 'make tools'")
+    return kernels[-1]
+
+
+def copy_module(version, name, to):
+    for file in pathlib.Path("/lib/modules", version).rglob(f"{name}.ko*"):
+        data = file.read_bytes()
+        (to / f"{name}.ko").write_bytes(lzma.decompress(data) if file.suffix == ".xz" else data)
+
+
+def archive(tree, to):
+    """Packs a tree as a cpio archive, as an initramfs is one."""
+    names = subprocess.run(["find", ".", "-mindepth", "1", "-print0"], cwd=tree, capture_output=True, check=True).stdout
+    with open(to, "wb") as out:
+        subprocess.run(["cpio", "-o", "-0", "-H", "newc", "-R", "0:0", "--quiet"], cwd=tree, input=names, stdout=out, check=True)
+
+
+def quoted(words):
+    return shlex.join(str(word) for word in words)
