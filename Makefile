@@ -3,7 +3,8 @@
 # make demo    install what is missing, build, and run one box from a spec file
 # make install   put it below PREFIX (/usr/local), with man pages and completions; make uninstall
 # make deb     the Debian package, judged by lintian; make deb-test installs it in a fresh tree and runs a box
-# make bench   start-up side by side with QEMU microvm
+# make bench   start-up side by side with other VMMs, into the README (ARGS=--keep leaves it as it is)
+#              PROFILE=1: instead, where the instructions of mote's start go, by thread and by function
 # make bench-net   the network side by side with QEMU microvm on passt
 # make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
 # make soak-flood   ten minutes of vsock flood, and 1,000 commands: does mote's memory stay flat?
@@ -84,15 +85,16 @@ miri:
 demo: build tools-box
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" $(WITH_KVM) tests/demo.sh
 
-# With two processors, since a box and what serves it run at once.
-bench bench-net: export LAB_CPUS = 2
+bench: build tools-bench
+	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" tests/bench/start.py \
+		$(if $(PROFILE),--profile) $(ARGS)
 
-bench: build tools-box-bench
-	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" $(WITH_KVM) tests/bench.py $(ARGS)
+# With two processors, since a box and what serves it run at once.
+bench-net: export LAB_CPUS = 2
 
 bench-net: build tools-box-bench
 	MOTE_TEST_DEBIAN="$$(tests/rootfs.sh)" MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" \
-		MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" $(WITH_KVM) tests/bench_net.py
+		MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" $(WITH_KVM) tests/bench/network.py
 
 soak: build tools-box-lab-test
 	tests/soak.py --boots $(or $(BOOTS),100) --seed $(or $(SEED),1) --parallel $(or $(PARALLEL),2) $(ARGS)

@@ -68,7 +68,13 @@ zsh                 /usr/bin/zsh                         reads its completions
 fish                /usr/bin/fish                        the same, and completes with them
 "
 bench_packages="
-cpio                /usr/bin/cpio                        packs the benchmark's root file system
+gcc                 /usr/bin/gcc                         compiles the benchmark's floor, guests and tracer
+libc6-dev           /usr/lib/x86_64-linux-gnu/libc.a     links them statically
+linux-libc-dev      /usr/include/linux/kvm.h             declares KVM to the floor
+binutils            /usr/bin/nm                          names the functions of a profile
+linux-image-cloud-amd64 /usr/share/doc/linux-image-cloud-amd64 the kernel of the machine that counts, with kvm_amd
+e2fsprogs           /sbin/mkfs.ext4                      makes the disk of VMMs whose root is one
+cpio                /usr/bin/cpio                        packs the benchmark's root file systems
 passt               /usr/bin/passt                       the network of the benchmark
 iproute2            /sbin/ip                             makes networks for the benchmark
 iperf3              /usr/bin/iperf3                      the network benchmark

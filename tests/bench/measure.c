@@ -364,6 +364,12 @@ static void add_descendants(pid_t of) {
     if (processes) closedir(processes);
 }
 
+/* Tells profile.c, if that counts: index 0 begins, all others end something. Nothing else sees it. */
+static void mark_profile(unsigned index) {
+    unsigned eax = 0x5eed0001, ebx, ecx = index, edx;
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+}
+
 static void say_since(const char *name, uint64_t at_us, uint64_t start_us) {
     if (at_us) printf(" %s=%llu", name, (unsigned long long)(at_us - start_us));
 }
@@ -400,6 +406,7 @@ int main(int argc, char **argv) {
     start_tracing();
 
     uint64_t busy_before = busy_us(), start_us = now_us(), deadline_us = start_us + LIMIT_S * 1000000ull;
+    mark_profile(0);
     if (served) {
         spawn(daemon_words, listener);
         close(listener);
@@ -435,6 +442,7 @@ int main(int argc, char **argv) {
         /* What was beside the VMM ends after it. */
         while (wait_for(-1, deadline_us) >= 0) continue;
         uint64_t all_gone_us = now_us(), busy_after = busy_us();
+        mark_profile(4);
         read_trace();
         if (!reached_us[1] && !reached_us[2]) fail("the guest made no mark; the VMM ended with status %x", status);
         printf("RUN %s %s", label, mode);

@@ -1,13 +1,19 @@
 """What a run of start.py says: tables in Markdown, a JSON file with every run, and plots as SVG, by Python's standard
 library alone."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import re
 import statistics
+import subprocess
 
+import lab
+import plots
 from vmms import ROWS, Machine
 
+RUNS = "resources/bench/start.json"
 BEGIN, END = "<!-- make bench -->", "<!-- /make bench -->"
 PLAIN = Machine()
 IDLE = Machine(idle=True)
@@ -27,18 +33,20 @@ class Results:
 
     def __init__(self, results):
         # The first run of what was run more than once only fills caches.
-        self.runs = {(case.row, case.machine, case.mode): runs[1:] if len(runs) > 3 else runs
-                     for case, runs in results.items()}
+        self.runs = {(case.row, case.machine, case.mode): runs[1:] or runs for case, runs in results.items()}
 
     def values(self, row, mark, machine=PLAIN, mode="start"):
-        if row == "mote" and mark == "init":
-            row = "mote-init"
+        if mark == "init" and ROWS[row].has_agent:
+            mode = "init"
         return [run[mark] for run in self.runs.get((row, machine, mode), []) if mark in run]
 
     def median(self, row, mark, machine=PLAIN, mode="start"):
-        """In milliseconds, or millions of instructions; None if there is none."""
+        """In milliseconds, or millions of instructions; None if there is none. For several vCPUs it is the least: in the
+        lab, which has one processor, they spin while they wait for one another, until its scheduler helps."""
         values = self.values(row, mark, machine, mode)
-        return statistics.median(values) / 1000 if values else None
+        if not values:
+            return None
+        return (statistics.median(values) if machine.vcpus == 1 else min(values)) / 1000
 
     def spread(self, row, mark):
         """How far the runs are apart, in percent of their median."""
@@ -49,13 +57,152 @@ class Results:
         return self.runs.get((row, machine, mode), [{}])[-1]
 
 
-def environment(counted):
-    return {}
+def environment(counted, rows):
+    """What was measured, and where, for readers and for the next run's comparison."""
+    programs = {ROWS[name].program: os.environ[ROWS[name].variable] for name in rows if ROWS[name].variable}
+    versions = {name: first_line([path, "--version"]) for name, path in programs.items()}
+    versions["qemu"] = first_line(["qemu-system-x86_64", "--version"])
+    versions["mote"] = first_line(["git", "describe", "--always", "--dirty", "--exclude=*"])
+    here = {"counted": counted, "versions": versions}
+    if counted:
+        return here | {"lab_kernel": lab.newest_kernel().name.removeprefix("vmlinuz-"), "lab_cpu": lab.CPU}
+    cpu = re.search(r"^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
+    return here | {"cpu": cpu[1] if cpu else "unknown", "kernel": os.uname().release}
 
 
-def report(results, rows, counted, environment):
-    return "\n".join(f"{c.row} {c.machine} {c.mode} {r}" for c, r in results.items())
+def first_line(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stdout.splitlines() or ["unknown"])[0]
 
 
-def write(*_):
-    pass
+def table(head, rows):
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value, digits=1):
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def beside(value, floor, mote):
+    """A figure, with what it is of the floor's and of mote's."""
+    if value is None:
+        return ""
+    ratios = [f"{value / other:.2f}" for other in (floor, mote) if other]
+    return f"{value:.1f} ({' / '.join(ratios)})"
+
+
+MARKS = [("first_run", "first `KVM_RUN`"), ("init", "`init`"), ("entrypoint", "entrypoint"), ("gone", "gone"),
+         ("all_gone", "nothing left")]
+
+
+def start_table(results, rows):
+    head = ["VMM", *(name for _, name in MARKS), "apart"]
+    lines = []
+    for row in rows:
+        figures = [beside(*(results.median(name, mark) for name in (row, "floor", "mote"))) for mark, _ in MARKS]
+        lines.append([f"{ROWS[row].name}, {ROWS[row].root}", *figures, f"{results.spread(row, 'entrypoint'):.1f} %"])
+    return table(head, lines)
+
+
+# The reasons of AMD's and of Intel's processors, as the tracepoint spells them.
+EXIT_KINDS = [
+    ("memory and devices", r"npf|EPT_VIOLATION|EPT_MISCONFIG"),
+    ("port", r"io|IO_INSTRUCTION"),
+    ("`CPUID`", r"cpuid"),
+    ("MSR", r"msr|MSR_READ|MSR_WRITE"),
+    ("control registers", r"(write|read)_cr\d|cr0_sel_write|CR_ACCESS|(write|read)_dr\d|DR_ACCESS"),
+    ("interrupts", r"interrupt|vintr|EXTERNAL_INTERRUPT|INTERRUPT_WINDOW|PENDING_INTERRUPT"),
+]
+
+
+def exits_table(results, rows):
+    lines = []
+    for row in rows:
+        run = results.once(row, PLAIN, "exits")
+        exits = {name.removeprefix("exit."): count for name, count in run.items() if name.startswith("exit.")}
+        users = sum(count for name, count in run.items() if name.startswith("user.KVM"))
+        kinds = [sum(count for reason, count in exits.items() if re.fullmatch(f"(EXIT_)?({pattern})", reason, re.I))
+                 for _, pattern in EXIT_KINDS]
+        total = sum(exits.values())
+        lines.append([ROWS[row].name, *map(str, kinds), str(total - sum(kinds)), str(total), str(users)])
+    return table(["exits until the entrypoint", *(name for name, _ in EXIT_KINDS), "other", "all", "to user space"], lines)
+
+
+def sweep_columns(runs):
+    """The machines of the sweep, in order, with what readers call them."""
+    memories = sorted({machine.memory_mib for _, machine, mode in runs if mode == "start" and machine.vcpus == machine.shares == 1})
+    vcpus = sorted({machine.vcpus for _, machine, mode in runs if mode == "start" and machine.vcpus > 1})
+    return ([(f"{memory} MiB", Machine(memory_mib=memory)) for memory in memories]
+            + [(f"{PLAIN.memory_mib} MiB, {count} vCPUs (least)", Machine(vcpus=count)) for count in vcpus])
+
+
+def sweep_table(results, rows):
+    columns = sweep_columns(results.runs)
+    lines = [[ROWS[row].name, *(beside(results.median(row, "entrypoint", machine), results.median("floor", "entrypoint", machine), None)
+                                for _, machine in columns)]
+             for row in rows if ROWS[row].swept]
+    return table(["entrypoint", *(name for name, _ in columns)], lines)
+
+
+def memory_table(results, rows):
+    lines = []
+    for row in rows:
+        run = results.once(row, IDLE, "memory")
+        sizes = [number(run[f"{name}_kib"] / 1024) for name in ("rss", "pss", "anonymous", "page_tables", "ram_pss")] if run else []
+        lines.append([ROWS[row].name, str(run.get("processes", "")), str(run.get("threads", "")), *sizes])
+    return table(["memory while idle, MiB", "processes", "threads", "RSS", "PSS", "anonymous", "page tables", "the guest's own"], lines)
+
+
+def mote_line(results, unit):
+    shares = sorted({machine.shares for row, machine, mode in results.runs if row == "mote" and mode == "start"})
+    by_shares = ", ".join(f"{number(results.median('mote', 'entrypoint', Machine(shares=count)))} with {count}" for count in shares)
+    answered = results.median("mote", "exec_answered", IDLE, "exec")
+    if answered is None:
+        return ""
+    return (f"By the number of shares, mote's entrypoint runs after {by_shares} {unit}. The first `mote exec`, started together "
+            f"with the box, has its answer after {number(answered)} {unit}.")
+
+
+def report(measured, rows, here):
+    """The text that the README gets."""
+    results = Results(measured)
+    spread = max(results.spread(row, "entrypoint") for row in rows)
+    runs = len(results.values(rows[0], "entrypoint"))
+    versions = here["versions"]
+    peers = ", ".join(versions[name].removeprefix("QEMU emulator version ") if name != "qemu" else "QEMU " + re.search(r"[\d.]+", versions[name])[0]
+                      for name in versions if name not in ("mote", "virtiofsd"))
+    if here["counted"]:
+        unit = "million instructions"
+        what = (f"Million instructions of host, VMM and guest together, counted in an emulated machine ({here['lab_kernel']}, "
+                "one processor), where one that sleeps a millisecond counts as a million. They repeat, and are no times of "
+                "hardware's: what a cache miss or an exit costs is not in them")
+    else:
+        unit = "ms"
+        what = f"Milliseconds on {here['cpu']}, Linux {here['kernel']}"
+    parts = [
+        f"{what}. One vCPU, {PLAIN.memory_mib} MiB, mote's kernel for all; medians of {runs} runs, by turns, which are apart by at most "
+        f"{spread:.1f} %; in brackets, of the floor's and of mote's. {peers}.",
+        start_table(results, rows), exits_table(results, rows), sweep_table(results, rows), memory_table(results, rows),
+        mote_line(results, unit),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(root, measured, rows, here):
+    """Puts the tables into the README, and every run and the plots beside it."""
+    runs = [{"row": case.row, "mode": case.mode, **dataclasses.asdict(case.machine), "values": values}
+            for case, values in measured.items()]
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    file = root / RUNS
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f'{{"environment": {json.dumps(here)},\n"runs": [\n{lines}\n]}}\n')
+    results = Results(measured)
+    (file.parent / "start.svg").write_text(plots.timeline(results, rows, here["counted"]))
+    (file.parent / "sweep.svg").write_text(plots.sweep(results, rows, here["counted"]))
+    readme = root / "README.md"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RuntimeError(f"README.md has no {BEGIN} and {END} for the tables to go between")
+    readme.write_text(f"{before}{BEGIN}\n{report(measured, rows, here)}\n{END}{after}")

@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 
+import hot
 import report
 from lab import Lab, archive, quoted
-from vmms import ROWS, Machine, Row, Stage, mote, mote_to_init
+from vmms import ROWS, Machine, Stage, to_init
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -34,12 +35,10 @@ ROUNDS, SWEEP_ROUNDS = 7, 3
 # A disk that holds the program, for VMMs whose root is one.
 DISK = "16M"
 
-TO_INIT = Row("mote, to init", mote_to_init, "")
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing that is run, some times: its label in the output, and the command."""
+    """One thing that is run, some times. Its mode is one of measure.c's, or `init`: `start`, by `to_init`."""
 
     row: str
     machine: Machine
@@ -50,13 +49,13 @@ class Case:
         return f"{self.row}@{self.machine.memory_mib}@{self.machine.vcpus}@{self.machine.shares}"
 
     def command(self, stage):
-        row = TO_INIT if self.row == "mote-init" else ROWS[self.row]
-        run = row.run(stage, self.machine)
+        row = ROWS[self.row]
+        run = to_init(row, stage, self.machine) if self.mode == "init" else row.run(stage, self.machine)
         options = list(run.options)
         if self.mode == "exec":
             client = [stage.path("bin/mote"), "exec", "--wait", "20s", stage.path("exec.sock"), "--", "/entrypoint", "exec"]
             options += ["-c", " ".join(client)]
-        measure = [stage.path("bin/measure"), self.label, self.mode, *options, "--", *run.command]
+        measure = [stage.path("bin/measure"), self.label, "start" if self.mode == "init" else self.mode, *options, "--", *run.command]
         variables = [f"{name}={value}" for name, value in run.environment.items()]
         return "; ".join([*map(quoted, run.prepare), " ".join([*variables, quoted(measure)])])
 
@@ -76,7 +75,7 @@ def build(stage):
         (directory / "root" / name).mkdir()
     (directory / "share").mkdir()
     archive(directory / "root", directory / "initramfs")
-    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-d", directory / "root", directory / "root.ext4", DISK], check=True)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-d", directory / "root", directory / "root.ext4", DISK], stdout=subprocess.DEVNULL, check=True)
     shutil.copy(os.environ["MOTE_BENCH_KERNEL"], directory / "vmlinux")
     shutil.copy(os.environ.get("MOTE", ROOT / "target/release/mote"), directory / "bin/mote")
     for row in ROWS.values():
@@ -89,20 +88,17 @@ def build(stage):
 def plan(rows, rounds, sweep_rounds):
     """What is run, in this order: by turns within each part, so that what drifts on the machine drifts for all."""
     plain, idle = Machine(), Machine(idle=True)
-    compared = [Case(name, plain) for name in rows]
-    if "mote" in rows:
-        compared.insert(compared.index(Case("mote", plain)), Case("mote-init", plain))
+    compared = [Case(name, plain, mode) for name in rows for mode in ("start", *["init"] * ROWS[name].has_agent)]
     swept = [name for name in rows if ROWS[name].swept]
-    machines = [Machine(memory_mib=memory) for memory in MEMORY_MIB] + [Machine(vcpus=vcpus) for vcpus in VCPUS]
-    sweep = [Case(name, machine) for machine in machines for name in swept if machine != plain]
+    sizes = [Machine(memory_mib=memory) for memory in MEMORY_MIB if memory != plain.memory_mib]
+    sweep = [Case(name, machine) for machine in sizes for name in swept]
+    parallel = [Case(name, Machine(vcpus=vcpus)) for vcpus in VCPUS if vcpus != 1 for name in swept]
     answers = []
     if "mote" in rows:
         sweep += [Case("mote", Machine(shares=shares)) for shares in SHARES if shares != 1]
         answers = [Case("mote", idle, "exec")]
-    once = [Case(name, plain, "exits") for name in rows]
-    once += [Case(name, idle, "memory") for name in rows]
-    if os.environ.get("X"): return compared + compared + once + answers
-    return (compared + compared * rounds + answers * (sweep_rounds + 1) + sweep * sweep_rounds + once)
+    once = [Case(name, plain, "exits") for name in rows] + [Case(name, idle, "memory") for name in rows]
+    return compared + compared * rounds + (sweep + answers) * (sweep_rounds + 1) + parallel * rounds + once
 
 
 def run_here(commands):
@@ -130,8 +126,9 @@ def measure(cases, stage, run):
             if kind == "RUN":
                 results.setdefault(case, []).append(parse(line)[2])
             else:
+                print(line, flush=True)
                 again.append(case)
-        if kind != "RUN":
+        elif line and not line.startswith("LAB "):
             print(line, flush=True)
     # Nested virtualisation under emulation is not always right.
     for case in again:
@@ -154,13 +151,38 @@ def here_is_kvm():
     return probe.returncode == 0
 
 
+def profiled(work, stage):
+    program = hot.program_with_symbols(ROOT)
+    os.environ["MOTE"] = str(program)
+    build(stage)
+    hot.prepare(stage)
+    hot.commands(stage, lambda mode: Case("mote", Machine(), mode))
+    lab = Lab(work)
+    lab.pack(stage.directory, [])
+    return hot.profile(lab, stage, lambda mode: Case("mote", Machine(), mode), program, report.table)
+
+
+def render():
+    runs = json.loads((ROOT / report.RUNS).read_text())
+    results = {}
+    for run in runs["runs"]:
+        machine = Machine(*(run[field.name] for field in dataclasses.fields(Machine)))
+        results[Case(run["row"], machine, run["mode"])] = run["values"]
+    rows = [name for name in ROWS if any(case.row == name for case in results)]
+    report.write(ROOT, results, rows, runs["environment"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each VMM for the first table")
     parser.add_argument("--sweep-rounds", type=int, default=SWEEP_ROUNDS, help="runs for each memory size and so on")
     parser.add_argument("--rows", default=",".join(ROWS), help="which VMMs")
     parser.add_argument("--keep", action="store_true", help="leave the README and its files as they are")
+    parser.add_argument("--profile", action="store_true", help="instead, where the instructions of mote's start go")
+    parser.add_argument("--render", action="store_true", help="only write tables and plots again, of the runs that are there")
     options = parser.parse_args()
+    if options.render:
+        return render()
     missing = [name for name in options.rows.split(",") if name not in ROWS]
     if missing:
         sys.exit(f"bench: there is no row {', '.join(missing)}; there are {', '.join(ROWS)}")
@@ -168,12 +190,14 @@ def main():
     for variable, absent in report.absent(options.rows.split(","), rows).items():
         print(f"bench: without {absent}; {variable}=PROGRAM adds it")
 
-    counted = not here_is_kvm()
+    counted = options.profile or not here_is_kvm()
     if not counted and os.geteuid() != 0:
         sys.exit("bench: measuring time here takes root, for the kernel's tracepoints; run: sudo -E make bench")
     with tempfile.TemporaryDirectory(prefix="mote-bench.", dir="/run" if os.geteuid() == 0 else None) as work:
         work = pathlib.Path(work)
         stage = Stage(work / "stage", "/bench" if counted else str(work / "stage"))
+        if options.profile:
+            return print(profiled(work, stage))
         build(stage)
         cases = plan(rows, options.rounds, options.sweep_rounds)
         # Writes the configurations, which the lab's image has to have.
@@ -185,10 +209,10 @@ def main():
             results = measure(cases, stage, lab.run)
         else:
             results = measure(cases, stage, run_here)
-    text = report.report(results, rows, counted, report.environment(counted))
-    print(text)
+    here = report.environment(counted, rows)
     if not options.keep:
-        report.write(ROOT, results, rows, counted, text)
+        report.write(ROOT, results, rows, here)
+    print(report.report(results, rows, here))
 
 
 main()
