@@ -16,10 +16,10 @@ import time
 CPU = "EPYC,+svm,+npt,+invtsc,-cx16"
 MEMORY = "6G"
 # A halted lab may miss the interrupt that it waits for (tests/lab/lab.sh says why); another one, of a byte for its serial
-# port, wakes it. No run takes that long, so no result has one in it.
-NUDGE_AFTER_S = 10
+# port, wakes it. No run takes that long by itself.
+NUDGE_AFTER_S = 25
 # What that does not help is ended, and a new lab goes on where it was.
-SILENCE_LIMIT_S = 60
+SILENCE_LIMIT_S = 120
 ATTEMPTS = 5
 
 # The order in which they can be loaded. Those that the kernel has built in are not there.

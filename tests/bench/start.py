@@ -98,7 +98,7 @@ def plan(rows, rounds, sweep_rounds):
         sweep += [Case("mote", Machine(shares=shares)) for shares in SHARES if shares != 1]
         answers = [Case("mote", idle, "exec")]
     once = [Case(name, plain, "exits") for name in rows] + [Case(name, idle, "memory") for name in rows]
-    return compared + compared * rounds + (sweep + answers) * (sweep_rounds + 1) + parallel * rounds + once
+    return compared + compared * rounds + (sweep + answers) * (sweep_rounds + 1) + parallel * (sweep_rounds + 2) + once
 
 
 def run_here(commands):
