@@ -60,7 +60,7 @@ class Results:
 def environment(counted, rows):
     """What was measured, and where, for readers and for the next run's comparison."""
     programs = {ROWS[name].program: os.environ[ROWS[name].variable] for name in rows if ROWS[name].variable}
-    versions = {name: first_line([path, "--version"]) for name, path in programs.items()}
+    versions = {name: first_line([path, "--version"]) for name, path in programs.items() if not name.endswith(".so")}
     versions["qemu"] = first_line(["qemu-system-x86_64", "--version"])
     versions["mote"] = first_line(["git", "describe", "--always", "--dirty", "--exclude=*"])
     here = {"counted": counted, "versions": versions}

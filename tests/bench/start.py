@@ -7,7 +7,7 @@ Here, on a machine whose /dev/kvm is complete, it measures time. Elsewhere it co
 resources/bench/start.json with every run, the tables of the README between two comments, and the README's plots.
 
 QEMU is Debian's. Other VMMs are measured if a variable names them: MOTE_BENCH_FIRECRACKER,
-MOTE_BENCH_CLOUD_HYPERVISOR."""
+MOTE_BENCH_CLOUD_HYPERVISOR, MOTE_BENCH_LIBKRUN (the library)."""
 
 import argparse
 import dataclasses
@@ -78,6 +78,8 @@ def build(stage):
     subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-d", directory / "root", directory / "root.ext4", DISK], stdout=subprocess.DEVNULL, check=True)
     shutil.copy(os.environ["MOTE_BENCH_KERNEL"], directory / "vmlinux")
     shutil.copy(os.environ.get("MOTE", ROOT / "target/release/mote"), directory / "bin/mote")
+    if ROWS["libkrun"].is_there():
+        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", directory / "bin/libkrun", HERE / "libkrun.c"], check=True)
     for row in ROWS.values():
         if row.program and row.is_there():
             target = directory / "bin" / row.program

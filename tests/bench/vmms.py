@@ -141,6 +141,11 @@ def cloud_hypervisor(stage, machine):
     ])
 
 
+def libkrun(stage, machine):
+    return Run([stage.path("bin/libkrun"), stage.path("bin/libkrun.so"), machine.vcpus, machine.memory_mib,
+                stage.path("vmlinux"), stage.path("initramfs"), machine.command_line(RESET_BY_KEYBOARD)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A VMM as it is measured: the name that readers see, what makes its command, and what it needs."""
@@ -170,6 +175,7 @@ ROWS = {
                                "MOTE_BENCH_FIRECRACKER", swept=True),
     "cloud-hypervisor": Row("Cloud Hypervisor, no devices", cloud_hypervisor, "initramfs", "cloud-hypervisor",
                             "MOTE_BENCH_CLOUD_HYPERVISOR"),
+    "libkrun": Row("libkrun, its usual devices", libkrun, "initramfs", "libkrun.so", "MOTE_BENCH_LIBKRUN"),
     "qemu": Row("QEMU microvm, no devices", qemu_initramfs, "initramfs"),
     "qemu-virtiofs": Row("QEMU microvm + virtiofsd", qemu_virtiofs, "virtio-fs", "virtiofsd", "MOTE_BENCH_VIRTIOFSD",
                          swept=True),
