@@ -45,6 +45,7 @@ def timeline(results, rows, counted):
     """A bar for each VMM, from the start of its process to the end of its last one."""
     parts_of = [("first_run", "VMM, until the first KVM_RUN"), ("init", "kernel, until init"),
                 ("entrypoint", "until the entrypoint runs"), ("all_gone", "until nothing is left")]
+    rows = [row for row in rows if all(results.median(row, mark) is not None for mark, _ in parts_of)]
     left, right, top, step = 245, 70, 74, 34
     most = max(results.median(row, "all_gone") for row in rows)
     scale = (WIDTH - left - right) / most

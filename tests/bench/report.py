@@ -31,7 +31,8 @@ def absent(asked, there):
 class Results:
     """The medians, by row, machine and mode."""
 
-    def __init__(self, results):
+    def __init__(self, results, counted):
+        self.counted = counted
         # The first run of what was run more than once only fills caches.
         self.runs = {(case.row, case.machine, case.mode): runs[1:] or runs for case, runs in results.items()}
 
@@ -41,16 +42,16 @@ class Results:
         return [run[mark] for run in self.runs.get((row, machine, mode), []) if mark in run]
 
     def median(self, row, mark, machine=PLAIN, mode="start"):
-        """In milliseconds, or millions of instructions; None if there is none. For several vCPUs it is the least: in the
-        lab, which has one processor, they spin while they wait for one another, until its scheduler helps."""
+        """In milliseconds, or millions of instructions; None if there is none. For several vCPUs in the lab it is the least:
+        on its one processor they spin while they wait for one another, until its scheduler helps."""
         values = self.values(row, mark, machine, mode)
         if not values:
             return None
-        return (statistics.median(values) if machine.vcpus == 1 else min(values)) / 1000
+        return (min(values) if self.counted and machine.vcpus > 1 else statistics.median(values)) / 1000
 
     def spread(self, row, mark):
         """How far the runs are apart, in percent of their median."""
-        values = self.values(row, mark)
+        values = self.values(row, mark) or [1]
         return 100 * (max(values) - min(values)) / statistics.median(values)
 
     def once(self, row, machine, mode):
@@ -66,8 +67,10 @@ def environment(counted, rows):
     here = {"counted": counted, "versions": versions}
     if counted:
         return here | {"lab_kernel": lab.newest_kernel().name.removeprefix("vmlinuz-"), "lab_cpu": lab.CPU}
-    cpu = re.search(r"^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
-    return here | {"cpu": cpu[1] if cpu else "unknown", "kernel": os.uname().release}
+    info = pathlib.Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"^model name\s*: (.*)", info, re.M)
+    is_virtual = re.search(r"^flags.* hypervisor\b", info, re.M) is not None
+    return here | {"cpu": cpu[1] if cpu else "unknown", "kernel": os.uname().release, "is_virtual": is_virtual}
 
 
 def first_line(command):
@@ -134,7 +137,7 @@ def sweep_columns(runs):
     memories = sorted({machine.memory_mib for _, machine, mode in runs if mode == "start" and machine.vcpus == machine.shares == 1})
     vcpus = sorted({machine.vcpus for _, machine, mode in runs if mode == "start" and machine.vcpus > 1})
     return ([(f"{memory} MiB", Machine(memory_mib=memory)) for memory in memories]
-            + [(f"{PLAIN.memory_mib} MiB, {count} vCPUs (least)", Machine(vcpus=count)) for count in vcpus])
+            + [(f"{PLAIN.memory_mib} MiB, {count} vCPUs", Machine(vcpus=count)) for count in vcpus])
 
 
 def sweep_table(results, rows):
@@ -166,7 +169,7 @@ def mote_line(results, unit):
 
 def report(measured, rows, here):
     """The text that the README gets."""
-    results = Results(measured)
+    results = Results(measured, here["counted"])
     spread = max(results.spread(row, "entrypoint") for row in rows)
     runs = len(results.values(rows[0], "entrypoint"))
     versions = here["versions"]
@@ -179,11 +182,14 @@ def report(measured, rows, here):
                 "hardware's: what a cache miss or an exit costs is not in them")
     else:
         unit = "ms"
-        what = f"Milliseconds on {here['cpu']}, Linux {here['kernel']}"
+        within = ", itself a virtual machine" if here["is_virtual"] else ""
+        what = f"Milliseconds on {here['cpu']}, Linux {here['kernel']}{within}"
+    vcpus = ("With two vCPUs, which spin for one another on the lab's one processor, it is the least of the runs, and says little."
+             if here["counted"] else "")
     parts = [
         f"{what}. One vCPU, {PLAIN.memory_mib} MiB, mote's kernel for all; medians of {runs} runs, by turns, which are apart by at most "
         f"{spread:.1f} %; in brackets, of the floor's and of mote's. {peers}.",
-        start_table(results, rows), exits_table(results, rows), sweep_table(results, rows), memory_table(results, rows),
+        start_table(results, rows), exits_table(results, rows), sweep_table(results, rows), vcpus, memory_table(results, rows),
         mote_line(results, unit),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -197,7 +203,7 @@ def write(root, measured, rows, here):
     file = root / RUNS
     file.parent.mkdir(exist_ok=True)
     file.write_text(f'{{"environment": {json.dumps(here)},\n"runs": [\n{lines}\n]}}\n')
-    results = Results(measured)
+    results = Results(measured, here["counted"])
     (file.parent / "start.svg").write_text(plots.timeline(results, rows, here["counted"]))
     (file.parent / "sweep.svg").write_text(plots.sweep(results, rows, here["counted"]))
     readme = root / "README.md"
