@@ -5,9 +5,12 @@
 
 #include "guest.h"
 
-static void start(long *stack) {
+static void start(long *stack)
+{
     const char *mode = stack[0] > 1 ? (const char *)stack[2] : "";
     mark(same(mode, "exec") ? MARK_EXEC : MARK_ENTRYPOINT);
-    while (same(mode, "stay")) system_call(__NR_pause, 0, 0, 0, 0, 0);
-    for (;;) system_call(__NR_exit_group, 0, 0, 0, 0, 0);
+    while (same(mode, "stay"))
+        system_call(__NR_pause, 0, 0, 0, 0, 0);
+    for (;;)
+        system_call(__NR_exit_group, 0, 0, 0, 0, 0);
 }

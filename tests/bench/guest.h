@@ -14,7 +14,8 @@
 #define MARK_ENTRYPOINT 2u
 #define MARK_EXEC 3u
 
-static inline long system_call(long number, long a, long b, long c, long d, long e) {
+static inline long system_call(long number, long a, long b, long c, long d, long e)
+{
     long result;
     register long r10 __asm__("r10") = d;
     register long r8 __asm__("r8") = e;
@@ -25,13 +26,16 @@ static inline long system_call(long number, long a, long b, long c, long d, long
     return result;
 }
 
-static inline void mark(unsigned which) {
+static inline void mark(unsigned which)
+{
     unsigned eax = MARK_LEAF, ebx, ecx = which, edx;
     __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
 }
 
-static inline int same(const char *a, const char *b) {
-    while (*a && *a == *b) a++, b++;
+static inline int same(const char *a, const char *b)
+{
+    while (*a && *a == *b)
+        a++, b++;
     return *a == *b;
 }
 

@@ -11,7 +11,8 @@
 
 static void *library;
 
-static void *function(const char *name) {
+static void *function(const char *name)
+{
     void *found = dlsym(library, name);
     if (!found) {
         fprintf(stderr, "libkrun: the library has no %s\n", name);
@@ -20,14 +21,16 @@ static void *function(const char *name) {
     return found;
 }
 
-static void check(const char *doing, int32_t result) {
+static void check(const char *doing, int32_t result)
+{
     if (result < 0) {
         fprintf(stderr, "libkrun: %s: error %d\n", doing, -result);
         exit(1);
     }
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     if (argc != 7) {
         fprintf(stderr, "usage: libkrun LIBRARY VCPUS MIB KERNEL INITRAMFS COMMAND_LINE\n");
         return 2;
@@ -39,7 +42,8 @@ int main(int argc, char **argv) {
     }
     int32_t (*create)(void) = function("krun_create_ctx");
     int32_t (*set_vm)(uint32_t, uint8_t, uint32_t) = function("krun_set_vm_config");
-    int32_t (*set_kernel)(uint32_t, const char *, uint32_t, const char *, const char *) = function("krun_set_kernel");
+    int32_t (*set_kernel)(uint32_t, const char *, uint32_t, const char *, const char *) =
+        function("krun_set_kernel");
     int32_t (*start)(uint32_t) = function("krun_start_enter");
     int32_t context = create();
     check("create a context", context);

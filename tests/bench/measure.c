@@ -40,23 +40,32 @@
 #define TRACE "/sys/kernel/tracing/instances/mote-bench/"
 #define BUFFER_KIB "8192"
 #define OUTPUT "/tmp/mote-bench-vmm.log"
-enum { LIMIT_S = 90, SETTLE_US = 50000, IDLE_US = 400000, MARKS = 4, MOST_WORDS = 64, MOST_NAMES = 256 };
+enum {
+    LIMIT_S = 90,
+    SETTLE_US = 50000,
+    IDLE_US = 400000,
+    MARKS = 4,
+    MOST_WORDS = 64,
+    MOST_NAMES = 256
+};
 
 static const char *label, *mode;
 static pid_t vmm = -1;
 static bool vmm_ended;
 
-static uint64_t now_us(void) {
+static uint64_t now_us(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
 }
 
-/* What is left of the box, by PID. The VMM's group has what stayed in it; the rest, whose parent has ended, is this
- * process's, being their subreaper. */
+/* Kills the VMM, and what is left beside it: those are this process's children once their parents have ended, since it is
+ * their subreaper. */
 static void end_box(void);
 
-static void fail(const char *format, ...) {
+static void fail(const char *format, ...)
+{
     va_list arguments;
     va_start(arguments, format);
     printf("FAIL %s %s ", label, mode);
@@ -68,32 +77,39 @@ static void fail(const char *format, ...) {
     if (output && !fseek(output, 0, SEEK_END)) {
         long length = ftell(output);
         fseek(output, length > 1500 ? length - 1500 : 0, SEEK_SET);
-        while (fgets(line, sizeof line, output)) printf("LOG %s%s", line, strchr(line, '\n') ? "" : "\n");
+        while (fgets(line, sizeof line, output))
+            printf("LOG %s%s", line, strchr(line, '\n') ? "" : "\n");
     }
     fflush(stdout);
     end_box();
     exit(1);
 }
 
-static void set(const char *file, const char *value) {
+static void set(const char *file, const char *value)
+{
     char path[256];
     snprintf(path, sizeof path, TRACE "%s", file);
     int fd = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
-    if (fd < 0 || write(fd, value, strlen(value)) < 0) fail("write \"%s\" to %s: %s", value, path, strerror(errno));
+    if (fd < 0 || write(fd, value, strlen(value)) < 0)
+        fail("write \"%s\" to %s: %s", value, path, strerror(errno));
     close(fd);
 }
 
 /* As set, for what is not an error if it does not apply. */
-static void set_if_possible(const char *file, const char *value) {
+static void set_if_possible(const char *file, const char *value)
+{
     char path[256];
     snprintf(path, sizeof path, TRACE "%s", file);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    if (write(fd, value, strlen(value)) < 0) errno = 0;
+    if (fd < 0)
+        return;
+    if (write(fd, value, strlen(value)) < 0)
+        errno = 0;
     close(fd);
 }
 
-static void start_tracing(void) {
+static void start_tracing(void)
+{
     if (mkdir(TRACE, 0700) == 0) {
         set("trace_clock", "mono");
         set("buffer_size_kb", BUFFER_KIB);
@@ -113,21 +129,27 @@ static void start_tracing(void) {
         set_if_possible("events/kvm/kvm_cpuid/trigger", "!disable_event:kvm:kvm_entry:1");
         set("events/kvm/kvm_cpuid/trigger", "disable_event:kvm:kvm_entry:1");
     }
-    if (!strcmp(mode, "processes")) set("events/sched/sched_stat_runtime/enable", "1");
+    if (!strcmp(mode, "processes"))
+        set("events/sched/sched_stat_runtime/enable", "1");
     set("tracing_on", "1");
 }
 
-static void split(char *text, char **words) {
+static void split(char *text, char **words)
+{
     int count = 0;
-    for (char *word = strtok(text, " "); word && count < MOST_WORDS - 1; word = strtok(NULL, " ")) words[count++] = word;
+    for (char *word = strtok(text, " "); word && count < MOST_WORDS - 1; word = strtok(NULL, " "))
+        words[count++] = word;
     words[count] = NULL;
 }
 
 /* A child, with its output in the log; `inherited`, if there is one, becomes its descriptor 3. */
-static pid_t spawn(char **words, int inherited) {
+static pid_t spawn(char **words, int inherited)
+{
     pid_t pid = fork();
-    if (pid < 0) fail("fork: %s", strerror(errno));
-    if (pid > 0) return pid;
+    if (pid < 0)
+        fail("fork: %s", strerror(errno));
+    if (pid > 0)
+        return pid;
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
@@ -136,15 +158,18 @@ static pid_t spawn(char **words, int inherited) {
     dup2(null, 0);
     dup2(log, 1);
     dup2(log, 2);
-    if (inherited >= 0 && inherited != 3) dup2(inherited, 3);
-    if (inherited >= 0) fcntl(3, F_SETFD, 0);
+    if (inherited >= 0 && inherited != 3)
+        dup2(inherited, 3);
+    if (inherited >= 0)
+        fcntl(3, F_SETFD, 0);
     close_range(inherited >= 0 ? 4 : 3, ~0u, 0);
     execvp(words[0], words);
     dprintf(2, "measure: run %s: %s\n", words[0], strerror(errno));
     _exit(127);
 }
 
-static int listen_on(const char *path) {
+static int listen_on(const char *path)
+{
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
     unlink(path);
@@ -155,26 +180,33 @@ static int listen_on(const char *path) {
 }
 
 /* Waits for the end of a child, or of any with -1. Returns its status, or -1 if there is no such child. */
-static int wait_for(pid_t which, uint64_t deadline_us) {
+static int wait_for(pid_t which, uint64_t deadline_us)
+{
     sigset_t child;
     sigemptyset(&child);
     sigaddset(&child, SIGCHLD);
     for (;;) {
         int status;
         pid_t ended = waitpid(-1, &status, WNOHANG);
-        if (ended < 0) return -1;
-        if (ended == vmm) vmm_ended = true;
-        if (ended > 0 && (which == ended || which < 0)) return status;
-        if (ended > 0) continue;
+        if (ended < 0)
+            return -1;
+        if (ended == vmm)
+            vmm_ended = true;
+        if (ended > 0 && (which == ended || which < 0))
+            return status;
+        if (ended > 0)
+            continue;
         uint64_t now = now_us();
-        if (now >= deadline_us) fail("not done after %d s", LIMIT_S);
+        if (now >= deadline_us)
+            fail("not done after %d s", LIMIT_S);
         struct timespec left = {(deadline_us - now_us()) / 1000000, 0};
         left.tv_sec += 1;
         sigtimedwait(&child, NULL, &left);
     }
 }
 
-static void end_box(void) {
+static void end_box(void)
+{
     if (vmm > 0 && !vmm_ended) {
         kill(vmm, SIGKILL);
         kill(-vmm, SIGKILL);
@@ -182,29 +214,36 @@ static void end_box(void) {
     /* Most end by themselves when the VMM is gone; a daemon that waits for another client does not. */
     uint64_t deadline = now_us() + 2000000;
     while (now_us() < deadline) {
-        if (waitpid(-1, NULL, WNOHANG) < 0) return;
+        if (waitpid(-1, NULL, WNOHANG) < 0)
+            return;
         usleep(1000);
     }
     char path[64], children[4096];
     snprintf(path, sizeof path, "/proc/self/task/%d/children", getpid());
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t length = fd < 0 ? 0 : read(fd, children, sizeof children - 1);
-    if (fd >= 0) close(fd);
+    if (fd >= 0)
+        close(fd);
     children[length < 0 ? 0 : length] = 0;
-    for (char *pid = strtok(children, " "); pid; pid = strtok(NULL, " ")) kill(atoi(pid), SIGKILL);
-    while (waitpid(-1, NULL, 0) > 0) continue;
+    for (char *pid = strtok(children, " "); pid; pid = strtok(NULL, " "))
+        kill(atoi(pid), SIGKILL);
+    while (waitpid(-1, NULL, 0) > 0)
+        continue;
 }
 
 /* CPU time of all tasks since boot: the seventh number of each processor's line. */
-static uint64_t busy_us(void) {
+static uint64_t busy_us(void)
+{
     FILE *file = fopen("/proc/schedstat", "r");
     char line[1024];
     uint64_t sum_ns = 0;
     while (file && fgets(line, sizeof line, file)) {
         unsigned long long ns;
-        if (sscanf(line, "cpu%*d %*u %*u %*u %*u %*u %*u %llu", &ns) == 1) sum_ns += ns;
+        if (sscanf(line, "cpu%*d %*u %*u %*u %*u %*u %*u %llu", &ns) == 1)
+            sum_ns += ns;
     }
-    if (file) fclose(file);
+    if (file)
+        fclose(file);
     return sum_ns / 1000;
 }
 
@@ -214,75 +253,96 @@ static struct counted {
 } counted[MOST_NAMES];
 static int names;
 
-static void count(const char *prefix, const char *name, int length, uint64_t much) {
+static void count(const char *prefix, const char *name, int length, uint64_t much)
+{
     char full[64];
     snprintf(full, sizeof full, "%s.%.*s", prefix, length, name);
     for (char *c = full; *c; c++)
-        if (isspace((unsigned char)*c) || *c == '=') *c = '_';
+        if (isspace((unsigned char)*c) || *c == '=')
+            *c = '_';
     for (int i = 0; i < names; i++)
         if (!strcmp(counted[i].name, full)) {
             counted[i].count += much;
             return;
         }
-    if (names == MOST_NAMES) return;
+    if (names == MOST_NAMES)
+        return;
     snprintf(counted[names].name, sizeof full, "%s", full);
     counted[names++].count = much;
 }
 
 /* One line of the trace: "  TASK-PID [CPU] FLAGS SECONDS.MICROSECONDS: EVENT: …". Returns its time and where the event's
  * name begins, or NULL. */
-static const char *event_of(char *line, uint64_t *at_us) {
+static const char *event_of(char *line, uint64_t *at_us)
+{
     char *cpu = strstr(line, "] "), *end, *at;
-    if (line[0] == '#' || !cpu || !(end = strchr(cpu, ':'))) return NULL;
-    for (at = end; at > cpu && at[-1] != ' '; at--) continue;
+    if (line[0] == '#' || !cpu || !(end = strchr(cpu, ':')))
+        return NULL;
+    for (at = end; at > cpu && at[-1] != ' '; at--)
+        continue;
     unsigned long long seconds, us;
-    if (sscanf(at, "%llu.%llu:", &seconds, &us) != 2) return NULL;
+    if (sscanf(at, "%llu.%llu:", &seconds, &us) != 2)
+        return NULL;
     *at_us = seconds * 1000000 + us;
     return end + 2;
 }
 
-static bool starts(const char *text, const char *with) { return !strncmp(text, with, strlen(with)); }
+static bool starts(const char *text, const char *with)
+{
+    return !strncmp(text, with, strlen(with));
+}
 
 /* When what was first reached: [0] the guest's first instruction, the others as guest.h numbers them. */
 static uint64_t reached_us[MARKS];
 
-static void take(char *line) {
+static void take(char *line)
+{
     uint64_t at_us;
     const char *event = event_of(line, &at_us), *field;
-    if (!event) return;
+    if (!event)
+        return;
     bool running = reached_us[2] == 0;
     unsigned which;
     if (starts(event, "kvm_entry:")) {
-        if (!reached_us[0]) reached_us[0] = at_us;
+        if (!reached_us[0])
+            reached_us[0] = at_us;
     } else if (starts(event, "kvm_cpuid:")) {
-        if ((field = strstr(event, "idx ")) && sscanf(field, "idx %x", &which) == 1 && which < MARKS && !reached_us[which])
+        if ((field = strstr(event, "idx ")) && sscanf(field, "idx %x", &which) == 1 && which < MARKS &&
+            !reached_us[which])
             reached_us[which] = at_us;
     } else if (running && (starts(event, "kvm_exit:") || starts(event, "kvm_userspace_exit:"))) {
         if ((field = strstr(event, "reason ")))
             count(event[4] == 'u' ? "user" : "exit", field + 7, strcspn(field + 7, " \n"), 1);
     } else if (running && starts(event, "sched_stat_runtime:")) {
-        const char *name = strstr(event, "comm="), *pid = strstr(event, " pid="), *runtime = strstr(event, " runtime=");
-        if (name && pid && runtime) count("cpu", name + 5, pid - name - 5, strtoull(runtime + 9, NULL, 10));
+        const char *name = strstr(event, "comm="), *pid = strstr(event, " pid="),
+                   *runtime = strstr(event, " runtime=");
+        if (name && pid && runtime)
+            count("cpu", name + 5, pid - name - 5, strtoull(runtime + 9, NULL, 10));
     }
 }
 
-static void read_trace(void) {
+static void read_trace(void)
+{
     set("tracing_on", "0");
     FILE *trace = fopen(TRACE "trace", "r");
     char line[1024];
-    if (!trace) fail("open " TRACE "trace: %s", strerror(errno));
-    while (fgets(line, sizeof line, trace)) take(line);
+    if (!trace)
+        fail("open " TRACE "trace: %s", strerror(errno));
+    while (fgets(line, sizeof line, trace))
+        take(line);
     fclose(trace);
     set("events/enable", "0");
     set("trace", "");
 }
 
 /* Waits, by reading the trace as it grows, until the guest has made a mark. */
-static void wait_for_mark(unsigned which, uint64_t deadline_us) {
+static void wait_for_mark(unsigned which, uint64_t deadline_us)
+{
     int pipe = open(TRACE "trace_pipe", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     char text[65536];
     size_t length = 0;
-    if (pipe < 0) fail("open " TRACE "trace_pipe: %s", strerror(errno));
+    if (pipe < 0)
+        fail("open " TRACE "trace_pipe: %s", strerror(errno));
     while (!reached_us[which]) {
         struct pollfd readable = {pipe, POLLIN, 0};
         poll(&readable, 1, 20);
@@ -303,7 +363,8 @@ static void wait_for_mark(unsigned which, uint64_t deadline_us) {
             vmm_ended = true;
             fail("the VMM ended (%x) before its guest was ready", status);
         }
-        if (now_us() > deadline_us) fail("not done after %d s", LIMIT_S);
+        if (now_us() > deadline_us)
+            fail("not done after %d s", LIMIT_S);
     }
     close(pipe);
 }
@@ -313,7 +374,8 @@ static struct memory {
 } memory;
 
 /* Adds what a process has. A mapping of 64 MiB and more that it can use is taken for the guest's RAM. */
-static void add_process(pid_t pid) {
+static void add_process(pid_t pid)
+{
     char path[64], line[1024];
     snprintf(path, sizeof path, "/proc/%d/smaps", pid);
     FILE *file = fopen(path, "r");
@@ -332,49 +394,64 @@ static void add_process(pid_t pid) {
             memory.anonymous += kib;
         }
     }
-    if (file) fclose(file);
-    if (!any) return; /* A kernel thread, or one that has just ended. */
+    if (file)
+        fclose(file);
+    if (!any)
+        return; /* A kernel thread, or one that has just ended. */
     memory.processes++;
     snprintf(path, sizeof path, "/proc/%d/status", pid);
     file = fopen(path, "r");
     while (file && fgets(line, sizeof line, file)) {
         unsigned long long number;
-        if (sscanf(line, "VmPTE: %llu", &number) == 1) memory.page_tables += number;
-        if (sscanf(line, "Threads: %llu", &number) == 1) memory.threads += number;
+        if (sscanf(line, "VmPTE: %llu", &number) == 1)
+            memory.page_tables += number;
+        if (sscanf(line, "Threads: %llu", &number) == 1)
+            memory.threads += number;
     }
-    if (file) fclose(file);
+    if (file)
+        fclose(file);
 }
 
-static void add_descendants(pid_t of) {
+static void add_descendants(pid_t of)
+{
     DIR *processes = opendir("/proc");
     for (struct dirent *entry; processes && (entry = readdir(processes));) {
         char path[300], text[512] = "";
         pid_t pid = atoi(entry->d_name), parent = 0;
-        if (pid <= 0) continue;
+        if (pid <= 0)
+            continue;
         snprintf(path, sizeof path, "/proc/%d/stat", pid);
         int fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0) continue;
-        if (read(fd, text, sizeof text - 1) < 0) text[0] = 0;
+        if (fd < 0)
+            continue;
+        if (read(fd, text, sizeof text - 1) < 0)
+            text[0] = 0;
         close(fd);
         char *after_name = strrchr(text, ')');
-        if (!after_name || sscanf(after_name, ") %*c %d", &parent) != 1 || parent != of) continue;
+        if (!after_name || sscanf(after_name, ") %*c %d", &parent) != 1 || parent != of)
+            continue;
         add_process(pid);
         add_descendants(pid);
     }
-    if (processes) closedir(processes);
+    if (processes)
+        closedir(processes);
 }
 
 /* Tells profile.c, if that counts: index 0 begins, all others end something. Nothing else sees it. */
-static void mark_profile(unsigned index) {
+static void mark_profile(unsigned index)
+{
     unsigned eax = 0x5eed0001, ebx, ecx = index, edx;
     __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
 }
 
-static void say_since(const char *name, uint64_t at_us, uint64_t start_us) {
-    if (at_us) printf(" %s=%llu", name, (unsigned long long)(at_us - start_us));
+static void say_since(const char *name, uint64_t at_us, uint64_t start_us)
+{
+    if (at_us)
+        printf(" %s=%llu", name, (unsigned long long)(at_us - start_us));
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     char *served = NULL, *daemon_words[MOST_WORDS], *client_words[MOST_WORDS] = {NULL};
     if (argc < 5) {
         fprintf(stderr, "usage: measure LABEL MODE [-s SOCKET DAEMON] [-c CLIENT] -- VMM...\n");
@@ -393,7 +470,8 @@ int main(int argc, char **argv) {
             fail("wrong option %s", *argument);
         }
     }
-    if (!*argument || !argument[1]) fail("no VMM to run");
+    if (!*argument || !argument[1])
+        fail("no VMM to run");
     argument++;
 
     sigset_t child;
@@ -418,16 +496,20 @@ int main(int argc, char **argv) {
         usleep(IDLE_US);
         add_descendants(getpid());
         end_box();
-        printf("RUN %s memory processes=%llu threads=%llu rss_kib=%llu pss_kib=%llu anonymous_kib=%llu ram_rss_kib=%llu ram_pss_kib=%llu page_tables_kib=%llu\n",
-               label, (unsigned long long)memory.processes, (unsigned long long)memory.threads, (unsigned long long)memory.rss,
-               (unsigned long long)memory.pss, (unsigned long long)memory.anonymous, (unsigned long long)memory.ram_rss,
+        printf("RUN %s memory processes=%llu threads=%llu rss_kib=%llu pss_kib=%llu anonymous_kib=%llu "
+               "ram_rss_kib=%llu ram_pss_kib=%llu page_tables_kib=%llu\n",
+               label, (unsigned long long)memory.processes, (unsigned long long)memory.threads,
+               (unsigned long long)memory.rss, (unsigned long long)memory.pss,
+               (unsigned long long)memory.anonymous, (unsigned long long)memory.ram_rss,
                (unsigned long long)memory.ram_pss, (unsigned long long)memory.page_tables);
         set("events/enable", "0");
     } else if (!strcmp(mode, "exec")) {
-        if (!client_words[0]) fail("no client to run");
+        if (!client_words[0])
+            fail("no client to run");
         int status = wait_for(spawn(client_words, -1), deadline_us);
         uint64_t answered_us = now_us();
-        if (status != 0) fail("the client ended with status %x", status);
+        if (status != 0)
+            fail("the client ended with status %x", status);
         read_trace();
         end_box();
         printf("RUN %s exec", label);
@@ -438,13 +520,16 @@ int main(int argc, char **argv) {
     } else {
         int status = wait_for(vmm, deadline_us);
         uint64_t gone_us = now_us();
-        if (!WIFEXITED(status) || WEXITSTATUS(status) == 127) fail("the VMM ended with status %x", status);
+        if (!WIFEXITED(status) || WEXITSTATUS(status) == 127)
+            fail("the VMM ended with status %x", status);
         /* What was beside the VMM ends after it. */
-        while (wait_for(-1, deadline_us) >= 0) continue;
+        while (wait_for(-1, deadline_us) >= 0)
+            continue;
         uint64_t all_gone_us = now_us(), busy_after = busy_us();
         mark_profile(4);
         read_trace();
-        if (!reached_us[1] && !reached_us[2]) fail("the guest made no mark; the VMM ended with status %x", status);
+        if (!reached_us[1] && !reached_us[2])
+            fail("the guest made no mark; the VMM ended with status %x", status);
         printf("RUN %s %s", label, mode);
         say_since("first_run", reached_us[0], start_us);
         say_since("init", reached_us[1], start_us);
@@ -452,7 +537,8 @@ int main(int argc, char **argv) {
         say_since("gone", gone_us, start_us);
         say_since("all_gone", all_gone_us, start_us);
         printf(" busy=%llu status=%d", (unsigned long long)(busy_after - busy_before), WEXITSTATUS(status));
-        for (int i = 0; i < names; i++) printf(" %s=%llu", counted[i].name, (unsigned long long)counted[i].count);
+        for (int i = 0; i < names; i++)
+            printf(" %s=%llu", counted[i].name, (unsigned long long)counted[i].count);
         putchar('\n');
     }
     fflush(stdout);

@@ -22,7 +22,11 @@ typedef struct qemu_info_t qemu_info_t;
 struct qemu_plugin_tb;
 struct qemu_plugin_insn;
 struct qemu_plugin_register;
-enum qemu_plugin_cb_flags { QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_CB_R_REGS, QEMU_PLUGIN_CB_RW_REGS };
+enum qemu_plugin_cb_flags {
+    QEMU_PLUGIN_CB_NO_REGS,
+    QEMU_PLUGIN_CB_R_REGS,
+    QEMU_PLUGIN_CB_RW_REGS
+};
 typedef struct {
     uint8_t *data;
     unsigned len;
@@ -81,19 +85,24 @@ struct block {
     struct block *next;
 };
 
-static struct space guest, first_space, *spaces = &first_space, *current = &first_space, *before_guest = &first_space;
+static struct space guest, first_space, *spaces = &first_space, *current = &first_space,
+                                        *before_guest = &first_space;
 static struct block *blocks[BUCKETS];
 static uint64_t after_vmrun;
 static bool vmrun_seen = true;
 static const char *out = "profile";
 
 static const char *const register_names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
-                                               "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
-enum { RAX, RCX };
+                                               "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
+enum {
+    RAX,
+    RCX
+};
 static struct qemu_plugin_register *registers[16];
 static GByteArray *buffer;
 
-static uint64_t read_register(unsigned number) {
+static uint64_t read_register(unsigned number)
+{
     uint64_t value = 0;
     g_byte_array_set_size(buffer, 0);
     if (registers[number] && qemu_plugin_read_register(registers[number], buffer) >= (int)sizeof value)
@@ -101,7 +110,8 @@ static uint64_t read_register(unsigned number) {
     return value;
 }
 
-static void write_counts(const char *name) {
+static void write_counts(const char *name)
+{
     char path[512];
     snprintf(path, sizeof path, "%s.%s", out, name);
     FILE *file = fopen(path, "w");
@@ -113,27 +123,35 @@ static void write_counts(const char *name) {
         for (struct block *block = blocks[i]; block; block = block->next)
             for (struct count *count = block->counts; count; count = count->next)
                 if (count->executions) {
-                    if (count->space == &guest) fputs("guest", file);
-                    else fprintf(file, "%" PRIx64, count->space->cr3);
-                    fprintf(file, " %" PRIx64 " %" PRIu64 "\n", block->address, count->executions * block->instructions);
+                    if (count->space == &guest)
+                        fputs("guest", file);
+                    else
+                        fprintf(file, "%" PRIx64, count->space->cr3);
+                    fprintf(file, " %" PRIx64 " %" PRIu64 "\n", block->address,
+                            count->executions * block->instructions);
                 }
     fclose(file);
 }
 
-static void start_counting(void) {
+static void start_counting(void)
+{
     for (unsigned i = 0; i < BUCKETS; i++)
         for (struct block *block = blocks[i]; block; block = block->next)
-            for (struct count *count = block->counts; count; count = count->next) count->executions = 0;
+            for (struct count *count = block->counts; count; count = count->next)
+                count->executions = 0;
     vmrun_seen = false;
 }
 
-static void on_block(unsigned vcpu, void *userdata) {
+static void on_block(unsigned vcpu, void *userdata)
+{
     (void)vcpu;
     struct block *block = userdata;
     /* An exit of the guest goes on behind the VMRUN that entered it. */
-    if (current == &guest && block->address == after_vmrun) current = before_guest;
+    if (current == &guest && block->address == after_vmrun)
+        current = before_guest;
     struct count *count = block->counts;
-    while (count && count->space != current) count = count->next;
+    while (count && count->space != current)
+        count = count->next;
     if (!count) {
         count = calloc(1, sizeof *count);
         count->space = current;
@@ -143,23 +161,28 @@ static void on_block(unsigned vcpu, void *userdata) {
     count->executions++;
 }
 
-static void on_vmrun(unsigned vcpu, void *next) {
+static void on_vmrun(unsigned vcpu, void *next)
+{
     (void)vcpu;
     if (!vmrun_seen) {
         vmrun_seen = true;
         write_counts("vmrun");
     }
     after_vmrun = (uintptr_t)next;
-    if (current != &guest) before_guest = current;
+    if (current != &guest)
+        before_guest = current;
     current = &guest;
 }
 
-static void on_cr3(unsigned vcpu, void *from) {
+static void on_cr3(unsigned vcpu, void *from)
+{
     (void)vcpu;
-    if (current == &guest) return;
+    if (current == &guest)
+        return;
     uint64_t cr3 = read_register((uintptr_t)from) & PAGE_TABLES;
     struct space *space = spaces;
-    while (space && space->cr3 != cr3) space = space->next;
+    while (space && space->cr3 != cr3)
+        space = space->next;
     if (!space) {
         space = calloc(1, sizeof *space);
         space->cr3 = cr3;
@@ -169,9 +192,11 @@ static void on_cr3(unsigned vcpu, void *from) {
     current = space;
 }
 
-static void on_cpuid(unsigned vcpu, void *userdata) {
+static void on_cpuid(unsigned vcpu, void *userdata)
+{
     (void)vcpu, (void)userdata;
-    if ((uint32_t)read_register(RAX) != MARK_LEAF) return;
+    if ((uint32_t)read_register(RAX) != MARK_LEAF)
+        return;
     unsigned index = read_register(RCX);
     if (index == 0) {
         start_counting();
@@ -182,10 +207,12 @@ static void on_cpuid(unsigned vcpu, void *userdata) {
     }
 }
 
-static struct block *block_at(uint64_t address, uint64_t instructions) {
+static struct block *block_at(uint64_t address, uint64_t instructions)
+{
     struct block **bucket = &blocks[(address * 0x9e3779b97f4a7c15ull + instructions) >> 46];
     for (struct block *block = *bucket; block; block = block->next)
-        if (block->address == address && block->instructions == instructions) return block;
+        if (block->address == address && block->instructions == instructions)
+            return block;
     struct block *block = calloc(1, sizeof *block);
     block->address = address;
     block->instructions = instructions;
@@ -193,10 +220,12 @@ static struct block *block_at(uint64_t address, uint64_t instructions) {
     return *bucket = block;
 }
 
-static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
+static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
     (void)id;
     size_t instructions = qemu_plugin_tb_n_insns(tb);
-    qemu_plugin_register_vcpu_tb_exec_cb(tb, on_block, QEMU_PLUGIN_CB_NO_REGS, block_at(qemu_plugin_tb_vaddr(tb), instructions));
+    qemu_plugin_register_vcpu_tb_exec_cb(tb, on_block, QEMU_PLUGIN_CB_NO_REGS,
+                                         block_at(qemu_plugin_tb_vaddr(tb), instructions));
     for (size_t i = 0; i < instructions; i++) {
         struct qemu_plugin_insn *instruction = qemu_plugin_tb_get_insn(tb, i);
         uint8_t code[16] = {0};
@@ -204,32 +233,39 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
         /* A REX prefix, whose lowest bit is the register's highest. */
         size_t prefix = (code[0] & 0xf0) == 0x40;
         const uint8_t *opcode = code + prefix;
-        if (length < prefix + 2 || opcode[0] != 0x0f) continue;
+        if (length < prefix + 2 || opcode[0] != 0x0f)
+            continue;
         if (opcode[1] == 0x01 && opcode[2] == 0xd8) /* VMRUN */
-            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_vmrun, QEMU_PLUGIN_CB_NO_REGS,
-                                                   (void *)(uintptr_t)(qemu_plugin_insn_vaddr(instruction) + length));
+            qemu_plugin_register_vcpu_insn_exec_cb(
+                instruction, on_vmrun, QEMU_PLUGIN_CB_NO_REGS,
+                (void *)(uintptr_t)(qemu_plugin_insn_vaddr(instruction) + length));
         else if (opcode[1] == 0x22 && (opcode[2] & 0x38) == 0x18) /* MOV to CR3 */
-            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_cr3, QEMU_PLUGIN_CB_R_REGS,
-                                                   (void *)(uintptr_t)((opcode[2] & 7) | (prefix ? (code[0] & 1) << 3 : 0)));
+            qemu_plugin_register_vcpu_insn_exec_cb(
+                instruction, on_cr3, QEMU_PLUGIN_CB_R_REGS,
+                (void *)(uintptr_t)((opcode[2] & 7) | (prefix ? (code[0] & 1) << 3 : 0)));
         else if (opcode[1] == 0xa2) /* CPUID */
             qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_cpuid, QEMU_PLUGIN_CB_R_REGS, NULL);
     }
 }
 
-static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu) {
+static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu)
+{
     (void)id, (void)vcpu;
     buffer = g_byte_array_new();
     GArray *known = qemu_plugin_get_registers();
     const qemu_plugin_reg_descriptor *descriptors = (const void *)known->data;
     for (unsigned i = 0; i < known->len; i++)
         for (int number = 0; number < 16; number++)
-            if (!strcmp(descriptors[i].name, register_names[number])) registers[number] = descriptors[i].handle;
+            if (!strcmp(descriptors[i].name, register_names[number]))
+                registers[number] = descriptors[i].handle;
 }
 
-EXPORTED int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv) {
+EXPORTED int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
+{
     (void)info;
     for (int i = 0; i < argc; i++)
-        if (!strncmp(argv[i], "out=", 4)) out = strdup(argv[i] + 4);
+        if (!strncmp(argv[i], "out=", 4))
+            out = strdup(argv[i] + 4);
     qemu_plugin_register_vcpu_init_cb(id, on_vcpu);
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
     return 0;

@@ -143,7 +143,7 @@ def cloud_hypervisor(stage, machine):
 
 def libkrun(stage, machine):
     return Run([stage.path("bin/libkrun"), stage.path("bin/libkrun.so"), machine.vcpus, machine.memory_mib,
-                stage.path("vmlinux"), stage.path("initramfs"), machine.command_line(RESET_BY_TRIPLE_FAULT)])
+                stage.path("vmlinux"), stage.path("initramfs"), machine.command_line(RESET_BY_KEYBOARD)])
 
 
 @dataclasses.dataclass(frozen=True)
