@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,10 @@ def main():
     for variable, absent in report.absent(options.rows.split(","), rows).items():
         print(f"bench: without {absent}; {variable}=PROGRAM adds it")
 
+    # So that the lab ends with this, and what it has written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if "MOTE_BENCH_KERNEL" not in os.environ:
+        sys.exit("bench: MOTE_BENCH_KERNEL does not name the guest's kernel; 'make bench' sets it")
     counted = options.profile or not here_is_kvm()
     if not counted and os.geteuid() != 0:
         sys.exit("bench: measuring time here takes root, for the kernel's tracepoints; run: sudo -E make bench")
