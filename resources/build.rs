@@ -101,8 +101,17 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// What a filter does when a call has this number.
+struct Leaf {
+    number: u32,
+    /// Seccompiler's instructions for the call's arguments, of which the last is for what is not allowed; empty if it
+    /// is allowed whatever they are.
+    body: BpfProgram,
+}
+
 /// A filter that looks the call's number up in a search tree. What seccompiler makes compares it with one after the
-/// other, and the kernel walks that for each number there is when the filter is put in place.
+/// other, and the kernel walks that for each number there is when the filter is put in place. It also translates all
+/// of it then, so it is short.
 fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
     let rules = filter["filter"].as_array().ok_or("a filter has rules")?;
     let mut calls = BTreeMap::<&str, Vec<&Value>>::new();
@@ -114,39 +123,52 @@ fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
     // load the number, and are the same for all.
     let mut head = BpfProgram::new();
     let mut leaves = Vec::new();
+    // What is done with a call that is allowed, and with others.
+    let mut verdicts = BpfProgram::new();
     for rules in calls.into_values() {
         let mut alone = filter.clone();
-        alone["filter"] = rules.into_iter().cloned().collect();
+        alone["filter"] = rules.iter().copied().cloned().collect();
         let json = serde_json::to_vec(&serde_json::json!({ "alone": alone }))?;
         let mut program = seccompiler::compile_from_json(&json[..], TargetArch::x86_64)?;
         let mut program = program.remove("alone").ok_or("seccompiler compiles the filter")?;
         let compares = |i: &sock_filter| i.code == JUMP_IF_EQUAL && i.k != AUDIT_ARCH_X86_64;
         let at = program.iter().position(compares).ok_or("a filter compares the call's number")?;
-        let body = program.split_off(at + 1);
+        let mut body = program.split_off(at + 1);
         let number = program.pop().ok_or("the comparison")?.k;
+        let mut returns = body.iter().filter(|i| i.code == RETURN);
+        let allowed = returns.next().ok_or("a filter allows the call")?.clone();
+        let refused = returns.next_back().ok_or("a filter refuses what it does not allow")?.clone();
+        verdicts = vec![allowed, refused];
         head = program;
-        leaves.push((number, body));
+        if rules.iter().any(|rule| rule.get("args").is_none()) {
+            body.clear();
+        }
+        leaves.push(Leaf { number, body });
     }
-    leaves.sort_unstable_by_key(|(number, _)| *number);
-    Ok([head, search(&leaves)?].concat())
+    leaves.sort_unstable_by_key(|leaf| leaf.number);
+    Ok([head, search(&leaves, &verdicts)?].concat())
 }
 
+/// Most calls that share their verdicts: conditional jumps are short.
+const SHARING: usize = 64;
+
 /// The tree for these calls, of which there is at least one.
-fn search(leaves: &[(u32, BpfProgram)]) -> Result<BpfProgram, Box<dyn Error>> {
-    if let [(number, body)] = leaves {
-        // The last instruction of each body is for what is not allowed.
+fn search(leaves: &[Leaf], verdicts: &[sock_filter]) -> Result<BpfProgram, Box<dyn Error>> {
+    if leaves.len() <= SHARING && leaves.iter().all(|leaf| leaf.body.is_empty()) {
+        return Ok([&choice(leaves, 0)?, verdicts].concat());
+    }
+    if let [Leaf { number, body }] = leaves {
         let last = u8::try_from(body.len() - 1)?;
         let mut leaf = vec![jump(JUMP_IF_EQUAL, *number, 0, last)];
         leaf.extend_from_slice(body);
         return Ok(leaf);
     }
     let (low, high) = leaves.split_at(leaves.len() / 2);
-    let (low_code, high_code) = (search(low)?, search(high)?);
+    let (low_code, high_code) = (search(low, verdicts)?, search(high, verdicts)?);
     let mut code = match u8::try_from(low_code.len()) {
-        Ok(skipped) => vec![jump(JUMP_IF_AT_LEAST, high[0].0, skipped, 0)],
-        // Conditional jumps are short.
+        Ok(skipped) => vec![jump(JUMP_IF_AT_LEAST, high[0].number, skipped, 0)],
         Err(_) => vec![
-            jump(JUMP_IF_AT_LEAST, high[0].0, 0, 1),
+            jump(JUMP_IF_AT_LEAST, high[0].number, 0, 1),
             jump(JUMP, u32::try_from(low_code.len())?, 0, 0),
         ],
     };
@@ -155,8 +177,28 @@ fn search(leaves: &[(u32, BpfProgram)]) -> Result<BpfProgram, Box<dyn Error>> {
     Ok(code)
 }
 
+/// The tree for calls that are allowed whatever their arguments are, `before` so many instructions before the verdicts.
+fn choice(leaves: &[Leaf], before: usize) -> Result<BpfProgram, Box<dyn Error>> {
+    if let [Leaf { number, .. }] = leaves {
+        return Ok(vec![jump(
+            JUMP_IF_EQUAL,
+            *number,
+            u8::try_from(before)?,
+            u8::try_from(before + 1)?,
+        )]);
+    }
+    let (low, high) = leaves.split_at(leaves.len() / 2);
+    let high_code = choice(high, before)?;
+    let low_code = choice(low, before + high_code.len())?;
+    let mut code = vec![jump(JUMP_IF_AT_LEAST, high[0].number, u8::try_from(low_code.len())?, 0)];
+    code.extend(low_code);
+    code.extend(high_code);
+    Ok(code)
+}
+
 /// Of linux/bpf_common.h and linux/audit.h.
 const JUMP: u16 = 0x05;
+const RETURN: u16 = 0x06;
 const JUMP_IF_EQUAL: u16 = 0x15;
 const JUMP_IF_AT_LEAST: u16 = 0x35;
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
