@@ -2,7 +2,6 @@
 library alone."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -11,10 +10,10 @@ import subprocess
 
 import lab
 import plots
+import runs
 from vmms import ROWS, Machine
 
 RUNS = "resources/bench/start.json"
-BEGIN, END = "<!-- make bench -->", "<!-- /make bench -->"
 PLAIN = Machine()
 IDLE = Machine(idle=True)
 
@@ -132,10 +131,10 @@ def exits_table(results, rows):
     return table(["exits until the entrypoint", *(name for name, _ in EXIT_KINDS), "other", "all", "to user space"], lines)
 
 
-def sweep_columns(runs):
+def sweep_columns(measured):
     """The machines of the sweep, in order, with what readers call them."""
-    memories = sorted({machine.memory_mib for _, machine, mode in runs if mode == "start" and machine.vcpus == machine.shares == 1})
-    vcpus = sorted({machine.vcpus for _, machine, mode in runs if mode == "start" and machine.vcpus > 1})
+    memories = sorted({machine.memory_mib for _, machine, mode in measured if mode == "start" and machine.vcpus == machine.shares == 1})
+    vcpus = sorted({machine.vcpus for _, machine, mode in measured if mode == "start" and machine.vcpus > 1})
     return ([(f"{memory} MiB", Machine(memory_mib=memory)) for memory in memories]
             + [(f"{PLAIN.memory_mib} MiB, {count} vCPUs", Machine(vcpus=count)) for count in vcpus])
 
@@ -167,27 +166,29 @@ def mote_line(results, unit):
             f"with the box, has its answer after {number(answered)} {unit}.")
 
 
+def where(here):
+    """What the figures are, for readers."""
+    if here["counted"]:
+        return (f"Million instructions of host, VMM and guest together, counted in an emulated machine ({here['lab_kernel']}, "
+                "one processor), where one that sleeps a millisecond counts as a million. They repeat, and are no times of "
+                "hardware's: what a cache miss or an exit costs is not in them")
+    within = ", itself a virtual machine" if here["is_virtual"] else ""
+    return f"Milliseconds on {here['cpu']}, Linux {here['kernel']}{within}"
+
+
 def report(measured, rows, here):
     """The text that the README gets."""
     results = Results(measured, here["counted"])
     spread = max(results.spread(row, "entrypoint") for row in rows)
-    runs = len(results.values(rows[0], "entrypoint"))
+    rounds = len(results.values(rows[0], "entrypoint"))
     versions = here["versions"]
     peers = ", ".join(versions[name].removeprefix("QEMU emulator version ") if name != "qemu" else "QEMU " + re.search(r"[\d.]+", versions[name])[0]
                       for name in versions if name not in ("mote", "virtiofsd"))
-    if here["counted"]:
-        unit = "million instructions"
-        what = (f"Million instructions of host, VMM and guest together, counted in an emulated machine ({here['lab_kernel']}, "
-                "one processor), where one that sleeps a millisecond counts as a million. They repeat, and are no times of "
-                "hardware's: what a cache miss or an exit costs is not in them")
-    else:
-        unit = "ms"
-        within = ", itself a virtual machine" if here["is_virtual"] else ""
-        what = f"Milliseconds on {here['cpu']}, Linux {here['kernel']}{within}"
+    unit = "million instructions" if here["counted"] else "ms"
     vcpus = ("With two vCPUs, which spin for one another on the lab's one processor, it is the least of the runs, and says little."
              if here["counted"] else "")
     parts = [
-        f"{what}. One vCPU, {PLAIN.memory_mib} MiB, mote's kernel for all; medians of {runs} runs, by turns, which are apart by at most "
+        f"{where(here)}. One vCPU, {PLAIN.memory_mib} MiB, mote's kernel for all; medians of {rounds} runs, by turns, which are apart by at most "
         f"{spread:.1f} %; in brackets, of the floor's and of mote's. {peers}.",
         start_table(results, rows), exits_table(results, rows), sweep_table(results, rows), vcpus, memory_table(results, rows),
         mote_line(results, unit),
@@ -195,20 +196,12 @@ def report(measured, rows, here):
     return "\n\n".join(part for part in parts if part)
 
 
-def write(root, measured, rows, here):
+def write(measured, rows, here):
     """Puts the tables into the README, and every run and the plots beside it."""
-    runs = [{"row": case.row, "mode": case.mode, **dataclasses.asdict(case.machine), "values": values}
-            for case, values in measured.items()]
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    file = root / RUNS
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(f'{{"environment": {json.dumps(here)},\n"runs": [\n{lines}\n]}}\n')
+    runs.save(RUNS, here, [{"row": case.row, "mode": case.mode, **dataclasses.asdict(case.machine), "values": values}
+                           for case, values in measured.items()])
     results = Results(measured, here["counted"])
-    (file.parent / "start.svg").write_text(plots.timeline(results, rows, here["counted"]))
-    (file.parent / "sweep.svg").write_text(plots.sweep(results, rows, here["counted"]))
-    readme = root / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RuntimeError(f"README.md has no {BEGIN} and {END} for the tables to go between")
-    readme.write_text(f"{before}{BEGIN}\n{report(measured, rows, here)}\n{END}{after}")
+    plots_at = (runs.ROOT / RUNS).parent
+    (plots_at / "start.svg").write_text(plots.timeline(results, rows, here["counted"]))
+    (plots_at / "sweep.svg").write_text(plots.sweep(results, rows, here["counted"]))
+    runs.put_into_readme("make bench", report(measured, rows, here))

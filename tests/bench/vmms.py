@@ -62,14 +62,18 @@ def floor(stage, machine):
                 machine.command_line(RESET_BY_KEYBOARD)])
 
 
-def mote(stage, machine, **environment):
+def mote_spec(stage, machine):
     shares = [{"tag": f"share{number}", "host_path": stage.path("share"), "read_only": False}
               for number in range(1, machine.shares)]
-    spec = {
+    return {
         "box_id": "bench", "vcpus": machine.vcpus, "memory_mib": machine.memory_mib, "rootfs_path": stage.path("root"),
         "exec_socket_path": stage.path("exec.sock"), "fs_mounts": shares, "workdir": "/",
         "entrypoint": {"executable": "/entrypoint", "args": ["stay"] if machine.idle else [], "env": []},
     }
+
+
+def mote(stage, machine, **environment):
+    spec = mote_spec(stage, machine)
     name = f"mote-{machine.memory_mib}-{machine.vcpus}-{machine.shares}{'-idle' * machine.idle}.json"
     return Run([stage.path("bin/mote"), "--config-file", stage.write(name, spec)], environment)
 

@@ -1,0 +1,272 @@
+/* What programs do to a file system, timed in the guest, in the directory /work:
+ *   files         on the root file system as it is
+ *   files tmpfs   on a tmpfs of the guest's own, mounted there: what the guest's kernel costs by itself
+ * It is the guest's entrypoint, under each VMM. A line on standard output for each figure: "figure NAME MICROSECONDS",
+ * and at last "figures end".
+ *
+ * `cold` is after the guest's caches were dropped; what the host has in memory stays there. The clock is the guest's,
+ * which in the lab counts instructions, those of the host and of its daemons too. */
+
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <spawn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* As an installed tree of packages is: directories in each of PACKAGES, with some small files each. */
+enum {
+    PACKAGES = 500,
+    FOLDERS = 4,
+    FILES = 10,
+    TREE_FILES = PACKAGES * FOLDERS * FILES,
+    SMALLEST = 200,
+    LARGEST = 8000,
+    BLOCK = 1 << 20,
+    BLOCKS = 128,
+    PAGE = 4096,
+    RANDOM_READS = 4096,
+    EXECS = 50
+};
+
+/* A program of a shell's size, in the root. */
+#define PROGRAM "/busybox"
+
+static char block[BLOCK];
+
+static void fail(const char *what, const char *on)
+{
+    printf("files: %s %s: %s\n", what, on, strerror(errno));
+    exit(1);
+}
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
+}
+
+static void figure(const char *name, uint64_t since_us)
+{
+    printf("figure %s %llu\n", name, (unsigned long long)(now_us() - since_us));
+    fflush(stdout);
+}
+
+static void write_all(int fd, const char *data, size_t length, const char *path)
+{
+    while (length) {
+        ssize_t written = write(fd, data, length);
+        if (written < 0)
+            fail("write", path);
+        data += written;
+        length -= written;
+    }
+}
+
+/* Writes back what is dirty, and forgets pages, directory entries and inodes. */
+static void drop_caches(void)
+{
+    sync();
+    int fd = open("/proc/sys/vm/drop_caches", O_WRONLY);
+    if (fd < 0 || write(fd, "3", 1) != 1)
+        fail("write", "/proc/sys/vm/drop_caches");
+    close(fd);
+}
+
+static uint32_t random_state;
+
+/* xorshift32: the same numbers in each run. */
+static uint32_t random_number(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 17;
+    random_state ^= random_state << 5;
+    return random_state;
+}
+
+static void file_name(char *path, size_t size, int number)
+{
+    snprintf(path, size, "/work/tree/package%03d/folder%d/file%d.js", number / (FOLDERS * FILES),
+             number / FILES % FOLDERS, number % FILES);
+}
+
+static void make_directory(const char *path)
+{
+    if (mkdir(path, 0755) < 0)
+        fail("make", path);
+}
+
+static void install(void)
+{
+    char path[128];
+    make_directory("/work/tree");
+    for (int package = 0; package < PACKAGES; package++) {
+        snprintf(path, sizeof path, "/work/tree/package%03d", package);
+        make_directory(path);
+        for (int folder = 0; folder < FOLDERS; folder++) {
+            snprintf(path, sizeof path, "/work/tree/package%03d/folder%d", package, folder);
+            make_directory(path);
+            for (int file = 0; file < FILES; file++) {
+                file_name(path, sizeof path, (package * FOLDERS + folder) * FILES + file);
+                int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0644);
+                if (fd < 0)
+                    fail("create", path);
+                write_all(fd, block, SMALLEST + random_number() % (LARGEST - SMALLEST), path);
+                if (close(fd) < 0)
+                    fail("close", path);
+            }
+        }
+    }
+}
+
+/* How many files there are, by their type in the directory. */
+static int walk(int at, const char *name)
+{
+    int fd = openat(at, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC), files = 0;
+    DIR *directory = fd < 0 ? NULL : fdopendir(fd);
+    if (!directory)
+        fail("open", name);
+    for (struct dirent *entry; (entry = readdir(directory));) {
+        if (entry->d_type == DT_REG)
+            files++;
+        else if (entry->d_type == DT_DIR && strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
+            files += walk(fd, entry->d_name);
+    }
+    closedir(directory);
+    return files;
+}
+
+/* As git does for all that its index names, in that order. */
+static void stat_all(void)
+{
+    char path[128];
+    struct stat status;
+    for (int number = 0; number < TREE_FILES; number++) {
+        file_name(path, sizeof path, number);
+        if (lstat(path, &status) < 0)
+            fail("stat", path);
+    }
+}
+
+static void write_in_order(const char *path)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0644);
+    if (fd < 0)
+        fail("create", path);
+    for (int number = 0; number < BLOCKS; number++)
+        write_all(fd, block, BLOCK, path);
+    if (fsync(fd) < 0 || close(fd) < 0)
+        fail("write", path);
+}
+
+static void read_in_order(const char *path)
+{
+    int fd = open(path, O_RDONLY);
+    if (fd < 0)
+        fail("open", path);
+    for (int number = 0; number < BLOCKS; number++)
+        if (read(fd, block, BLOCK) != BLOCK)
+            fail("read", path);
+    close(fd);
+}
+
+static void read_at_random(const char *path)
+{
+    int fd = open(path, O_RDONLY);
+    if (fd < 0)
+        fail("open", path);
+    for (int number = 0; number < RANDOM_READS; number++) {
+        off_t at = (off_t)(random_number() % (BLOCKS * (BLOCK / PAGE))) * PAGE;
+        if (pread(fd, block, PAGE, at) != PAGE)
+            fail("read", path);
+    }
+    close(fd);
+}
+
+static void run(const char *program)
+{
+    char *words[] = {(char *)program, "true", NULL}, *environment[] = {NULL};
+    pid_t pid;
+    int status;
+    if ((errno = posix_spawn(&pid, program, NULL, NULL, words, environment)))
+        fail("run", program);
+    if (waitpid(pid, &status, 0) < 0 || status != 0)
+        fail("run", program);
+}
+
+static void copy(const char *from, const char *to)
+{
+    int in = open(from, O_RDONLY), out = open(to, O_WRONLY | O_CREAT | O_EXCL, 0755);
+    if (in < 0 || out < 0)
+        fail("copy", from);
+    for (ssize_t length; (length = read(in, block, BLOCK)) > 0;)
+        write_all(out, block, length, to);
+    close(in);
+    if (close(out) < 0)
+        fail("close", to);
+}
+
+int main(int argc, char **argv)
+{
+    /* A kernel whose root has no /dev yet starts its first program without any. */
+    if (fcntl(1, F_GETFD) < 0 && (open("/dev/console", O_RDWR) < 0 || dup2(0, 1) < 0))
+        return 1;
+    if (argc > 1 && !strcmp(argv[1], "tmpfs") && mount("tmpfs", "/work", "tmpfs", 0, NULL) < 0)
+        fail("mount", "/work");
+    memset(block, 'x', sizeof block);
+    random_state = 1;
+
+    uint64_t start = now_us();
+    install();
+    figure("install", start);
+
+    drop_caches();
+    start = now_us();
+    int files = walk(AT_FDCWD, "/work/tree");
+    figure("walk", start);
+    if (files != TREE_FILES) {
+        printf("files: found %d files of %d\n", files, TREE_FILES);
+        return 1;
+    }
+
+    drop_caches();
+    start = now_us();
+    stat_all();
+    figure("stat", start);
+    start = now_us();
+    stat_all();
+    figure("stat_again", start);
+
+    start = now_us();
+    write_in_order("/work/large");
+    figure("write", start);
+    drop_caches();
+    start = now_us();
+    read_in_order("/work/large");
+    figure("read", start);
+    drop_caches();
+    start = now_us();
+    read_at_random("/work/large");
+    figure("random", start);
+
+    copy(PROGRAM, "/work/program");
+    drop_caches();
+    start = now_us();
+    run("/work/program");
+    figure("exec", start);
+    start = now_us();
+    for (int number = 0; number < EXECS; number++)
+        run("/work/program");
+    figure("exec_again", start);
+    puts("figures end");
+    return 0;
+}
