@@ -5,6 +5,9 @@
 # make deb     the Debian package, judged by lintian; make deb-test installs it in a fresh tree and runs a box
 # make bench   start-up side by side with other VMMs, into the README (ARGS=--keep leaves it as it is)
 #              PROFILE=1: instead, where the instructions of mote's start go, by thread and by function
+# make bench-fs   files side by side with QEMU microvm and virtiofsd, into the README
+# make bench-density   memory and wake-ups of many boxes side by side with QEMU microvm, into the README
+# make bench-streams   published ports and commands side by side with QEMU microvm and vhost-vsock, into the README
 # make bench-net   the network side by side with QEMU microvm on passt
 # make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
 # make soak-flood   ten minutes of vsock flood, and 1,000 commands: does mote's memory stay flat?
@@ -21,7 +24,7 @@
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-net soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
+.PHONY: build test demo bench bench-fs bench-density bench-streams bench-net soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
 	reproducible install uninstall deb deb-test clean
 
 build:
@@ -88,6 +91,14 @@ demo: build tools-box
 bench: build tools-bench
 	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" tests/bench/start.py \
 		$(if $(PROFILE),--profile) $(ARGS)
+
+BENCH_OF_bench-fs := files
+BENCH_OF_bench-density := density
+BENCH_OF_bench-streams := streams
+
+bench-fs bench-density bench-streams: build tools-bench
+	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" \
+		tests/bench/$(BENCH_OF_$@).py $(ARGS)
 
 # With two processors, since a box and what serves it run at once.
 bench-net: export LAB_CPUS = 2

@@ -1,6 +1,7 @@
 /* What programs do to a file system, timed in the guest, in the directory /work:
  *   files         on the root file system as it is
  *   files tmpfs   on a tmpfs of the guest's own, mounted there: what the guest's kernel costs by itself
+ *   files tree P  only makes the tree that the others walk over, at P: for the host
  * It is the guest's entrypoint, under each VMM. A line on standard output for each figure: "figure NAME MICROSECONDS",
  * and at last "figures end".
  *
@@ -22,21 +23,27 @@
 #include <time.h>
 #include <unistd.h>
 
-/* As an installed tree of packages is: directories in each of PACKAGES, with some small files each. */
+/* As installed packages are: folders in each of them, with some small files each. Writing costs most, so fewer are
+ * installed than walked over. */
 enum {
-    PACKAGES = 500,
     FOLDERS = 4,
     FILES = 10,
+    PACKAGES = 20000 / (FOLDERS * FILES),
+    INSTALLED_PACKAGES = PACKAGES / 20,
     TREE_FILES = PACKAGES * FOLDERS * FILES,
+    STAT_LATER_FILES = TREE_FILES / 5,
     SMALLEST = 200,
     LARGEST = 8000,
     BLOCK = 1 << 20,
-    BLOCKS = 128,
+    BLOCKS = 64,
     PAGE = 4096,
-    RANDOM_READS = 4096,
-    EXECS = 50
+    RANDOM_READS = 1024,
+    EXECS = 20,
+    /* Longer than either VMM lets its guest believe what it knows of a file. */
+    FORGOTTEN_S = 2
 };
 
+#define TREE "/work/tree"
 /* A program of a shell's size, in the root. */
 #define PROGRAM "/busybox"
 
@@ -93,9 +100,9 @@ static uint32_t random_number(void)
     return random_state;
 }
 
-static void file_name(char *path, size_t size, int number)
+static void file_name(char *path, size_t size, const char *tree, int number)
 {
-    snprintf(path, size, "/work/tree/package%03d/folder%d/file%d.js", number / (FOLDERS * FILES),
+    snprintf(path, size, "%s/package%03d/folder%d/file%d.js", tree, number / (FOLDERS * FILES),
              number / FILES % FOLDERS, number % FILES);
 }
 
@@ -105,18 +112,18 @@ static void make_directory(const char *path)
         fail("make", path);
 }
 
-static void install(void)
+static void make_tree(const char *tree, int packages)
 {
     char path[128];
-    make_directory("/work/tree");
-    for (int package = 0; package < PACKAGES; package++) {
-        snprintf(path, sizeof path, "/work/tree/package%03d", package);
+    make_directory(tree);
+    for (int package = 0; package < packages; package++) {
+        snprintf(path, sizeof path, "%s/package%03d", tree, package);
         make_directory(path);
         for (int folder = 0; folder < FOLDERS; folder++) {
-            snprintf(path, sizeof path, "/work/tree/package%03d/folder%d", package, folder);
+            snprintf(path, sizeof path, "%s/package%03d/folder%d", tree, package, folder);
             make_directory(path);
             for (int file = 0; file < FILES; file++) {
-                file_name(path, sizeof path, (package * FOLDERS + folder) * FILES + file);
+                file_name(path, sizeof path, tree, (package * FOLDERS + folder) * FILES + file);
                 int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0644);
                 if (fd < 0)
                     fail("create", path);
@@ -146,12 +153,12 @@ static int walk(int at, const char *name)
 }
 
 /* As git does for all that its index names, in that order. */
-static void stat_all(void)
+static void stat_all(int files)
 {
     char path[128];
     struct stat status;
-    for (int number = 0; number < TREE_FILES; number++) {
-        file_name(path, sizeof path, number);
+    for (int number = 0; number < files; number++) {
+        file_name(path, sizeof path, TREE, number);
         if (lstat(path, &status) < 0)
             fail("stat", path);
     }
@@ -194,7 +201,7 @@ static void read_at_random(const char *path)
 
 static void run(const char *program)
 {
-    char *words[] = {(char *)program, "true", NULL}, *environment[] = {NULL};
+    char *words[] = {"busybox", "true", NULL}, *environment[] = {NULL};
     pid_t pid;
     int status;
     if ((errno = posix_spawn(&pid, program, NULL, NULL, words, environment)))
@@ -220,18 +227,26 @@ int main(int argc, char **argv)
     /* A kernel whose root has no /dev yet starts its first program without any. */
     if (fcntl(1, F_GETFD) < 0 && (open("/dev/console", O_RDWR) < 0 || dup2(0, 1) < 0))
         return 1;
-    if (argc > 1 && !strcmp(argv[1], "tmpfs") && mount("tmpfs", "/work", "tmpfs", 0, NULL) < 0)
-        fail("mount", "/work");
+    const char *mode = argc > 1 ? argv[1] : "";
     memset(block, 'x', sizeof block);
     random_state = 1;
+    if (!strcmp(mode, "tree") && argc > 2) {
+        make_tree(argv[2], PACKAGES);
+        return 0;
+    }
+    if (!strcmp(mode, "tmpfs")) {
+        if (mount("tmpfs", "/work", "tmpfs", 0, NULL) < 0)
+            fail("mount", "/work");
+        make_tree(TREE, PACKAGES);
+    }
 
     uint64_t start = now_us();
-    install();
+    make_tree("/work/installed", INSTALLED_PACKAGES);
     figure("install", start);
 
     drop_caches();
     start = now_us();
-    int files = walk(AT_FDCWD, "/work/tree");
+    int files = walk(AT_FDCWD, TREE);
     figure("walk", start);
     if (files != TREE_FILES) {
         printf("files: found %d files of %d\n", files, TREE_FILES);
@@ -240,11 +255,12 @@ int main(int argc, char **argv)
 
     drop_caches();
     start = now_us();
-    stat_all();
+    stat_all(TREE_FILES);
     figure("stat", start);
+    sleep(FORGOTTEN_S);
     start = now_us();
-    stat_all();
-    figure("stat_again", start);
+    stat_all(STAT_LATER_FILES);
+    figure("stat_later", start);
 
     start = now_us();
     write_in_order("/work/large");

@@ -23,7 +23,7 @@ SILENCE_LIMIT_S = 120
 ATTEMPTS = 5
 
 # The order in which they can be loaded. Those that the kernel has built in are not there.
-MODULES = ["irqbypass", "ccp", "kvm", "kvm-amd"]
+MODULES = ["irqbypass", "ccp", "kvm", "kvm-amd", "vhost_iotlb", "vhost", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock"]
 
 INIT = """#!/bin/busybox sh
 # A VMM's sandbox needs a root that can be unmounted, which an initramfs cannot: everything moves to a tmpfs.

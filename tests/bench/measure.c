@@ -1,15 +1,17 @@
 /* Measures one run of one VMM from the host kernel's side: nothing of it need take part.
- *   measure LABEL MODE [-s SOCKET DAEMON] [-c CLIENT] -- VMM…
+ *   measure LABEL MODE [-s SOCKET DAEMON] [-c CLIENT] [-n BOXES] -- VMM…
  *
  * MODE is one of
  *   start       when what happened, from just before fork and exec of the VMM
  *   exits       the guest's exits by reason, until the entrypoint runs
  *   processes   CPU time by thread name, until the entrypoint runs
  *   memory      what all processes of the box have in memory while its entrypoint idles; then kills it
+ *   density     as memory, of BOXES at a time; and how often their threads and vCPUs wake up in IDLE_S while all idle
  *   exec        when CLIENT, started with the VMM, has ended; then kills the box
+ *   client      what CLIENT says, as figures, started when the entrypoint runs; then kills the box
  *   figures     what the guest says: lines "figure NAME NUMBER", and at last "figures end"
  * -s makes a listening Unix socket and starts DAEMON, which has it as descriptor 3, just before the VMM.
- * DAEMON and CLIENT are one argument each, split at spaces.
+ * DAEMON and CLIENT are one argument each, split at spaces. In all words "{}" is the box's number, from 0.
  *
  * One line on standard output: "RUN LABEL MODE key=value…", with times in microseconds, or "FAIL LABEL MODE reason" and
  * the end of the VMM's output. Needs root, for tracefs; /sys/kernel/tracing must be mounted.
@@ -40,12 +42,18 @@
 
 #define TRACE "/sys/kernel/tracing/instances/mote-bench/"
 #define BUFFER_KIB "8192"
+/* Of all VMs of this machine. */
+#define EXITS "/sys/kernel/debug/kvm/exits"
 #define OUTPUT "/tmp/mote-bench-vmm.log"
 enum {
     LIMIT_S = 90,
-    FIGURES_LIMIT_S = 600,
+    LONG_LIMIT_S = 600,
     SETTLE_US = 50000,
     IDLE_US = 400000,
+    /* Until what a guest's kernel does after its start is over. */
+    DENSITY_SETTLE_S = 5,
+    IDLE_S = 10,
+    MOST_BOXES = 64,
     MARKS = 4,
     MOST_WORDS = 64,
     MOST_NAMES = 256
@@ -53,7 +61,8 @@ enum {
 
 static const char *label, *mode;
 static int limit_s = LIMIT_S;
-static pid_t vmm = -1;
+static pid_t vmms[MOST_BOXES];
+static int boxes;
 static bool vmm_ended;
 
 static uint64_t now_us(void)
@@ -145,6 +154,18 @@ static void split(char *text, char **words)
     words[count] = NULL;
 }
 
+/* The word for this box: with its number for "{}". */
+static char *numbered(const char *word, int box)
+{
+    const char *at = strstr(word, "{}");
+    char *text = NULL;
+    if (!at)
+        return (char *)word;
+    if (asprintf(&text, "%.*s%d%s", (int)(at - word), word, box, at + 2) < 0)
+        fail("no memory");
+    return text;
+}
+
 /* A child, with its output in the log; `inherited`, if there is one, becomes its descriptor 3. */
 static pid_t spawn(char **words, int inherited)
 {
@@ -166,6 +187,8 @@ static pid_t spawn(char **words, int inherited)
     if (inherited >= 0)
         fcntl(3, F_SETFD, 0);
     close_range(inherited >= 0 ? 4 : 3, ~0u, 0);
+    for (char **word = words; *word; word++)
+        *word = numbered(*word, boxes);
     execvp(words[0], words);
     dprintf(2, "measure: run %s: %s\n", words[0], strerror(errno));
     _exit(127);
@@ -182,6 +205,13 @@ static int listen_on(const char *path)
     return fd;
 }
 
+/* In a lab, silence is taken for its end. */
+static void say_alive(void)
+{
+    puts("LAB goes on");
+    fflush(stdout);
+}
+
 /* Waits for the end of a child, or of any with -1. Returns its status, or -1 if there is no such child. */
 static int wait_for(pid_t which, uint64_t deadline_us)
 {
@@ -193,7 +223,7 @@ static int wait_for(pid_t which, uint64_t deadline_us)
         pid_t ended = waitpid(-1, &status, WNOHANG);
         if (ended < 0)
             return -1;
-        if (ended == vmm)
+        if (ended == vmms[0])
             vmm_ended = true;
         if (ended > 0 && (which == ended || which < 0))
             return status;
@@ -202,17 +232,17 @@ static int wait_for(pid_t which, uint64_t deadline_us)
         uint64_t now = now_us();
         if (now >= deadline_us)
             fail("not done after %d s", limit_s);
-        struct timespec left = {(deadline_us - now_us()) / 1000000, 0};
-        left.tv_sec += 1;
-        sigtimedwait(&child, NULL, &left);
+        struct timespec second = {1, 0};
+        if (sigtimedwait(&child, NULL, &second) < 0)
+            say_alive();
     }
 }
 
 static void end_box(void)
 {
-    if (vmm > 0 && !vmm_ended) {
-        kill(vmm, SIGKILL);
-        kill(-vmm, SIGKILL);
+    for (int box = vmm_ended; box < boxes; box++) {
+        kill(vmms[box], SIGKILL);
+        kill(-vmms[box], SIGKILL);
     }
     /* Most end by themselves when the VMM is gone; a daemon that waits for another client does not. */
     uint64_t deadline = now_us() + 2000000;
@@ -297,6 +327,8 @@ static bool starts(const char *text, const char *with)
 
 /* When what was first reached: [0] the guest's first instruction, the others as guest.h numbers them. */
 static uint64_t reached_us[MARKS];
+/* How many guests have reached it. */
+static int reached[MARKS];
 
 static void take(char *line)
 {
@@ -310,9 +342,10 @@ static void take(char *line)
         if (!reached_us[0])
             reached_us[0] = at_us;
     } else if (starts(event, "kvm_cpuid:")) {
-        if ((field = strstr(event, "idx ")) && sscanf(field, "idx %x", &which) == 1 && which < MARKS &&
-            !reached_us[which])
-            reached_us[which] = at_us;
+        if ((field = strstr(event, "idx ")) && sscanf(field, "idx %x", &which) == 1 && which < MARKS) {
+            if (!reached[which]++)
+                reached_us[which] = at_us;
+        }
     } else if (running && (starts(event, "kvm_exit:") || starts(event, "kvm_userspace_exit:"))) {
         if ((field = strstr(event, "reason ")))
             count(event[4] == 'u' ? "user" : "exit", field + 7, strcspn(field + 7, " \n"), 1);
@@ -338,7 +371,7 @@ static void read_trace(void)
     set("trace", "");
 }
 
-/* Waits, by reading the trace as it grows, until the guest has made a mark. */
+/* Waits, by reading the trace as it grows, until all guests have made a mark. */
 static void wait_for_mark(unsigned which, uint64_t deadline_us)
 {
     int pipe = open(TRACE "trace_pipe", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -346,7 +379,7 @@ static void wait_for_mark(unsigned which, uint64_t deadline_us)
     size_t length = 0;
     if (pipe < 0)
         fail("open " TRACE "trace_pipe: %s", strerror(errno));
-    while (!reached_us[which]) {
+    while (reached[which] < boxes) {
         struct pollfd readable = {pipe, POLLIN, 0};
         poll(&readable, 1, 20);
         ssize_t got = read(pipe, text + length, sizeof text - 1 - length);
@@ -362,7 +395,7 @@ static void wait_for_mark(unsigned which, uint64_t deadline_us)
             memmove(text, line, length + 1);
         }
         int status;
-        if (waitpid(vmm, &status, WNOHANG) == vmm) {
+        if (waitpid(vmms[0], &status, WNOHANG) == vmms[0]) {
             vmm_ended = true;
             fail("the VMM ended (%x) before its guest was ready", status);
         }
@@ -415,7 +448,62 @@ static void add_process(pid_t pid)
         fclose(file);
 }
 
-static void add_descendants(pid_t of)
+/* A number of a file that has one on each line, after this name. */
+static uint64_t number_in(const char *path, const char *name)
+{
+    FILE *file = fopen(path, "r");
+    char line[256];
+    unsigned long long number = 0;
+    if (!file)
+        fail("open %s: %s", path, strerror(errno));
+    while (fgets(line, sizeof line, file))
+        if (starts(line, name) && sscanf(line + strlen(name), "%llu", &number) == 1)
+            break;
+    fclose(file);
+    return number;
+}
+
+static void say_memory(void)
+{
+    printf("RUN %s %s processes=%llu threads=%llu rss_kib=%llu pss_kib=%llu anonymous_kib=%llu "
+           "ram_rss_kib=%llu ram_pss_kib=%llu page_tables_kib=%llu",
+           label, mode, (unsigned long long)memory.processes, (unsigned long long)memory.threads,
+           (unsigned long long)memory.rss, (unsigned long long)memory.pss,
+           (unsigned long long)memory.anonymous, (unsigned long long)memory.ram_rss,
+           (unsigned long long)memory.ram_pss, (unsigned long long)memory.page_tables);
+}
+
+/* How often the threads of a process have gone to sleep or made room for others. */
+static uint64_t switches_of(pid_t pid)
+{
+    char path[300], line[256];
+    uint64_t sum = 0;
+    snprintf(path, sizeof path, "/proc/%d/task", pid);
+    DIR *threads = opendir(path);
+    for (struct dirent *entry; threads && (entry = readdir(threads));) {
+        unsigned long long number;
+        snprintf(path, sizeof path, "/proc/%d/task/%s/status", pid, entry->d_name);
+        FILE *file = entry->d_name[0] == '.' ? NULL : fopen(path, "r");
+        while (file && fgets(line, sizeof line, file))
+            if (sscanf(line, "voluntary_ctxt_switches: %llu", &number) == 1 ||
+                sscanf(line, "nonvoluntary_ctxt_switches: %llu", &number) == 1)
+                sum += number;
+        if (file)
+            fclose(file);
+    }
+    if (threads)
+        closedir(threads);
+    return sum;
+}
+
+static uint64_t switches;
+
+static void add_switches(pid_t pid)
+{
+    switches += switches_of(pid);
+}
+
+static void for_descendants(pid_t of, void (*what)(pid_t))
 {
     DIR *processes = opendir("/proc");
     for (struct dirent *entry; processes && (entry = readdir(processes));) {
@@ -433,8 +521,8 @@ static void add_descendants(pid_t of)
         char *after_name = strrchr(text, ')');
         if (!after_name || sscanf(after_name, ") %*c %d", &parent) != 1 || parent != of)
             continue;
-        add_process(pid);
-        add_descendants(pid);
+        what(pid);
+        for_descendants(pid, what);
     }
     if (processes)
         closedir(processes);
@@ -447,7 +535,7 @@ static void mark_profile(unsigned index)
     __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
 }
 
-/* What the guest has said, from the VMM's output. */
+/* What the guest has said, or the client, from the output of all. */
 static void say_figures(void)
 {
     FILE *output = fopen(OUTPUT, "r");
@@ -463,8 +551,8 @@ static void say_figures(void)
     if (output)
         fclose(output);
     if (!ended)
-        fail("the guest has not come to its end");
-    printf("RUN %s figures%s\n", label, said);
+        fail("nobody has said the figures' end");
+    printf("RUN %s %s%s\n", label, mode, said);
 }
 
 static void say_since(const char *name, uint64_t at_us, uint64_t start_us)
@@ -476,19 +564,22 @@ static void say_since(const char *name, uint64_t at_us, uint64_t start_us)
 int main(int argc, char **argv)
 {
     char *served = NULL, *daemon_words[MOST_WORDS], *client_words[MOST_WORDS] = {NULL};
+    int wanted = 1;
     if (argc < 5) {
-        fprintf(stderr, "usage: measure LABEL MODE [-s SOCKET DAEMON] [-c CLIENT] -- VMM...\n");
+        fprintf(stderr, "usage: measure LABEL MODE [-s SOCKET DAEMON] [-c CLIENT] [-n BOXES] -- VMM...\n");
         return 2;
     }
     label = argv[1];
     mode = argv[2];
-    if (!strcmp(mode, "figures"))
-        limit_s = FIGURES_LIMIT_S;
+    if (!strcmp(mode, "figures") || !strcmp(mode, "client") || !strcmp(mode, "density"))
+        limit_s = LONG_LIMIT_S;
     char **argument = argv + 3;
     for (; *argument && strcmp(*argument, "--"); argument++) {
         if (!strcmp(*argument, "-s") && argument[1] && argument[2]) {
             served = *++argument;
             split(*++argument, daemon_words);
+        } else if (!strcmp(*argument, "-n") && argument[1]) {
+            wanted = atoi(*++argument);
         } else if (!strcmp(*argument, "-c") && argument[1]) {
             split(*++argument, client_words);
         } else {
@@ -497,6 +588,8 @@ int main(int argc, char **argv)
     }
     if (!*argument || !argument[1])
         fail("no VMM to run");
+    if (wanted < 1 || wanted > MOST_BOXES)
+        fail("-n takes 1 to %d boxes", MOST_BOXES);
     argument++;
 
     sigset_t child;
@@ -505,29 +598,61 @@ int main(int argc, char **argv)
     sigprocmask(SIG_BLOCK, &child, NULL);
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     unlink(OUTPUT);
-    int listener = served ? listen_on(served) : -1;
     start_tracing();
 
+    uint64_t available_kib = number_in("/proc/meminfo", "MemAvailable:");
+    int listeners[MOST_BOXES];
+    for (int box = 0; served && box < wanted; box++)
+        listeners[box] = listen_on(numbered(served, box));
     uint64_t busy_before = busy_us(), start_us = now_us(), deadline_us = start_us + limit_s * 1000000ull;
     mark_profile(0);
-    if (served) {
-        spawn(daemon_words, listener);
-        close(listener);
+    while (boxes < wanted) {
+        if (served) {
+            spawn(daemon_words, listeners[boxes]);
+            close(listeners[boxes]);
+        }
+        vmms[boxes] = spawn(argument, -1);
+        boxes++;
+        if (wanted > 1) {
+            wait_for_mark(2, deadline_us);
+            say_alive();
+        }
     }
-    vmm = spawn(argument, -1);
 
     if (!strcmp(mode, "memory")) {
         wait_for_mark(2, deadline_us);
         usleep(IDLE_US);
-        add_descendants(getpid());
+        for_descendants(getpid(), add_process);
         end_box();
-        printf("RUN %s memory processes=%llu threads=%llu rss_kib=%llu pss_kib=%llu anonymous_kib=%llu "
-               "ram_rss_kib=%llu ram_pss_kib=%llu page_tables_kib=%llu\n",
-               label, (unsigned long long)memory.processes, (unsigned long long)memory.threads,
-               (unsigned long long)memory.rss, (unsigned long long)memory.pss,
-               (unsigned long long)memory.anonymous, (unsigned long long)memory.ram_rss,
-               (unsigned long long)memory.ram_pss, (unsigned long long)memory.page_tables);
+        say_memory();
+        putchar('\n');
         set("events/enable", "0");
+    } else if (!strcmp(mode, "density")) {
+        wait_for_mark(2, deadline_us);
+        set("events/enable", "0");
+        sleep(DENSITY_SETTLE_S);
+        for_descendants(getpid(), add_process);
+        uint64_t taken_kib = available_kib - number_in("/proc/meminfo", "MemAvailable:");
+        for_descendants(getpid(), add_switches);
+        uint64_t switches_before = switches, exits_before = number_in(EXITS, "");
+        switches = 0;
+        sleep(IDLE_S);
+        uint64_t exits = number_in(EXITS, "") - exits_before;
+        for_descendants(getpid(), add_switches);
+        end_box();
+        say_memory();
+        printf(" taken_kib=%llu seconds=%d switches=%llu exits=%llu\n", (unsigned long long)taken_kib, IDLE_S,
+               (unsigned long long)(switches - switches_before), (unsigned long long)exits);
+    } else if (!strcmp(mode, "client")) {
+        if (!client_words[0])
+            fail("no client to run");
+        wait_for_mark(2, deadline_us);
+        set("events/enable", "0");
+        int status = wait_for(spawn(client_words, -1), deadline_us);
+        if (status != 0)
+            fail("the client ended with status %x", status);
+        end_box();
+        say_figures();
     } else if (!strcmp(mode, "exec")) {
         if (!client_words[0])
             fail("no client to run");
@@ -543,7 +668,7 @@ int main(int argc, char **argv)
         say_since("exec_answered", answered_us, start_us);
         putchar('\n');
     } else {
-        int status = wait_for(vmm, deadline_us);
+        int status = wait_for(vmms[0], deadline_us);
         uint64_t gone_us = now_us();
         if (!WIFEXITED(status) || WEXITSTATUS(status) == 127)
             fail("the VMM ended with status %x", status);

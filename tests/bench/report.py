@@ -176,20 +176,24 @@ def where(here):
     return f"Milliseconds on {here['cpu']}, Linux {here['kernel']}{within}"
 
 
+def peers(here):
+    """What mote is compared with, and in which version."""
+    versions = here["versions"]
+    return ", ".join(versions[name].removeprefix("QEMU emulator version ") if name != "qemu" else "QEMU " + re.search(r"[\d.]+", versions[name])[0]
+                     for name in versions if name not in ("mote", "virtiofsd"))
+
+
 def report(measured, rows, here):
     """The text that the README gets."""
     results = Results(measured, here["counted"])
     spread = max(results.spread(row, "entrypoint") for row in rows)
     rounds = len(results.values(rows[0], "entrypoint"))
-    versions = here["versions"]
-    peers = ", ".join(versions[name].removeprefix("QEMU emulator version ") if name != "qemu" else "QEMU " + re.search(r"[\d.]+", versions[name])[0]
-                      for name in versions if name not in ("mote", "virtiofsd"))
     unit = "million instructions" if here["counted"] else "ms"
     vcpus = ("With two vCPUs, which spin for one another on the lab's one processor, it is the least of the runs, and says little."
              if here["counted"] else "")
     parts = [
         f"{where(here)}. One vCPU, {PLAIN.memory_mib} MiB, mote's kernel for all; medians of {rounds} runs, by turns, which are apart by at most "
-        f"{spread:.1f} %; in brackets, of the floor's and of mote's. {peers}.",
+        f"{spread:.1f} %; in brackets, of the floor's and of mote's. {peers(here)}.",
         start_table(results, rows), exits_table(results, rows), sweep_table(results, rows), vcpus, memory_table(results, rows),
         mote_line(results, unit),
     ]

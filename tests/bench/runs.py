@@ -135,7 +135,9 @@ def measure(name, cases, stage, run):
 
 
 def progress(name, number, of, case):
-    if sys.stderr.isatty():
+    if not sys.stderr.isatty():
+        print(f"{name}: {number} of {of}: {case.label} {case.mode}", file=sys.stderr, flush=True)
+    else:
         print(f"\r\033[K{name}: {number} of {of}: {case.label} {case.mode}", end="" if number < of else "\n", file=sys.stderr)
 
 
