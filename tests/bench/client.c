@@ -1,7 +1,7 @@
 /* The host's half of the streams and commands, timed from there:
  *   client tcp ADDRESS -- COMMAND…   with server.c behind published ports; COMMAND runs /true in the box
  *   client vsock CID                 with server.c on the vsock of the guest of that number; its RUN runs /true
- * A line on standard output for each figure: "figure NAME MICROSECONDS", and at last "figures end". */
+ * A line on standard output for each figure: "figure NAME NANOSECONDS", each time, and at last "figures end". */
 
 #define _GNU_SOURCE
 #include "services.h"
@@ -24,7 +24,8 @@ enum {
     CONNECTIONS = 100,
     STREAMS = 16,
     /* Of all streams together. */
-    BYTES = 64 << 20,
+    MIB = 32,
+    BYTES = MIB << 20,
     COMMANDS = 20,
     COMMANDS_AT_ONCE = 100
 };
@@ -40,16 +41,16 @@ static void fail(const char *what)
     exit(1);
 }
 
-static uint64_t now_us(void)
+static uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
+    return now.tv_sec * 1000000000ull + now.tv_nsec;
 }
 
-static void figure(const char *name, uint64_t since_us)
+static void figure(const char *name, uint64_t since_ns, int times)
 {
-    printf("figure %s %llu\n", name, (unsigned long long)(now_us() - since_us));
+    printf("figure %s %llu\n", name, (unsigned long long)((now_ns() - since_ns) / times));
     fflush(stdout);
 }
 
@@ -155,35 +156,35 @@ int main(int argc, char **argv)
     one_connection();
     int fd = connect_to(ECHO);
     round_trip(fd);
-    uint64_t start = now_us();
+    uint64_t start = now_ns();
     for (int number = 0; number < ROUND_TRIPS; number++)
         round_trip(fd);
-    figure("round_trip", start);
+    figure("round_trip", start, ROUND_TRIPS);
     close(fd);
-    start = now_us();
+    start = now_ns();
     for (int number = 0; number < CONNECTIONS; number++)
         one_connection();
-    figure("connection", start);
-    start = now_us();
+    figure("connection", start, CONNECTIONS);
+    start = now_ns();
     download(BYTES);
-    figure("download", start);
-    start = now_us();
+    figure("download", start, MIB);
+    start = now_ns();
     upload(BYTES);
-    figure("upload", start);
-    start = now_us();
+    figure("upload", start, MIB);
+    start = now_ns();
     at_once(STREAMS, download, BYTES / STREAMS);
-    figure("downloads", start);
-    start = now_us();
+    figure("downloads", start, MIB);
+    start = now_ns();
     at_once(STREAMS, upload, BYTES / STREAMS);
-    figure("uploads", start);
+    figure("uploads", start, MIB);
     run_one();
-    start = now_us();
+    start = now_ns();
     for (int number = 0; number < COMMANDS; number++)
         run_one();
-    figure("command", start);
-    start = now_us();
+    figure("command", start, COMMANDS);
+    start = now_ns();
     at_once(COMMANDS_AT_ONCE, run_and_forget, 0);
-    figure("commands", start);
+    figure("commands", start, COMMANDS_AT_ONCE);
     puts("figures end");
     return 0;
 }

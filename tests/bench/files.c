@@ -2,7 +2,7 @@
  *   files         on the root file system as it is
  *   files tmpfs   on a tmpfs of the guest's own, mounted there: what the guest's kernel costs by itself
  *   files tree P  only makes the tree that the others walk over, at P: for the host
- * It is the guest's entrypoint, under each VMM. A line on standard output for each figure: "figure NAME MICROSECONDS",
+ * It is the guest's entrypoint, under each VMM. A line on standard output for each figure: "figure NAME NANOSECONDS", each time,
  * and at last "figures end".
  *
  * `cold` is after the guest's caches were dropped; what the host has in memory stays there. The clock is the guest's,
@@ -24,20 +24,20 @@
 #include <unistd.h>
 
 /* As installed packages are: folders in each of them, with some small files each. Writing costs most, so fewer are
- * installed than walked over. */
+ * installed than walked over: TREE_FILES, which files.py names. */
 enum {
     FOLDERS = 4,
     FILES = 10,
-    PACKAGES = 20000 / (FOLDERS * FILES),
-    INSTALLED_PACKAGES = PACKAGES / 20,
-    TREE_FILES = PACKAGES * FOLDERS * FILES,
+    PACKAGES = TREE_FILES / (FOLDERS * FILES),
+    INSTALLED_PACKAGES = 20,
+    INSTALLED_FILES = INSTALLED_PACKAGES * FOLDERS * FILES,
     STAT_LATER_FILES = TREE_FILES / 5,
     SMALLEST = 200,
     LARGEST = 8000,
     BLOCK = 1 << 20,
-    BLOCKS = 64,
+    BLOCKS = 32,
     PAGE = 4096,
-    RANDOM_READS = 1024,
+    RANDOM_READS = 512,
     EXECS = 20,
     /* Longer than either VMM lets its guest believe what it knows of a file. */
     FORGOTTEN_S = 2
@@ -55,16 +55,16 @@ static void fail(const char *what, const char *on)
     exit(1);
 }
 
-static uint64_t now_us(void)
+static uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
+    return now.tv_sec * 1000000000ull + now.tv_nsec;
 }
 
-static void figure(const char *name, uint64_t since_us)
+static void figure(const char *name, uint64_t since_ns, int times)
 {
-    printf("figure %s %llu\n", name, (unsigned long long)(now_us() - since_us));
+    printf("figure %s %llu\n", name, (unsigned long long)((now_ns() - since_ns) / times));
     fflush(stdout);
 }
 
@@ -240,49 +240,49 @@ int main(int argc, char **argv)
         make_tree(TREE, PACKAGES);
     }
 
-    uint64_t start = now_us();
+    uint64_t start = now_ns();
     make_tree("/work/installed", INSTALLED_PACKAGES);
-    figure("install", start);
+    figure("install", start, INSTALLED_FILES);
 
     drop_caches();
-    start = now_us();
+    start = now_ns();
     int files = walk(AT_FDCWD, TREE);
-    figure("walk", start);
+    figure("walk", start, TREE_FILES);
     if (files != TREE_FILES) {
         printf("files: found %d files of %d\n", files, TREE_FILES);
         return 1;
     }
 
     drop_caches();
-    start = now_us();
+    start = now_ns();
     stat_all(TREE_FILES);
-    figure("stat", start);
+    figure("stat", start, TREE_FILES);
     sleep(FORGOTTEN_S);
-    start = now_us();
+    start = now_ns();
     stat_all(STAT_LATER_FILES);
-    figure("stat_later", start);
+    figure("stat_later", start, STAT_LATER_FILES);
 
-    start = now_us();
+    start = now_ns();
     write_in_order("/work/large");
-    figure("write", start);
+    figure("write", start, BLOCKS);
     drop_caches();
-    start = now_us();
+    start = now_ns();
     read_in_order("/work/large");
-    figure("read", start);
+    figure("read", start, BLOCKS);
     drop_caches();
-    start = now_us();
+    start = now_ns();
     read_at_random("/work/large");
-    figure("random", start);
+    figure("random", start, RANDOM_READS);
 
     copy(PROGRAM, "/work/program");
     drop_caches();
-    start = now_us();
+    start = now_ns();
     run("/work/program");
-    figure("exec", start);
-    start = now_us();
+    figure("exec", start, 1);
+    start = now_ns();
     for (int number = 0; number < EXECS; number++)
         run("/work/program");
-    figure("exec_again", start);
+    figure("exec_again", start, EXECS);
     puts("figures end");
     return 0;
 }

@@ -9,6 +9,9 @@ import report
 import runs
 from vmms import ROWS
 
+# Counted instructions repeat, and take minutes.
+ROUNDS, COUNTED_ROUNDS = 5, 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -40,26 +43,26 @@ class Bench:
     # measure.c's.
     mode: str
     machine: object
-    # By the name that the guest or client says: what readers see, and how often it is done.
+    # By the name that the guest or client says: what readers see.
     figures: dict
     build: callable
     # By name: what readers see, and what makes the command.
     rows: dict
     # The row that others are compared with.
     base: str
-    rounds: int
     # What else readers have to know of all rows.
     setting: str
 
     def main(self, parser):
-        parser.add_argument("--rounds", type=int, default=self.rounds, help="runs of each row")
+        parser.add_argument("--rounds", type=int, help=f"runs of each row ({ROUNDS}; {COUNTED_ROUNDS} where instructions are counted)")
         parser.add_argument("--keep", action="store_true", help="leave the README and the JSON as they are")
         options = parser.parse_args()
         virtiofsd = ROWS["qemu-virtiofs"]
         if not virtiofsd.is_there():
             sys.exit(f"{self.name}: {virtiofsd.variable} does not name virtiofsd; 'make {self.name}' sets it")
         counted = not runs.here_is_kvm()
-        measured, failed = runs.run_cases(self.name, self.build, [Case(self, row) for row in self.rows] * options.rounds, counted)
+        rounds = options.rounds or (COUNTED_ROUNDS if counted else ROUNDS)
+        measured, failed = runs.run_cases(self.name, self.build, [Case(self, row) for row in self.rows] * rounds, counted, vectors=False)
         results = {case.row: values for case, values in measured.items()}
         if len(results) < len(self.rows):
             sys.exit(f"{self.name}: failed twice: {', '.join(failed)}")
@@ -72,19 +75,20 @@ class Bench:
         return f"{self.name}: failed twice, and not in these figures: {', '.join(failed)}" if failed else 0
 
     def text(self, results, here):
-        return (f"{report.where(here)}. One vCPU, {self.machine.memory_mib} MiB, the same kernel, {report.peers(here)}. {self.setting}. Medians of "
-                f"{min(map(len, results.values()))} runs, which are apart by at most {self.apart(results):.1f} %; in brackets how many times "
-                f"better than QEMU.\n\n{self.table(results, here['counted'])}")
+        runs_each = min(map(len, results.values()))
+        medians = f" Medians of {runs_each} runs, which are apart by at most {self.apart(results):.1f} %." if runs_each > 1 else ""
+        return (f"{report.where(here)}. One vCPU, {self.machine.memory_mib} MiB, the same kernel, {report.peers(here)}. {self.setting}.{medians} "
+                f"In brackets how many times better than QEMU.\n\n{self.table(results, here['counted'])}")
 
     def table(self, results, counted):
         medians = {row: {key: statistics.median(run[key] for run in values) for key in self.figures} for row, values in results.items()}
         base = medians[self.base]
         lines = []
-        for key, (what, times) in self.figures.items():
+        for key, what in self.figures.items():
             line = [what]
             for row in self.rows:
                 ratio = "" if row == self.base else f" ({base[key] / medians[row][key]:.2f})"
-                line.append(report.number(medians[row][key] / times) + ratio)
+                line.append(report.number(medians[row][key] / 1000) + ratio)
             lines.append(line)
         unit = "thousand instructions each" if counted else "µs each"
         return report.table([unit, *(name for name, _ in self.rows.values())], lines)

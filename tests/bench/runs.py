@@ -78,19 +78,19 @@ def work_directory():
     return tempfile.TemporaryDirectory(prefix="mote-bench.", dir="/run" if os.geteuid() == 0 else None)
 
 
-def run_cases(name, build_all, cases, counted):
+def run_cases(name, build_all, cases, counted, vectors=True):
     """Builds, and runs all cases, those that fail once more. Returns the results of each, and what has failed twice."""
     prepare(name, counted)
     with work_directory() as work:
         work = pathlib.Path(work)
-        stage = Stage(work / "stage", "/bench" if counted else str(work / "stage"))
+        stage = Stage(work / "stage", "/bench" if counted else str(work / "stage"), counted)
         build_all(stage)
         # Writes the configurations, which the lab's image has to have.
         for case in cases:
             case.command(stage)
         if not counted:
             return measure(name, cases, stage, run_here)
-        lab = Lab(work)
+        lab = Lab(work, vectors)
         lab.pack(stage.directory, [pathlib.Path("/usr/bin/qemu-system-x86_64")] if any("qemu" in case.row for case in cases) else [])
         return measure(name, cases, stage, lab.run)
 

@@ -43,7 +43,9 @@ class Run:
 class Stage:
     """The directory that the runs have as `base`, and what is in it."""
 
-    def __init__(self, directory, base):
+    def __init__(self, directory, base, counted=False):
+        # Whether it is the lab that runs.
+        self.counted = counted
         self.directory = directory
         self.base = base
         self.extra_words = ""
