@@ -77,7 +77,7 @@ class Bench:
     def text(self, results, here):
         runs_each = min(map(len, results.values()))
         medians = f" Medians of {runs_each} runs, which are apart by at most {self.apart(results):.1f} %." if runs_each > 1 else ""
-        return (f"{report.where(here)}. One vCPU, {self.machine.memory_mib} MiB, the same kernel, {report.peers(here)}. {self.setting}.{medians} "
+        return (f"{report.where(here, 'Thousand instructions', 'Microseconds')}. One vCPU, {self.machine.memory_mib} MiB, the same kernel, {report.peers(here)}. {self.setting}.{medians} "
                 f"In brackets how many times better than QEMU.\n\n{self.table(results, here['counted'])}")
 
     def table(self, results, counted):

@@ -166,14 +166,14 @@ def mote_line(results, unit):
             f"with the box, has its answer after {number(answered)} {unit}.")
 
 
-def where(here):
+def where(here, counted="Million instructions", timed="Milliseconds"):
     """What the figures are, for readers."""
     if here["counted"]:
-        return (f"Million instructions of host, VMM and guest together, counted in an emulated machine ({here['lab_kernel']}, "
+        return (f"{counted} of host, VMM and guest together, counted in an emulated machine ({here['lab_kernel']}, "
                 "one processor), where one that sleeps a millisecond counts as a million. They repeat, and are no times of "
                 "hardware's: what a cache miss or an exit costs is not in them")
     within = ", itself a virtual machine" if here["is_virtual"] else ""
-    return f"Milliseconds on {here['cpu']}, Linux {here['kernel']}{within}"
+    return f"{timed} on {here['cpu']}, Linux {here['kernel']}{within}"
 
 
 def peers(here):
