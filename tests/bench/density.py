@@ -19,6 +19,8 @@ NAME = "bench-density"
 RUNS = "resources/bench/density.json"
 MACHINE = Machine(memory_mib=128, idle=True)
 BOXES = [1, 8, 32]
+# In the lab that counts, a guest sometimes gets nothing any more but ticks; of 32, one always did.
+BOXES_COUNTED = [1, 8]
 # What a box takes at most, for hosts on which not all have room.
 BOX_MIB = 128
 
@@ -41,7 +43,7 @@ def qemu_numbered(stage, machine):
     return run
 
 
-STARTS = {"qemu-virtiofs": qemu_numbered, "mote": mote_numbered, "firecracker": firecracker}
+STARTS = {"mote": mote_numbered, "qemu-virtiofs": qemu_numbered, "firecracker": firecracker}
 BASE = "qemu-virtiofs"
 
 
@@ -103,14 +105,15 @@ def room_for(boxes, counted):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--boxes", default=",".join(map(str, BOXES)), help="how many at a time")
+    parser.add_argument("--boxes", help="how many at a time, with commas between")
     parser.add_argument("--keep", action="store_true", help="leave the README and the JSON as they are")
     options = parser.parse_args()
     counted = not runs.here_is_kvm()
     rows = [row for row in STARTS if ROWS[row].is_there()]
     if BASE not in rows:
         sys.exit(f"{NAME}: {ROWS[BASE].variable} does not name virtiofsd; 'make {NAME}' sets it")
-    counts = sorted({room_for(int(boxes), counted) for boxes in options.boxes.split(",")})
+    wanted = map(int, options.boxes.split(",")) if options.boxes else BOXES_COUNTED if counted else BOXES
+    counts = sorted({room_for(boxes, counted) for boxes in wanted})
     # Each first alone, which does not count: it fills the page cache.
     cases = [Case(row, boxes) for boxes in [1, *counts] for row in rows]
     measured, failed = runs.run_cases(NAME, build, cases, counted)
