@@ -4,19 +4,17 @@
  * A line on standard output for each figure: "figure NAME NANOSECONDS", each time, and at last "figures end". */
 
 #define _GNU_SOURCE
+#include "figures.h"
 #include "services.h"
 #include <arpa/inet.h>
 #include <errno.h>
 #include <linux/vm_sockets.h>
 #include <spawn.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -39,19 +37,6 @@ static void fail(const char *what)
 {
     printf("client: %s: %s\n", what, strerror(errno));
     exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ull + now.tv_nsec;
-}
-
-static void figure(const char *name, uint64_t since_ns, int times)
-{
-    printf("figure %s %llu\n", name, (unsigned long long)((now_ns() - since_ns) / times));
-    fflush(stdout);
 }
 
 static int connect_to(int port)

@@ -9,18 +9,16 @@
  * which in the lab counts instructions, those of the host and of its daemons too. */
 
 #define _GNU_SOURCE
+#include "figures.h"
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <spawn.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 /* As installed packages are: folders in each of them, with some small files each. Writing costs most, so fewer are
@@ -53,19 +51,6 @@ static void fail(const char *what, const char *on)
 {
     printf("files: %s %s: %s\n", what, on, strerror(errno));
     exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ull + now.tv_nsec;
-}
-
-static void figure(const char *name, uint64_t since_ns, int times)
-{
-    printf("figure %s %llu\n", name, (unsigned long long)((now_ns() - since_ns) / times));
-    fflush(stdout);
 }
 
 static void write_all(int fd, const char *data, size_t length, const char *path)

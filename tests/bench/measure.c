@@ -20,6 +20,7 @@
  * first CPUID: recording every entry would charge some 20 us each to VMMs that have more of them. */
 
 #define _GNU_SOURCE
+#include "mark.h"
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -543,13 +544,6 @@ static void for_descendants(pid_t of, void (*what)(pid_t))
         closedir(processes);
 }
 
-/* Tells profile.c, if that counts: index 0 begins, all others end something. Nothing else sees it. */
-static void mark_profile(unsigned index)
-{
-    unsigned eax = 0x5eed0001, ebx, ecx = index, edx;
-    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-}
-
 /* What the guest has said, or the client, from the output of all. */
 static void say_figures(void)
 {
@@ -622,7 +616,8 @@ int main(int argc, char **argv)
     for (int box = 0; served && box < wanted; box++)
         listeners[box] = listen_on(numbered(served, box));
     uint64_t busy_before = busy_us(), start_us = now_us(), deadline_us = start_us + limit_s * 1000000ull;
-    mark_profile(0);
+    /* Tells profile.c, if that counts: index 0 begins, all others end something. Nothing else sees it. */
+    mark(0);
     while (boxes < wanted) {
         if (served) {
             spawn(daemon_words, listeners[boxes]);
@@ -693,7 +688,7 @@ int main(int argc, char **argv)
         while (wait_for(-1, deadline_us) >= 0)
             continue;
         uint64_t all_gone_us = now_us(), busy_after = busy_us();
-        mark_profile(4);
+        mark(4);
         read_trace();
         if (!strcmp(mode, "figures")) {
             say_figures();

@@ -10,6 +10,7 @@
  *
  * A block counts whole, even if an exception ends it early: some tenths of a percent are counted that were not executed. */
 
+#include "mark.h"
 #include <inttypes.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -63,7 +64,6 @@ size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *dest, si
 #define EXPORTED __attribute__((visibility("default")))
 EXPORTED int qemu_plugin_version = 4;
 
-#define MARK_LEAF 0x5eed0001u
 #define BUCKETS (1u << 18)
 #define PAGE_TABLES 0x000ffffffffff000ull
 

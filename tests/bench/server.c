@@ -6,6 +6,7 @@
  * Each connection has a process of its own. */
 
 #define _GNU_SOURCE
+#include "mark.h"
 #include "services.h"
 #include <arpa/inet.h>
 #include <errno.h>
@@ -20,13 +21,6 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-/* As guest.h marks it. */
-static void mark_entrypoint(void)
-{
-    unsigned eax = 0x5eed0001u, ebx, ecx = 2, edx;
-    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-}
 
 static void fail(const char *what)
 {
@@ -114,7 +108,7 @@ int main(int argc, char **argv)
     for (int which = 0; which < SERVICES; which++)
         if (fork() == 0)
             serve(listeners[which], services[which].service);
-    mark_entrypoint();
+    mark(MARK_ENTRYPOINT);
     for (;;)
         pause();
 }
