@@ -3,6 +3,7 @@
 //!
 //! - [`attestation`]: how the agent starts the attestation server (`guest/attest`), a program of its own
 //! - [`instance`]: the configuration that the VMM places in the initramfs
+//! - [`mailbox`]: how a guest that starts from a template gets it
 //! - [`frame`]: the framing of all channels
 //! - [`protocol`]: the messages on the control channel, and the vsock ports
 //! - [`text`]: words, variables and paths of the guest
@@ -15,6 +16,7 @@ pub mod files;
 pub mod flow;
 pub mod frame;
 pub mod instance;
+pub mod mailbox;
 pub mod protocol;
 pub mod pty;
 pub mod text;

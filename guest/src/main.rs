@@ -9,7 +9,9 @@
 //! Each module uses only those above it, and the library ([`mote_agent`]):
 //!
 //! - [`sys`]: the system calls
-//! - [`sys::net`], [`sys::files`], [`sys::bpf`]: those of networking, some about files, and BPF's
+//! - [`sys::net`], [`sys::files`], [`sys::bpf`], [`sys::mailbox`]: those of networking, some about files, BPF's, and those
+//!   of a guest that becomes another
+//!
 //! - [`etc`], [`copy`]: files in the place of the image's; what the image has, copied into volumes
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
@@ -22,7 +24,8 @@
 //! - [`journal`], [`request`]: what is done only once, and the other kind of sessions
 //! - [`server`]: takes clients, and gives each a session
 //! - [`tsi`]: carries the connections of the box's programs
-//! - [`prepare`]: everything before the entrypoint
+//! - [`template`]: what can be done before the box is known, and going on once it is
+//! - [`prepare`]: everything else before the entrypoint
 //! - [`supervisor`]: everything after
 
 mod attest;
@@ -48,6 +51,7 @@ mod session;
 mod spawn;
 mod supervisor;
 mod sys;
+mod template;
 mod terminal;
 mod transfer;
 mod tsi;
@@ -82,6 +86,7 @@ fn main() {
 }
 
 fn run() -> Result<(), String> {
+    template::get_ready()?;
     let started_ns = sys::monotonic_ns();
     // The three connections are under way while the root is being mounted.
     let [control, stdout, stderr] = connect_to_host()?;

@@ -11,7 +11,7 @@ use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
 use crate::copy;
 use crate::etc;
-use crate::sys;
+use crate::sys::{self, files};
 
 const NEW_ROOT: &str = "/newroot";
 /// Where a share is mounted while it is prepared: in a file system that is not the image's.
@@ -28,7 +28,7 @@ struct KernelFileSystem {
 
 const NOSUID_NODEV_NOEXEC: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
 
-/// In this order; the directories are made when the image lacks them.
+/// In this order.
 const KERNEL_FILE_SYSTEMS: [KernelFileSystem; 6] = [
     KernelFileSystem { fstype: "devtmpfs", target: "/dev", flags: libc::MS_NOSUID, options: "" },
     KernelFileSystem { fstype: "proc", target: "/proc", flags: NOSUID_NODEV_NOEXEC, options: "" },
@@ -53,15 +53,25 @@ const KERNEL_FILE_SYSTEMS: [KernelFileSystem; 6] = [
     },
 ];
 
+/// Which of them are moved with the root: the others are below these. The directories are made when the image lacks
+/// them.
+const MOVED: [&str; 3] = ["/dev", "/proc", "/sys"];
+
 /// Devices that the kernel makes for root alone, and udev for everybody (`50-udev-default.rules`).
 const DEVICES_FOR_ALL: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/kvm"];
 
-/// Mounts the root share and makes it `/`.
+/// Mounts the root share and makes it `/`, with the kernel file systems, which are mounted below the initramfs.
 ///
 /// # Errors
-/// If the host serves no such share, or it cannot become the root directory.
+/// If the host serves no such share, it cannot become the root directory, or it lacks a mount point and has no room for
+/// one.
 pub fn root() -> Result<(), String> {
-    fs::create_dir_all(NEW_ROOT).map_err(|e| format!("create {NEW_ROOT} in the initramfs: {e}"))?;
+    let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+    // Afterwards they cannot be named any more.
+    let below = MOVED.map(|target| Ok((target, files::open_place(target)?)));
+    let below = below.into_iter().collect::<io::Result<Vec<_>>>();
+    let below = below.map_err(failed("open the kernel file systems"))?;
+    fs::create_dir_all(NEW_ROOT).map_err(failed("create /newroot in the initramfs"))?;
     sys::mount(ROOT_TAG, NEW_ROOT, "virtiofs", 0, "")
         .map_err(|e| format!("mount the root file system (virtiofs tag {ROOT_TAG}): {e}"))?;
     // The initramfs cannot be pivoted away from (it is the kernel's rootfs): move the share over it.
@@ -69,18 +79,23 @@ pub fn root() -> Result<(), String> {
         .and_then(|()| sys::mount(".", "/", "", libc::MS_MOVE, ""))
         .and_then(|()| sys::chroot("."))
         .and_then(|()| std::env::set_current_dir("/"))
-        .map_err(|e| format!("make the root share the root directory: {e}"))
-}
-
-/// Mounts the kernel file systems and makes the usual links in `/dev`.
-///
-/// # Errors
-/// If the image lacks a mount point and has no room for one, or the kernel refuses to mount.
-pub fn kernel_file_systems() -> Result<(), String> {
-    for KernelFileSystem { fstype, target, flags, options } in KERNEL_FILE_SYSTEMS {
+        .map_err(failed("make the root share the root directory"))?;
+    for (target, mount) in below {
         ensure_directory(target).map_err(|e| {
             format!("create the mount point {target} in the root file system (rootfs_path): {e}")
         })?;
+        sys::move_mount(&mount, Path::new(target)).map_err(|e| format!("mount {target}: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Mounts the kernel file systems below the initramfs and makes the usual links in `/dev`.
+///
+/// # Errors
+/// If the kernel refuses to mount.
+pub fn kernel_file_systems() -> Result<(), String> {
+    for KernelFileSystem { fstype, target, flags, options } in KERNEL_FILE_SYSTEMS {
+        ensure_directory(target).map_err(|e| format!("create {target} in the initramfs: {e}"))?;
         sys::mount(fstype, target, fstype, flags, options)
             .map_err(|e| format!("mount {fstype} on {target}: {e}"))?;
     }

@@ -1,4 +1,4 @@
-//! Everything between the kernel's hand-over and the entrypoint, in order.
+//! Everything between [`crate::template`] and the entrypoint, in order.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -13,14 +13,6 @@ use crate::server::Server;
 use crate::sys::{self, net};
 use crate::tsi::{Needs, Tsi};
 use crate::{mount, network};
-
-/// Connections, pipes and the like that the agent may have open.
-const MAX_OPEN_FILES: u64 = 65_536;
-
-/// Files and directories that the programs of one user may watch (inotify(7)), each for about a KiB. The
-/// kernel's own limit is a hundredth of its memory, 8,192 in a box of 512 MiB, and editors, bundlers and
-/// test runners that watch a tree ask for this one.
-const MAX_INOTIFY_WATCHES: &str = "524288";
 
 /// A box that is ready for its entrypoint.
 pub struct Prepared {
@@ -55,12 +47,7 @@ pub fn prepare() -> Result<Prepared, String> {
     let etc = etc.collect::<Result<Vec<_>, String>>()?;
     let attest = instance.attestation.as_deref().map(Attest::stage).transpose()?;
     mount::root()?;
-    mount::kernel_file_systems()?;
     let root_mounted_ns = sys::monotonic_ns();
-    sys::raise_open_file_limit(MAX_OPEN_FILES)
-        .map_err(|e| format!("raise the limit on open files: {e}"))?;
-    // A kernel of the user's own may be without it.
-    let _ = fs::write("/proc/sys/fs/inotify/max_user_watches", MAX_INOTIFY_WATCHES);
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
     for (name, staged) in etc {

@@ -1,8 +1,9 @@
 //! Files below open directories, a directory of memory, and whose rights count.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
 
 use super::{c_string, check, owned};
@@ -37,6 +38,11 @@ pub fn memory_directory(bytes: u64, files: u64) -> io::Result<File> {
         let mount = libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, SEALED);
         Ok(File::from(owned(check(mount as libc::c_int)?)))
     }
+}
+
+/// Opens a place in the tree, whatever is there: not to read it, but to have it when its name leads elsewhere.
+pub fn open_place(path: &str) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)
 }
 
 /// Opens a file below an open directory for reading.

@@ -10,6 +10,7 @@
 
 pub mod bpf;
 pub mod files;
+pub mod mailbox;
 pub mod net;
 
 use std::ffi::{CStr, CString, OsStr};
@@ -147,28 +148,28 @@ pub fn set_realtime(ns: u64) -> io::Result<()> {
 }
 
 /// Mounts an open file, whatever directory tree it is in, over the one at `target`, which is no
-/// symbolic link (open_tree(2), move_mount(2)).
+/// symbolic link (open_tree(2)).
 pub fn mount_file_over(file: &impl AsRawFd, target: &Path) -> io::Result<()> {
     // include/uapi/linux/mount.h
     const OPEN_TREE_CLONE: libc::c_int = 1;
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC | libc::AT_EMPTY_PATH;
+    let (fd, empty) = (file.as_raw_fd(), c"".as_ptr());
+    // SAFETY: system call on an open descriptor and a NUL-terminated string.
+    let copy = unsafe { libc::syscall(libc::SYS_open_tree, fd, empty, flags) };
+    move_mount(&owned(check(copy as libc::c_int)?), target)
+}
+
+/// Moves the mount whose root is open, with all that is mounted below it, to `target` (move_mount(2)).
+pub fn move_mount(mount: &impl AsRawFd, target: &Path) -> io::Result<()> {
+    // include/uapi/linux/mount.h
     const MOVE_MOUNT_F_EMPTY_PATH: libc::c_int = 4;
     let target = c_string(target)?;
-    let empty = c"".as_ptr();
-    // SAFETY: system calls on descriptors that live to the end of the block, and on NUL-terminated
-    // strings that outlive the calls.
-    unsafe {
-        let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC | libc::AT_EMPTY_PATH;
-        let tree = libc::syscall(libc::SYS_open_tree, file.as_raw_fd(), empty, flags);
-        let tree = owned(check(tree as libc::c_int)?);
-        check(libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            empty,
-            libc::AT_FDCWD,
-            target.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        ) as libc::c_int)?;
-    }
+    let (from, to, flags) = (mount.as_raw_fd(), libc::AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH);
+    // SAFETY: system call on an open descriptor, and on NUL-terminated strings that outlive it.
+    check(unsafe {
+        let (empty, target) = (c"".as_ptr(), target.as_ptr());
+        libc::syscall(libc::SYS_move_mount, from, empty, to, target, flags) as libc::c_int
+    })?;
     Ok(())
 }
 

@@ -1,0 +1,81 @@
+//! What an agent can do before it knows its box, and how it goes on when it does.
+//!
+//! A VM that boots for its box has the box's configuration from the start, and goes on at once. One that boots to become a
+//! template (`src/template` of the VMM) has none: it opens the door, where the VMM keeps its state. A VM that starts
+//! from that state goes on behind the door, and finds its configuration in the mailbox. What happens before the door is
+//! the same for both, and so is everything after [`get_ready`].
+//!
+//! Before the door nothing may use randomness, open a socket or read `boot_id`: all boxes of the template would have the
+//! same. Behind it the kernel's generator gets fresh bytes of the host's, and the agent executes itself anew, which
+//! renews what its process has from that generator: address layout, stack canary, the allocator's secret.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use mote_agent::instance;
+use mote_agent::mailbox::{self, Letter};
+
+use crate::sys::mailbox::Mailbox;
+use crate::{mount, sys};
+
+/// Connections, pipes and the like that the agent may have open.
+const MAX_OPEN_FILES: u64 = 65_536;
+
+/// Files and directories that the programs of one user may watch (inotify(7)), each for about a KiB. The
+/// kernel's own limit is a hundredth of its memory, 8,192 in a box of 512 MiB, and editors, bundlers and
+/// test runners that watch a tree ask for this one.
+const MAX_INOTIFY_WATCHES: &str = "524288";
+
+/// The argument with which the agent executes itself behind the door.
+const RESUMED: &str = "resumed";
+
+/// Where the kernel has a driver look at a device again (Documentation/ABI/testing/sysfs-bus-platform).
+const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
+
+/// Returns when the box's configuration is there.
+///
+/// # Errors
+/// A text that says what could not be done, to what, and why.
+pub fn get_ready() -> Result<(), String> {
+    if std::env::args().nth(1).is_some_and(|argument| argument == RESUMED) {
+        return Ok(());
+    }
+    mount::kernel_file_systems()?;
+    sys::raise_open_file_limit(MAX_OPEN_FILES)
+        .map_err(|e| format!("raise the limit on open files: {e}"))?;
+    // A kernel of the user's own may be without it.
+    let _ = fs::write("/proc/sys/fs/inotify/max_user_watches", MAX_INOTIFY_WATCHES);
+    if Path::new(instance::PATH).exists() { Ok(()) } else { become_box() }
+}
+
+/// Waits at the door, and does not return unless it fails.
+fn become_box() -> Result<(), String> {
+    let mut mailbox =
+        Mailbox::new().map_err(|e| format!("set pages aside for the mailbox: {e}"))?;
+    // The VMM stops the VM in this call. There is no device: the call fails, in every VM that goes on from here.
+    let _ = bind(mailbox::DOOR);
+    let letter = Letter::read(mailbox.bytes());
+    mailbox.wipe();
+    let Letter { realtime_ns, seed, devices: (first, count), instance } =
+        letter.ok_or("there is no letter in the mailbox")?;
+    sys::mailbox::add_entropy(&seed)
+        .map_err(|e| format!("give the kernel the host's randomness: {e}"))?;
+    sys::set_realtime(realtime_ns).map_err(|e| format!("set the wall clock: {e}"))?;
+    for number in first..first.saturating_add(count) {
+        bind(number.into()).map_err(|e| format!("start virtio device {number}: {e}"))?;
+    }
+    let path = Path::new(instance::PATH);
+    path.parent()
+        .map_or(Ok(()), fs::create_dir_all)
+        .and_then(|()| fs::write(path, instance))
+        .map_err(|e| format!("write {}: {e}", instance::PATH))?;
+    let error = Command::new("/init").arg(RESUMED).exec();
+    Err(format!("execute the agent anew: {error}"))
+}
+
+/// Has the driver look at a register page again.
+fn bind(number: usize) -> std::io::Result<()> {
+    fs::write(BIND, format!("virtio-mmio.{number}"))
+}
