@@ -53,9 +53,15 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// does not build.
 fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     let mut filters = serde_json::Map::new();
-    for name in
-        ["main.json", "vcpu.json", "output.json", "logs.json", "switch.json", "virtiofsd.json"]
-    {
+    for name in [
+        "main.json",
+        "vcpu.json",
+        "output.json",
+        "logs.json",
+        "switch.json",
+        "virtiofsd.json",
+        "maker.json",
+    ] {
         let parsed: Value = serde_json::from_slice(&fs::read(sources.join(name))?)
             .map_err(|error| format!("{name}: {error}"))?;
         filters.extend(parsed.as_object().ok_or("a filter file holds an object")?.clone());

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use crate::kvm::cpu;
 use crate::layout::{self, RamRange};
 use crate::memory::GuestRam;
-use crate::plan::{self, Plan};
+use crate::plan::{self, Image};
 use crate::sys::file_part::FilePart;
 use crate::{cpio, sys};
 
@@ -31,24 +31,46 @@ const SETUP_RNG_SEED: u32 = 9;
 /// Most bytes that the kernel mixes in (one ChaCha20 key).
 const RNG_SEED_LEN: usize = 32;
 
-/// Loads everything and returns the kernel's entry point. `devices` is the number of virtio-mmio
-/// devices.
-///
-/// # Errors
-/// The kernel is no vmlinux, or memory is too small for it and the initramfs.
-pub fn load(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<u64> {
-    let high_memory = Some(GuestAddress(layout::HIGH_MEMORY));
-    let kernel = Elf::load(ram, None, &mut plan.kernel.open()?, high_memory)
-        .map_err(|e| anyhow!("{e}"))
-        .with_context(|| {
-            format!("load the guest kernel ({}) as an uncompressed ELF vmlinux", plan.kernel)
-        })?;
-    let initramfs = load_initramfs(plan, ram, kernel.kernel_end)?;
-    write_page_tables(ram).context("write the boot page tables")?;
-    write_command_line(plan, ram, devices)?;
-    write_mp_table(ram, plan.vcpus).context("write the MP table")?;
-    write_boot_params(plan, ram, initramfs)?;
-    Ok(kernel.kernel_load.0)
+/// What a guest boots with.
+#[derive(Debug, Clone, Copy)]
+pub struct Guest<'a> {
+    /// A vmlinux.
+    pub kernel: &'a Image,
+    /// The archive with the agent.
+    pub initramfs: &'a Image,
+    /// Whether it has the attestation server.
+    pub attests: bool,
+    /// Its configuration, as JSON, if it is known yet.
+    pub instance: Option<&'a [u8]>,
+    /// How many virtual CPUs.
+    pub vcpus: u8,
+    /// Its RAM in bytes.
+    pub memory_bytes: u64,
+    /// How many register pages for virtio devices.
+    pub devices: usize,
+    /// Whether the kernel prints all its messages.
+    pub debug: bool,
+}
+
+impl Guest<'_> {
+    /// Loads everything and returns the kernel's entry point.
+    ///
+    /// # Errors
+    /// The kernel is no vmlinux, or memory is too small for it and the initramfs.
+    pub fn load(&self, ram: &GuestRam) -> Result<u64> {
+        let high_memory = Some(GuestAddress(layout::HIGH_MEMORY));
+        let kernel = Elf::load(ram, None, &mut self.kernel.open()?, high_memory)
+            .map_err(|e| anyhow!("{e}"))
+            .with_context(|| {
+                format!("load the guest kernel ({}) as an uncompressed ELF vmlinux", self.kernel)
+            })?;
+        let initramfs = load_initramfs(self, ram, kernel.kernel_end)?;
+        write_page_tables(ram).context("write the boot page tables")?;
+        write_command_line(self, ram)?;
+        write_mp_table(ram, self.vcpus).context("write the MP table")?;
+        write_boot_params(self, ram, initramfs)?;
+        Ok(kernel.kernel_load.0)
+    }
 }
 
 /// Where the initramfs is: address and length.
@@ -58,17 +80,19 @@ struct Initramfs {
 }
 
 /// Loads the agent's archive, the attestation server's if the box has one, and the archive with the instance
-/// configuration (Linux unpacks archives that follow each other).
-fn load_initramfs(plan: &Plan, ram: &GuestRam, kernel_end: u64) -> Result<Initramfs> {
-    let config = serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
-    let mut archive = cpio::Archive::new();
-    archive.directory("mote", 0o700);
-    archive.file(instance::PATH.trim_start_matches('/'), 0o600, &config);
-    let config = archive.finish();
+/// configuration, if that is known (Linux unpacks archives that follow each other).
+fn load_initramfs(guest: &Guest<'_>, ram: &GuestRam, kernel_end: u64) -> Result<Initramfs> {
+    let mut config = Vec::new();
+    if let Some(instance) = guest.instance {
+        let mut archive = cpio::Archive::new();
+        archive.directory("mote", 0o700);
+        archive.file(instance::PATH.trim_start_matches('/'), 0o600, instance);
+        config = archive.finish();
+    }
 
     let start = kernel_end.next_multiple_of(layout::MMIO_PAGE);
-    let attest = plan.attestation.is_some().then(plan::attest);
-    let images = [Some(&plan.initramfs), attest.as_ref()].into_iter().flatten();
+    let attest = guest.attests.then(plan::attest);
+    let images = [Some(guest.initramfs), attest.as_ref()].into_iter().flatten();
     let archives = images.map(|image| Ok((image, image.open()?))).collect::<Result<Vec<_>>>()?;
     let padded = |archive: &FilePart| archive.len().next_multiple_of(4);
     let end = start
@@ -108,7 +132,7 @@ fn write_page_tables(ram: &GuestRam) -> Result<()> {
 
 /// The kernel command line. It contains nothing of the spec: so the spec's environment cannot inject
 /// parameters, and its size is not limited.
-fn command_line(plan: &Plan, devices: usize) -> Result<Cmdline> {
+fn command_line(guest: &Guest<'_>) -> Result<Cmdline> {
     let mut line = Cmdline::new(layout::COMMAND_LINE_LEN)?;
     for word in [
         "console=ttyS0",
@@ -128,14 +152,14 @@ fn command_line(plan: &Plan, devices: usize) -> Result<Cmdline> {
     }
     // Errors and panics are always printed, everything else on request: each console byte is an
     // exit, and a console file is mainly for the entrypoint's output.
-    line.insert_str(if plan.debug { "ignore_loglevel" } else { "quiet" })?;
-    if plan.memory_bytes > 4 << 30 {
+    line.insert_str(if guest.debug { "ignore_loglevel" } else { "quiet" })?;
+    if guest.memory_bytes > 4 << 30 {
         // The kernel sizes these tables by memory: at 8 GiB, clearing takes 5 million instructions.
         line.insert_str(
             "dhash_entries=131072 ihash_entries=65536 thash_entries=8192 uhash_entries=1024",
         )?;
     }
-    for index in 0..devices {
+    for index in 0..guest.devices {
         line.add_virtio_mmio_device(
             layout::MMIO_PAGE,
             GuestAddress(layout::device_page(index)),
@@ -146,15 +170,15 @@ fn command_line(plan: &Plan, devices: usize) -> Result<Cmdline> {
     Ok(line)
 }
 
-fn write_command_line(plan: &Plan, ram: &GuestRam, devices: usize) -> Result<()> {
-    let line = command_line(plan, devices)
+fn write_command_line(guest: &Guest<'_>, ram: &GuestRam) -> Result<()> {
+    let line = command_line(guest)
         .and_then(|line| Ok(line.as_cstring()?))
         .context("compose the kernel command line")?;
     ram.write_slice(line.as_bytes_with_nul(), GuestAddress(layout::COMMAND_LINE))
         .context("write the kernel command line")
 }
 
-fn write_boot_params(plan: &Plan, ram: &GuestRam, initramfs: Initramfs) -> Result<()> {
+fn write_boot_params(guest: &Guest<'_>, ram: &GuestRam, initramfs: Initramfs) -> Result<()> {
     let mut params = boot_params::default();
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.boot_flag = BOOT_FLAG;
@@ -165,7 +189,7 @@ fn write_boot_params(plan: &Plan, ram: &GuestRam, initramfs: Initramfs) -> Resul
     params.hdr.ramdisk_image = u32::try_from(initramfs.start).context("place the initramfs")?;
     params.hdr.ramdisk_size = u32::try_from(initramfs.len).context("place the initramfs")?;
     params.hdr.setup_data = write_rng_seed(ram).context("write the random seed")?;
-    for (to, entry) in params.e820_table.iter_mut().zip(e820(plan.memory_bytes)) {
+    for (to, entry) in params.e820_table.iter_mut().zip(e820(guest.memory_bytes)) {
         *to = entry;
         params.e820_entries += 1;
     }

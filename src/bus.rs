@@ -2,9 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use vm_superio::SerialState;
+
 use crate::console::KernelConsole;
 use crate::layout;
-use crate::virtio::mmio::MmioDevice;
+use crate::virtio::mmio::{MmioDevice, Registers};
 
 const SERIAL: u16 = 0x3f8;
 const SERIAL_END: u16 = 0x3ff;
@@ -34,6 +36,14 @@ impl Bus {
     /// Assembles the bus; the position of a device decides its address.
     pub fn new(serial: KernelConsole, devices: Vec<MmioDevice>) -> Self {
         Bus { serial: Mutex::new(serial), devices: devices.into_iter().map(Mutex::new).collect() }
+    }
+
+    /// What the guest has left in the registers: of the serial port, and of each device.
+    pub fn registers(&self) -> (SerialState, Vec<Registers>) {
+        let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner).state();
+        let devices = self.devices.iter();
+        let devices = devices.map(|d| d.lock().unwrap_or_else(PoisonError::into_inner).registers());
+        (serial, devices.collect())
     }
 
     /// `out`.

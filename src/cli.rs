@@ -48,6 +48,8 @@ pub enum Command {
     },
     /// Print the plan or the errors.
     Check(Config),
+    /// Make the template that a box starts from.
+    Template(Config),
     /// Examine the host.
     Probe,
     /// Run a command in a box.
@@ -112,6 +114,7 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             Err(format!("--outcome and --timeline are for a run, not for '{verb}'").into())
         }
         Some("check") => Ok(Command::Check(config.ok_or(needs_config)?)),
+        Some("template") => Ok(Command::Template(config.ok_or(needs_config)?)),
         Some("probe") if config.is_some() => Err("'probe' takes no spec".into()),
         Some("probe") => Ok(Command::Probe),
         Some(other) => Err(format!("'{other}' is not a command; see mote --help").into()),

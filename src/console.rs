@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
-use vm_superio::serial::NoEvents;
+use anyhow::{Context, Result, anyhow};
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -104,6 +104,15 @@ impl Sink {
     fn new(file: File, limit_bytes: u64, told: String) -> io::Result<Sink> {
         let is_kept = file.metadata()?.is_file();
         Ok(Sink { file, limit: is_kept.then(|| Arc::new(Limit::new(limit_bytes, told))) })
+    }
+
+    /// What is written is lost.
+    ///
+    /// # Errors
+    /// There is no /dev/null.
+    pub fn nowhere() -> Result<Sink> {
+        let file = File::options().write(true).open("/dev/null").context("open /dev/null")?;
+        Ok(Sink { file, limit: None })
     }
 
     fn of_mote(stream: &impl AsFd) -> Result<Sink> {
@@ -227,6 +236,15 @@ pub type KernelConsole = Serial<SerialIrq, NoEvents, KernelLog>;
 /// Creates the serial port.
 pub fn kernel_console(irq: EventFd, log: KernelLog) -> KernelConsole {
     Serial::new(SerialIrq(irq), log)
+}
+
+/// Creates it as it was in another VM.
+///
+/// # Errors
+/// No serial port can be like that.
+pub fn resumed_console(irq: EventFd, log: KernelLog, state: &SerialState) -> Result<KernelConsole> {
+    Serial::from_state(state, SerialIrq(irq), NoEvents, log)
+        .map_err(|e| anyhow!("set up the serial port as it was: {e:?}"))
 }
 
 /// The message of a kernel panic, which the console sets and the main loop reads.

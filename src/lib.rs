@@ -28,6 +28,7 @@
 //! - [`console`], [`bus`]: the guest's output and serial port; its port and MMIO accesses
 //! - [`kvm`]: KVM, its self-test, a vCPU's state and its thread
 //! - [`cpio`], [`boot`]: archives; kernel, initramfs and boot parameters in the guest's memory
+//! - [`template`]: starting from the state of a VM that has booted, and making that
 //! - [`host`]: what a box needs on the host: its sockets, as they are bound, what its passt publishes instead,
 //!   each share's virtiofsd (mote's own file as another process, which serves by the crate `src/virtiofsd`), the
 //!   janitor, the processes that write its logs and exchange frames with other boxes
@@ -70,6 +71,7 @@ pub mod run;
 pub mod spec;
 pub mod sys;
 pub mod tee;
+pub mod template;
 pub mod timeline;
 pub mod token;
 pub mod virtio;
@@ -92,12 +94,13 @@ use crate::host::janitor::{Duties, HostResources, Janitor};
 use crate::host::sockets;
 use crate::outcome::{Outcome, Record, USAGE};
 use crate::output_file::OutputFile;
-use crate::plan::{Environment, Plan, guests_directories};
+use crate::plan::{Environment, Plan, Templates, guests_directories};
 use crate::run::Signals;
 use crate::spec::Spec;
 use crate::spec::json::{Fault, Report};
 use crate::sys::Interest;
 use crate::sys::confine::Resource;
+use crate::template::{Shape, maker};
 use crate::timeline::Timeline;
 use crate::vm::Vm;
 
@@ -114,6 +117,7 @@ pub fn execute(command: Command, environment: &Environment, mut timeline: Timeli
             }
         }
         Command::Check(config) => check(&config, environment, &mut timeline),
+        Command::Template(config) => make_template(&config, environment, &mut timeline),
         Command::Exec(exec) => client::run(|stdio| exec.run(stdio)),
         Command::Pty(pty) => client::run(|stdio| pty.run(stdio, environment.term.as_deref())),
         Command::Cp(cp) => client::run(|stdio| cp.run(stdio)),
@@ -135,24 +139,51 @@ fn print(text: &str) -> u8 {
 }
 
 fn check(config: &Config, environment: &Environment, timeline: &mut Timeline) -> u8 {
+    match checked_plan(config, environment, timeline) {
+        None => USAGE,
+        Some(Plan { tee: Some(technology), .. }) => {
+            log::error(&tee::refusal(technology));
+            USAGE
+        }
+        Some(plan) => print(&format!("{plan}\ntemplate   {}\n", template::describe(&plan))),
+    }
+}
+
+/// Reads and checks a spec for a command that runs no box, or says what is wrong with it.
+fn checked_plan(
+    config: &Config,
+    environment: &Environment,
+    timeline: &mut Timeline,
+) -> Option<Plan> {
     let mut report = Report::default();
     let checked =
         read_spec(config, &mut report, timeline).map(|spec| make_plan(&spec, environment, report));
     match checked {
-        Ok(Ok(Plan { tee: Some(technology), .. })) => {
-            log::error(&tee::refusal(technology));
-            USAGE
-        }
-        Ok(Ok(plan)) => print(&format!("{plan}\n")),
+        Ok(Ok(plan)) => return Some(plan),
         Ok(Err(faults)) => {
             for fault in &faults {
                 log::error(&fault.to_string());
             }
-            USAGE
         }
+        Err(error) => log::error(&format!("{error:#}")),
+    }
+    None
+}
+
+fn make_template(config: &Config, environment: &Environment, timeline: &mut Timeline) -> u8 {
+    let Some(plan) = checked_plan(config, environment, timeline) else { return USAGE };
+    let made = match &plan.templates {
+        Templates::Off(why) => Err(anyhow!("{why}")),
+        Templates::In(directory) => maker::make(&Shape::of(&plan), directory),
+    };
+    match made {
+        Ok(Some(maker::Made { path, bytes })) => {
+            print(&format!("{} ({} KiB)\n", path.display(), bytes >> 10))
+        }
+        Ok(None) => print("another process is making it\n"),
         Err(error) => {
-            log::error(&format!("{error:#}"));
-            USAGE
+            log::error(&format!("make the template: {error:#}"));
+            1
         }
     }
 }

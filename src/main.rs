@@ -1,11 +1,13 @@
 //! `mote`: reads the arguments and the environment, calls [`mote::execute`], exits with its code.
-//! The only exit point. Under the name `virtiofsd` it serves a share instead ([`server`]).
+//! The only exit point. Under the name `virtiofsd` it serves a share instead ([`server`]), under the name
+//! `mote-template` it makes a template ([`maker`]).
 
 use std::process::ExitCode;
 
 use mote::confine::sudden_end;
 use mote::host::virtiofsd::server;
 use mote::plan::Environment;
+use mote::template::maker;
 use mote::timeline::Timeline;
 use mote::{cli, log, outcome};
 
@@ -19,8 +21,10 @@ fn main() -> ExitCode {
     }));
     let timeline = Timeline::start();
     let mut arguments = std::env::args_os();
-    if arguments.next().is_some_and(|name| name == server::NAME) {
-        return server::main(arguments);
+    match arguments.next() {
+        Some(name) if name == server::NAME => return server::main(arguments),
+        Some(name) if name == maker::NAME => return maker::main(arguments),
+        _ => {}
     }
     let environment = Environment::from_process();
     match cli::parse(arguments) {

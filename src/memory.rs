@@ -208,3 +208,101 @@ impl RegisterPage {
         debug_assert!(written.is_ok());
     }
 }
+
+/// A checksum against accidents: of words of 64 bits in four lanes, in each their sum and the sum of these sums, so that
+/// the place of a word counts.
+#[derive(Debug, Clone, Default)]
+pub struct Checksum {
+    sums: [u64; 4],
+    sums_of_sums: [u64; 4],
+}
+
+/// Length of what [`Checksum`] takes at once.
+const CHECKED: usize = 32;
+
+impl Checksum {
+    /// Of nothing.
+    pub fn new() -> Self {
+        // So that leading zeros count.
+        Checksum { sums: [1; 4], sums_of_sums: [0; 4] }
+    }
+
+    fn add_words(&mut self, words: [u64; 4]) {
+        for (lane, word) in words.into_iter().enumerate() {
+            self.sums[lane] = self.sums[lane].wrapping_add(word);
+            self.sums_of_sums[lane] = self.sums_of_sums[lane].wrapping_add(self.sums[lane]);
+        }
+    }
+
+    /// Adds bytes. Fewer than a multiple of 32 count as if zeros followed.
+    pub fn add(&mut self, bytes: &[u8]) {
+        let (chunks, rest) = bytes.as_chunks::<CHECKED>();
+        for chunk in chunks {
+            self.add_words(words(chunk));
+        }
+        if !rest.is_empty() {
+            let mut last = [0; CHECKED];
+            last[..rest.len()].copy_from_slice(rest);
+            self.add_words(words(&last));
+        }
+    }
+
+    /// The checksum.
+    pub fn value(&self) -> u64 {
+        // Odd, as of splitmix64: each sum has its own weight.
+        const WEIGHT: u64 = 0x9e37_79b9_7f4a_7c15;
+        let sums = self.sums.iter().chain(&self.sums_of_sums);
+        sums.fold(0, |value: u64, sum| (value ^ sum).wrapping_mul(WEIGHT).rotate_left(29))
+    }
+
+    /// Adds bytes, a multiple of 32, and copies them into the RAM of a guest that does not run yet: in one pass, since
+    /// each start from a template waits for it.
+    ///
+    /// # Errors
+    /// The RAM has no such place.
+    pub fn copy_in(&mut self, ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<()> {
+        let to = ram.get_slice(at, bytes.len()).context("find the place for a page")?;
+        let guard = to.ptr_guard_mut();
+        let (chunks, _) = bytes.as_chunks::<CHECKED>();
+        let to = guard.as_ptr().cast::<[u8; CHECKED]>();
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has the instructions; for the rest see `copy_chunks`.
+            unsafe { self.copy_chunks_by_avx2(chunks, to) };
+        } else {
+            // SAFETY: `to` is at least as long as the chunks, and nothing else uses this memory yet.
+            unsafe { self.copy_chunks(chunks, to) };
+        }
+        Ok(())
+    }
+
+    /// Copies and adds chunks.
+    ///
+    /// # Safety
+    /// There is room for them at `to`, which nothing else reads or writes meanwhile.
+    #[inline(always)]
+    unsafe fn copy_chunks(&mut self, chunks: &[[u8; CHECKED]], to: *mut [u8; CHECKED]) {
+        let mut sum = self.clone();
+        for (index, chunk) in chunks.iter().enumerate() {
+            let chunk = *chunk;
+            // SAFETY: by this function's contract.
+            unsafe { to.add(index).write_unaligned(chunk) };
+            sum.add_words(words(&chunk));
+        }
+        *self = sum;
+    }
+
+    /// The same with wider registers.
+    ///
+    /// # Safety
+    /// As for `copy_chunks`.
+    #[target_feature(enable = "avx2")]
+    unsafe fn copy_chunks_by_avx2(&mut self, chunks: &[[u8; CHECKED]], to: *mut [u8; CHECKED]) {
+        // SAFETY: by this function's contract.
+        unsafe { self.copy_chunks(chunks, to) }
+    }
+}
+
+fn words(chunk: &[u8; CHECKED]) -> [u64; 4] {
+    let (words, _) = chunk.as_chunks::<8>();
+    [0, 1, 2, 3].map(|lane| u64::from_le_bytes(words[lane]))
+}

@@ -39,6 +39,8 @@ struct Mark {
 pub struct Timeline {
     start: Instant,
     marks: Vec<Mark>,
+    /// Whether the VM has started from a template (`used`), or why not; None before that is known.
+    pub template: Option<String>,
     /// None before there is a guest.
     exits: Option<Arc<ExitCounts>>,
 }
@@ -46,7 +48,7 @@ pub struct Timeline {
 impl Timeline {
     /// Starts counting; called first thing in `main`.
     pub fn start() -> Self {
-        Timeline { start: Instant::now(), marks: Vec::new(), exits: None }
+        Timeline { start: Instant::now(), marks: Vec::new(), template: None, exits: None }
     }
 
     /// Records that a point has just been reached. Only the first time counts.
@@ -67,7 +69,7 @@ impl Timeline {
         Arc::clone(self.exits.get_or_insert_default())
     }
 
-    /// Writes one JSON object: `marks_us` and `exits`.
+    /// Writes one JSON object: `marks_us`, `exits` and, once that is known, `template`.
     ///
     /// # Errors
     /// The writer fails.
@@ -77,7 +79,11 @@ impl Timeline {
         let marks: serde_json::Map<String, Value> =
             marks.into_iter().map(|mark| (mark.name.to_owned(), json!(mark.at_us))).collect();
         let exits = self.exits.as_ref().map(|counts| counts.read()).unwrap_or_default();
-        let text = format!("{}\n", json!({ "marks_us": marks, "exits": exits }));
+        let mut timeline = json!({ "marks_us": marks, "exits": exits });
+        if let Some(template) = &self.template {
+            timeline["template"] = json!(template);
+        }
+        let text = format!("{timeline}\n");
         to.write_all(text.as_bytes())
     }
 }

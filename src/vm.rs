@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use anyhow::{Context, Result};
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,25 +29,28 @@ use crate::plan::{Network, Networking, Output, PasstSocket, Plan};
 use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
+use crate::template::{self, Resumed};
 use crate::timeline::{ExitCounts, Timeline};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
 use crate::virtio::fs::Fs;
-use crate::virtio::main_loop::{DeviceEvent, Forwarder};
-use crate::virtio::mmio::MmioDevice;
+use crate::virtio::main_loop::{DeviceEvent, Forwarder, MainLoopDevice};
+use crate::virtio::mmio::{self, MmioDevice};
 use crate::virtio::net::Net;
 use crate::virtio::net::filter::FrameFilter;
 use crate::virtio::net::passt::{self, Connection, Reconnect};
 use crate::virtio::net::peers::Peers;
 use crate::virtio::vsock::listeners::Listener;
 use crate::virtio::vsock::mux::Mux;
-use crate::{boot, kvm, layout, sys};
+use crate::{boot, kvm, layout, log, sys};
 
 /// A VM that is ready to start.
 #[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
     vcpus: Vec<VcpuFd>,
+    /// Whether it starts with the kernel's first instruction, and not where a template ends.
+    boots: bool,
     outputs: Vec<OutputStream>,
     bus: Arc<Bus>,
     exits: Sender<Exit>,
@@ -142,19 +146,6 @@ impl Vm {
         let (backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
 
-        // The machine: memory, interrupt controllers, vCPUs.
-        let vm = kvm::create_vm(&kvm)?;
-        janitor.hold(&vm)?;
-        let ram = memory::create_ram(plan.memory_bytes)?;
-        let register_slot = memory::add_ram(&vm, &ram)?;
-        timeline.mark("memory_ready");
-        let supported = kvm::supported_cpuid(&kvm)?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        let cpuid = |index| cpu::cpuid(&supported, index, plan.vcpus, tsc_deadline);
-        let vcpus = (0..plan.vcpus)
-            .map(|index| vcpu::create(&vm, index, &cpuid(index)))
-            .collect::<Result<Vec<_>>>()?;
-
         // The agent's streams: each is a socket pair, and the vsock device has one end of it.
         let output_done = eventfd()?;
         let first_output = FirstOutput::default();
@@ -174,29 +165,33 @@ impl Vm {
         let vsock = Mux::new(reserved_ports, listeners, outgoing);
         let devices = Devices::new(vsock, net);
 
-        // The initial contents of guest memory.
         let device_count = devices.iter().count() + plan.shares.len();
-        let entry = boot::load(plan, &ram, device_count)?;
-        vcpu::prepare_boot(&vcpus[0], &cpuid(0), &ram, entry)?;
-        timeline.mark("kernel_loaded");
+        let Machine { vm, ram, register_slot, vcpus, resumed } =
+            Machine::ready_to_run(plan, &kvm, device_count, timeline)?;
+        janitor.hold(&vm)?;
 
-        // The transports' side of the devices, in the order of their addresses: first those of the main
-        // loop, then a virtio-fs device per share.
+        // The transports' side of the devices, in the order of their addresses: those that every box has, which are
+        // in every template; and then the others.
         let (device_sender, device_events) = event_channel(DEVICE_EVENTS)?;
-        let mut front_ends: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(device_count);
-        for (number, device) in (0..).zip(devices.iter()) {
+        let forwarder = |(number, device): (u8, &dyn MainLoopDevice)| {
             let (properties, events) = (device.properties(), device_sender.clone());
-            front_ends.push(Box::new(Forwarder { device: number, properties, events }));
-        }
-        let mut backends =
-            connect_shares(plan, backends, connections, stop, &ram, &mut front_ends)?;
+            Box::new(Forwarder { device: number, properties, events }) as Box<dyn VirtioDevice>
+        };
+        let mut forwarders = (0..).zip(devices.iter()).map(forwarder);
+        let mut front_ends: Vec<_> = forwarders.by_ref().take(Devices::OF_EVERY_BOX).collect();
+        let (mut backends, shares) = connect_shares(plan, backends, connections, stop, &ram)?;
+        let mut shares = shares.into_iter().map(|share| Box::new(share) as Box<dyn VirtioDevice>);
+        front_ends.extend(shares.next());
+        front_ends.extend(forwarders.chain(shares));
         for backend in &mut backends {
             backend.find_server();
             janitor.kill_at_end(backend.processes())?;
         }
         timeline.mark("backends_connected");
-        let pages = RegisterPages::new(&vm, register_slot, device_count)?;
-        let transports = front_ends
+        let page_count = if resumed.is_some() { template::PAGES } else { device_count };
+        let pages = RegisterPages::new(&vm, register_slot, page_count)?;
+        (device_count..page_count).for_each(|index| mmio::hold_place(&pages.page(index)));
+        let mut transports = front_ends
             .into_iter()
             .enumerate()
             .map(|(index, device)| {
@@ -208,13 +203,22 @@ impl Vm {
         let serial_irq = eventfd()?;
         vm.register_irqfd(&serial_irq, layout::SERIAL_IRQ).context("connect the serial port")?;
         let panic = PanicMessage::default();
-        let serial =
-            console::kernel_console(serial_irq, KernelLog::new(sinks.kernel, Arc::clone(&panic)));
+        let log = KernelLog::new(sinks.kernel, Arc::clone(&panic));
+        let boots = resumed.is_none();
+        let serial = match resumed {
+            None => console::kernel_console(serial_irq, log),
+            Some(Resumed { serial, devices }) => {
+                for (transport, registers) in transports.iter_mut().zip(&devices) {
+                    transport.resume(registers).context("go on with a virtio device")?;
+                }
+                console::resumed_console(serial_irq, log, &serial)?
+            }
+        };
         let bus = Arc::new(Bus::new(serial, transports));
 
         // Each vCPU stops once.
         let (exit_sender, exits) = event_channel(plan.vcpus.into())?;
-        let vm = Vm { fd: vm, vcpus, outputs, bus, exits: exit_sender };
+        let vm = Vm { fd: vm, vcpus, boots, outputs, bus, exits: exit_sender };
         let served = Served {
             devices,
             control,
@@ -248,8 +252,8 @@ impl Vm {
             let (gate, opened) = mpsc::channel();
             gates.push(gate);
             let start = match index {
-                0 => Start::Boot { result: result.clone() },
-                _ => Start::Wait,
+                0 if self.boots => Start::Boot { result: result.clone() },
+                _ => Start::Run,
             };
             let index = index as u8;
             let (bus, counts) = (Arc::clone(&self.bus), Arc::clone(counts));
@@ -263,7 +267,7 @@ impl Vm {
         sandbox.confine_main()?;
         for (index, gate) in gates.iter().enumerate() {
             gate.send(()).ok().with_context(|| format!("vCPU {index} has ended"))?;
-            if index == 0 {
+            if index == 0 && self.boots {
                 self_test::wait(&tested)?;
             }
         }
@@ -313,23 +317,98 @@ fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     Ok((backends, connections))
 }
 
-/// Adds a virtio-fs device per share. If a back-end has ended, the error quotes its own message.
+/// The VM as KVM has it, and its RAM.
+struct Machine {
+    vm: VmFd,
+    ram: GuestRam,
+    /// The first memory slot that is free.
+    register_slot: u32,
+    vcpus: Vec<VcpuFd>,
+    /// What it goes on with, if it starts from a template.
+    resumed: Option<Resumed>,
+}
+
+impl Machine {
+    /// A VM that starts from a template, if there is one for it, and else with its kernel. It has so many virtio
+    /// devices.
+    fn ready_to_run(
+        plan: &Plan,
+        kvm: &Kvm,
+        devices: usize,
+        timeline: &mut Timeline,
+    ) -> Result<Machine> {
+        let supported = kvm::supported_cpuid(kvm)?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let cpuid = |index| cpu::cpuid(&supported, index, plan.vcpus, tsc_deadline);
+        let cpuids: Vec<_> = (0..plan.vcpus).map(cpuid).collect();
+        let instance =
+            serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
+        let mut machine = Machine::empty(plan, kvm, &cpuids)?;
+        timeline.mark("memory_ready");
+        let late = devices.saturating_sub(template::device_count());
+        let why = match template::find(plan, kvm, &machine.vcpus[0], &cpuids[0]) {
+            Err(why) => why,
+            Ok(found) => {
+                let Machine { vm, vcpus, ram, .. } = &machine;
+                match found.restore(vm, vcpus, ram, &instance, late) {
+                    Ok(resumed) => {
+                        timeline.template = Some("used".into());
+                        timeline.mark("template_restored");
+                        return Ok(Machine { resumed: Some(resumed), ..machine });
+                    }
+                    Err(why) => {
+                        // What has been written stays in neither VM nor RAM.
+                        machine = Machine::empty(plan, kvm, &cpuids)?;
+                        why
+                    }
+                }
+            }
+        };
+        let why = format!("{why:#}");
+        if plan.debug {
+            log::info(&format!("no template is used: {why}"));
+        }
+        timeline.template = Some(why);
+        let guest = boot::Guest {
+            kernel: &plan.kernel,
+            initramfs: &plan.initramfs,
+            attests: plan.attestation.is_some(),
+            instance: Some(&instance),
+            vcpus: plan.vcpus,
+            memory_bytes: plan.memory_bytes,
+            devices,
+            debug: plan.debug,
+        };
+        let entry = guest.load(&machine.ram)?;
+        vcpu::prepare_boot(&machine.vcpus[0], &cpuids[0], &machine.ram, entry)?;
+        timeline.mark("kernel_loaded");
+        Ok(machine)
+    }
+
+    fn empty(plan: &Plan, kvm: &Kvm, cpuids: &[CpuId]) -> Result<Machine> {
+        let vm = kvm::create_vm(kvm)?;
+        let ram = memory::create_ram(plan.memory_bytes)?;
+        let register_slot = memory::add_ram(&vm, &ram)?;
+        let vcpus = (0..).zip(cpuids).map(|(index, cpuid)| vcpu::create(&vm, index, cpuid));
+        let vcpus = vcpus.collect::<Result<Vec<_>>>()?;
+        Ok(Machine { vm, ram, register_slot, vcpus, resumed: None })
+    }
+}
+
+/// Makes a virtio-fs device per share. If a back-end has ended, the error quotes its own message.
 fn connect_shares(
     plan: &Plan,
     mut backends: Vec<Virtiofsd>,
     connections: Vec<UnixStream>,
     stop: &File,
     ram: &GuestRam,
-    front_ends: &mut Vec<Box<dyn VirtioDevice>>,
-) -> Result<Vec<Virtiofsd>> {
+) -> Result<(Vec<Virtiofsd>, Vec<Fs>)> {
     let shares = plan.shares.iter().zip(&mut backends);
-    virtiofsd::talk_in_time(connections, stop, |connections| {
-        for ((share, backend), connection) in shares.zip(connections) {
-            let device =
-                Fs::connect(&share.tag, connection, ram).with_context(|| backend.describe_end())?;
-            front_ends.push(Box::new(device));
-        }
-        Ok(())
+    let devices = virtiofsd::talk_in_time(connections, stop, |connections| {
+        let connected = shares.zip(connections).map(|((share, backend), connection)| {
+            Fs::connect(&share.tag, connection, ram).with_context(|| backend.describe_end())
+        });
+        connected.collect::<Result<Vec<_>>>()
     })?;
-    Ok(backends)
+    Ok((backends, devices))
 }

@@ -220,7 +220,11 @@ impl Sandbox {
         self.confine("main", ThreadKind::Main(self.network))
     }
 
-    fn confine(&self, name: &str, kind: ThreadKind) -> Result<()> {
+    /// Step 6 for the calling thread.
+    ///
+    /// # Errors
+    /// The host refuses the filter.
+    pub fn confine(&self, name: &str, kind: ThreadKind) -> Result<()> {
         match self.isolation {
             Isolation::Off => Ok(()),
             _ => seccomp::confine_thread(name, kind),

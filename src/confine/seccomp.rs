@@ -39,6 +39,8 @@ pub enum ThreadKind {
     Switch,
     /// All threads of the process that serves a share.
     Virtiofsd,
+    /// All threads of the process whose VM becomes a template.
+    Maker,
 }
 
 impl ThreadKind {
@@ -67,6 +69,7 @@ impl ThreadKind {
             ThreadKind::Virtiofsd => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/virtiofsd.bpf"))
             }
+            ThreadKind::Maker => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/maker.bpf")),
         };
         // `struct sock_filter` (include/uapi/linux/filter.h), as the build script wrote it.
         let instructions = bytes.as_chunks::<8>().0.iter();
@@ -102,7 +105,8 @@ mod tests {
         let accesses = [(false, false), (false, true), (true, false), (true, true)];
         let mains = accesses
             .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
-        let helpers = [ThreadKind::Logs, ThreadKind::Switch, ThreadKind::Virtiofsd];
+        let helpers =
+            [ThreadKind::Logs, ThreadKind::Switch, ThreadKind::Virtiofsd, ThreadKind::Maker];
         let others = [ThreadKind::Vcpu, ThreadKind::Output].into_iter().chain(helpers);
         for kind in mains.into_iter().chain(others) {
             let program = kind.program();

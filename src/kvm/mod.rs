@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod self_test;
+pub mod state;
 pub mod vcpu;
 
 use std::io::{self, ErrorKind};

@@ -71,8 +71,8 @@ pub enum Start {
         /// Receives `Ok` just before the kernel is entered, or the reason why it is not.
         result: Sender<Result<()>>,
     },
-    /// Waits, in KVM, for the boot vCPU's start-up message.
-    Wait,
+    /// Runs as it is: at a boot it waits, in KVM, for the boot vCPU's start-up message.
+    Run,
 }
 
 /// The work of a vCPU's thread: waits for `gate`, and then runs the vCPU until the VM ends.

@@ -90,6 +90,14 @@ pub const VERBS: &[Verb] = &[
         more: "; exit code 2 if there are any",
     },
     Verb {
+        name: "template",
+        synopsis: "template --config JSON",
+        flags: &[CONFIG, CONFIG_FILE],
+        operands: &[],
+        brief: "make the template that boxes like this start from, and say where it is",
+        more: "; the first start of such a box does that, too, in the background. Exit code 1 if it cannot be made",
+    },
+    Verb {
         name: "probe",
         synopsis: "probe",
         flags: &[],

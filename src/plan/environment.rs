@@ -15,6 +15,11 @@ pub struct Environment {
     pub kernel: Option<PathBuf>,
     /// `MOTE_INITRAMFS`: an archive to boot with instead of the built-in one.
     pub initramfs: Option<PathBuf>,
+    /// `MOTE_TEMPLATES`: the directory of the templates, or `off`.
+    pub templates: Option<PathBuf>,
+    /// `XDG_CACHE_HOME`, or `.cache` in `HOME`: where the user's programs keep what they can make again (XDG Base
+    /// Directory Specification).
+    pub cache: Option<PathBuf>,
     /// `MOTE_DEBUG`: all kernel messages.
     pub debug: bool,
     /// `MOTE_NO_SANDBOX`: no confinement, for debugging mote.
@@ -33,6 +38,10 @@ impl Environment {
             virtiofsd: path("MOTE_VIRTIOFSD"),
             kernel: path("MOTE_KERNEL"),
             initramfs: path("MOTE_INITRAMFS"),
+            templates: path("MOTE_TEMPLATES"),
+            cache: path("XDG_CACHE_HOME")
+                .or_else(|| path("HOME").map(|home| home.join(".cache")))
+                .filter(|path| path.is_absolute()),
             debug: path("MOTE_DEBUG").is_some(),
             no_sandbox: path("MOTE_NO_SANDBOX").is_some(),
             timeline: path("MOTE_TIMELINE"),

@@ -42,6 +42,16 @@ pub enum Image {
 }
 
 impl Image {
+    /// The built-in kernel.
+    pub fn kernel() -> Image {
+        Image::BuiltIn(kernel())
+    }
+
+    /// The built-in initramfs.
+    pub fn initramfs() -> Image {
+        Image::BuiltIn(initramfs())
+    }
+
     /// Opens it for reading.
     ///
     /// # Errors

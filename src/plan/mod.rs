@@ -27,6 +27,7 @@ mod shares;
 mod sockets;
 mod switch;
 mod tee;
+mod templates;
 #[cfg(test)]
 mod testing;
 mod variables;
@@ -53,6 +54,7 @@ pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
 pub use switch::{Switch, owner as socket_owner, socket_name};
 pub use tee::Technology;
+pub use templates::Templates;
 
 use guest_init::GuestInit;
 
@@ -105,6 +107,8 @@ pub struct Plan {
     pub initramfs: Image,
     /// A virtiofsd to run in place of mote's own.
     pub virtiofsd: Option<PathBuf>,
+    /// Where the templates are that it may start from.
+    pub templates: Templates,
     /// Whether the kernel prints all its messages.
     pub debug: bool,
     /// How mote is confined.
@@ -143,6 +147,7 @@ impl Plan {
             report,
         );
         let virtiofsd = virtiofsd(environment, report);
+        let templates = templates::plan(environment, &guests, report);
         if !report.errors.is_empty() {
             return None;
         }
@@ -172,6 +177,7 @@ impl Plan {
             kernel: kernel?,
             initramfs: initramfs?,
             virtiofsd,
+            templates,
             debug: environment.debug,
             sandbox,
         })

@@ -42,6 +42,11 @@ impl Identity {
         unsafe { Identity { user: libc::geteuid(), group: libc::getegid() } }
     }
 
+    /// Whether this is its user.
+    pub fn is_user(self, user: u32) -> bool {
+        self.user == user
+    }
+
     /// Keeps it in the user namespace that this process has just entered.
     ///
     /// # Errors

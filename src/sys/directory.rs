@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -32,6 +32,52 @@ impl Directory {
         Ok(Directory(File::from(owned(fd))))
     }
 
+    /// Opens the directory at this path, which no symbolic link stands for, to list it, too.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open_listed(path: &Path) -> io::Result<Directory> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        // SAFETY: the string outlives the call.
+        let fd = check(unsafe { libc::open(path.as_ptr(), flags) })?;
+        Ok(Directory(File::from(owned(fd))))
+    }
+
+    /// Owner and mode of the directory.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.0.metadata()
+    }
+
+    /// The names of what is in it, of a directory that is opened to be listed.
+    ///
+    /// # Errors
+    /// Those of open(2) and readdir(3).
+    pub fn names(&self) -> io::Result<Vec<String>> {
+        let entries = fs::read_dir(format!("/proc/self/fd/{}", self.0.as_raw_fd()))?;
+        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        names.collect()
+    }
+
+    /// A file to read.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn read(&self, name: &str) -> io::Result<File> {
+        self.open_with(name, libc::O_RDONLY)
+    }
+
+    /// A file to read and to write anywhere in it, which is created, mode 0600, if it is not there.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn write(&self, name: &str) -> io::Result<File> {
+        self.open_with(name, libc::O_RDWR | libc::O_CREAT)
+    }
+
     /// A file to append to and to read, which is created, mode 0600, if it is not there.
     ///
     /// # Errors
@@ -49,10 +95,14 @@ impl Directory {
     }
 
     fn open_file(&self, name: &str, more: libc::c_int) -> io::Result<File> {
-        let access = libc::O_RDWR | libc::O_APPEND | libc::O_CREAT | more;
+        self.open_with(name, libc::O_RDWR | libc::O_APPEND | libc::O_CREAT | more)
+    }
+
+    fn open_with(&self, name: &str, access: libc::c_int) -> io::Result<File> {
         let flags = access | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+        let mode = if access & libc::O_CREAT != 0 { MODE } else { 0 };
         let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
-        openat2(self.0.as_raw_fd(), &CString::new(name)?, flags, MODE, resolve)
+        openat2(self.0.as_raw_fd(), &CString::new(name)?, flags, mode, resolve)
     }
 
     /// Gives a file another name, in the place of what has that one.

@@ -19,11 +19,13 @@ pub mod confine;
 pub mod directory;
 pub mod fatal;
 pub mod file_part;
+pub mod mapped_file;
 pub mod process;
 pub mod routes;
 pub mod socket;
 pub mod tee;
 pub mod terminal;
+pub mod vcpu;
 
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
@@ -194,6 +196,20 @@ fn openat2(
     // SAFETY: the string and the structure outlive the call.
     let fd = unsafe { libc::syscall(libc::SYS_openat2, at, path.as_ptr(), how, size) };
     Ok(File::from(owned(check(fd as libc::c_int)?)))
+}
+
+/// Name, release and version of the host's kernel (uname(2)).
+pub fn kernel_version() -> [String; 3] {
+    // SAFETY: all zeros are valid; the kernel writes terminated strings.
+    let name = unsafe {
+        let mut name: libc::utsname = zeroed();
+        libc::uname(&mut name);
+        name
+    };
+    [name.sysname, name.release, name.version].map(|field| {
+        let bytes = field.iter().map(|byte| *byte as u8).take_while(|byte| *byte != 0);
+        String::from_utf8_lossy(&bytes.collect::<Vec<_>>()).into_owned()
+    })
 }
 
 /// Fills `buffer` from the kernel's random number generator.

@@ -289,6 +289,17 @@ pub fn start_detached(name: &CStr, keep: &[RawFd], work: impl FnOnce()) -> io::R
     unsafe { libc::_exit(0) }
 }
 
+/// Has this process run only when a CPU has nothing else to do (sched(7), `SCHED_IDLE`). A host that refuses it has it
+/// run like any other.
+pub fn yield_to_others() {
+    // SAFETY: all zeros are valid, and plain system calls.
+    unsafe {
+        let parameters: libc::sched_param = zeroed();
+        libc::sched_setscheduler(0, libc::SCHED_IDLE, &parameters);
+        libc::setpriority(libc::PRIO_PROCESS, 0, 19);
+    }
+}
+
 /// CPU numbers are below this: what glibc's `cpu_set_t` can hold.
 pub const MAX_CPUS: u16 = libc::CPU_SETSIZE as u16;
 

@@ -1,9 +1,9 @@
 //! The devices that the main loop serves: the one list of them.
 
-use super::main_loop::MainLoopDevice;
+use super::main_loop::{MainLoopDevice, Properties};
 use super::net::Net;
 use super::rng::Rng;
-use super::vsock::mux::Mux;
+use super::vsock::mux::{self, Mux};
 
 /// The devices of a box that the main loop serves, numbered in the order of their addresses.
 #[derive(Debug)]
@@ -17,11 +17,19 @@ impl Devices {
     /// The vsock device's number.
     pub const VSOCK: u8 = 0;
 
+    /// How many every box has: they are the first.
+    pub const OF_EVERY_BOX: usize = 2;
+
     /// All of them. A new device is added here.
     pub fn new(vsock: Mux, net: Option<Net>) -> Self {
         let mut others: Vec<Box<dyn MainLoopDevice>> = vec![Box::new(Rng::default())];
         others.extend(net.map(|net| Box::new(net) as Box<dyn MainLoopDevice>));
         Devices { vsock, others }
+    }
+
+    /// What drivers read of those that every box has, in the order of their numbers.
+    pub fn of_every_box() -> [Properties; Self::OF_EVERY_BOX] {
+        [mux::properties(), Rng::default().properties()]
     }
 
     /// The device of this number.

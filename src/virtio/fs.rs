@@ -14,11 +14,20 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::memory::GuestRam;
 use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
+use crate::virtio::main_loop::Properties;
 
 /// Longest tag in bytes (5.11.4: a 36-byte field, no terminator when full).
 pub const MAX_TAG: usize = 36;
 /// The high-priority queue (FORGET, INTERRUPT) and one request queue.
 const QUEUE_SIZES: [u16; 2] = [64, 256];
+/// What is offered to the driver, if the back-end has it.
+const FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+
+/// What the driver reads of the device of a share with this tag, whose back-end has everything.
+pub fn properties(tag: &str) -> Properties {
+    let (id, queue_sizes) = (VIRTIO_ID_FS, &QUEUE_SIZES);
+    Properties { id, features: FEATURES, queue_sizes, config: config_space(tag) }
+}
 
 /// One share's front-end.
 #[derive(Debug)]
@@ -67,7 +76,7 @@ impl Fs {
 
         Ok(Fs {
             config: config_space(tag),
-            features: offered & (F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX),
+            features: offered & FEATURES,
             connection: Connection(frontend),
             queues_in_use: false,
         })

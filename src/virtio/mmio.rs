@@ -13,6 +13,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_ioctls::{IoEventAddress, VmFd};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK,
     VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
@@ -31,6 +32,12 @@ use crate::memory::{GuestRam, RegisterPage};
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"mote");
+/// What says that a page is one of virtio-mmio's.
+const ID_REGISTERS: [(u32, u32); 3] = [
+    (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+    (VIRTIO_MMIO_VERSION, VERSION),
+    (VIRTIO_MMIO_VENDOR_ID, VENDOR),
+];
 /// SHMLen of a region that does not exist (4.2.2).
 const NO_SHARED_MEMORY: u32 = u32::MAX;
 
@@ -48,6 +55,27 @@ pub struct MmioDevice {
     state: State,
     /// For failed activations.
     complaint: LogOnce,
+}
+
+/// A device's registers as its driver has left them, to go on from in another VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    queues: Vec<QueueRegisters>,
+}
+
+/// A queue's part of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct QueueRegisters {
+    size: u16,
+    ready: bool,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
 }
 
 /// What the driver has negotiated so far; a reset clears it.
@@ -71,6 +99,35 @@ impl State {
             driver_features: 0,
             queue_sel: 0,
             queues: queues.collect::<Result<_, _>>().context("create the queues")?,
+        })
+    }
+}
+
+impl State {
+    fn from(queue_sizes: &[u16], registers: &Registers) -> Result<Self> {
+        let mut state = State::new(queue_sizes)?;
+        ensure!(registers.queues.len() == queue_sizes.len(), "there are other queues");
+        for (queue, saved) in state.queues.iter_mut().zip(&registers.queues) {
+            let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
+            queue.set_size(saved.size);
+            let (low, high) = halves(saved.desc_table);
+            queue.set_desc_table_address(low, high);
+            let (low, high) = halves(saved.avail_ring);
+            queue.set_avail_ring_address(low, high);
+            let (low, high) = halves(saved.used_ring);
+            queue.set_used_ring_address(low, high);
+            queue.set_ready(saved.ready);
+        }
+        let Registers { status, device_features_sel, driver_features_sel, driver_features, .. } =
+            *registers;
+        let queue_sel = registers.queue_sel as usize;
+        Ok(State {
+            status,
+            device_features_sel,
+            driver_features_sel,
+            driver_features,
+            queue_sel,
+            ..state
         })
     }
 }
@@ -111,11 +168,8 @@ impl MmioDevice {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd");
         let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect::<Result<_>>()?;
         let state = State::new(device.queue_sizes())?;
+        show_id(&page, device.id());
         let set = |register: u32, value| page.set(register.into(), value);
-        set(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
-        set(VIRTIO_MMIO_VERSION, VERSION);
-        set(VIRTIO_MMIO_DEVICE_ID, device.id());
-        set(VIRTIO_MMIO_VENDOR_ID, VENDOR);
         set(VIRTIO_MMIO_SHM_LEN_LOW, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
@@ -133,6 +187,61 @@ impl MmioDevice {
         mmio.keep_spare().context("keep files for the device's start (see ulimit -n)")?;
         mmio.show_state();
         Ok(mmio)
+    }
+
+    /// The registers. What the device itself does with its queues is not in them: they are to go on from only while it
+    /// has taken nothing from any.
+    pub fn registers(&self) -> Registers {
+        let State { status, device_features_sel, driver_features_sel, driver_features, .. } =
+            self.state;
+        let queues = self.state.queues.iter().map(|queue| QueueRegisters {
+            size: queue.size(),
+            ready: queue.ready(),
+            desc_table: queue.desc_table(),
+            avail_ring: queue.avail_ring(),
+            used_ring: queue.used_ring(),
+        });
+        Registers {
+            status,
+            device_features_sel,
+            driver_features_sel,
+            driver_features,
+            queue_sel: self.state.queue_sel as u32,
+            queues: queues.collect(),
+        }
+    }
+
+    /// Whether a driver that has left a device like this with these registers can go on.
+    ///
+    /// # Errors
+    /// It has agreed to something that the device does not offer, or has not started it, or its queues are not in this
+    /// RAM.
+    pub fn check(device: &dyn VirtioDevice, registers: &Registers, ram: &GuestRam) -> Result<()> {
+        let unknown = registers.driver_features & !device.features();
+        ensure!(
+            unknown == 0,
+            "the driver has agreed to features that are not offered: {unknown:#x}"
+        );
+        ensure!(registers.status & DRIVER_OK != 0, "the driver has not started the device");
+        ensure!(registers.status & NEEDS_RESET == 0, "the device needs a reset");
+        let valid = State::from(device.queue_sizes(), registers)?;
+        ensure!(valid.queues.iter().all(|queue| queue.is_valid(ram)), "a queue is not valid");
+        Ok(())
+    }
+
+    /// Goes on from these registers: the device takes its queues over, and is told to look at them.
+    ///
+    /// # Errors
+    /// As for [`MmioDevice::check`], or the device cannot start.
+    pub fn resume(&mut self, registers: &Registers) -> Result<()> {
+        Self::check(&*self.device, registers, &self.ram)?;
+        self.state = State::from(self.device.queue_sizes(), registers)?;
+        self.show_state();
+        self.activate()?;
+        for kick in &self.kicks {
+            kick.write(1).context("have the device look at its queues")?;
+        }
+        Ok(())
     }
 
     /// Opens as many descriptors as activation needs: for each queue a notification and an interrupt,
@@ -255,6 +364,24 @@ impl MmioDevice {
             self.state = state;
         }
     }
+}
+
+/// Makes a page one behind which there is nothing yet (4.2.2: device id 0, which a driver leaves alone).
+pub fn hold_place(page: &RegisterPage) {
+    show_id(page, 0);
+}
+
+fn show_id(page: &RegisterPage, device_id: u32) {
+    for (register, value) in ID_REGISTERS {
+        page.set(register.into(), value);
+    }
+    page.set(VIRTIO_MMIO_DEVICE_ID.into(), device_id);
+}
+
+/// What a driver reads from a page behind which there is nothing, of pages that are no memory.
+pub fn placeholder_register(offset: u64) -> u32 {
+    let at = |(register, _): &&(u32, u32)| u64::from(*register) == offset;
+    ID_REGISTERS.iter().find(at).map_or(0, |(_, value)| *value)
 }
 
 /// The low (0) or high (1) word; other selections read as zero.

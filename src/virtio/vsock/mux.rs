@@ -590,18 +590,23 @@ impl Mux {
     }
 }
 
+/// What the driver reads of the device.
+pub fn properties() -> Properties {
+    Properties {
+        id: VIRTIO_ID_VSOCK,
+        features: F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
+        queue_sizes: &QUEUE_SIZES,
+        config: GUEST_CID.to_le_bytes().to_vec(),
+    }
+}
+
 impl MainLoopDevice for Mux {
     fn name(&self) -> &'static str {
         "vsock"
     }
 
     fn properties(&self) -> Properties {
-        Properties {
-            id: VIRTIO_ID_VSOCK,
-            features: F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
-            queue_sizes: &QUEUE_SIZES,
-            config: GUEST_CID.to_le_bytes().to_vec(),
-        }
+        properties()
     }
 
     /// Starts watching the box's own sockets.

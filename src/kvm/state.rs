@@ -1,0 +1,183 @@
+//! The state of a VM that KVM has, out of one VM and into another of the same shape: vCPUs, interrupt controllers, clock.
+//!
+//! Guest time stands still between the two: neither the time stamp counter nor KVM's clock has the time that passed
+//! (else the guest finds that its CPUs were stalled). Order and choice of what is set follow Documentation/virt/kvm/api.rst.
+
+use anyhow::{Context, Result, ensure};
+use kvm_bindings::{
+    CpuId, KVM_CAP_XSAVE2, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+use crate::kvm::vcpu;
+use crate::sys;
+
+// Intel SDM volume 4, chapter 2.
+const MSR_IA32_TSC: u32 = 0x10;
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// How many interrupt controllers a VM has: two 8259 and the IO-APIC.
+const IRQCHIPS: u32 = 3;
+
+/// A VM's state.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    /// KVM's clock in nanoseconds.
+    clock_ns: u64,
+    irqchips: Vec<kvm_irqchip>,
+    vcpus: Vec<VcpuState>,
+}
+
+/// A vCPU's state.
+#[derive(Debug, Serialize, Deserialize)]
+struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    /// Those whose values differ from a new vCPU's.
+    msrs: Vec<kvm_msr_entry>,
+    tsc: u64,
+    /// When the local APIC's timer is due, 0 if it is not.
+    tsc_deadline: u64,
+}
+
+/// Whether a vCPU's extended state has its place in `struct kvm_xsave`.
+///
+/// # Errors
+/// This host's vCPUs have more, which is not kept.
+pub fn check_host(kvm: &Kvm) -> Result<()> {
+    let len = kvm.check_extension_raw(KVM_CAP_XSAVE2.into());
+    let most = size_of::<kvm_xsave>();
+    ensure!(
+        len <= most as i32,
+        "vCPUs here have {len} bytes of extended state, and {most} are kept"
+    );
+    Ok(())
+}
+
+impl MachineState {
+    /// Reads the state of a VM whose vCPUs stand still, each with no access of its own pending, and which have this
+    /// CPUID but for their numbers.
+    ///
+    /// # Errors
+    /// KVM refuses something.
+    pub fn read(kvm: &Kvm, vm: &VmFd, vcpus: &[VcpuFd], cpuid: &CpuId) -> Result<MachineState> {
+        check_host(kvm)?;
+        let clock_ns = vm.get_clock().context("read the VM's clock")?.clock;
+        let known = kvm.get_msr_index_list().context("list the MSRs that KVM knows")?;
+        let fresh = vcpu::create(vm, vcpus.len() as u8, cpuid).context("for comparison")?;
+        let state = |vcpu| VcpuState::read(vcpu, &fresh, known.as_slice());
+        let irqchip = |chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).context("read an interrupt controller")?;
+            Ok(chip)
+        };
+        let vcpus = vcpus.iter().map(state).collect::<Result<_>>()?;
+        let irqchips = (0..IRQCHIPS).map(irqchip).collect::<Result<_>>()?;
+        Ok(MachineState { clock_ns, irqchips, vcpus })
+    }
+
+    /// How many vCPUs it is of.
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Sets the state of a new VM, whose vCPUs have their CPUID.
+    ///
+    /// # Errors
+    /// KVM refuses something: the VM is of no use then.
+    pub fn write(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<()> {
+        ensure!(self.vcpus.len() == vcpus.len(), "it is of another number of vCPUs");
+        ensure!(self.irqchips.len() == IRQCHIPS as usize, "interrupt controllers are missing");
+        for chip in &self.irqchips {
+            vm.set_irqchip(chip).context("set an interrupt controller")?;
+        }
+        let Some(first) = vcpus.first() else { return Ok(()) };
+        // One offset for all, so that their counters agree as they did.
+        let offset = self.vcpus[0].tsc.wrapping_sub(host_tsc(first)?);
+        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
+            state.write(vcpu, offset)?;
+        }
+        // Last: what vCPUs were told before starts anew from here.
+        let clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
+        vm.set_clock(&clock).context("set the VM's clock")
+    }
+}
+
+impl VcpuState {
+    fn read(vcpu: &VcpuFd, fresh: &VcpuFd, known_msrs: &[u32]) -> Result<VcpuState> {
+        let differs = |&index: &u32| {
+            let value = msr(vcpu, index)?;
+            (msr(fresh, index) != Some(value)).then_some(kvm_msr_entry {
+                index,
+                data: value,
+                ..Default::default()
+            })
+        };
+        let kept = |index: &&u32| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(*index);
+        Ok(VcpuState {
+            mp_state: vcpu.get_mp_state().context("read whether a vCPU runs")?,
+            regs: vcpu.get_regs().context("read general registers")?,
+            sregs: vcpu.get_sregs().context("read special registers")?,
+            xsave: vcpu.get_xsave().context("read the extended state")?,
+            xcrs: vcpu.get_xcrs().context("read the extended control registers")?,
+            debug_regs: vcpu.get_debug_regs().context("read the debug registers")?,
+            lapic: vcpu.get_lapic().context("read the local APIC")?,
+            msrs: known_msrs.iter().filter(kept).filter_map(differs).collect(),
+            tsc: msr(vcpu, MSR_IA32_TSC).context("read the time stamp counter")?,
+            tsc_deadline: msr(vcpu, MSR_IA32_TSC_DEADLINE).unwrap_or(0),
+            events: vcpu.get_vcpu_events().context("read pending events")?,
+        })
+    }
+
+    fn write(&self, vcpu: &VcpuFd, tsc_offset: u64) -> Result<()> {
+        vcpu.set_mp_state(self.mp_state).context("set whether a vCPU runs")?;
+        vcpu.set_sregs(&self.sregs).context("set special registers")?;
+        vcpu.set_regs(&self.regs).context("set general registers")?;
+        sys::vcpu::set_xsave(vcpu, &self.xsave).context("set the extended state")?;
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).context("set the extended control registers")?;
+        }
+        vcpu.set_debug_regs(&self.debug_regs).context("set the debug registers")?;
+        sys::vcpu::set_tsc_offset(vcpu, tsc_offset).context("set the time stamp counter")?;
+        set_msrs(vcpu, &self.msrs)?;
+        vcpu.set_lapic(&self.lapic).context("set the local APIC")?;
+        if self.tsc_deadline != 0 {
+            // Behind the APIC's registers, which say whether it counts.
+            let (index, data) = (MSR_IA32_TSC_DEADLINE, self.tsc_deadline);
+            set_msrs(vcpu, &[kvm_msr_entry { index, data, ..Default::default() }])?;
+        }
+        vcpu.set_vcpu_events(&self.events).context("set pending events")
+    }
+}
+
+/// The host's time stamp counter, as KVM adds to it.
+fn host_tsc(vcpu: &VcpuFd) -> Result<u64> {
+    let offset =
+        sys::vcpu::tsc_offset(vcpu).context("read the offset of the time stamp counter")?;
+    let guests = msr(vcpu, MSR_IA32_TSC).context("read the time stamp counter")?;
+    Ok(guests.wrapping_sub(offset))
+}
+
+/// `None` for one that this vCPU does not have.
+fn msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
+    let entry = kvm_msr_entry { index, ..Default::default() };
+    let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+    let read = vcpu.get_msrs(&mut msrs).ok()?;
+    (read == 1).then(|| msrs.as_slice()[0].data)
+}
+
+fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<()> {
+    let msrs = Msrs::from_entries(entries).context("list MSRs")?;
+    let written = vcpu.set_msrs(&msrs).context("set MSRs")?;
+    let refused = entries.get(written).map_or(0, |entry| entry.index);
+    ensure!(written == entries.len(), "KVM refused MSR {refused:#x}");
+    Ok(())
+}

@@ -1,0 +1,250 @@
+//! Starting a box from the state of a VM that has booted, instead of booting one.
+//!
+//! ```text
+//! first start of a shape     boots cold ─▶ box            maker ─ boots, no box ─▶ the door ─▶ file in the cache
+//! later ones                 file ─▶ memory, vCPUs, devices ─▶ the mailbox ─▶ box
+//! ```
+//!
+//! The state is that of a guest whose kernel and agent are up and know nothing of any box (`guest/src/template.rs`): it
+//! is made by a VM of its own ([`maker`]), never by one that has had a box. What a box is comes in a letter
+//! ([`mote_agent::mailbox`]), and with fresh randomness.
+//!
+//! A template is used only by the same mote on the same host for a VM of the same shape ([`Key`]). Whatever does not
+//! fit, or fails before the guest runs, is a cold boot, and the timeline says why. The files ([`cache`]) are as much to be trusted as
+//! mote's own: they decide the guest's kernel. What can happen to them by accident is found out ([`file`]).
+
+pub mod cache;
+pub mod file;
+pub mod key;
+pub mod maker;
+pub mod memory;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use mote_agent::instance::ROOT_TAG;
+use mote_agent::mailbox::{DOOR, Letter, PART_START, SEED_LEN};
+use vm_memory::{Bytes, GuestAddress};
+use vm_superio::SerialState;
+
+use crate::boot;
+use crate::memory::GuestRam;
+use crate::plan::{Image, Plan, Templates};
+use crate::sys;
+use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::devices::Devices;
+use crate::virtio::fs;
+use crate::virtio::main_loop::Properties;
+use crate::virtio::mmio::{MmioDevice, Registers};
+use cache::Cache;
+pub use file::Template;
+pub use key::Key;
+
+/// How many register pages a VM has that starts from a template: the door is the last.
+pub const PAGES: usize = DOOR + 1;
+
+/// What VMs of one template have in common, beside the host.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// Whether the guest has the attestation server.
+    pub attests: bool,
+    /// The vmlinux.
+    pub kernel: Image,
+    /// The archive with the agent.
+    pub initramfs: Image,
+}
+
+impl Shape {
+    /// The shape of this box's VM.
+    pub fn of(plan: &Plan) -> Shape {
+        Shape {
+            vcpus: plan.vcpus,
+            memory_bytes: plan.memory_bytes,
+            attests: plan.attestation.is_some(),
+            kernel: plan.kernel.clone(),
+            initramfs: plan.initramfs.clone(),
+        }
+    }
+
+    /// What its template boots with.
+    fn guest(&self) -> boot::Guest<'_> {
+        boot::Guest {
+            kernel: &self.kernel,
+            initramfs: &self.initramfs,
+            attests: self.attests,
+            instance: None,
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes,
+            devices: PAGES,
+            debug: false,
+        }
+    }
+}
+
+/// The devices that are in every template, with drivers that have started them, in the order of their addresses. Those that
+/// only some boxes have come behind them, and are started when the box is known.
+fn devices() -> Vec<Unserved> {
+    let mut devices: Vec<_> = Devices::of_every_box().into();
+    devices.push(fs::properties(ROOT_TAG));
+    devices.into_iter().map(Unserved).collect()
+}
+
+/// How many those are.
+pub fn device_count() -> usize {
+    devices().len()
+}
+
+/// A device that takes nothing from its queues: what is in them is there for the VM that goes on.
+#[derive(Debug)]
+struct Unserved(Properties);
+
+impl VirtioDevice for Unserved {
+    fn id(&self) -> u32 {
+        self.0.id
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        self.0.queue_sizes
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.0.config
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}
+
+/// What a VM goes on with that is not KVM's.
+#[derive(Debug)]
+pub struct Resumed {
+    /// The serial port.
+    pub serial: SerialState,
+    /// The registers of the devices that are in every template.
+    pub devices: Vec<Registers>,
+}
+
+/// A template for a box, and where it is from.
+#[derive(Debug)]
+pub struct Found {
+    template: Box<Template>,
+    cache: Cache,
+    key: Vec<u8>,
+}
+
+/// Says whether a start of this box would use a template.
+pub fn describe(plan: &Plan) -> String {
+    let directory = match &plan.templates {
+        Templates::Off(why) => return format!("none: {why}"),
+        Templates::In(directory) => directory,
+    };
+    let shape = Shape::of(plan);
+    let looked = maker::key_of(&shape).and_then(|key| match Cache::open(directory)? {
+        Some(cache) => Ok(cache.find(&key, shape.memory_bytes)),
+        None => Ok(cache::Found::Nothing),
+    });
+    let directory = directory.display();
+    match looked {
+        Ok(cache::Found::Whole(template)) => {
+            format!("in {directory}, {} MiB of memory", template.memory_len() >> 20)
+        }
+        Ok(cache::Found::Nothing) => format!("none in {directory} yet: the first start makes it"),
+        Ok(cache::Found::Unusable(why)) | Err(why) => format!("none: {why:#}"),
+    }
+}
+
+/// Looks for this box's template, whose VM has this vCPU as its first. If there is none, one is made in the background.
+/// Must be called while there is one thread.
+///
+/// # Errors
+/// Why there is none to be used.
+pub fn find(plan: &Plan, kvm: &Kvm, vcpu: &VcpuFd, cpuid: &CpuId) -> Result<Found> {
+    let directory = match &plan.templates {
+        Templates::Off(why) => bail!("{why}"),
+        Templates::In(directory) => directory,
+    };
+    let shape = Shape::of(plan);
+    let key = Key::new(&shape, kvm, vcpu, cpuid)?.encode()?;
+    let cache = Cache::open(directory)?;
+    let found = cache.map(|cache| (cache.find(&key, shape.memory_bytes), cache));
+    match found {
+        Some((cache::Found::Whole(template), cache)) => Ok(Found { template, cache, key }),
+        Some((cache::Found::Unusable(why), _)) => Err(why),
+        Some((cache::Found::Nothing, _)) | None => {
+            maker::start(&shape, directory).context("there is none, and no process to make it")?;
+            bail!("there is none; it is being made")
+        }
+    }
+}
+
+impl Found {
+    /// Puts a new VM into the template's state, with this configuration for its agent, as JSON, and `late` devices
+    /// behind those of the template.
+    ///
+    /// # Errors
+    /// Something does not fit: the VM and its RAM are of no use then.
+    pub fn restore(
+        &self,
+        vm: &VmFd,
+        vcpus: &[VcpuFd],
+        ram: &GuestRam,
+        instance: &[u8],
+        late: usize,
+    ) -> Result<Resumed> {
+        let restored = self.template.restore(vm, vcpus, ram, instance, late);
+        if restored.is_err() {
+            self.cache.failed(&self.key);
+        }
+        restored.context("start from the template")
+    }
+}
+
+impl Template {
+    fn restore(
+        &self,
+        vm: &VmFd,
+        vcpus: &[VcpuFd],
+        ram: &GuestRam,
+        instance: &[u8],
+        late: usize,
+    ) -> Result<Resumed> {
+        let devices = devices();
+        ensure!(self.head.devices.len() == devices.len(), "it has other devices");
+        memory::fill(ram, &self.head.extents, self.pages(), self.sum)?;
+        for (device, registers) in devices.iter().zip(&self.head.devices) {
+            MmioDevice::check(device, registers, ram)
+                .with_context(|| format!("virtio device {}", device.id()))?;
+        }
+        self.deliver(ram, instance.to_vec(), (devices.len() as u16, late as u16))?;
+        self.head.machine.write(vm, vcpus)?;
+        Ok(Resumed { serial: self.head.serial.clone().into(), devices: self.head.devices.clone() })
+    }
+
+    fn deliver(&self, ram: &GuestRam, instance: Vec<u8>, devices: (u16, u16)) -> Result<()> {
+        let mut seed = [0; SEED_LEN];
+        sys::fill_random(&mut seed).context("get randomness for the guest")?;
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let realtime_ns = since_1970.as_nanos() as u64;
+        let letter = Letter { realtime_ns, seed, devices, instance };
+        let parts =
+            letter.parts().context("the box's configuration is too long for its mailbox")?;
+        for (part, page) in parts.iter().zip(&self.head.mailbox) {
+            ram.write_slice(part, GuestAddress(page + PART_START as u64))
+                .context("write into the mailbox")?;
+        }
+        Ok(())
+    }
+}
