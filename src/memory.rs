@@ -5,9 +5,11 @@
 
 #![allow(unsafe_code, reason = "maps memory and hands its addresses to KVM")]
 
+use std::arch::x86_64::{_mm256_add_epi64, _mm256_loadu_si256, _mm256_storeu_si256};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -255,54 +257,75 @@ impl Checksum {
         sums.fold(0, |value: u64, sum| (value ^ sum).wrapping_mul(WEIGHT).rotate_left(29))
     }
 
-    /// Adds bytes, a multiple of 32, and copies them into the RAM of a guest that does not run yet: in one pass, since
-    /// each start from a template waits for it.
+    /// Adds bytes, a multiple of 32, of a guest's RAM that does not run yet.
     ///
     /// # Errors
     /// The RAM has no such place.
-    pub fn copy_in(&mut self, ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<()> {
-        let to = ram.get_slice(at, bytes.len()).context("find the place for a page")?;
-        let guard = to.ptr_guard_mut();
+    pub fn add_ram(&mut self, ram: &GuestRam, at: GuestAddress, len: usize) -> Result<()> {
+        let place = ram.get_slice(at, len).context("find pages of RAM")?;
+        let guard = place.ptr_guard();
+        // SAFETY: the slice has this length, stays mapped until the process ends, and nothing writes to it: the guest
+        // does not run yet.
+        let bytes = unsafe { slice::from_raw_parts(guard.as_ptr(), len) };
         let (chunks, _) = bytes.as_chunks::<CHECKED>();
-        let to = guard.as_ptr().cast::<[u8; CHECKED]>();
         if is_x86_feature_detected!("avx2") {
-            // SAFETY: the CPU has the instructions; for the rest see `copy_chunks`.
-            unsafe { self.copy_chunks_by_avx2(chunks, to) };
+            // SAFETY: the CPU has the instructions.
+            unsafe { self.add_by_avx2(chunks) };
         } else {
-            // SAFETY: `to` is at least as long as the chunks, and nothing else uses this memory yet.
-            unsafe { self.copy_chunks(chunks, to) };
+            self.add(bytes);
         }
         Ok(())
     }
 
-    /// Copies and adds chunks.
-    ///
-    /// # Safety
-    /// There is room for them at `to`, which nothing else reads or writes meanwhile.
-    #[inline(always)]
-    unsafe fn copy_chunks(&mut self, chunks: &[[u8; CHECKED]], to: *mut [u8; CHECKED]) {
-        let mut sum = self.clone();
-        for (index, chunk) in chunks.iter().enumerate() {
-            let chunk = *chunk;
-            // SAFETY: by this function's contract.
-            unsafe { to.add(index).write_unaligned(chunk) };
-            sum.add_words(words(&chunk));
-        }
-        *self = sum;
-    }
-
-    /// The same with wider registers.
-    ///
-    /// # Safety
-    /// As for `copy_chunks`.
+    /// Adds chunks by wider registers, which the compiler does not come to use by itself: each start from a template
+    /// waits for this.
     #[target_feature(enable = "avx2")]
-    unsafe fn copy_chunks_by_avx2(&mut self, chunks: &[[u8; CHECKED]], to: *mut [u8; CHECKED]) {
-        // SAFETY: by this function's contract.
-        unsafe { self.copy_chunks(chunks, to) }
+    fn add_by_avx2(&mut self, chunks: &[[u8; CHECKED]]) {
+        // SAFETY: the array is as long as the register.
+        let load = |lanes: *const u8| unsafe { _mm256_loadu_si256(lanes.cast()) };
+        let mut sums = load(self.sums.as_ptr().cast());
+        let mut sums_of_sums = load(self.sums_of_sums.as_ptr().cast());
+        for chunk in chunks {
+            sums = _mm256_add_epi64(sums, load(chunk.as_ptr()));
+            sums_of_sums = _mm256_add_epi64(sums_of_sums, sums);
+        }
+        for (lanes, register) in [(&mut self.sums, sums), (&mut self.sums_of_sums, sums_of_sums)] {
+            // SAFETY: the array is as long as the register.
+            unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), register) };
+        }
     }
 }
 
 fn words(chunk: &[u8; CHECKED]) -> [u64; 4] {
     let (words, _) = chunk.as_chunks::<8>();
     [0, 1, 2, 3].map(|lane| u64::from_le_bytes(words[lane]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checksum_is_the_same_whichever_way_and_notices_any_bit() {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).expect("a page");
+        let mut bytes: Vec<u8> = (0..4096u32).map(|at| (at * 7 / 3) as u8).collect();
+        ram.write_slice(&bytes, GuestAddress(0)).expect("written");
+        let mut of_ram = Checksum::new();
+        of_ram.add_ram(&ram, GuestAddress(0), 4096).expect("there");
+        let sum_of = |bytes: &[u8]| {
+            let mut sum = Checksum::new();
+            sum.add(bytes);
+            sum.value()
+        };
+        let sum = sum_of(&bytes);
+        assert_eq!(of_ram.value(), sum);
+        for at in (0..4096).step_by(61) {
+            bytes[at] ^= 1 << (at % 8);
+            assert_ne!(sum_of(&bytes), sum, "{at}");
+            bytes[at] ^= 1 << (at % 8);
+        }
+        bytes.swap(8, 40);
+        assert_ne!(sum_of(&bytes), sum, "two words of one lane have changed places");
+        assert_ne!(sum_of(&[]), sum_of(&[0; 32]));
+    }
 }

@@ -5,8 +5,9 @@
 
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{
-    CpuId, KVM_CAP_XSAVE2, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_CAP_XSAVE2, KVM_CLOCK_HOST_TSC, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -24,8 +25,10 @@ const IRQCHIPS: u32 = 3;
 /// A VM's state.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MachineState {
-    /// KVM's clock in nanoseconds.
+    /// KVM's clock in nanoseconds, and the vCPUs' time stamp counters at the same moment: the guest watches the one by
+    /// the other.
     clock_ns: u64,
+    tsc: u64,
     irqchips: Vec<kvm_irqchip>,
     vcpus: Vec<VcpuState>,
 }
@@ -43,7 +46,6 @@ struct VcpuState {
     events: kvm_vcpu_events,
     /// Those whose values differ from a new vCPU's.
     msrs: Vec<kvm_msr_entry>,
-    tsc: u64,
     /// When the local APIC's timer is due, 0 if it is not.
     tsc_deadline: u64,
 }
@@ -70,7 +72,16 @@ impl MachineState {
     /// KVM refuses something.
     pub fn read(kvm: &Kvm, vm: &VmFd, vcpus: &[VcpuFd], cpuid: &CpuId) -> Result<MachineState> {
         check_host(kvm)?;
-        let clock_ns = vm.get_clock().context("read the VM's clock")?.clock;
+        let first = vcpus.first().context("there is no vCPU")?;
+        let clock = vm.get_clock().context("read the VM's clock")?;
+        let tsc = if clock.flags & KVM_CLOCK_HOST_TSC == 0 {
+            tsc(first)
+        } else {
+            let offset = sys::vcpu::tsc_offset(first);
+            offset
+                .map(|offset| clock.host_tsc.wrapping_add(offset))
+                .context("read the offset of the time stamp counter")
+        }?;
         let known = kvm.get_msr_index_list().context("list the MSRs that KVM knows")?;
         let fresh = vcpu::create(vm, vcpus.len() as u8, cpuid).context("for comparison")?;
         let state = |vcpu| VcpuState::read(vcpu, &fresh, known.as_slice());
@@ -81,7 +92,7 @@ impl MachineState {
         };
         let vcpus = vcpus.iter().map(state).collect::<Result<_>>()?;
         let irqchips = (0..IRQCHIPS).map(irqchip).collect::<Result<_>>()?;
-        Ok(MachineState { clock_ns, irqchips, vcpus })
+        Ok(MachineState { clock_ns: clock.clock, tsc, irqchips, vcpus })
     }
 
     /// How many vCPUs it is of.
@@ -99,14 +110,20 @@ impl MachineState {
         for chip in &self.irqchips {
             vm.set_irqchip(chip).context("set an interrupt controller")?;
         }
-        let Some(first) = vcpus.first() else { return Ok(()) };
+        let first = vcpus.first().context("there is no vCPU")?;
         // One offset for all, so that their counters agree as they did.
-        let offset = self.vcpus[0].tsc.wrapping_sub(host_tsc(first)?);
+        let old =
+            sys::vcpu::tsc_offset(first).context("read the offset of the time stamp counter")?;
+        let offset = old.wrapping_add(self.tsc.wrapping_sub(tsc(first)?));
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
             state.write(vcpu, offset)?;
         }
-        // Last: what vCPUs were told before starts anew from here.
-        let clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
+        // Last: what vCPUs were told before starts anew from here. The counters run since they were set.
+        let khz = first.get_tsc_khz().context("read the rate of the time stamp counter")?;
+        let counted = u128::from(tsc(first)?.wrapping_sub(self.tsc));
+        let passed_ns = counted.saturating_mul(1_000_000) / u128::from(khz.max(1));
+        let clock_ns = self.clock_ns.saturating_add(u64::try_from(passed_ns).unwrap_or(0));
+        let clock = kvm_clock_data { clock: clock_ns, ..Default::default() };
         vm.set_clock(&clock).context("set the VM's clock")
     }
 }
@@ -131,7 +148,6 @@ impl VcpuState {
             debug_regs: vcpu.get_debug_regs().context("read the debug registers")?,
             lapic: vcpu.get_lapic().context("read the local APIC")?,
             msrs: known_msrs.iter().filter(kept).filter_map(differs).collect(),
-            tsc: msr(vcpu, MSR_IA32_TSC).context("read the time stamp counter")?,
             tsc_deadline: msr(vcpu, MSR_IA32_TSC_DEADLINE).unwrap_or(0),
             events: vcpu.get_vcpu_events().context("read pending events")?,
         })
@@ -158,12 +174,8 @@ impl VcpuState {
     }
 }
 
-/// The host's time stamp counter, as KVM adds to it.
-fn host_tsc(vcpu: &VcpuFd) -> Result<u64> {
-    let offset =
-        sys::vcpu::tsc_offset(vcpu).context("read the offset of the time stamp counter")?;
-    let guests = msr(vcpu, MSR_IA32_TSC).context("read the time stamp counter")?;
-    Ok(guests.wrapping_sub(offset))
+fn tsc(vcpu: &VcpuFd) -> Result<u64> {
+    msr(vcpu, MSR_IA32_TSC).context("read the time stamp counter")
 }
 
 /// `None` for one that this vCPU does not have.

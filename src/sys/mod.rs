@@ -19,7 +19,7 @@ pub mod confine;
 pub mod directory;
 pub mod fatal;
 pub mod file_part;
-pub mod mapped_file;
+pub mod holes;
 pub mod process;
 pub mod routes;
 pub mod socket;

@@ -99,11 +99,10 @@ impl Cache {
             }
             Err(error) => return Found::Unusable(anyhow!("open {name}.{WHOLE}: {error}")),
         };
-        let usable = is_own(&file).and_then(|()| Template::read(&file, memory_bytes));
+        let usable = is_own(&file).and_then(|()| Template::read(file, memory_bytes));
         match usable {
             Ok(template) if template.key() == key => {
-                // When it was last used. A file system that refuses that forgets it earlier.
-                let _ = file.set_modified(SystemTime::now());
+                template.touch();
                 Found::Whole(Box::new(template))
             }
             Ok(_) => Found::Unusable(anyhow!("{name}.{WHOLE} is for another key")),
@@ -112,6 +111,12 @@ impl Cache {
                 Found::Unusable(error.context(format!("{name}.{WHOLE} was removed")))
             }
         }
+    }
+
+    /// Where the template with this key is, and how long, if there is one that can be used.
+    pub fn whole(&self, key: &[u8], memory_bytes: u64) -> Option<(PathBuf, u64)> {
+        let Found::Whole(template) = self.find(key, memory_bytes) else { return None };
+        Some((self.path.join(format!("{}.{WHOLE}", key::name(key))), template.len()))
     }
 
     fn has_failed(&self, name: &str) -> bool {

@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use mote_agent::mailbox;
@@ -22,7 +23,6 @@ use super::memory::{Extent, Kept, PAGE_LEN, write};
 use crate::kvm::state::MachineState;
 use crate::layout;
 use crate::memory::{Checksum, GuestRam};
-use crate::sys::mapped_file::MappedFile;
 use crate::virtio::mmio::Registers;
 
 const MAGIC: [u8; 8] = *b"mote-tpl";
@@ -99,8 +99,9 @@ pub struct Template {
     pub(super) head: Head,
     /// The checksum of the pages.
     pub(super) sum: u64,
-    file: MappedFile,
-    pages_start: usize,
+    file: File,
+    pages_start: u64,
+    len: u64,
 }
 
 impl Template {
@@ -135,10 +136,10 @@ impl Template {
     ///
     /// # Errors
     /// It is none, or not one of this format, or damaged.
-    pub fn read(file: &File, memory_bytes: u64) -> Result<Template> {
+    pub fn read(mut file: File, memory_bytes: u64) -> Result<Template> {
         let len = file.metadata().context("look at it")?.len();
         let mut header = [0; HEADER_LEN];
-        (&*file).read_exact(&mut header).context("read its header")?;
+        file.read_exact(&mut header).context("read its header")?;
         ensure!(header[..8] == MAGIC, "it does not start as one");
         let number = |at: usize| {
             let bytes = header[at..at + 8].as_array().copied().unwrap_or_default();
@@ -157,12 +158,12 @@ impl Template {
             len.checked_sub(pages_start as u64) == Some(pages),
             "it has {len} bytes, and should have {pages} behind {pages_start}"
         );
-        let file = MappedFile::new(file, len as usize).context("map it")?;
-        let bytes = &file[HEADER_LEN..HEADER_LEN + head_len];
-        ensure!(checksum(bytes) == head_sum, "its state is damaged");
-        let head: Head = postcard::from_bytes(bytes).context("decode its state")?;
+        let mut bytes = vec![0; head_len];
+        file.read_exact(&mut bytes).context("read its state")?;
+        ensure!(checksum(&bytes) == head_sum, "its state is damaged");
+        let head: Head = postcard::from_bytes(&bytes).context("decode its state")?;
         head.check(memory_bytes, pages)?;
-        Ok(Template { head, sum, file, pages_start })
+        Ok(Template { head, sum, file, pages_start: pages_start as u64, len })
     }
 
     /// What it was made for: an encoded [`super::Key`].
@@ -170,13 +171,20 @@ impl Template {
         &self.head.key
     }
 
-    pub(super) fn pages(&self) -> &[u8] {
-        &self.file[self.pages_start..]
+    /// The file, where its pages start.
+    pub(super) fn pages(&self) -> Result<&File> {
+        (&self.file).seek(SeekFrom::Start(self.pages_start)).context("find its pages")?;
+        Ok(&self.file)
     }
 
-    /// How many bytes of memory it has.
-    pub fn memory_len(&self) -> usize {
-        self.pages().len()
+    /// Notes that it was used now. A file system that refuses that forgets it earlier.
+    pub fn touch(&self) {
+        let _ = self.file.set_modified(SystemTime::now());
+    }
+
+    /// How many bytes its file has.
+    pub fn len(&self) -> u64 {
+        self.len
     }
 }
 

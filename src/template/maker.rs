@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -51,7 +51,7 @@ const KICK_STEP: Duration = Duration::from_millis(1);
 /// Descriptors that the confined child may have.
 const OPEN_FILES: u64 = 1024;
 
-/// A template that has been made.
+/// A template that is there.
 #[derive(Debug)]
 pub struct Made {
     /// Its file.
@@ -123,7 +123,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Makes the template for this shape, unless another process is making it: then there is none to tell of. Must be called
+/// Makes the template for this shape, unless it is there, or another process is making it: then there is none to tell of. Must be called
 /// while there is one thread.
 ///
 /// # Errors
@@ -131,6 +131,9 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 pub fn make(shape: &Shape, directory: &Path) -> Result<Option<Made>> {
     let cache = Cache::create(directory)?;
     let key = key_of(shape)?;
+    if let Some((path, bytes)) = cache.whole(&key, shape.memory_bytes) {
+        return Ok(Some(Made { path, bytes }));
+    }
     let made = make_with_key(shape, &cache, &key);
     if made.is_err() {
         cache.failed(&key);
@@ -271,21 +274,22 @@ impl TemplateVm {
     fn run(self, sandbox: Sandbox) -> Result<(Stopped, Vec<VcpuFd>)> {
         let TemplateVm { kvm, fd, ram, cpuid, vcpus, bus, panic } = self;
         register_signal_handler(SIGRTMIN(), do_nothing).context("handle a signal")?;
-        let stop = Arc::new(AtomicBool::new(false));
+        let progress = Arc::new(Progress::default());
         let threads = vcpus.into_iter().enumerate().map(|(index, vcpu)| {
-            let (bus, stop) = (Arc::clone(&bus), Arc::clone(&stop));
+            let (bus, progress) = (Arc::clone(&bus), Arc::clone(&progress));
             let name = format!("vcpu{index}");
             let thread = thread::Builder::new().name(name.clone());
             thread
                 .spawn(move || {
                     sandbox.confine(&name, ThreadKind::Maker)?;
-                    serve(index == 0, vcpu, &bus, &stop)
+                    serve(index == 0, vcpu, &bus, &progress)
                 })
                 .context("start a vCPU's thread")
         });
         let threads = threads.collect::<Result<Vec<_>>>()?;
         sandbox.confine("main", ThreadKind::Maker)?;
-        let vcpus = threads.into_iter().map(|thread| join(thread, &stop)).collect::<Result<_>>();
+        let vcpus =
+            threads.into_iter().map(|thread| join(thread, &progress)).collect::<Result<_>>();
         let vcpus = vcpus.map_err(|error| {
             let panic = panic.lock().unwrap_or_else(PoisonError::into_inner).take();
             panic.map_or(error, |panic| anyhow!("the guest kernel panicked: {panic}"))
@@ -297,9 +301,9 @@ impl TemplateVm {
 extern "C" fn do_nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 /// Waits for a vCPU, which is interrupted once all are to stop.
-fn join(thread: JoinHandle<Result<VcpuFd>>, stop: &AtomicBool) -> Result<VcpuFd> {
+fn join(thread: JoinHandle<Result<VcpuFd>>, progress: &Progress) -> Result<VcpuFd> {
     while !thread.is_finished() {
-        if stop.load(Ordering::Acquire) {
+        if progress.stop.load(Ordering::Acquire) {
             thread.kill(SIGRTMIN()).context("interrupt a vCPU")?;
         }
         thread::sleep(KICK_STEP);
@@ -307,23 +311,32 @@ fn join(thread: JoinHandle<Result<VcpuFd>>, stop: &AtomicBool) -> Result<VcpuFd>
     thread.join().map_err(|_| anyhow!("a vCPU's thread has panicked"))?
 }
 
-/// Runs a vCPU until the VM is at the door. The first tests KVM, enters the kernel, and has all others stop.
-fn serve(is_first: bool, mut vcpu: VcpuFd, bus: &Bus, stop: &AtomicBool) -> Result<VcpuFd> {
+/// How far the VM is, for all its vCPUs: each may run the agent.
+#[derive(Debug, Default)]
+struct Progress {
+    /// How often the driver has looked at the door.
+    looks_at_door: AtomicU32,
+    /// Whether all are to stop.
+    stop: AtomicBool,
+}
+
+/// Runs a vCPU until the VM is at the door. The first tests KVM and enters the kernel; the one at the door has all others
+/// stop.
+fn serve(is_first: bool, mut vcpu: VcpuFd, bus: &Bus, progress: &Progress) -> Result<VcpuFd> {
     let served = (|| {
         if is_first {
             self_test::run(&mut vcpu)?;
         }
-        run(&mut vcpu, bus, stop)?;
+        run(&mut vcpu, bus, progress)?;
         settle(&mut vcpu)
     })();
     // An error stops the others, too.
-    stop.store(true, Ordering::Release);
+    progress.stop.store(true, Ordering::Release);
     served.map(|()| vcpu)
 }
 
-fn run(vcpu: &mut VcpuFd, bus: &Bus, stop: &AtomicBool) -> Result<()> {
-    let mut looks_at_door = 0;
-    while !stop.load(Ordering::Acquire) {
+fn run(vcpu: &mut VcpuFd, bus: &Bus, progress: &Progress) -> Result<()> {
+    while !progress.stop.load(Ordering::Acquire) {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 ensure!(bus.port_write(port, data) == Effect::None, "the guest has ended");
@@ -335,13 +348,15 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, stop: &AtomicBool) -> Result<()> {
                     Some(offset) if offset < layout::MMIO_PAGE => {
                         let value = mmio::placeholder_register(offset).to_le_bytes();
                         data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
-                        looks_at_door += u32::from(offset == u64::from(VIRTIO_MMIO_MAGIC_VALUE));
+                        let looks = &progress.looks_at_door;
+                        // The first time is the driver's at boot, the second the agent's.
+                        if offset == u64::from(VIRTIO_MMIO_MAGIC_VALUE)
+                            && looks.fetch_add(1, Ordering::AcqRel) == 1
+                        {
+                            return Ok(());
+                        }
                     }
                     _ => bus.mmio_read(address, data),
-                }
-                // The first time is the driver's at boot, the second the agent's.
-                if looks_at_door == 2 {
-                    return Ok(());
                 }
             }
             Ok(VcpuExit::Intr) => {}

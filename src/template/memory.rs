@@ -1,5 +1,6 @@
 //! A template's memory: which pages of a guest's RAM have anything in them, and how they get into another's.
 
+use std::fs::File;
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
@@ -8,7 +9,10 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::{Checksum, GuestRam};
-use crate::sys::mapped_file::next_data;
+use crate::sys::holes::next_data;
+
+/// How much is read at once.
+const PART_LEN: usize = 128 << 10;
 
 /// Length of a page.
 pub const PAGE_LEN: u64 = mailbox::PAGE_LEN as u64;
@@ -91,17 +95,20 @@ pub fn write(ram: &GuestRam, extents: &[Extent], mut to: impl Write) -> Result<u
     Ok(sum.value())
 }
 
-/// Fills new RAM with these pages. The extents have their places in it.
+/// Fills new RAM with the pages that follow in the file. The extents have their places in it.
 ///
 /// # Errors
-/// The pages do not have this checksum.
-pub fn fill(ram: &GuestRam, extents: &[Extent], mut pages: &[u8], expected: u64) -> Result<()> {
+/// The file cannot be read, or the pages do not have this checksum.
+pub fn fill(ram: &GuestRam, extents: &[Extent], mut file: &File, expected: u64) -> Result<()> {
     let mut sum = Checksum::new();
     for extent in extents {
-        let (these, rest) =
-            pages.split_at_checked(extent.len as usize).context("pages are missing")?;
-        sum.copy_in(ram, GuestAddress(extent.start), these)?;
-        pages = rest;
+        for at in (extent.start..extent.start + extent.len).step_by(PART_LEN) {
+            let len = (extent.start + extent.len - at).min(PART_LEN as u64) as usize;
+            ram.read_exact_volatile_from(GuestAddress(at), &mut file, len)
+                .context("read its pages")?;
+            // While they are in the CPU's cache.
+            sum.add_ram(ram, GuestAddress(at), len)?;
+        }
     }
     ensure!(sum.value() == expected, "its pages are not those that were written");
     Ok(())

@@ -159,7 +159,7 @@ pub fn describe(plan: &Plan) -> String {
     let directory = directory.display();
     match looked {
         Ok(cache::Found::Whole(template)) => {
-            format!("in {directory}, {} MiB of memory", template.memory_len() >> 20)
+            format!("in {directory}, {} KiB", template.len() >> 10)
         }
         Ok(cache::Found::Nothing) => format!("none in {directory} yet: the first start makes it"),
         Ok(cache::Found::Unusable(why)) | Err(why) => format!("none: {why:#}"),
@@ -223,7 +223,7 @@ impl Template {
     ) -> Result<Resumed> {
         let devices = devices();
         ensure!(self.head.devices.len() == devices.len(), "it has other devices");
-        memory::fill(ram, &self.head.extents, self.pages(), self.sum)?;
+        memory::fill(ram, &self.head.extents, self.pages()?, self.sum)?;
         for (device, registers) in devices.iter().zip(&self.head.devices) {
             MmioDevice::check(device, registers, ram)
                 .with_context(|| format!("virtio device {}", device.id()))?;

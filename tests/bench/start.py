@@ -83,7 +83,7 @@ def plan(rows, rounds, sweep_rounds):
     return compared + compared * rounds + (sweep + answers) * (sweep_rounds + 1) + parallel * (sweep_rounds + 2) + once
 
 
-def profiled():
+def profiled(row):
     runs.prepare("bench", True)
     with runs.work_directory() as work:
         work = pathlib.Path(work)
@@ -92,10 +92,10 @@ def profiled():
         os.environ["MOTE"] = str(program)
         build(stage)
         hot.prepare(stage)
-        hot.commands(stage, lambda mode: Case("mote", Machine(), mode))
+        hot.commands(stage, lambda mode: Case(row, Machine(), mode))
         lab = Lab(work)
         lab.pack(stage.directory, [])
-        return hot.profile(lab, stage, lambda mode: Case("mote", Machine(), mode), program, report.table)
+        return hot.profile(lab, stage, lambda mode: Case(row, Machine(), mode), program, report.table)
 
 
 def render():
@@ -127,7 +127,7 @@ def main():
         print(f"bench: without {absent}; {variable}=PROGRAM adds it")
 
     if options.profile:
-        return print(profiled())
+        return print(profiled("mote-template" if options.rows == "mote-template" else "mote"))
     counted = not runs.here_is_kvm()
     results, failed = runs.run_cases("bench", build, plan(rows, options.rounds, options.sweep_rounds), counted)
     here = report.environment(counted, rows)

@@ -77,7 +77,16 @@ def mote_spec(stage, machine):
 def mote(stage, machine, **environment):
     spec = mote_spec(stage, machine)
     name = f"mote-{machine.memory_mib}-{machine.vcpus}-{machine.shares}{'-idle' * machine.idle}.json"
+    environment = {"MOTE_TEMPLATES": "off"} | environment
     return Run([stage.path("bin/mote"), "--config-file", stage.write(name, spec)], environment)
+
+
+def mote_from_template(stage, machine):
+    directory = stage.path("templates")
+    run = mote(stage, machine, MOTE_TEMPLATES=directory)
+    # Made once: afterwards it is there.
+    run.prepare = [["env", f"MOTE_TEMPLATES={directory}", stage.path("bin/mote"), "template", *run.command[1:]]]
+    return run
 
 
 def mote_without_sandbox(stage, machine, **environment):
@@ -175,6 +184,7 @@ class Row:
 ROWS = {
     "floor": Row("floor: no devices, no sandbox", floor, "initramfs", swept=True),
     "mote": Row("mote", mote, "virtio-fs", swept=True, has_agent=True),
+    "mote-template": Row("mote from a template", mote_from_template, "virtio-fs", swept=True),
     "mote-open": Row("mote without its sandbox", mote_without_sandbox, "virtio-fs", has_agent=True),
     "firecracker": Row("Firecracker, no devices", firecracker, "initramfs", "firecracker", "MOTE_BENCH_FIRECRACKER"),
     "firecracker-devices": Row("Firecracker + vsock + rng", firecracker_with_devices, "ext4 on virtio-blk", "firecracker",

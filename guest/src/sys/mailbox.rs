@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::zeroed;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -54,6 +55,32 @@ impl Mailbox {
         self.bytes_mut().fill(0);
         // What is never read again may not be written either, but for this.
         std::hint::black_box(self.bytes());
+    }
+}
+
+/// Has the kernel overwrite most of the memory that is free, at most this much, by zeros: what it was used for during the
+/// boot, the initramfs above all, would be part of every template.
+pub fn clear_free_memory(limit_bytes: u64) -> io::Result<()> {
+    // SAFETY: all zeros are valid; the kernel writes the structure.
+    let free_bytes = unsafe {
+        let mut info: libc::sysinfo = zeroed();
+        check(libc::sysinfo(&mut info))?;
+        info.freeram * u64::from(info.mem_unit)
+    };
+    let len = (free_bytes / 8 * 7).min(limit_bytes) as usize;
+    let (access, none) = (libc::PROT_READ | libc::PROT_WRITE, ptr::null_mut());
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice, which nothing refers to, is filled and goes away. Small
+    // pages come from where something has been before.
+    unsafe {
+        let start = libc::mmap(none, len, access, flags, -1, 0);
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        libc::madvise(start, len, libc::MADV_NOHUGEPAGE);
+        let populated = check(libc::madvise(start, len, libc::MADV_POPULATE_WRITE));
+        check(libc::munmap(start, len))?;
+        populated.map(drop)
     }
 }
 
