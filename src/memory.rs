@@ -215,6 +215,8 @@ impl RegisterPage {
 /// the place of a word counts.
 #[derive(Debug, Clone, Default)]
 pub struct Checksum {
+    /// How many bytes were added: zeros that fill the last words count for nothing else.
+    len: u64,
     sums: [u64; 4],
     sums_of_sums: [u64; 4],
 }
@@ -226,7 +228,7 @@ impl Checksum {
     /// Of nothing.
     pub fn new() -> Self {
         // So that leading zeros count.
-        Checksum { sums: [1; 4], sums_of_sums: [0; 4] }
+        Checksum { len: 0, sums: [1; 4], sums_of_sums: [0; 4] }
     }
 
     fn add_words(&mut self, words: [u64; 4]) {
@@ -238,6 +240,7 @@ impl Checksum {
 
     /// Adds bytes. Fewer than a multiple of 32 count as if zeros followed.
     pub fn add(&mut self, bytes: &[u8]) {
+        self.len += bytes.len() as u64;
         let (chunks, rest) = bytes.as_chunks::<CHECKED>();
         for chunk in chunks {
             self.add_words(words(chunk));
@@ -253,7 +256,7 @@ impl Checksum {
     pub fn value(&self) -> u64 {
         // Odd, as of splitmix64: each sum has its own weight.
         const WEIGHT: u64 = 0x9e37_79b9_7f4a_7c15;
-        let sums = self.sums.iter().chain(&self.sums_of_sums);
+        let sums = self.sums.iter().chain(&self.sums_of_sums).chain([&self.len]);
         sums.fold(0, |value: u64, sum| (value ^ sum).wrapping_mul(WEIGHT).rotate_left(29))
     }
 
@@ -271,6 +274,7 @@ impl Checksum {
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the CPU has the instructions.
             unsafe { self.add_by_avx2(chunks) };
+            self.len += len as u64;
         } else {
             self.add(bytes);
         }

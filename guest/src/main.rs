@@ -86,11 +86,11 @@ fn main() {
 }
 
 fn run() -> Result<(), String> {
-    template::get_ready()?;
+    let ready = template::get_ready()?;
     let started_ns = sys::monotonic_ns();
     // The three connections are under way while the root is being mounted.
     let [control, stdout, stderr] = connect_to_host()?;
-    let prepared = prepare::prepare();
+    let prepared = prepare::prepare(ready);
     wait_until_connected([&control, &stdout, &stderr])?;
 
     let mut control = Control::new(control);

@@ -11,6 +11,7 @@ use crate::etc::Staged;
 use crate::resolv::NameServers;
 use crate::server::Server;
 use crate::sys::{self, net};
+use crate::template::Ready;
 use crate::tsi::{Needs, Tsi};
 use crate::{mount, network};
 
@@ -34,11 +35,11 @@ pub struct Prepared {
     pub servers_ready_ns: u64,
 }
 
-/// Prepares the box.
+/// Prepares the box, with what is ready.
 ///
 /// # Errors
 /// A text that says what could not be done, to what, and why; the box cannot run then.
-pub fn prepare() -> Result<Prepared, String> {
+pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     let json = fs::read(instance::PATH).map_err(|e| format!("read {}: {e}", instance::PATH))?;
     let instance: Instance =
         serde_json::from_slice(&json).map_err(|e| format!("parse {}: {e}", instance::PATH))?;
@@ -62,7 +63,7 @@ pub fn prepare() -> Result<Prepared, String> {
     let Instance { networking, syn_retries, published, .. } = instance;
     let datagrams = instance.datagrams.clone();
     let needs = Needs { networking, datagrams, syn_retries, published };
-    let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf)
+    let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf, ready.programs)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;
     sys::set_hostname(&instance.hostname)

@@ -10,6 +10,7 @@
 //! renews what its process has from that generator: address layout, stack canary, the allocator's secret.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -18,6 +19,7 @@ use mote_agent::instance;
 use mote_agent::mailbox::{self, Letter};
 
 use crate::sys::mailbox::Mailbox;
+use crate::tsi::Loaded;
 use crate::{mount, sys};
 
 /// Connections, pipes and the like that the agent may have open.
@@ -37,28 +39,42 @@ const RESUMED: &str = "resumed";
 /// Where the kernel has a driver look at a device again (Documentation/ABI/testing/sysfs-bus-platform).
 const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
 
+/// What is ready for the box beforehand.
+#[derive(Default)]
+pub struct Ready {
+    /// The programs that carry its connections, unless it needs others.
+    pub programs: Option<Loaded>,
+}
+
 /// Returns when the box's configuration is there.
 ///
 /// # Errors
 /// A text that says what could not be done, to what, and why.
-pub fn get_ready() -> Result<(), String> {
-    if std::env::args().nth(1).is_some_and(|argument| argument == RESUMED) {
-        return Ok(());
+pub fn get_ready() -> Result<Ready, String> {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().is_some_and(|argument| argument == RESUMED) {
+        return Ok(Ready { programs: inherited_programs(arguments) });
     }
     mount::kernel_file_systems()?;
     sys::raise_open_file_limit(MAX_OPEN_FILES)
         .map_err(|e| format!("raise the limit on open files: {e}"))?;
     // A kernel of the user's own may be without it.
     let _ = fs::write("/proc/sys/fs/inotify/max_user_watches", MAX_INOTIFY_WATCHES);
-    if Path::new(instance::PATH).exists() { Ok(()) } else { become_box() }
+    if Path::new(instance::PATH).exists() { Ok(Ready::default()) } else { become_box() }
+}
+
+/// `None` if there are none: the box loads its own then.
+fn inherited_programs(numbers: impl Iterator<Item = String>) -> Option<Loaded> {
+    let descriptors = numbers.map(|number| sys::mailbox::inherited(number.parse().ok()?).ok());
+    Loaded::from_descriptors(descriptors.collect::<Option<_>>()?)
 }
 
 /// Waits at the door, and does not return unless it fails.
-fn become_box() -> Result<(), String> {
+fn become_box() -> Result<Ready, String> {
+    let programs = Loaded::usual()?;
     let mut mailbox =
         Mailbox::new().map_err(|e| format!("set pages aside for the mailbox: {e}"))?;
-    // If it does not work, the template is larger.
-    let _ = sys::mailbox::clear_free_memory(MOST_CLEARED_BYTES);
+    clear_free_memory();
     // The VMM stops the VM in this call. There is no device: the call fails, in every VM that goes on from here.
     let _ = bind(mailbox::DOOR);
     let letter = Letter::read(mailbox.bytes());
@@ -76,8 +92,24 @@ fn become_box() -> Result<(), String> {
         .map_or(Ok(()), fs::create_dir_all)
         .and_then(|()| fs::write(path, instance))
         .map_err(|e| format!("write {}: {e}", instance::PATH))?;
-    let error = Command::new("/init").arg(RESUMED).exec();
-    Err(format!("execute the agent anew: {error}"))
+    let mut again = Command::new("/init");
+    again.arg(RESUMED);
+    for descriptor in programs.descriptors() {
+        sys::mailbox::keep_through_exec(&descriptor)
+            .map_err(|e| format!("keep a BPF program: {e}"))?;
+        again.arg(descriptor.as_raw_fd().to_string());
+    }
+    Err(format!("execute the agent anew: {}", again.exec()))
+}
+
+/// Overwrites what the boot has left in free memory. If it does not work, the template is larger.
+fn clear_free_memory() {
+    // Else an eighth of the memory would wait in lists of the CPU's for the next that needs a page, and not count as
+    // free (Documentation/admin-guide/sysctl/vm.rst).
+    let lists = "/proc/sys/vm/percpu_pagelist_high_fraction";
+    let _ = fs::write(lists, "1000000");
+    let _ = sys::mailbox::clear_free_memory(MOST_CLEARED_BYTES);
+    let _ = fs::write(lists, "0");
 }
 
 /// Has the driver look at a register page again.

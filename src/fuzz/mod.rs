@@ -16,6 +16,7 @@ mod net;
 mod passt;
 mod queue;
 mod spec;
+mod template;
 mod vsock;
 
 use crate::sys;
@@ -24,7 +25,7 @@ use crate::sys;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All fuzz targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("control", control::run),
     ("flow", flow::run),
     ("frames", frames::run),
@@ -33,6 +34,7 @@ pub const TARGETS: [Target; 9] = [
     ("passt", passt::run),
     ("queue", queue::run),
     ("spec", spec::run),
+    ("template", template::run),
     ("vsock", vsock::run),
 ];
 
@@ -155,5 +157,5 @@ mod tests {
         };
     }
 
-    replays!(control flow frames mmio net passt queue spec vsock);
+    replays!(control flow frames mmio net passt queue spec template vsock);
 }

@@ -95,9 +95,23 @@ impl MachineState {
         Ok(MachineState { clock_ns: clock.clock, tsc, irqchips, vcpus })
     }
 
-    /// How many vCPUs it is of.
-    pub fn vcpus(&self) -> usize {
-        self.vcpus.len()
+    /// A state that no VM has.
+    #[cfg(any(test, fuzzing))]
+    pub fn blank(vcpus: usize) -> MachineState {
+        let blank = |_| VcpuState {
+            mp_state: Default::default(),
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debug_regs: Default::default(),
+            lapic: Default::default(),
+            events: Default::default(),
+            msrs: vec![kvm_msr_entry::default(); 3],
+            tsc_deadline: 1,
+        };
+        let irqchips = vec![kvm_irqchip::default(); IRQCHIPS as usize];
+        MachineState { clock_ns: 1, tsc: 2, irqchips, vcpus: (0..vcpus).map(blank).collect() }
     }
 
     /// Sets the state of a new VM, whose vCPUs have their CPUID.

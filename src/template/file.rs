@@ -19,7 +19,7 @@ use mote_agent::mailbox;
 use serde::{Deserialize, Serialize};
 use vm_superio::SerialState;
 
-use super::memory::{Extent, Kept, PAGE_LEN, write};
+use super::memory::{self, Extent, Kept, PAGE_LEN};
 use crate::kvm::state::MachineState;
 use crate::layout;
 use crate::memory::{Checksum, GuestRam};
@@ -98,7 +98,7 @@ impl From<Serial> for SerialState {
 pub struct Template {
     pub(super) head: Head,
     /// The checksum of the pages.
-    pub(super) sum: u64,
+    sum: u64,
     file: File,
     pages_start: u64,
     len: u64,
@@ -115,18 +115,10 @@ impl Template {
         let pages_start = pages_start(bytes.len());
         file.seek(SeekFrom::Start(pages_start as u64)).context("find the place for the pages")?;
         let mut to = BufWriter::with_capacity(1 << 20, file);
-        let sum = write(ram, &head.extents, &mut to)?;
+        let sum = memory::write(ram, &head.extents, &mut to)?;
         to.flush().context("write the pages")?;
         let pages: u64 = head.extents.iter().map(|extent| extent.len).sum();
-        let mut start = Vec::with_capacity(HEADER_LEN + bytes.len());
-        start.extend(MAGIC);
-        start.extend(VERSION.to_le_bytes());
-        start.extend((bytes.len() as u32).to_le_bytes());
-        start.extend(checksum(&bytes).to_le_bytes());
-        start.extend(sum.to_le_bytes());
-        start.extend(pages.to_le_bytes());
-        start.resize(HEADER_LEN, 0);
-        start.extend(bytes);
+        let start = [header_of(&bytes, sum, pages), bytes].concat();
         file.seek(SeekFrom::Start(0))
             .and_then(|_| file.write_all(&start))
             .context("write the state")
@@ -171,8 +163,23 @@ impl Template {
         &self.head.key
     }
 
+    /// Fills new RAM with its pages.
+    ///
+    /// # Errors
+    /// They cannot be read, or are damaged.
+    pub fn fill(&self, ram: &GuestRam) -> Result<()> {
+        memory::fill(ram, &self.head.extents, self.pages()?, self.sum)
+    }
+
+    /// Where it has something in the guest's RAM: addresses and lengths.
+    #[cfg(any(test, fuzzing))]
+    pub fn places(&self) -> impl Iterator<Item = (u64, u64)> {
+        let extents = self.head.extents.iter().map(|extent| (extent.start, extent.len));
+        extents.chain(self.head.mailbox.iter().map(|page| (*page, PAGE_LEN)))
+    }
+
     /// The file, where its pages start.
-    pub(super) fn pages(&self) -> Result<&File> {
+    fn pages(&self) -> Result<&File> {
         (&self.file).seek(SeekFrom::Start(self.pages_start)).context("find its pages")?;
         Ok(&self.file)
     }
@@ -229,6 +236,24 @@ impl Head {
     }
 }
 
+fn header_of(head: &[u8], sum: u64, pages: u64) -> Vec<u8> {
+    let mut header = Vec::with_capacity(HEADER_LEN);
+    header.extend(MAGIC);
+    header.extend(VERSION.to_le_bytes());
+    header.extend((head.len() as u32).to_le_bytes());
+    header.extend(checksum(head).to_le_bytes());
+    header.extend(sum.to_le_bytes());
+    header.extend(pages.to_le_bytes());
+    header.resize(HEADER_LEN, 0);
+    header
+}
+
+/// The header of a file with these bytes as its head and as its pages.
+#[cfg(any(test, fuzzing))]
+pub fn header(head: &[u8], pages: &[u8]) -> Vec<u8> {
+    header_of(head, checksum(pages), pages.len() as u64)
+}
+
 fn pages_start(head_len: usize) -> usize {
     (HEADER_LEN + head_len).next_multiple_of(PAGE_LEN as usize)
 }
@@ -237,4 +262,161 @@ fn checksum(bytes: &[u8]) -> u64 {
     let mut sum = Checksum::new();
     sum.add(bytes);
     sum.value()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys;
+    use std::os::unix::fs::FileExt;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const RAM: u64 = 4 << 20;
+
+    fn ram() -> GuestRam {
+        crate::memory::create_ram(RAM).expect("RAM")
+    }
+
+    /// A template with two extents, and its RAM.
+    fn written() -> (File, GuestRam) {
+        let ram = ram();
+        for (at, byte) in [(0x3000, 1), (0x4000, 2), (0x10_0000, 3)] {
+            ram.write_slice(&[byte; 100], GuestAddress(at)).expect("written");
+        }
+        for number in 0..mailbox::PAGES {
+            let mut page = [0; mailbox::PAGE_LEN];
+            mailbox::mark(&mut page, number);
+            let at = 0x20_0000 + number as u64 * PAGE_LEN;
+            ram.write_slice(&page, GuestAddress(at)).expect("written");
+        }
+        let kept = memory::look_through(&ram).expect("looked through");
+        let extent = |start, pages| Extent { start, len: pages * PAGE_LEN };
+        assert_eq!(kept.extents, [extent(0x3000, 2), extent(0x10_0000, 1)]);
+        let serial = SerialState { interrupt_enable: 5, in_buffer: vec![7], ..Default::default() };
+        let head = Head::new(b"key".into(), MachineState::blank(2), serial, Vec::new(), kept);
+        let file = sys::sealed_memory_file(64 << 20).expect("a file");
+        Template::write(&head, &ram, &file).expect("written");
+        (copy(&file, 64 << 20), ram)
+    }
+
+    /// The first bytes of a file, without the zeros behind a template.
+    fn copy(file: &File, len: usize) -> File {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, 0).expect("read");
+        let pages = u64::from_le_bytes(bytes[32..40].try_into().expect("eight"));
+        let head_len = u32::from_le_bytes(bytes[12..16].try_into().expect("four"));
+        bytes.truncate(pages_start(head_len as usize) + pages as usize);
+        of_bytes(&bytes)
+    }
+
+    fn of_bytes(bytes: &[u8]) -> File {
+        let path = std::env::temp_dir().join(format!(
+            "mote-template-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
+        std::fs::write(&path, bytes).expect("written");
+        let file = File::open(&path).expect("opened");
+        std::fs::remove_file(&path).expect("removed");
+        file
+    }
+
+    fn bytes_of(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; file.metadata().expect("metadata").len() as usize];
+        file.read_exact_at(&mut bytes, 0).expect("read");
+        bytes
+    }
+
+    fn restored(bytes: &[u8]) -> Result<GuestRam> {
+        let template = Template::read(of_bytes(bytes), RAM)?;
+        let ram = ram();
+        template.fill(&ram)?;
+        Ok(ram)
+    }
+
+    #[test]
+    fn everything_comes_back() {
+        let (file, ram) = written();
+        let bytes = bytes_of(&file);
+        let template = Template::read(of_bytes(&bytes), RAM).expect("whole");
+        assert_eq!((template.key(), template.len()), (&b"key"[..], bytes.len() as u64));
+        assert_eq!(template.head.mailbox[..2], [0x20_0000, 0x20_1000]);
+        let machine = postcard::to_allocvec(&template.head.machine).expect("encoded");
+        assert_eq!(machine, postcard::to_allocvec(&MachineState::blank(2)).expect("encoded"));
+        let serial = SerialState::from(template.head.serial.clone());
+        assert_eq!((serial.interrupt_enable, serial.in_buffer), (5, vec![7]));
+        let (mut was, mut is) = (vec![0; 0x20_0000], vec![0; 0x20_0000]);
+        ram.read_slice(&mut was, GuestAddress(0)).expect("read");
+        let restored = restored(&bytes).expect("whole");
+        restored.read_slice(&mut is, GuestAddress(0)).expect("read");
+        assert!(was == is);
+    }
+
+    #[test]
+    fn damage_is_found_wherever_it_is() {
+        let bytes = bytes_of(&written().0);
+        let mut flipped = bytes.clone();
+        // Every byte of the header, some of the state, and some of each page.
+        let places = (0..HEADER_LEN).chain((HEADER_LEN..bytes.len()).step_by(509));
+        for at in places {
+            flipped[at] ^= 1 << (at % 8);
+            let is_filler = bytes_of_filler(&bytes).contains(&at);
+            assert_eq!(restored(&flipped).is_ok(), is_filler, "{at}");
+            flipped[at] = bytes[at];
+        }
+        for len in [0, 1, HEADER_LEN, HEADER_LEN + 1, 4096, bytes.len() - 4096, bytes.len() - 1] {
+            assert!(restored(&bytes[..len]).is_err(), "{len}");
+        }
+        assert!(restored(&[&bytes[..], &[0]].concat()).is_err());
+    }
+
+    /// Between the state and the pages, where nothing is read.
+    fn bytes_of_filler(bytes: &[u8]) -> std::ops::Range<usize> {
+        let head_len = u32::from_le_bytes(bytes[12..16].try_into().expect("four")) as usize;
+        HEADER_LEN + head_len..pages_start(head_len)
+    }
+
+    #[test]
+    fn other_versions_and_sizes_are_told_from_damage() {
+        let mut bytes = bytes_of(&written().0);
+        let told = |bytes: &[u8], memory| {
+            Template::read(of_bytes(bytes), memory).expect_err("refused").to_string()
+        };
+        assert!(told(&bytes, 2 << 20).contains("mailbox is in the wrong place"));
+        bytes[8] = VERSION as u8 + 1;
+        assert_eq!(told(&bytes, RAM), "it has version 2 of the format, and this is 1");
+        assert_eq!(told(b"#!/bin/sh\n", RAM), "read its header");
+        assert_eq!(told(&[b'x'; 100], RAM), "it does not start as one");
+    }
+
+    #[test]
+    fn addresses_outside_of_ram_are_refused() {
+        let pages = 2 * PAGE_LEN;
+        let whole = || Head {
+            key: Vec::new(),
+            machine: MachineState::blank(1),
+            serial: SerialState::default().into(),
+            devices: Vec::new(),
+            mailbox: (0..mailbox::PAGES as u64).map(|page| page * PAGE_LEN).collect(),
+            extents: vec![Extent { start: 0x10_0000, len: pages }],
+        };
+        whole().check(RAM, pages).expect("whole");
+        let spoil: [(&str, fn(&mut Head)); 8] = [
+            ("not a page", |head| head.extents[0].start += 1),
+            ("part of a page", |head| head.extents[0].len -= 1),
+            ("behind RAM", |head| head.extents[0].start = RAM - PAGE_LEN),
+            ("overflows", |head| head.extents[0].start = u64::MAX - PAGE_LEN + 1),
+            ("twice", |head| head.extents.push(head.extents[0])),
+            ("empty", |head| head.extents[0].len = 0),
+            ("mailbox behind RAM", |head| head.mailbox[3] = RAM),
+            ("mailbox too short", |head| head.mailbox.truncate(1)),
+        ];
+        for (what, spoil) in spoil {
+            let mut head = whole();
+            spoil(&mut head);
+            let pages = head.extents.iter().map(|extent| extent.len).sum();
+            assert!(head.check(RAM, pages).is_err(), "{what}");
+        }
+        assert!(whole().check(RAM, pages + 1).is_err());
+    }
 }

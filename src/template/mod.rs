@@ -223,7 +223,7 @@ impl Template {
     ) -> Result<Resumed> {
         let devices = devices();
         ensure!(self.head.devices.len() == devices.len(), "it has other devices");
-        memory::fill(ram, &self.head.extents, self.pages()?, self.sum)?;
+        self.fill(ram)?;
         for (device, registers) in devices.iter().zip(&self.head.devices) {
             MmioDevice::check(device, registers, ram)
                 .with_context(|| format!("virtio device {}", device.id()))?;

@@ -6,7 +6,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -125,6 +125,24 @@ pub struct Created {
 impl AsRawFd for Created {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+}
+
+impl Created {
+    /// A map of this definition that was created before, and came to this process by its descriptor.
+    pub fn adopt(fd: OwnedFd, definition: &'static MapDefinition) -> Self {
+        Created { fd, definition }
+    }
+
+    /// The same map once more.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Created { fd: self.fd.try_clone()?, definition: self.definition })
+    }
+}
+
+impl AsFd for Created {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

@@ -5,13 +5,13 @@
 use std::fs::File;
 use std::io;
 use std::mem::zeroed;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::slice;
 
 use mote_agent::mailbox::{PAGE_LEN, PAGES, SEED_LEN, mark};
 
-use super::check;
+use super::{check, owned};
 
 const LEN: usize = PAGES * PAGE_LEN;
 
@@ -82,6 +82,20 @@ pub fn clear_free_memory(limit_bytes: u64) -> io::Result<()> {
         check(libc::munmap(start, len))?;
         populated.map(drop)
     }
+}
+
+/// Has a descriptor stay open when this process executes itself anew.
+pub fn keep_through_exec(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) })?;
+    Ok(())
+}
+
+/// A descriptor that this process was executed with. Must be called once for each.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call; what it refuses is not open.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    Ok(owned(number))
 }
 
 /// `struct rand_pool_info` (include/uapi/linux/random.h) with the bytes behind it.

@@ -33,6 +33,7 @@ use mote_agent::flow::mapped;
 use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
 use self::destinations::{FLOW_NET6, FLOW_NET6_LEN, OWN_IP4};
+pub use self::program::Loaded;
 use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Extent, Programs};
 use self::relay::{Relay, Sockets};
 use crate::sys::{self, ExitStatus, Reaped, net};
@@ -84,7 +85,7 @@ struct Process {
 
 impl Tsi {
     /// Starts the process, if the box needs it, and does not wait for it. `cgroup` is the box's,
-    /// `resolv_conf` what its resolver reads.
+    /// `resolv_conf` what its resolver reads, `loaded` what has been loaded for it.
     ///
     /// # Errors
     /// If the process cannot be created. How its own set-up went, [`Tsi::wait_until_ready`] tells.
@@ -92,6 +93,7 @@ impl Tsi {
         needs: Needs,
         cgroup: BorrowedFd<'_>,
         resolv_conf: &str,
+        loaded: Option<Loaded>,
     ) -> io::Result<Option<Self>> {
         if !needs.is_outgoing() && !needs.published.any {
             return Ok(None);
@@ -100,11 +102,11 @@ impl Tsi {
         let resolvers = loopback_resolvers(resolv_conf);
         let sockets = Sockets::open(needs.is_outgoing(), needs.published.any)?;
         let mut tsi = Tsi { needs, cgroup, resolvers, sockets, process: None };
-        tsi.start_process()?;
+        tsi.start_process(loaded)?;
         Ok(Some(tsi))
     }
 
-    fn start_process(&mut self) -> io::Result<()> {
+    fn start_process(&mut self, loaded: Option<Loaded>) -> io::Result<()> {
         const NAME: &CStr = c"mote-network";
         let Tsi { needs, cgroup, resolvers, sockets, .. } = &*self;
         let (end, lifeline) = sys::pipe()?;
@@ -112,9 +114,10 @@ impl Tsi {
         let keep: Vec<BorrowedFd<'_>> = [end.as_fd(), outcome_end.as_fd(), cgroup.as_fd()]
             .into_iter()
             .chain(sockets.descriptors())
+            .chain(loaded.iter().flat_map(Loaded::descriptors))
             .collect();
         let pid = sys::fork(&keep, NAME, || {
-            serve(needs, cgroup.as_fd(), resolvers, sockets, &end, &outcome_end);
+            serve(needs, cgroup.as_fd(), resolvers, sockets, &loaded, &end, &outcome_end);
         })?;
         self.process =
             Some(Process { pid, lifeline: Some(lifeline), outcome: File::from(outcome) });
@@ -142,7 +145,7 @@ impl Tsi {
         if let Some(ended) = self.process.take_if(|process| process.pid == child.pid)
             && ended.lifeline.is_some()
             && matches!(child.status, ExitStatus::Signaled(_))
-            && let Err(error) = self.start_process()
+            && let Err(error) = self.start_process(None)
         {
             eprintln!("mote-agent: start the process that carries connections: {error}");
         }
@@ -168,10 +171,11 @@ fn serve(
     cgroup: BorrowedFd<'_>,
     resolvers: &[Ipv6Addr],
     sockets: &Sockets,
+    loaded: &Option<Loaded>,
     lifeline: &File,
     mut outcome: &File,
 ) {
-    let (programs, sockets) = match set_up(needs, cgroup, resolvers, sockets) {
+    let (programs, sockets) = match set_up(needs, cgroup, resolvers, sockets, loaded) {
         Ok(made) => made,
         Err(reason) => {
             let reason = format!("set up the box's connections: {reason}");
@@ -193,6 +197,7 @@ fn set_up(
     cgroup: BorrowedFd<'_>,
     resolvers: &[Ipv6Addr],
     sockets: &Sockets,
+    loaded: &Option<Loaded>,
 ) -> Result<(Programs, Sockets), String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     let add_route = |net, len, source| {
@@ -222,7 +227,14 @@ fn set_up(
     let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
     let extent = Extent { outgoing: needs.is_outgoing(), answers: needs.published.udp };
     // Last, so that whatever is redirected finds its listener.
-    let programs = Programs::attach(cgroup, extent, resolvers, &needs.datagrams, own)?;
+    let has_resolvers = !resolvers.is_empty();
+    let loaded = match loaded {
+        Some(loaded) if loaded.is_for(extent, has_resolvers) => {
+            loaded.try_clone().map_err(failed("copy the BPF programs"))?
+        }
+        _ => Loaded::load(extent, has_resolvers)?,
+    };
+    let programs = loaded.attach(cgroup, resolvers, &needs.datagrams, own)?;
     Ok((programs, sockets))
 }
 

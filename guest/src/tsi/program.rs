@@ -222,6 +222,129 @@ impl Extent {
         let follows_outgoing = matches!(name, "tsi_egress" | "tsi_release");
         self.outgoing || shows_clients || self.answers && !follows_outgoing
     }
+
+    /// The programs of the object that are needed.
+    fn programs(
+        self,
+        object: &ObjectDefinition,
+    ) -> impl Iterator<Item = &'static ProgramDefinition> {
+        object.programs.iter().filter(move |program| self.includes(program.name))
+    }
+
+    /// Whether a map of the object is needed.
+    fn uses(self, object: &ObjectDefinition, map: &MapDefinition) -> bool {
+        let index = object.maps.iter().position(|other| other.name == map.name);
+        map.name == EVENTS
+            || index.is_some_and(|index| {
+                self.programs(object).any(|program| program.maps.contains(&index))
+            })
+    }
+}
+
+/// What most boxes need, and what is loaded before a box is known.
+const USUAL: (Extent, bool) = (Extent { outgoing: true, answers: false }, false);
+
+/// Programs that are in the kernel with their maps, empty ones, and are attached to nothing.
+pub struct Loaded {
+    /// What they are for, and whether they have a place for resolvers.
+    purpose: (Extent, bool),
+    programs: Vec<OwnedFd>,
+    maps: Maps,
+}
+
+impl Loaded {
+    /// Loads the programs that a box of this extent needs, with or without resolvers of its own.
+    ///
+    /// # Errors
+    /// If the kernel refuses the programs or their maps.
+    pub fn load(extent: Extent, has_resolvers: bool) -> Result<Self, String> {
+        let object = extent.object(has_resolvers);
+        let maps = Maps::create(object, extent)?;
+        let programs = extent.programs(object).map(|program| {
+            bpf::load_program(program, object.license, &maps.descriptors)
+                .map_err(|e| format!("load the BPF program {}: {e}", program.name))
+        });
+        let programs = programs.collect::<Result<_, String>>()?;
+        Ok(Loaded { purpose: (extent, has_resolvers), programs, maps })
+    }
+
+    /// Those that most boxes need.
+    ///
+    /// # Errors
+    /// As for [`Loaded::load`].
+    pub fn usual() -> Result<Self, String> {
+        Loaded::load(USUAL.0, USUAL.1)
+    }
+
+    /// Those that most boxes need, from the [`Loaded::descriptors`] of such; `None` if these are not as many.
+    pub fn from_descriptors(descriptors: Vec<OwnedFd>) -> Option<Self> {
+        let object = USUAL.0.object(USUAL.1);
+        let mut descriptors = descriptors.into_iter();
+        let maps = Maps::of(object, |definition| {
+            if !USUAL.0.uses(object, definition) {
+                return Some(None);
+            }
+            descriptors.next().map(|fd| Some(Created::adopt(fd, definition)))
+        })?;
+        let programs: Vec<_> = descriptors.collect();
+        let whole = programs.len() == USUAL.0.programs(object).count();
+        whole.then_some(Loaded { purpose: USUAL, programs, maps })
+    }
+
+    /// Every descriptor of this: of the maps, and then of the programs.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let maps = self.maps.created.iter().flatten().map(AsFd::as_fd);
+        maps.chain(self.programs.iter().map(AsFd::as_fd))
+    }
+
+    /// The same programs and maps once more.
+    ///
+    /// # Errors
+    /// Those of fcntl(2).
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let programs = self.programs.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>()?;
+        Ok(Loaded { purpose: self.purpose, programs, maps: self.maps.try_clone()? })
+    }
+
+    /// Whether this is what such a box needs.
+    pub fn is_for(&self, extent: Extent, has_resolvers: bool) -> bool {
+        self.purpose == (extent, has_resolvers)
+    }
+
+    /// Attaches the programs to a cgroup. `resolvers` and `prefixes` are as in [`destinations`], and `own` are the box's
+    /// addresses beside loopback's.
+    ///
+    /// # Errors
+    /// If the kernel refuses what is to be in a map, or to attach them.
+    pub fn attach(
+        self,
+        cgroup: BorrowedFd<'_>,
+        resolvers: &[Ipv6Addr],
+        prefixes: &[Prefix],
+        own: Vec<IpAddr>,
+    ) -> Result<Programs, String> {
+        let Loaded { purpose: (extent, has_resolvers), programs, mut maps } = self;
+        if let Some(known) = maps.take::<PREFIX_LEN, DESTINATION_LEN>("destinations")? {
+            for (prefix, destination) in destinations(resolvers, prefixes) {
+                known
+                    .set(&prefix, &destination, Write::Any)
+                    .map_err(|e| format!("fill the map destinations of the BPF programs: {e}"))?;
+            }
+        }
+        let definitions = extent.programs(extent.object(has_resolvers));
+        let links = definitions.zip(&programs).map(|(definition, program)| {
+            bpf::attach_to_cgroup(program.as_fd(), cgroup, definition.attach_type)
+                .map_err(|e| format!("attach the BPF program {}: {e}", definition.name))
+        });
+        Ok(Programs {
+            _links: links.collect::<Result<_, String>>()?,
+            connected: maps.take("flows")?.ok_or("the BPF programs have no map flows")?,
+            datagrams: maps.take("datagram_flows")?,
+            clients: maps.take("clients")?,
+            own,
+            events: maps.take_events()?,
+        })
+    }
 }
 
 /// The programs, attached while this lives, and the flows that they know.
@@ -238,48 +361,6 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads the programs and attaches them to a cgroup. `resolvers` and `prefixes` are as in [`destinations`], and
-    /// `own` are the box's addresses beside loopback's.
-    ///
-    /// # Errors
-    /// If the kernel refuses the programs or their maps, or to attach them.
-    pub fn attach(
-        cgroup: BorrowedFd<'_>,
-        extent: Extent,
-        resolvers: &[Ipv6Addr],
-        prefixes: &[Prefix],
-        own: Vec<IpAddr>,
-    ) -> Result<Self, String> {
-        let object = extent.object(!resolvers.is_empty());
-        let programs = object.programs.iter().filter(|program| extent.includes(program.name));
-        let mut maps = Maps::create(object, programs.clone())?;
-        // Open until the programs that refer to it are loaded.
-        let known = maps.take::<PREFIX_LEN, DESTINATION_LEN>("destinations")?;
-        if let Some(known) = &known {
-            for (prefix, destination) in destinations(resolvers, prefixes) {
-                known
-                    .set(&prefix, &destination, Write::Any)
-                    .map_err(|e| format!("fill the map destinations of the BPF programs: {e}"))?;
-            }
-        }
-        let links = programs
-            .map(|program| {
-                let loaded = bpf::load_program(program, object.license, &maps.descriptors)
-                    .map_err(|e| format!("load the BPF program {}: {e}", program.name))?;
-                bpf::attach_to_cgroup(loaded.as_fd(), cgroup, program.attach_type)
-                    .map_err(|e| format!("attach the BPF program {}: {e}", program.name))
-            })
-            .collect::<Result<_, String>>()?;
-        Ok(Programs {
-            _links: links,
-            connected: maps.take("flows")?.ok_or("the BPF programs have no map flows")?,
-            datagrams: maps.take("datagram_flows")?,
-            clients: maps.take("clients")?,
-            own,
-            events: maps.take_events()?,
-        })
-    }
-
     /// Where a flow wanted to go; `None` for one that is forgotten, as TCP's are with their sockets.
     pub fn original(&self, id: Id) -> Option<Original> {
         let raw = if id.is_datagram() {
@@ -401,25 +482,40 @@ struct Maps {
 }
 
 impl Maps {
-    fn create<'a>(
-        object: &ObjectDefinition,
-        programs: impl Iterator<Item = &'a ProgramDefinition> + Clone,
-    ) -> Result<Self, String> {
-        let created = object
-            .maps
-            .iter()
-            .enumerate()
-            .map(|(index, definition)| {
-                let is_used = definition.name == EVENTS
-                    || programs.clone().any(|program| program.maps.contains(&index));
-                is_used.then(|| bpf::create_map(definition)).transpose().map_err(|e| {
+    fn create(object: &ObjectDefinition, extent: Extent) -> Result<Self, String> {
+        let mut failed = None;
+        let maps = Maps::of(object, |definition| {
+            let create = || {
+                bpf::create_map(definition).map_err(|e| {
                     format!("create the map {} of the BPF programs: {e}", definition.name)
                 })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+            };
+            extent
+                .uses(object, definition)
+                .then(create)
+                .transpose()
+                .map_err(|e| failed = Some(e))
+                .ok()
+        });
+        maps.ok_or_else(|| failed.unwrap_or_default())
+    }
+
+    /// The object's maps, each of which `map` makes, unless it is not needed; `None` if it makes none of one that is.
+    fn of(
+        object: &ObjectDefinition,
+        map: impl FnMut(&'static MapDefinition) -> Option<Option<Created>>,
+    ) -> Option<Self> {
+        let created = object.maps.iter().map(map).collect::<Option<Vec<_>>>()?;
         let descriptor = |map: &Option<Created>| map.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let descriptors = created.iter().map(descriptor).collect();
-        Ok(Maps { created, definitions: object.maps, descriptors })
+        Some(Maps { created, definitions: object.maps, descriptors })
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        let created =
+            self.created.iter().map(|map| map.as_ref().map(Created::try_clone).transpose());
+        let created = created.collect::<Result<_, _>>()?;
+        Ok(Maps { created, definitions: self.definitions, descriptors: self.descriptors.clone() })
     }
 
     fn take_created(&mut self, name: &str) -> Option<Created> {
