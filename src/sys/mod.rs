@@ -263,6 +263,17 @@ pub fn next_signal(file: &File) -> Option<i32> {
     }
 }
 
+/// The time since 1970 of the clock by which the kernel gives files their times: its last tick
+/// (clock_gettime(2), `CLOCK_REALTIME_COARSE`). 1970 itself if there is none.
+pub fn file_clock() -> Duration {
+    // SAFETY: an all-zero timespec is valid, and lives on this stack.
+    unsafe {
+        let mut now: libc::timespec = zeroed();
+        libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut now);
+        Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+    }
+}
+
 /// A non-blocking timer that is readable at every `interval`, and when the wall clock is set or
 /// makes a jump, as after the host's sleep (timerfd_create(2), `TFD_TIMER_CANCEL_ON_SET`).
 ///

@@ -1,6 +1,8 @@
 //! Serves one share to one guest, by the virtiofsd crate, in a process that is confined already. A crate of its own,
 //! because virtiofsd's are other versions of the crates that mote uses.
 
+mod unchanged;
+
 use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, Passthro
 use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::unchanged::Unchanged;
+
 /// Version of virtiofsd.
 pub const VERSION: &str = "1.14.0";
 
@@ -24,7 +28,7 @@ pub const VERSION: &str = "1.14.0";
 /// reads there. The host's own `trusted.*` are not the guest's. The rest is as it is.
 pub const ATTRIBUTES: &str = ":map:trusted.:user.virtiofs.:";
 
-/// How long the guest may believe what it knows of a file (`--cache=auto`).
+/// How long the guest may believe what it knows of a file's name and attributes, without asking again.
 const BELIEVED: Duration = Duration::from_secs(1);
 
 /// Descriptors that virtiofsd may need for itself: one for each region of guest memory that there can be, and some.
@@ -41,6 +45,8 @@ pub struct Share {
     pub descriptors: File,
     /// This process's limit on open files.
     pub open_files: u64,
+    /// The clock by which the host's kernel gives files their times, since 1970 (`CLOCK_REALTIME_COARSE`).
+    pub clock: fn() -> Duration,
 }
 
 /// Serves a share to the one client that connects, until that goes. Errors that the library only logs go to stderr, a
@@ -51,13 +57,13 @@ pub struct Share {
 pub fn serve(listener: UnixListener, share: Share) -> Result<(), String> {
     // Fails only if there is a logger, which mote has none of.
     let _ = log::set_logger(&Stderr).map(|()| log::set_max_level(log::LevelFilter::Error));
-    let read_only = share.read_only;
+    let (read_only, clock) = (share.read_only, share.clock);
     let config = config(share)?;
     let failed = |error: std::io::Error| format!("serve the directory: {error}");
     if read_only {
-        run(PassthroughFsRo::new(config).map_err(failed)?, listener)
+        run(Unchanged::new(PassthroughFsRo::new(config).map_err(failed)?, clock), listener)
     } else {
-        run(PassthroughFs::new(config).map_err(failed)?, listener)
+        run(Unchanged::new(PassthroughFs::new(config).map_err(failed)?, clock), listener)
     }
 }
 
@@ -71,6 +77,7 @@ fn config(share: Share) -> Result<Config, String> {
     Ok(Config {
         entry_timeout: BELIEVED,
         attr_timeout: BELIEVED,
+        // What may be kept from one open to the next, `Unchanged` decides.
         cache_policy: CachePolicy::Auto,
         root_dir: share.directory,
         xattr: true,

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 """Files side by side: what programs do to a file system (files.c), in a box of mote's and in Debian's QEMU microvm with
-virtiofsd, with the same kernel, memory and cache policy, by turns in one run. `make bench-fs` runs this. Beside them, as
+virtiofsd, with the same kernel, memory and time-outs, by turns in one run. `make bench-fs` runs this. Beside them, as
 what the guest's kernel costs by itself, the same box on a tmpfs of its own.
 
 The host's files are in its memory, so that the way to them is measured, and no disk. As `make bench`, it measures time

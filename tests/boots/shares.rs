@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::common::TestBox;
+use crate::processes::virtiofsd_of;
 
 /// An ext4 file system of its own below a test's directory: what others can do with attributes depends on where
 /// tests run (tmpfs has none of users before Linux 6.6).
@@ -68,6 +69,55 @@ fn shares_can_be_mounted_by_their_tags() {
     assert!(ran.console.contains("refused\n"), "{}", ran.console);
     assert_eq!(fs::read_to_string(test.path("out/data/new")).expect("written"), "new\n");
     assert!(!test.path(&format!("out/{long_tag}/new")).exists());
+}
+
+/// How many bytes the virtiofsd of a box's root has read.
+fn bytes_served(test: &TestBox) -> u64 {
+    let pids = virtiofsd_of(&test.path("root"));
+    let read = |pid: u32| {
+        let io = fs::read_to_string(format!("/proc/{pid}/io")).expect("io");
+        let line = io.lines().find_map(|line| line.strip_prefix("rchar: ")).expect("rchar");
+        line.parse::<u64>().expect("a number")
+    };
+    pids.into_iter().map(read).sum()
+}
+
+#[test]
+fn a_file_that_has_not_changed_is_read_once() {
+    let len = 4_u64 << 20;
+    let test = TestBox::busybox();
+    fs::write(test.path("root/large"), vec![b'x'; len as usize]).expect("file");
+    let (test, started) = test.idle();
+    let sum = || client::shell(&test, "sha256sum </large");
+    let first = sum();
+    let before = bytes_served(&test);
+    assert!(before > len, "{before}");
+    // The first open of a file that has just been written may be followed by one that is not believed either.
+    sum();
+    let before = bytes_served(&test);
+    for _ in 0..4 {
+        assert_eq!(sum(), first);
+    }
+    let read = bytes_served(&test) - before;
+    assert!(read < len / 4, "{read} bytes were read again");
+    started.stop();
+}
+
+/// Whoever changes it: the same number of bytes, in place, at once after the guest has read it.
+#[test]
+fn a_change_on_the_host_shows_when_a_file_is_opened() {
+    let test = TestBox::busybox();
+    let file = test.path("root/file");
+    fs::write(&file, "0000").expect("file");
+    let (test, started) = test.idle();
+    for number in 1..=40 {
+        let text = format!("{number:04}");
+        fs::write(&file, &text).expect("file");
+        assert_eq!(client::shell(&test, "cat /file"), text);
+        // From its second time on, what is unchanged is kept.
+        assert_eq!(client::shell(&test, "cat /file; cat /file"), format!("{text}{text}"));
+    }
+    started.stop();
 }
 
 #[test]

@@ -67,7 +67,8 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     let confined = virtiofsd::confine_virtiofsd(isolation, &directory, read_only, open_files)?;
     let directory = confined.directory.to_str().context("the share's path is no UTF-8")?.into();
     let (descriptors, open_files) = (confined.descriptors, confined.open_files);
-    let share = mote_virtiofsd::Share { directory, read_only, descriptors, open_files };
+    let clock = sys::file_clock;
+    let share = mote_virtiofsd::Share { directory, read_only, descriptors, open_files, clock };
     mote_virtiofsd::serve(listener, share).map_err(|error| anyhow!(error))
 }
 
