@@ -314,9 +314,14 @@ impl ReportFile {
     }
 }
 
+/// For how many descriptors there is room from the start on, at eight bytes of the kernel's each: for some hundred
+/// connections. Many more cost a wait each time that their number doubles.
+const DESCRIPTORS: u16 = 1024;
+
 fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Result<Record> {
     let signals = Rc::new(Signals::block()?);
     sys::process::raise_open_file_limit();
+    sys::process::reserve_descriptors(DESCRIPTORS);
     // A core dump would hold the guest's memory: nobody gets a copy of that.
     sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::confine::share_heap();

@@ -118,6 +118,10 @@ pub fn run(
         }
     };
     let mut state = state.borrow_mut();
+    // All of them, and they end while the VM does, before each is waited for.
+    for backend in &state.served.backends {
+        backend.kill();
+    }
     if let Some(at) = state.served.first_output.get().copied() {
         state.timeline.mark_at("first_output", at);
     }

@@ -242,6 +242,21 @@ pub fn raise_open_file_limit() {
     }
 }
 
+/// Makes room for this many descriptors in this process's table. The kernel doubles a full one, and where a process has
+/// threads it waits then until no processor may still look at the old one (fs/file.c, `expand_fdtable`): for some
+/// milliseconds in which the thread does nothing else. So this must be called while there is one thread. A limit on open files
+/// that is lower is no error.
+pub fn reserve_descriptors(count: u16) {
+    let last = libc::c_int::from(count) - 1;
+    // SAFETY: plain system calls; std has seen to it that standard error is open, and nothing owns the duplicate.
+    unsafe {
+        let duplicate = libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, last);
+        if duplicate >= 0 {
+            libc::close(duplicate);
+        }
+    }
+}
+
 /// Forks a process under this name that does `work` and ends, and returns its number. It is a child of
 /// this one, but in a session of its own, with no descriptors but those to `keep`, and with memory that
 /// other processes of the user cannot read. Signals that are blocked in this thread are blocked in the

@@ -127,6 +127,12 @@ impl Virtiofsd {
         self.server.iter().chain([&self.ended])
     }
 
+    /// Kills it, and does not wait for its end. One that has ended is no error.
+    pub fn kill(&self) {
+        // The server too: under an attacker's control it may not end with its parent.
+        self.processes().for_each(sys::process::kill_process);
+    }
+
     /// A descriptor that is readable when virtiofsd has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
@@ -181,10 +187,10 @@ impl Virtiofsd {
 
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
-        // Killing a process that has ended is no error. The server is killed too: under an attacker's
-        // control it may not end with its parent.
-        self.processes().for_each(sys::process::kill_process);
-        // Waits for the processes, its child too, so that none is left as a zombie.
+        self.kill();
+        // Waits for the processes, its child too, so that none is left as a zombie. First by the descriptor, which wakes
+        // this at once: `reap` looks from time to time.
+        let _ = sys::poll([Interest::read(&self.ended)], Some(REAP_LIMIT));
         sys::process::reap(self.pid, REAP_LIMIT);
     }
 }

@@ -16,6 +16,10 @@ use crate::sys;
 /// The name under which mote is a virtiofsd.
 pub const NAME: &str = "virtiofsd";
 
+/// For how many open files there is room from the start on, at eight bytes of the kernel's each: virtiofsd keeps those
+/// open that the guest knows.
+const DESCRIPTORS: u16 = 4096;
+
 const READ_ONLY: &str = "read-only";
 const READ_WRITE: &str = "read-write";
 
@@ -67,6 +71,7 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     let confined = virtiofsd::confine_virtiofsd(isolation, &directory, read_only, open_files)?;
     let directory = confined.directory.to_str().context("the share's path is no UTF-8")?.into();
     let (descriptors, open_files) = (confined.descriptors, confined.open_files);
+    sys::process::reserve_descriptors(DESCRIPTORS);
     let clock = sys::file_clock;
     let share = mote_virtiofsd::Share { directory, read_only, descriptors, open_files, clock };
     mote_virtiofsd::serve(listener, share).map_err(|error| anyhow!(error))
