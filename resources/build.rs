@@ -82,8 +82,12 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     else {
         return Err("main.json has no filters 'outgoing' and 'answers'".into());
     };
+    // What several virtiofsd may do beside, until each is confined.
+    let starter = filters.remove("starter").ok_or("virtiofsd.json has no filter 'starter'")?;
+    let virtiofsd = filters.get("virtiofsd").ok_or("virtiofsd.json has no filter 'virtiofsd'")?;
+    let started = later_program(virtiofsd, &starter)?;
     let mut add = |to: &str, more: &Value, name: &str| -> Result<(), Box<dyn Error>> {
-        let mut both = filters.get(to).ok_or("main.json has no filter 'main'")?.clone();
+        let mut both = filters.get(to).ok_or("there is no filter to add to")?.clone();
         let more = more["filter"].as_array().cloned().unwrap_or_default();
         both["filter"].as_array_mut().ok_or("a filter has rules")?.extend(more);
         filters.insert(name.into(), both);
@@ -92,9 +96,12 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     add("main", &outgoing, "main-outgoing")?;
     add("main", &answers, "main-answers")?;
     add("main-outgoing", &answers, "main-outgoing-answers")?;
+    add("virtiofsd", &starter, "virtiofsd-starter")?;
 
-    for (name, filter) in &filters {
-        let bytes: Vec<u8> = searching_program(filter)?
+    let programs = filters.iter().map(|(name, filter)| Ok((&**name, searching_program(filter)?)));
+    let programs: Result<Vec<_>, Box<dyn Error>> = programs.collect();
+    for (name, program) in programs?.into_iter().chain([("virtiofsd-started", started)]) {
+        let bytes: Vec<u8> = program
             .iter()
             .flat_map(|i| {
                 let [c0, c1] = i.code.to_le_bytes();
@@ -119,6 +126,50 @@ struct Leaf {
 /// other, and the kernel walks that for each number there is when the filter is put in place. It also translates all
 /// of it then, so it is short.
 fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
+    let Compiled { head, leaves, verdicts } = compiled(filter)?;
+    Ok([head, search(&leaves, &verdicts)?].concat())
+}
+
+/// A filter for a thread that has the one of `for_all` and `before` together. It permits everything but the calls of
+/// `before`, and of these what `for_all` permits, so that both filters permit what `for_all` does.
+fn later_program(for_all: &Value, before: &Value) -> Result<BpfProgram, Box<dyn Error>> {
+    let Compiled { head, leaves, verdicts } = compiled(before)?;
+    let [allowed, refused] = &verdicts[..] else { return Err("there are two verdicts".into()) };
+    let mut permitted = compiled(for_all)?.leaves;
+    let mut exceptions = Vec::new();
+    for Leaf { number, .. } in leaves {
+        let known = permitted.iter().position(|leaf| leaf.number == number);
+        let body = known.map_or_else(|| vec![refused.clone()], |at| permitted.swap_remove(at).body);
+        if !body.is_empty() {
+            exceptions.push(Leaf { number, body });
+        }
+    }
+    Ok([head, except(&exceptions, allowed)?].concat())
+}
+
+/// The tree for these calls, of which there is at least one; others are allowed.
+fn except(leaves: &[Leaf], allowed: &sock_filter) -> Result<BpfProgram, Box<dyn Error>> {
+    if let [Leaf { number, body }] = leaves {
+        let mut leaf = vec![jump(JUMP_IF_EQUAL, *number, 0, u8::try_from(body.len())?)];
+        leaf.extend_from_slice(body);
+        leaf.push(allowed.clone());
+        return Ok(leaf);
+    }
+    let (low, high) = leaves.split_at(leaves.len() / 2);
+    halves(except(low, allowed)?, high[0].number, except(high, allowed)?)
+}
+
+/// A filter's parts.
+struct Compiled {
+    /// Checks the architecture and loads the call's number.
+    head: BpfProgram,
+    /// In the order of their numbers.
+    leaves: Vec<Leaf>,
+    /// What is done with a call that is allowed, and with others.
+    verdicts: BpfProgram,
+}
+
+fn compiled(filter: &Value) -> Result<Compiled, Box<dyn Error>> {
     let rules = filter["filter"].as_array().ok_or("a filter has rules")?;
     let mut calls = BTreeMap::<&str, Vec<&Value>>::new();
     for rule in rules {
@@ -129,7 +180,6 @@ fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
     // load the number, and are the same for all.
     let mut head = BpfProgram::new();
     let mut leaves = Vec::new();
-    // What is done with a call that is allowed, and with others.
     let mut verdicts = BpfProgram::new();
     for rules in calls.into_values() {
         let mut alone = filter.clone();
@@ -152,7 +202,7 @@ fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
         leaves.push(Leaf { number, body });
     }
     leaves.sort_unstable_by_key(|leaf| leaf.number);
-    Ok([head, search(&leaves, &verdicts)?].concat())
+    Ok(Compiled { head, leaves, verdicts })
 }
 
 /// Most calls that share their verdicts: conditional jumps are short.
@@ -170,11 +220,19 @@ fn search(leaves: &[Leaf], verdicts: &[sock_filter]) -> Result<BpfProgram, Box<d
         return Ok(leaf);
     }
     let (low, high) = leaves.split_at(leaves.len() / 2);
-    let (low_code, high_code) = (search(low, verdicts)?, search(high, verdicts)?);
+    halves(search(low, verdicts)?, high[0].number, search(high, verdicts)?)
+}
+
+/// One program for numbers below a number, and one for those from it on.
+fn halves(
+    low_code: BpfProgram,
+    from: u32,
+    high_code: BpfProgram,
+) -> Result<BpfProgram, Box<dyn Error>> {
     let mut code = match u8::try_from(low_code.len()) {
-        Ok(skipped) => vec![jump(JUMP_IF_AT_LEAST, high[0].number, skipped, 0)],
+        Ok(skipped) => vec![jump(JUMP_IF_AT_LEAST, from, skipped, 0)],
         Err(_) => vec![
-            jump(JUMP_IF_AT_LEAST, high[0].number, 0, 1),
+            jump(JUMP_IF_AT_LEAST, from, 0, 1),
             jump(JUMP, u32::try_from(low_code.len())?, 0, 0),
         ],
     };

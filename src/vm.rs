@@ -305,16 +305,9 @@ fn connect_network(
 }
 
 fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
-    let mut backends = Vec::new();
-    let mut connections = Vec::new();
-    for share in &plan.shares {
-        let isolation = plan.sandbox.isolation;
-        let (backend, connection) =
-            Virtiofsd::spawn(plan.virtiofsd.as_deref(), share, isolation, plan.memory_bytes)?;
-        backends.push(backend);
-        connections.push(connection);
-    }
-    Ok((backends, connections))
+    let (named, isolation) = (plan.virtiofsd.as_deref(), plan.sandbox.isolation);
+    let started = Virtiofsd::start_all(named, &plan.shares, isolation, plan.memory_bytes)?;
+    Ok(started.into_iter().unzip())
 }
 
 /// The VM as KVM has it, and its RAM.

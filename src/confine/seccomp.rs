@@ -41,6 +41,10 @@ pub enum ThreadKind {
     Virtiofsd,
     /// All threads of the process whose VM becomes a template.
     Maker,
+    /// The only thread of the process that becomes several of these: it may also confine them.
+    VirtiofsdStarter,
+    /// What the starter's copies are refused beside: together with its filter, all but what [`ThreadKind::Virtiofsd`] may.
+    VirtiofsdStarted,
 }
 
 impl ThreadKind {
@@ -70,6 +74,12 @@ impl ThreadKind {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/virtiofsd.bpf"))
             }
             ThreadKind::Maker => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/maker.bpf")),
+            ThreadKind::VirtiofsdStarter => {
+                include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/virtiofsd-starter.bpf"))
+            }
+            ThreadKind::VirtiofsdStarted => {
+                include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/virtiofsd-started.bpf"))
+            }
         };
         // `struct sock_filter` (include/uapi/linux/filter.h), as the build script wrote it.
         let instructions = bytes.as_chunks::<8>().0.iter();
@@ -107,6 +117,8 @@ mod tests {
             .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
         let helpers =
             [ThreadKind::Logs, ThreadKind::Switch, ThreadKind::Virtiofsd, ThreadKind::Maker];
+        let starters = [ThreadKind::VirtiofsdStarter, ThreadKind::VirtiofsdStarted];
+        let helpers = helpers.into_iter().chain(starters);
         let others = [ThreadKind::Vcpu, ThreadKind::Output].into_iter().chain(helpers);
         for kind in mains.into_iter().chain(others) {
             let program = kind.program();

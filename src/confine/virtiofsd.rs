@@ -10,6 +10,10 @@
 //!  4  the filter of all its threads ([`ThreadKind::Virtiofsd`])
 //! ```
 //!
+//! Several of one box share what does not depend on the share: one process makes the network namespace (and user namespace),
+//! loads their filter, and copies itself for each, in a pid namespace of its own again. A second filter of the copy refuses
+//! what the first one permits for step 2.
+//!
 //! Where there are no namespaces, step 2 is Landlock, with a chroot where that is permitted. A named one is given the
 //! same share, and enters its own sandbox then.
 
@@ -68,21 +72,10 @@ pub fn confine_virtiofsd(
     read_only: bool,
     open_files: u64,
 ) -> Result<Confined<'_>> {
-    sudden_end::report(None)?;
-    confine::limit_open_files_anew(open_files).context("limit open files")?;
-    let open_files = confine::open_files().context("ask for the limit on open files")?;
-    confine::share_heap();
+    let open_files = limit_resources(open_files)?;
     let (directory, descriptors) = if isolation.user_namespace().is_some() {
-        let path = CString::new(directory.as_os_str().as_bytes())?;
-        if isolation == Isolation::Namespaces {
-            confine::drop_groups().context("give up other groups")?;
-        }
-        let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWNET;
-        confine::unshare(namespaces).context("make mount and network namespaces")?;
-        confine::detach_mounts().context("detach the mounts")?;
-        let descriptors = confine::own_descriptors_alone().context("keep /proc/self/fd alone")?;
-        confine::enter_share(&path, read_only).context("make the share the root")?;
-        (Path::new("/"), descriptors)
+        leave_groups_and_network(isolation)?;
+        (Path::new("/"), enter_share(directory, read_only)?)
     } else {
         let descriptors = confine::own_descriptors().context("open /proc/self/fd")?;
         if isolation == Isolation::Landlock {
@@ -104,6 +97,59 @@ pub fn confine_virtiofsd(
         seccomp::confine_thread("virtiofsd", ThreadKind::Virtiofsd)?;
     }
     Ok(Confined { directory, descriptors, open_files })
+}
+
+/// The first steps of several virtiofsd of one box, taken once, by the process whose copies they become: all that does
+/// not depend on the share. What [`confine_copy`] still calls is permitted until then. Returns the limit on open files.
+///
+/// # Errors
+/// The host refuses a step that it had permitted when the plan was made.
+pub fn confine_starter(isolation: Isolation, open_files: u64) -> Result<u64> {
+    let open_files = limit_resources(open_files)?;
+    leave_groups_and_network(isolation)?;
+    confine::no_new_privileges().context("forgo new privileges")?;
+    seccomp::confine_thread("virtiofsd", ThreadKind::VirtiofsdStarter)?;
+    Ok(open_files)
+}
+
+/// The other steps, for one share, in a copy of that process in a pid namespace of its own. Its two filters together permit
+/// what that of [`confine_virtiofsd`] permits.
+///
+/// # Errors
+/// The host refuses a step that it had permitted when the plan was made.
+pub fn confine_copy(
+    directory: &Path,
+    read_only: bool,
+    open_files: u64,
+) -> Result<Confined<'static>> {
+    let descriptors = enter_share(directory, read_only)?;
+    confine::drop_capabilities_but(served_with(read_only)).context("drop capabilities")?;
+    seccomp::confine_thread("virtiofsd", ThreadKind::VirtiofsdStarted)?;
+    Ok(Confined { directory: Path::new("/"), descriptors, open_files })
+}
+
+fn limit_resources(open_files: u64) -> Result<u64> {
+    sudden_end::report(None)?;
+    confine::limit_open_files_anew(open_files).context("limit open files")?;
+    confine::share_heap();
+    confine::open_files().context("ask for the limit on open files")
+}
+
+fn leave_groups_and_network(isolation: Isolation) -> Result<()> {
+    if isolation == Isolation::Namespaces {
+        confine::drop_groups().context("give up other groups")?;
+    }
+    confine::unshare(libc::CLONE_NEWNET).context("make a network namespace")
+}
+
+/// Makes a share the root, and the only mount, of this process. Returns its `/proc/self/fd`.
+fn enter_share(directory: &Path, read_only: bool) -> Result<File> {
+    let path = CString::new(directory.as_os_str().as_bytes())?;
+    confine::unshare(libc::CLONE_NEWNS).context("make a mount namespace")?;
+    confine::detach_mounts().context("detach the mounts")?;
+    let descriptors = confine::own_descriptors_alone().context("keep /proc/self/fd alone")?;
+    confine::enter_share(&path, read_only).context("make the share the root")?;
+    Ok(descriptors)
 }
 
 /// Landlock rules that allow virtiofsd its share, and to open a file again (/proc/self/fd); no network, and no signals

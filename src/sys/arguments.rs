@@ -10,6 +10,31 @@ unsafe extern "C" {
     static program_invocation_name: *mut libc::c_char;
 }
 
+/// Shows these words in place of the arguments, in /proc/PID/cmdline, and zeros behind them. They must be shorter together.
+/// Nothing may ask for the arguments any more. Must be called before there are threads. Returns whether it could.
+pub fn replace(words: &[&[u8]]) -> bool {
+    let words: Vec<u8> = words.iter().flat_map(|word| word.iter().chain(&[0])).copied().collect();
+    let mut arguments = Vec::new();
+    for argument in std::env::args_os() {
+        arguments.extend_from_slice(argument.as_bytes());
+        arguments.push(0);
+    }
+    // SAFETY: glibc sets the pointer before `main`, and nothing changes it.
+    let at: *mut u8 = unsafe { program_invocation_name }.cast();
+    // SAFETY: as in `erase`, which looks at the same bytes in the same order: reading stops at the first that differs.
+    let is_there =
+        unsafe { arguments.iter().enumerate().all(|(index, byte)| *at.add(index) == *byte) };
+    if !is_there || words.len() > arguments.len() {
+        return false;
+    }
+    // SAFETY: all these bytes have just been read; the initial stack is writable, and nobody looks there any more.
+    unsafe {
+        ptr::copy_nonoverlapping(words.as_ptr(), at, words.len());
+        ptr::write_bytes(at.add(words.len()), 0, arguments.len() - words.len());
+    }
+    true
+}
+
 /// Overwrites every argument that ends with this text by zeros, so that nobody reads it in
 /// /proc/PID/cmdline; processes that are forked afterwards show zeros too. Must be called before there
 /// are threads. Returns whether there was such an argument.

@@ -63,7 +63,7 @@ pub const INHERITED_FD: RawFd = 3;
 const ENVIRONMENT: &CStr = c"RUST_MIN_STACK=1048576";
 
 /// Executes this program again as a child with these arguments, of which the first is its name, in new `namespaces`
-/// beside its parent's. It finds `inherited` as [`INHERITED_FD`], has `stderr` as its standard error, and the other
+/// beside its parent's. It finds `inherited` from [`INHERITED_FD`] on, has `stderr` as its standard error, and the other
 /// standard streams are empty; of its parent's environment it has nothing. In a new user namespace its user and group do not change, and it
 /// has these `capabilities` there, a bit for each. Returns its number and a [`process_file`].
 ///
@@ -73,7 +73,7 @@ const ENVIRONMENT: &CStr = c"RUST_MIN_STACK=1048576";
 /// Those of clone(2). If the child cannot go on, it says why on `stderr`, and ends.
 pub fn start_again(
     arguments: &[CString],
-    inherited: BorrowedFd<'_>,
+    inherited: &[BorrowedFd<'_>],
     stderr: BorrowedFd<'_>,
     namespaces: Namespaces,
     capabilities: Capabilities,
@@ -99,7 +99,7 @@ pub fn start_again(
             // SAFETY: plain system call on an open descriptor; nothing owns the standard streams.
             check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
         }
-        hand_on(inherited.as_raw_fd())?;
+        hand_all_on(inherited)?;
         let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).collect();
         pointers.push(ptr::null());
         let environment = [ENVIRONMENT.as_ptr(), ptr::null()];
@@ -127,6 +127,65 @@ fn hand_on(fd: RawFd) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives descriptors the numbers from [`INHERITED_FD`] on, and has them stay open on exec.
+fn hand_all_on(inherited: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if let [one] = inherited {
+        return hand_on(one.as_raw_fd());
+    }
+    // First out of the way of one another. What else has these numbers is not used any more: a program is executed next.
+    let above = INHERITED_FD + inherited.len() as RawFd;
+    let mut copies = Vec::with_capacity(inherited.len());
+    for fd in inherited {
+        // SAFETY: plain system call on an open descriptor.
+        copies.push(check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, above) })?);
+    }
+    for (number, copy) in (INHERITED_FD..).zip(copies) {
+        // SAFETY: plain system call on an open descriptor.
+        check(unsafe { libc::dup2(copy, number) })?;
+    }
+    Ok(())
+}
+
+/// Goes on in a copy of this process, in new `namespaces` beside its own: a child of this one's parent, not of this one.
+/// Returns the copy's number here, and `None` in the copy.
+///
+/// Must be called while there is one thread. glibc does not learn of it, and takes the copy's thread for its original where
+/// it asks for no number: neither can send itself a signal by glibc (raise(3)), and an abort ends it all the same.
+///
+/// # Errors
+/// Those of clone(2).
+pub fn copy_beside(namespaces: Namespaces) -> io::Result<Option<u32>> {
+    let flags = namespaces | libc::CLONE_PARENT | libc::SIGCHLD;
+    // SAFETY: no memory is shared and no pointer passed; there is one thread, so no lock is held by another.
+    let pid = check(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as libc::c_int })?;
+    Ok((pid > 0).then_some(pid as u32))
+}
+
+/// Leaves this process two of the descriptors that it was started with: the one at this place among them as
+/// [`INHERITED_FD`], and the next as its standard error. Everything else but the standard streams is closed.
+///
+/// Must be called when nothing owns a descriptor.
+///
+/// # Errors
+/// Those of dup2(2) and close_range(2).
+pub fn keep_inherited(place: usize) -> io::Result<()> {
+    let first = INHERITED_FD + place as RawFd;
+    // SAFETY: plain system calls; by this function's contract nothing owns what is closed.
+    unsafe {
+        check(libc::dup2(first + 1, libc::STDERR_FILENO))?;
+        check(libc::dup2(first, INHERITED_FD))?;
+        let (from, to) = (INHERITED_FD as libc::c_uint + 1, libc::c_uint::MAX);
+        check(libc::syscall(libc::SYS_close_range, from, to, 0) as libc::c_int)?;
+    }
+    Ok(())
+}
+
+/// The pipe that this process was started with at this place among its descriptors. Must be called once for each.
+pub fn inherited_pipe(place: usize) -> File {
+    // SAFETY: by this function's contract nobody owns the number; a file that is not open fails when it is used.
+    unsafe { File::from_raw_fd(INHERITED_FD + place as RawFd) }
 }
 
 /// The socket that this process was started with as [`INHERITED_FD`]. Must be called once.

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::client;
 use crate::common::{Finished, Started, TestBox, eventually, executable, mote};
-use crate::processes::{children_of, name_of, processes_with, virtiofsd_of};
+use crate::processes::{children_of, descriptors_of, name_of, processes_with, virtiofsd_of};
 use crate::traced;
 
 /// A box of two vCPUs that has said `ready`.
@@ -136,6 +136,55 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
         }
     }
     started.stop();
+}
+
+/// A box with two more shares, `first` and a read-only `second`.
+fn with_shares() -> TestBox {
+    let test = TestBox::busybox();
+    let shares = [("first", false), ("second", true)].map(|(tag, read_only)| {
+        let path = test.path(tag);
+        fs::create_dir(&path).expect("directory");
+        json!({ "tag": tag, "host_path": path, "read_only": read_only })
+    });
+    test.shell("echo ready; exec sleep 10000")
+        .without_console_file()
+        .with("fs_mounts", json!(shares))
+}
+
+/// They are copies of one process, and have nothing of one another.
+#[test]
+fn several_virtiofsd_are_apart_from_one_another() {
+    for user in [false, true] {
+        let test = with_shares();
+        let mut command = if user { unprivileged(&test, true) } else { test.mote() };
+        let mut started = test.start_by(&mut command);
+        started.wait_for_line("ready");
+        let (mut namespaces, mut open) = (BTreeSet::new(), BTreeSet::new());
+        for name in ["root", "first", "second"] {
+            let path = test.path(name);
+            let [pid] = virtiofsd_of(&path)[..] else { panic!("one process for {name}") };
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+            for line in ["Name:\tvirtiofsd", "Seccomp:\t2", "NoNewPrivs:\t1"] {
+                assert!(status.contains(&format!("{line}\n")), "no {line} in {status}");
+            }
+            let inside = PathBuf::from(format!("/proc/{pid}/root"));
+            let (seen, shared) =
+                (fs::metadata(&inside).expect("it"), fs::metadata(&path).expect("it"));
+            assert_eq!((seen.dev(), seen.ino()), (shared.dev(), shared.ino()));
+            let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mounts");
+            assert_eq!(mounts.lines().count(), 1, "{mounts}");
+            for kind in ["pid", "mnt"] {
+                assert!(namespaces.insert(namespace(&pid.to_string(), kind)), "{name}: {kind}");
+            }
+            assert_ne!(namespace(&pid.to_string(), "net"), namespace("self", "net"));
+            for (fd, what) in descriptors_of(pid) {
+                let is_own = !what.starts_with("socket:") && !what.starts_with("pipe:");
+                assert!(is_own || open.insert(what.clone()), "{name} has {fd}, {what}, of another");
+            }
+        }
+        assert_eq!(client::shell(&test, "echo served"), "served\n");
+        assert_eq!(started.stop().stderr, "", "user: {user}");
+    }
 }
 
 #[test]

@@ -80,31 +80,52 @@ pub struct Virtiofsd {
 }
 
 impl Virtiofsd {
-    /// Starts the daemon for a share, mote's own or the program that is `named`, for a guest with this much memory.
-    /// Returns it with the vhost-user connection, which it may not have accepted yet. Must be called while there is one
+    /// Starts the daemons of a box's shares, mote's own or the program that is `named`, for a guest with this much memory.
+    /// Returns each with its vhost-user connection, which it may not have accepted yet. Must be called while there is one
     /// thread.
     ///
     /// # Errors
     /// The program cannot be started, or the host cannot confine it.
-    pub fn spawn(
+    pub fn start_all(
         named: Option<&Path>,
-        share: &Share,
+        shares: &[Share],
         isolation: Isolation,
         memory_bytes: u64,
-    ) -> Result<(Virtiofsd, UnixStream)> {
-        let (listener, connection) =
-            sys::socket::connected_listener().context("create the vhost-user socket")?;
+    ) -> Result<Vec<(Virtiofsd, UnixStream)>> {
         let open_files = memory_bytes / INODE_LEN;
         let open_files = open_files.clamp(*OPEN_FILES.start(), *OPEN_FILES.end());
-        let (directory, read_only) = (share.host_path.as_path(), share.read_only);
-        let task = Task { directory, read_only, isolation, open_files };
-        let Started { pid, stderr, ended } = match named {
-            Some(program) => named::start(program, &task, listener.as_fd())?,
-            None => server::start(&task, listener.as_fd()).context("start virtiofsd")?,
+        let tasks = shares.iter().map(|share| Task {
+            directory: &share.host_path,
+            read_only: share.read_only,
+            isolation,
+            open_files,
+        });
+        let tasks: Vec<_> = tasks.collect();
+        let sockets = shares.iter().map(|_| sys::socket::connected_listener());
+        let sockets = sockets.collect::<io::Result<Vec<_>>>();
+        let (listeners, connections): (Vec<_>, Vec<_>) =
+            sockets.context("create the vhost-user sockets")?.into_iter().unzip();
+        let listeners: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+        let started = match named {
+            None if tasks.len() > 1 && isolation.user_namespace().is_some() => {
+                server::start_several(&tasks, &listeners).context("start virtiofsd")?
+            }
+            _ => {
+                let each = tasks.iter().zip(&listeners).map(|(task, listener)| match named {
+                    Some(program) => named::start(program, task, *listener),
+                    None => server::start(task, *listener).context("start virtiofsd"),
+                });
+                each.collect::<Result<_>>()?
+            }
         };
-        sys::set_nonblocking(&stderr).context("prepare virtiofsd's standard error")?;
-        let share = describe(share);
-        Ok((Virtiofsd { pid, ended, server: None, share, stderr, said: Vec::new() }, connection))
+        let daemons = started.into_iter().zip(shares).map(|(started, share)| {
+            let Started { pid, stderr, ended } = started;
+            sys::set_nonblocking(&stderr).context("prepare virtiofsd's standard error")?;
+            let share = describe(share);
+            Ok(Virtiofsd { pid, ended, server: None, share, stderr, said: Vec::new() })
+        });
+        let daemons = daemons.collect::<Result<Vec<_>>>()?;
+        Ok(daemons.into_iter().zip(connections).collect())
     }
 
     /// Looks for a child that serves the guest in its place. Must be called when virtiofsd has answered, before the
@@ -259,8 +280,9 @@ mod tests {
             .expect("script");
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("mode");
-        let (mut daemon, mut connection) =
-            Virtiofsd::spawn(Some(&script), &share(), Isolation::Off, 1 << 30).expect("starts");
+        let mut started = Virtiofsd::start_all(Some(&script), &[share()], Isolation::Off, 1 << 30)
+            .expect("starts");
+        let (mut daemon, mut connection) = started.pop().expect("one for each share");
         // Its end closes the listening socket, and with it the waiting connection.
         assert!(matches!(connection.read(&mut [0]), Ok(0) | Err(_)));
         sys::poll([Interest::read(&daemon.ended)], None).expect("ended");

@@ -1,17 +1,22 @@
 //! mote's own virtiofsd: mote's file, executed again under that name, which is `main`'s second way to go. Its arguments
-//! are a `Task`'s members in order.
+//! are what all shares have in common, and then two for each share. With one share it serves it; with several it
+//! becomes a process for each, since most of a start is the same for all: the program's own, the network namespace, the
+//! filter.
 
 use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::{Started, Task};
-use crate::confine::{Isolation, virtiofsd};
-use crate::sys;
+use super::{ANSWER_LIMIT, Started, Task};
+use crate::confine::Isolation;
+use crate::confine::virtiofsd::{self, Confined};
+use crate::sys::{self, Interest, arguments};
 
 /// The name under which mote is a virtiofsd.
 pub const NAME: &str = "virtiofsd";
@@ -29,28 +34,97 @@ const READ_WRITE: &str = "read-write";
 /// The host permits no such process, or no pipe.
 pub(super) fn start(task: &Task<'_>, listener: BorrowedFd<'_>) -> Result<Started> {
     let (stderr, theirs) = std::io::pipe().context("make a pipe")?;
-    let arguments = arguments(task)?;
+    let arguments = words(std::slice::from_ref(task))?;
     let namespaces = virtiofsd::namespaces(task.isolation);
     let capabilities = virtiofsd::capabilities(task.read_only);
+    let theirs = theirs.as_fd();
     let (pid, ended) =
-        sys::process::start_again(&arguments, listener, theirs.as_fd(), namespaces, capabilities)?;
+        sys::process::start_again(&arguments, &[listener], theirs, namespaces, capabilities)?;
     Ok(Started { pid, stderr: OwnedFd::from(stderr).into(), ended })
 }
 
-fn arguments(task: &Task<'_>) -> Result<Vec<CString>> {
-    let access = if task.read_only { READ_ONLY } else { READ_WRITE };
-    let open_files = task.open_files.to_string();
-    let words = [
-        NAME.as_bytes(),
-        task.directory.as_os_str().as_bytes(),
-        access.as_bytes(),
-        task.isolation.word().as_bytes(),
-        open_files.as_bytes(),
-    ];
+/// Starts one for each task, with its listening socket, by one process that becomes them. All have the same isolation,
+/// which has namespaces.
+///
+/// # Errors
+/// The host permits no such process, or no pipe, or refuses a step that it had permitted when the plan was made.
+pub(super) fn start_several(
+    tasks: &[Task<'_>],
+    listeners: &[BorrowedFd<'_>],
+) -> Result<Vec<Started>> {
+    let [first, ..] = tasks else { return Ok(Vec::new()) };
+    let pipes = tasks.iter().map(|_| std::io::pipe()).collect::<std::io::Result<Vec<_>>>();
+    let (stderrs, theirs): (Vec<_>, Vec<_>) = pipes.context("make a pipe")?.into_iter().unzip();
+    let (report, reporting) = std::io::pipe().context("make a pipe")?;
+    // As `become_several` takes them over.
+    let pairs = listeners.iter().zip(&theirs).flat_map(|(socket, pipe)| [*socket, pipe.as_fd()]);
+    let inherited: Vec<_> = pairs.chain([reporting.as_fd()]).collect();
+    let stderr = theirs.first().context("there is a share")?.as_fd();
+    let writable = tasks.iter().find(|task| !task.read_only).unwrap_or(first);
+    let (starter, ended) = sys::process::start_again(
+        &words(tasks)?,
+        &inherited,
+        stderr,
+        first.isolation.user_namespace().unwrap_or(0),
+        virtiofsd::capabilities(writable.read_only),
+    )?;
+    drop(reporting);
+    let numbers = read_numbers(&mut OwnedFd::from(report).into(), tasks.len());
+    if numbers.is_err() {
+        sys::process::kill_process(&ended);
+    }
+    drop(theirs);
+    // It ends when all are started.
+    let _ = sys::process::wait(starter);
+    let mut started = Vec::new();
+    for (index, stderr) in stderrs.into_iter().enumerate() {
+        let mut stderr = File::from(OwnedFd::from(stderr));
+        let number = match &numbers {
+            Ok(numbers) => numbers.get(index).copied().context("a number for each")?,
+            Err(error) => {
+                // What went wrong before there was one for each is in the first one's.
+                let mut said = String::new();
+                // Those that were started still have it open.
+                let _ = sys::set_nonblocking(&stderr).map(|()| stderr.read_to_string(&mut said));
+                bail!("{} ({error})", said.trim());
+            }
+        };
+        let ended = sys::process::process_file(number).context("watch virtiofsd")?;
+        started.push(Started { pid: number, stderr, ended });
+    }
+    Ok(started)
+}
+
+/// The numbers of the processes that the starter has become.
+fn read_numbers(report: &mut File, count: usize) -> Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for _ in 0..count {
+        let in_time = sys::poll([Interest::read(&*report)], Some(ANSWER_LIMIT))?;
+        ensure!(in_time == [true], "virtiofsd took too long to start");
+        let mut number = [0; 4];
+        report.read_exact(&mut number).context("virtiofsd did not start")?;
+        numbers.push(u32::from_ne_bytes(number));
+    }
+    Ok(numbers)
+}
+
+/// The arguments for these tasks, which have isolation and limit in common.
+fn words(tasks: &[Task<'_>]) -> Result<Vec<CString>> {
+    let [Task { isolation, open_files, .. }, ..] = tasks else { bail!("there is a share") };
+    let open_files = open_files.to_string();
+    let mut words = vec![NAME.as_bytes(), isolation.word().as_bytes(), open_files.as_bytes()];
+    for task in tasks {
+        words.push(task.directory.as_os_str().as_bytes());
+        words.push(access(task.read_only).as_bytes());
+    }
     words.into_iter().map(|word| CString::new(word).map_err(Into::into)).collect()
 }
 
-/// Serves the share that the arguments behind the name tell of, until mote ends. mote reads what goes to stderr.
+fn access(read_only: bool) -> &'static str {
+    if read_only { READ_ONLY } else { READ_WRITE }
+}
+
+/// Serves the shares that the arguments behind the name tell of, until mote ends. mote reads what goes to stderr.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<_> = arguments.collect();
     match serve(&arguments) {
@@ -63,12 +137,57 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn serve(arguments: &[OsString]) -> Result<()> {
-    let (directory, read_only, isolation, open_files) = parse(arguments)
-        .context("mote starts this itself, to serve a share, under the name virtiofsd")?;
+    let Tasks { isolation, open_files, shares } = parse(arguments)
+        .context("mote starts this itself, to serve shares, under the name virtiofsd")?;
     sys::process::name(c"virtiofsd");
     sys::process::become_helper().context("become mote's helper")?;
+    match &shares[..] {
+        [(directory, read_only)] => {
+            let confined =
+                virtiofsd::confine_virtiofsd(isolation, directory, *read_only, open_files)?;
+            serve_share(confined, *read_only)
+        }
+        _ => become_several(isolation, open_files, &shares),
+    }
+}
+
+/// Becomes a process for each share, and tells mote their numbers.
+fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, bool)]) -> Result<()> {
+    let open_files = virtiofsd::confine_starter(isolation, open_files)?;
+    // For each share the listening socket and the pipe for errors; then the pipe for the numbers.
+    let mut report = sys::process::inherited_pipe(2 * shares.len());
+    for (index, (directory, read_only)) in shares.iter().enumerate() {
+        match sys::process::copy_beside(libc::CLONE_NEWPID).context("make a process for a share")? {
+            Some(number) => report.write_all(&number.to_ne_bytes()).context("tell mote")?,
+            None => {
+                // It is the starter's, whose descriptors are closed next.
+                std::mem::forget(report);
+                sys::process::keep_inherited(2 * index).context("keep what is this share's")?;
+                sys::process::become_helper().context("become mote's helper")?;
+                show_as(isolation, open_files, directory, *read_only);
+                let confined = virtiofsd::confine_copy(directory, *read_only, open_files)?;
+                return serve_share(confined, *read_only);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes the command line that of a virtiofsd for this share alone.
+fn show_as(isolation: Isolation, open_files: u64, directory: &Path, read_only: bool) {
+    let open_files = open_files.to_string();
+    // What cannot be shown is no error.
+    arguments::replace(&[
+        NAME.as_bytes(),
+        isolation.word().as_bytes(),
+        open_files.as_bytes(),
+        directory.as_os_str().as_bytes(),
+        access(read_only).as_bytes(),
+    ]);
+}
+
+fn serve_share(confined: Confined<'_>, read_only: bool) -> Result<()> {
     let listener = sys::process::inherited_listener().context("take over mote's socket")?;
-    let confined = virtiofsd::confine_virtiofsd(isolation, &directory, read_only, open_files)?;
     let directory = confined.directory.to_str().context("the share's path is no UTF-8")?.into();
     let (descriptors, open_files) = (confined.descriptors, confined.open_files);
     sys::process::reserve_descriptors(DESCRIPTORS);
@@ -77,18 +196,33 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     mote_virtiofsd::serve(listener, share).map_err(|error| anyhow!(error))
 }
 
-fn parse(arguments: &[OsString]) -> Result<(PathBuf, bool, Isolation, u64)> {
-    let [directory, access, isolation, open_files] = arguments else {
-        bail!("it takes four arguments");
+/// What the arguments say.
+#[derive(Debug, PartialEq, Eq)]
+struct Tasks {
+    isolation: Isolation,
+    open_files: u64,
+    /// The directories, and whether they are read-only.
+    shares: Vec<(PathBuf, bool)>,
+}
+
+fn parse(arguments: &[OsString]) -> Result<Tasks> {
+    let [isolation, open_files, shares @ ..] = arguments else {
+        bail!("it takes two arguments, and two for each share");
     };
-    let read_only = match access.to_str() {
-        Some(READ_ONLY) => true,
-        Some(READ_WRITE) => false,
-        _ => bail!("the second argument is neither {READ_ONLY} nor {READ_WRITE}"),
-    };
-    let isolation = isolation.to_str().and_then(Isolation::from_word).context("the third one")?;
+    let isolation = isolation.to_str().and_then(Isolation::from_word).context("the first one")?;
     let open_files = open_files.to_str().and_then(|number| number.parse().ok());
-    Ok((Path::new(directory).into(), read_only, isolation, open_files.context("the fourth one")?))
+    let open_files = open_files.context("the second one")?;
+    let (pairs, rest) = shares.as_chunks::<2>();
+    ensure!(rest.is_empty() && !pairs.is_empty(), "there are two arguments for each share");
+    let shares = pairs.iter().map(|[directory, access]| {
+        let read_only = match access.to_str() {
+            Some(READ_ONLY) => true,
+            Some(READ_WRITE) => false,
+            _ => bail!("a share's second argument is neither {READ_ONLY} nor {READ_WRITE}"),
+        };
+        Ok((directory.into(), read_only))
+    });
+    Ok(Tasks { isolation, open_files, shares: shares.collect::<Result<_>>()? })
 }
 
 #[cfg(test)]
@@ -97,19 +231,28 @@ mod tests {
     use std::os::unix::ffi::OsStringExt;
 
     #[test]
-    fn a_task_comes_through_its_arguments() {
+    fn tasks_come_through_their_arguments() {
         for isolation in Isolation::ALL {
-            for read_only in [false, true] {
-                let directory = Path::new("/srv/a b");
-                let task = Task { directory, read_only, isolation, open_files: 65_536 };
-                let words = arguments(&task).expect("no NUL");
+            let task = |directory, read_only| Task {
+                directory: Path::new(directory),
+                read_only,
+                isolation,
+                open_files: 65_536,
+            };
+            for tasks in [
+                vec![task("/srv/a b", true)],
+                vec![task("/", false), task("/srv/a b", true), task("/c", false)],
+            ] {
+                let words = words(&tasks).expect("no NUL");
                 assert_eq!(words[0].as_bytes(), NAME.as_bytes());
                 let words = words.into_iter().skip(1);
                 let words: Vec<_> = words.map(|w| OsString::from_vec(w.into_bytes())).collect();
-                let parsed = parse(&words).expect("parses");
-                assert_eq!(parsed, (directory.into(), read_only, isolation, 65_536));
+                let shares = tasks.iter().map(|task| (task.directory.into(), task.read_only));
+                let wanted = Tasks { isolation, open_files: 65_536, shares: shares.collect() };
+                assert_eq!(parse(&words).expect("parses"), wanted);
             }
         }
-        assert!(parse(&["/".into()]).is_err());
+        assert!(parse(&["namespaces".into(), "65536".into()]).is_err());
+        assert!(parse(&["namespaces".into(), "65536".into(), "/".into()]).is_err());
     }
 }
