@@ -187,6 +187,30 @@ fn several_virtiofsd_are_apart_from_one_another() {
     }
 }
 
+/// What confined them is not permitted any more.
+#[test]
+fn a_virtiofsd_cannot_do_what_started_it() {
+    // include/uapi/linux/sched.h
+    const COPY: u64 = (libc::CLONE_NEWPID | libc::CLONE_PARENT | libc::SIGCHLD) as u64;
+    for (call, number, arguments) in [
+        ("chroot", libc::SYS_chroot, [0, 0, 0]),
+        ("unshare", libc::SYS_unshare, [libc::CLONE_NEWNS as u64, 0, 0]),
+        ("clone", libc::SYS_clone, [COPY, 0, 0]),
+        ("prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0]),
+        ("socket", libc::SYS_socket, [libc::AF_UNIX as u64, 1, 0]),
+    ] {
+        let test = with_shares();
+        let started = test.ready();
+        let [pid] = virtiofsd_of(&test.path("first"))[..] else { panic!("one process") };
+        traced::call(pid as i32, number, arguments);
+        let ran = started.wait();
+        assert_eq!(ran.code, 124, "{call}: {}", ran.stderr);
+        let said = format!("thread virtiofsd made the system call {call} ({number})");
+        assert!(ran.stderr.contains("virtiofsd for share 'first' ("), "{}", ran.stderr);
+        assert!(ran.stderr.contains(&said), "{}", ran.stderr);
+    }
+}
+
 #[test]
 fn nothing_inherited_is_kept() {
     let test = TestBox::busybox()
