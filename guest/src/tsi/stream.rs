@@ -224,25 +224,23 @@ impl Stream {
     }
 
     fn write_up(&mut self, bytes: &[u8]) -> Step {
-        if self.host_takes_nothing {
-            return Step::Moved;
+        if !self.host_takes_nothing {
+            match write(&self.vsock, bytes) {
+                Ok(len) => {
+                    self.taken += len as u64;
+                    self.up_kept = bytes[len..].to_vec();
+                    self.vsock_ready.writable = len == bytes.len();
+                    return if len == bytes.len() { Step::Moved } else { Step::Blocked };
+                }
+                Err(_) => self.host_takes_nothing = true,
+            }
         }
-        match write(&self.vsock, bytes) {
-            Ok(len) => {
-                self.taken += len as u64;
-                self.up_kept = bytes[len..].to_vec();
-                self.vsock_ready.writable = len == bytes.len();
-                if len == bytes.len() { Step::Moved } else { Step::Blocked }
-            }
-            // The host's direction has ended in order, so nothing that is still to be read would tell
-            // the application.
-            Err(_) if self.down == Direction::Ended && !self.app_closed => Step::Failed,
-            Err(_) => {
-                // The host's socket takes nothing more. What it has sent, and how it ended, is
-                // still to be read.
-                self.host_takes_nothing = true;
-                Step::Moved
-            }
+        if self.down == Direction::Ended && !self.app_closed {
+            // The host's direction has ended in order: nothing that is still to be read tells the application.
+            Step::Failed
+        } else {
+            // What the host has sent, and how it ended, is still to be read.
+            Step::Moved
         }
     }
 
@@ -344,20 +342,28 @@ mod tests {
             Fixture { stream, app: app.expect("connected"), host, scratch }
         }
 
-        /// Pumps with both sockets ready for all that is known.
         fn pump(&mut self) -> Progress {
-            self.stream.vsock_ready = Ready::UNKNOWN;
-            self.stream.tcp_ready = Ready::UNKNOWN;
-            self.stream.pump(&mut self.scratch)
+            pump(&mut self.stream, &mut self.scratch)
         }
 
-        /// Pumps until something else happens than `Waiting` and `More`.
         fn outcome(&mut self) -> Progress {
-            loop {
-                match self.pump() {
-                    Progress::Waiting | Progress::More => std::thread::yield_now(),
-                    outcome => return outcome,
-                }
+            outcome(&mut self.stream, &mut self.scratch)
+        }
+    }
+
+    /// Pumps with both sockets ready for all that is known.
+    fn pump(stream: &mut Stream, scratch: &mut [u8]) -> Progress {
+        stream.vsock_ready = Ready::UNKNOWN;
+        stream.tcp_ready = Ready::UNKNOWN;
+        stream.pump(scratch)
+    }
+
+    /// Pumps until something else happens than `Waiting` and `More`.
+    fn outcome(stream: &mut Stream, scratch: &mut [u8]) -> Progress {
+        loop {
+            match pump(stream, scratch) {
+                Progress::Waiting | Progress::More => std::thread::yield_now(),
+                outcome => return outcome,
             }
         }
     }
@@ -416,15 +422,7 @@ mod tests {
             }
             f.host.write_all(&chunk(b"cut")).expect("written");
             drop(f.host);
-            let outcome = loop {
-                f.stream.vsock_ready = Ready::UNKNOWN;
-                f.stream.tcp_ready = Ready::UNKNOWN;
-                match f.stream.pump(&mut f.scratch) {
-                    Progress::Waiting | Progress::More => {}
-                    outcome => break outcome,
-                }
-            };
-            assert_eq!(outcome, Progress::Broken);
+            assert_eq!(outcome(&mut f.stream, &mut f.scratch), Progress::Broken);
             f.stream.reset();
             let mut bytes = Vec::new();
             let error = f.app.read_to_end(&mut bytes).expect_err("a reset");
@@ -433,18 +431,31 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_goes_away_cuts_a_writer_off() {
+        for end_comes_first in [false, true] {
+            let mut f = Fixture::new();
+            f.app.write_all(b"some").expect("written");
+            for is_end in [end_comes_first, !end_comes_first] {
+                if !is_end {
+                    f.host.shutdown(Shutdown::Read).expect("shut down");
+                    continue;
+                }
+                f.host.write_all(&chunk(b"")).expect("written");
+                while f.stream.down != Direction::Ended {
+                    assert!(matches!(f.pump(), Progress::Waiting | Progress::More));
+                }
+            }
+            f.app.write_all(b"more").expect("written");
+            assert_eq!(f.outcome(), Progress::Broken, "the end first: {end_comes_first}");
+        }
+    }
+
+    #[test]
     fn an_applications_reset_breaks_the_flow() {
         let mut f = Fixture::new();
         net::reset_on_close(&f.app).expect("a reset");
         drop(f.app);
-        let outcome = loop {
-            f.stream.tcp_ready = Ready::UNKNOWN;
-            match f.stream.pump(&mut f.scratch) {
-                Progress::Waiting | Progress::More => {}
-                outcome => break outcome,
-            }
-        };
-        assert_eq!(outcome, Progress::Broken);
+        assert_eq!(outcome(&mut f.stream, &mut f.scratch), Progress::Broken);
         assert!(!f.stream.has_sent_all(), "no half-close precedes it");
     }
 
@@ -480,16 +491,7 @@ mod tests {
         f.app.write_all(b"last words").expect("written");
         drop(f.app);
         f.stream.note_close();
-        loop {
-            f.stream.tcp_ready = Ready::UNKNOWN;
-            match f.stream.pump(&mut f.scratch) {
-                Progress::Waiting | Progress::More => {}
-                outcome => {
-                    assert_eq!(outcome, Progress::Over);
-                    break;
-                }
-            }
-        }
+        assert_eq!(outcome(&mut f.stream, &mut f.scratch), Progress::Over);
         drop(f.stream);
         let mut words = String::new();
         f.host.read_to_string(&mut words).expect("an end");
