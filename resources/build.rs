@@ -25,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "resources/build.rs",
         "resources/kernel.sh",
         "resources/kernel.config",
+        "resources/kernel",
         "resources/seccomp",
     ] {
         println!("cargo::rerun-if-changed={input}");

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds the guest kernel from Debian's linux-source-6.12, without four lines of it and with one changed, and
-# resources/kernel.config, and prints the path of the stripped vmlinux. The result is kept in the user's cache under a hash of everything
-# that decides its bytes (source package, fragment, this script, compiler), so that each machine
-# builds it once, whatever the number of checkouts.
+# Builds the guest kernel from Debian's linux-source-6.12, without four lines of it, with two changed and the patches
+# of resources/kernel, and resources/kernel.config, and prints the path of the stripped vmlinux. The result is kept in
+# the user's cache under a hash of everything that decides its bytes (source package, patches, fragment, this script,
+# compiler), so that each machine builds it once, whatever the number of checkouts.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,7 +19,7 @@ key=$({
     dpkg-query -W -f '${Version}\n' linux-source-6.12
     gcc -dumpfullversion
     ld --version | head -n 1
-    cat "$here/kernel.config" "$here/kernel.sh"
+    cat "$here/kernel.config" "$here/kernel.sh" "$here"/kernel/*.patch
 } | sha256sum | cut -c1-16)
 image=$cache/vmlinux-$key
 
@@ -28,6 +28,7 @@ exec 9>"$cache/kernel.lock"
 flock 9
 if [ ! -s "$image" ]; then
     say "building Linux $(dpkg-query -W -f '${Version}' linux-source-6.12), about 10 minutes on two cores; log: $build_log"
+    : >"$build_log"
     work=$(mktemp -d "$cache/kernel-build.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     tar -xf "$source_tar" -C "$work"
@@ -55,10 +56,17 @@ if [ ! -s "$image" ]; then
     }
     replace kernel/bpf/core.c '#define BPF_PROG_PACK_SIZE (SZ_2M * num_possible_nodes())' \
         '#define BPF_PROG_PACK_SIZE SZ_128K'
+    # One generator of IP identifiers for 64 KiB of RAM, and a random number for each: at 4 GiB, as dear as a tenth of a
+    # start. 2,048 of them, the least that there may be, are for 2 GiB then.
+    replace net/ipv4/route.c $'\t\t\t\t\t      16, /* one bucket per 64 KB */' \
+        $'\t\t\t\t\t      20, /* one bucket per MiB */'
+    for change in "$here"/kernel/*.patch; do
+        patch --directory="$tree" --strip=1 --fuzz=0 --silent <"$change" >>"$build_log" 2>&1 ||
+            die "$change does not apply; see $build_log"
+    done
     # Fixed identity: two builds of the same inputs give the same bytes.
     export KBUILD_BUILD_TIMESTAMP='2026-01-01 00:00:00 UTC' KBUILD_BUILD_USER=mote KBUILD_BUILD_HOST=mote
     kmake() { make -C "$tree" O="$work/out" "$@" >>"$build_log" 2>&1 || die "'make $*' failed; see $build_log"; }
-    : >"$build_log"
     kmake KCONFIG_ALLCONFIG="$here/kernel.config" allnoconfig
 
     lost=$(while IFS= read -r line; do

@@ -36,6 +36,7 @@ bison               /usr/bin/bison                       builds the guest kernel
 bc                  /usr/bin/bc                          builds the guest kernel
 libelf-dev          /usr/include/libelf.h                the kernel's objtool
 xz-utils            /usr/bin/xz                          unpacks the kernel source
+patch               /usr/bin/patch                       changes it, by resources/kernel
 clang               /usr/bin/clang                       compiles the agent's BPF programs
 libbpf-dev          /usr/include/bpf/bpf_helpers.h       declares what those call
 libcap-ng-dev       /usr/include/cap-ng.h                mote's virtiofsd uses it

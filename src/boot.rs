@@ -153,8 +153,8 @@ fn command_line(guest: &Guest<'_>) -> Result<Cmdline> {
     // Errors and panics are always printed, everything else on request: each console byte is an
     // exit, and a console file is mainly for the entrypoint's output.
     line.insert_str(if guest.debug { "ignore_loglevel" } else { "quiet" })?;
-    if guest.memory_bytes > 4 << 30 {
-        // The kernel sizes these tables by memory: at 8 GiB, clearing takes 5 million instructions.
+    if guest.memory_bytes > layout::LITTLE_RAM {
+        // The kernel sizes these tables by memory, and clears them: at 8 GiB, for 5 million instructions.
         line.insert_str(
             "dhash_entries=131072 ihash_entries=65536 thash_entries=8192 uhash_entries=1024",
         )?;

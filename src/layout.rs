@@ -68,10 +68,10 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// RAM up to here is all below 4 GiB.
 pub const LITTLE_RAM: u64 = 2 << 30;
-/// RAM below 4 GiB of a guest that has more than [`LITTLE_RAM`]. The kernel sets up its records of pages above later and
-/// with all vCPUs (`DEFERRED_STRUCT_PAGE_INIT`), which has a price of its own: with 1 GiB the start took 4 % longer in
-/// the icount lab, with 4 GiB 7 % less.
-pub const LOW_RAM: u64 = 256 << 20;
+/// RAM below 4 GiB of a guest that has more than [`LITTLE_RAM`]: room for what is loaded before the kernel runs. At its
+/// start the kernel sets up its records of all pages here and of 128 MiB above, and of the others when it needs them
+/// (`resources/kernel/pages-on-demand.patch`).
+pub const LOW_RAM: u64 = 128 << 20;
 /// Second part of RAM.
 pub const RAM_ABOVE_4_GIB: u64 = 1 << 32;
 

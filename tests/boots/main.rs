@@ -32,6 +32,7 @@ mod lifecycle;
 mod limits;
 mod logs;
 mod loopback;
+mod memory;
 mod network;
 mod out_of_memory;
 mod outcomes;

@@ -1,0 +1,77 @@
+//! A box's memory: the kernel sets most of it up as it is used (resources/kernel), which nobody is to notice.
+
+use serde_json::json;
+
+use crate::common::{Finished, TestBox};
+
+/// Reads a value of /proc/meminfo, in MiB.
+const FREE: &str = "mib() { awk -v name=$1: '$1 == name { print int($2 / 1024) }' /proc/meminfo; }";
+
+fn with_memory(mib: u64, vcpus: u8, script: &str) -> Finished {
+    TestBox::busybox()
+        .with("memory_mib", json!(mib))
+        .with("vcpus", json!(vcpus))
+        .shell(&format!("{FREE}\n{script}"))
+        .run()
+}
+
+#[test]
+fn all_of_it_is_free_from_the_start_and_can_be_had_at_once() {
+    for (mib, vcpus) in [(4096, 1), (4096, 2), (1024, 2)] {
+        let most = mib * 7 / 8;
+        let ran = with_memory(
+            mib,
+            vcpus,
+            &format!(
+                "before=$(mib MemFree) available=$(mib MemAvailable)
+                dd if=/dev/zero of=/dev/null bs={most}M count=1 iflag=fullblock 2>/dev/null || echo failed
+                echo $before $available $(mib MemFree) $(mib MemTotal)"
+            ),
+        );
+        let what = format!("{mib} MiB, {vcpus} vCPUs: {} {}", ran.console, ran.stderr);
+        let numbers: Vec<u64> =
+            ran.console.split_whitespace().map(|word| word.parse().expect(&what)).collect();
+        let [before, available, after, total] = numbers[..] else { panic!("{what}") };
+        assert!(before > total - 48 && available > total - 128, "{what}");
+        // A processor keeps up to an eighth of what it frees for itself, for a while.
+        assert!(after + total / 8 + 48 > before && after < before + 48, "{what}");
+    }
+}
+
+#[test]
+fn a_program_that_wants_more_than_there_is_is_killed_only_then() {
+    let ran = with_memory(
+        1024,
+        1,
+        "echo 1 >/proc/sys/vm/overcommit_memory
+        dd if=/dev/zero of=/dev/null bs=1200M count=1 iflag=fullblock 2>/dev/null
+        echo $? && awk '$1 == \"oom_kill\" { print $2 }' /proc/vmstat
+        dd if=/dev/zero of=/dev/null bs=850M count=1 iflag=fullblock 2>/dev/null && echo again",
+    );
+    // The kernel's message comes first: what the program had by then.
+    let (killed, rest) = ran.console.split_once('\n').expect("lines");
+    let had_kib = killed.split("anon-rss:").nth(1).and_then(|text| text.split("kB").next());
+    let had_kib: u64 = had_kib.and_then(|number| number.parse().ok()).expect(killed);
+    assert!(had_kib >> 10 > 900, "{killed}");
+    assert_eq!(rest, "137\n1\nagain\n", "{}", ran.stderr);
+}
+
+#[test]
+fn who_looks_at_every_page_sees_those_that_are_not_set_up_as_none() {
+    // One number for each page of RAM, and for none elsewhere; 1 << 20 is KPF_NOPAGE.
+    let look = "cat /proc/kpagecount /proc/kpageflags /proc/kpagecgroup /proc/pagetypeinfo /proc/zoneinfo >/dev/null
+        echo 1 >/proc/sys/vm/compact_memory";
+    let ran = with_memory(
+        4096,
+        1,
+        &format!(
+            "{look}
+            dd if=/dev/zero of=/dev/null bs=1500M count=1 iflag=fullblock 2>/dev/null
+            {look}
+            dd if=/dev/zero of=/dev/null bs=3500M count=1 iflag=fullblock 2>/dev/null
+            {look}
+            echo done"
+        ),
+    );
+    assert_eq!(ran.console, "done\n", "{}", ran.stderr);
+}
