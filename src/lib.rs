@@ -17,7 +17,7 @@
 //! - [`resolv_conf`], [`policy`], [`output_file`]: the host's name servers; where the guest may connect to;
 //!   files that mote writes where a guest may have been
 //! - [`outcome`], [`timeline`]: how a box ended, with the table of exit codes; what happened when
-//! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, net on passt,
+//! - [`virtio`]: the transport and the devices ([`virtio::devices`] is the list of them): rng, balloon, net on passt,
 //!   file systems on virtiofsd, and [`virtio::vsock`], which accepts the
 //!   clients of sockets and published ports, with a connection's life and half-closes
 //! - [`confine`]: what mote gives up before it runs a guest, and which system calls are left; how it

@@ -13,7 +13,7 @@ use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -28,6 +28,8 @@ use crate::sys;
 /// Guest RAM. Cloning shares it.
 pub type GuestRam = GuestMemoryMmap<()>;
 
+/// Size of a page.
+const PAGE: u64 = 4096;
 /// Size of a huge page on x86-64.
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -130,6 +132,29 @@ pub fn add_ram(vm: &VmFd, ram: &GuestRam) -> Result<u32> {
         slot += 1;
     }
     Ok(slot)
+}
+
+/// Gives the host back what is in the whole pages of a range of guest memory, for every process that maps the file:
+/// from then on they read as zeros, and take memory again when they are written.
+///
+/// # Errors
+/// The range is not all in RAM, or the host refuses, as it does for kinds of memory files that it cannot punch holes in.
+pub fn give_back(ram: &GuestRam, start: GuestAddress, len: usize) -> Result<()> {
+    let first = start.0.next_multiple_of(PAGE);
+    let end = start.0.checked_add(len as u64).context("a range beyond the address space")?;
+    ensure!(ram.check_range(start, len), "{start:#x?} and {len} bytes on are not all RAM");
+    let whole = (end / PAGE * PAGE).saturating_sub(first);
+    if whole == 0 {
+        return Ok(());
+    }
+    let pages = ram.get_slice(GuestAddress(first), whole as usize)?;
+    // SAFETY: `get_slice` has checked that these bytes are of one region, which stays mapped until the process ends.
+    // They are the guest's, which may change them at any time, so nobody here relies on what is in them.
+    let done = unsafe {
+        libc::madvise(pages.ptr_guard_mut().as_ptr().cast(), pages.len(), libc::MADV_REMOVE)
+    };
+    ensure!(done == 0, "give memory back to the host: {}", io::Error::last_os_error());
+    Ok(())
 }
 
 /// The register pages of all virtio devices: the guest reads them without an exit, its writes

@@ -40,6 +40,9 @@ const ONE_REQUEST: Duration = Duration::from_secs(1);
 /// How often the guest is told the time, against drift. It is also told when its clock may have become
 /// wrong at once.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(300);
+/// How long after the entrypoint's start the guest is told of late devices: their set-up is not to compete with what a
+/// program does first, and one that ends soon does without.
+const LATE_DEVICES_DELAY: Duration = Duration::from_secs(1);
 /// How long the VM may run on without its agent.
 const AGENTLESS_LIMIT: Duration = Duration::from_secs(2);
 /// Most activations and resets before the main loop turns to other work.
@@ -89,6 +92,7 @@ pub fn run(
         clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
         decoder: Decoder::default(),
         guest_clock: None,
+        late_due: None,
         streams_done: 0,
         stop: None,
         life: Life::Running { agent_lost: None },
@@ -137,6 +141,8 @@ struct MainLoop<'a> {
     decoder: Decoder,
     /// None before the agent's hello.
     guest_clock: Option<GuestClock>,
+    /// When the guest is told of late devices; `None` before the entrypoint's start, and afterwards.
+    late_due: Option<Instant>,
     streams_done: u64,
     stop: Option<StopRequest>,
     life: Life,
@@ -229,6 +235,7 @@ impl MainLoop<'_> {
         let devices = self.served.devices.iter().filter_map(MainLoopDevice::next_deadline);
         let deadlines =
             self.stop.as_ref().map(StopRequest::limit).into_iter().chain(limit).chain(devices);
+        let deadlines = deadlines.chain(self.late_due);
         let Some(next) = deadlines.min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
@@ -255,6 +262,13 @@ impl MainLoop<'_> {
                 ),
                 ops,
             );
+        }
+        if self.late_due.is_some_and(|due| now >= due) {
+            self.late_due = None;
+            for device in mem::take(&mut self.served.late) {
+                device.appear();
+                self.send(FromHost::DeviceIsThere { index: device.index });
+            }
         }
         for number in self.served.devices.numbers() {
             self.with_device(number, ops, |device, watcher| device.end_round(now, watcher));
@@ -498,6 +512,9 @@ impl MainLoop<'_> {
                     if let Err(error) = self.served.devices.vsock.guest_is_ready(&mut watcher) {
                         self.on_vsock_failure(&error, ops);
                     }
+                }
+                if mark == Mark::EntrypointStarted {
+                    self.late_due.get_or_insert(Instant::now() + LATE_DEVICES_DELAY);
                 }
                 let name = match mark {
                     Mark::AgentStarted => "agent_started",

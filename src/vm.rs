@@ -35,7 +35,7 @@ use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
 use crate::virtio::fs::Fs;
 use crate::virtio::main_loop::{DeviceEvent, Forwarder, MainLoopDevice};
-use crate::virtio::mmio::{self, MmioDevice};
+use crate::virtio::mmio::{self, LateDevice, MmioDevice};
 use crate::virtio::net::Net;
 use crate::virtio::net::filter::FrameFilter;
 use crate::virtio::net::passt::{self, Connection, Reconnect};
@@ -73,6 +73,8 @@ pub struct Served {
     pub first_output: FirstOutput,
     /// The message of a kernel panic.
     pub panic: PanicMessage,
+    /// Devices that the guest is to find only when the entrypoint runs.
+    pub late: Vec<LateDevice>,
     /// The virtio-fs back-ends.
     pub backends: Vec<Virtiofsd>,
     /// What the box was not let connect to.
@@ -166,8 +168,9 @@ impl Vm {
         let devices = Devices::new(vsock, net);
 
         let device_count = devices.iter().count() + plan.shares.len();
+        let late_count = devices.iter().filter(|device| device.properties().late).count();
         let Machine { vm, ram, register_slot, vcpus, resumed } =
-            Machine::ready_to_run(plan, &kvm, device_count, timeline)?;
+            Machine::ready_to_run(plan, &kvm, [device_count, late_count], timeline)?;
         janitor.hold(&vm)?;
 
         // The transports' side of the devices, in the order of their addresses: those that every box has, which are
@@ -183,6 +186,8 @@ impl Vm {
         let mut shares = shares.into_iter().map(|share| Box::new(share) as Box<dyn VirtioDevice>);
         front_ends.extend(shares.next());
         front_ends.extend(forwarders.chain(shares));
+        // Last: a guest that starts from a template starts all that come before them at once.
+        front_ends.sort_by_key(|device| device.is_late());
         for backend in &mut backends {
             backend.find_server();
             janitor.kill_at_end(backend.processes())?;
@@ -200,6 +205,8 @@ impl Vm {
                     .with_context(|| format!("attach virtio device {index} (type {id})"))
             })
             .collect::<Result<Vec<_>>>()?;
+        let late = transports.iter().enumerate().filter_map(|(index, device)| device.late(index));
+        let late = late.collect();
         let serial_irq = eventfd()?;
         vm.register_irqfd(&serial_irq, layout::SERIAL_IRQ).context("connect the serial port")?;
         let panic = PanicMessage::default();
@@ -227,6 +234,7 @@ impl Vm {
             output_done,
             first_output,
             panic,
+            late,
             backends,
             refusals,
             switch,
@@ -323,11 +331,11 @@ struct Machine {
 
 impl Machine {
     /// A VM that starts from a template, if there is one for it, and else with its kernel. It has so many virtio
-    /// devices.
+    /// devices, and so many of them are late.
     fn ready_to_run(
         plan: &Plan,
         kvm: &Kvm,
-        devices: usize,
+        [devices, late]: [usize; 2],
         timeline: &mut Timeline,
     ) -> Result<Machine> {
         let supported = kvm::supported_cpuid(kvm)?;
@@ -338,12 +346,12 @@ impl Machine {
             serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
         let mut machine = Machine::empty(plan, kvm, &cpuids)?;
         timeline.mark("memory_ready");
-        let late = devices.saturating_sub(template::device_count());
+        let more = devices.saturating_sub(template::device_count() + late);
         let why = match template::find(plan, kvm, &machine.vcpus[0], &cpuids[0]) {
             Err(why) => why,
             Ok(found) => {
                 let Machine { vm, vcpus, ram, .. } = &machine;
-                match found.restore(vm, vcpus, ram, &instance, late) {
+                match found.restore(vm, vcpus, ram, &instance, more) {
                     Ok(resumed) => {
                         timeline.template = Some("used".into());
                         timeline.mark("template_restored");

@@ -10,7 +10,7 @@ use crate::frame::{self, TooLong};
 
 /// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
 /// `MOTE_INITRAMFS` names an archive of another build.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Host port of the control channel ("mote" in ASCII, plus an index).
 pub const CONTROL_PORT: u32 = 0x6d6f_7465;
@@ -43,6 +43,7 @@ mod from_guest {
 mod from_host {
     pub const STOP: u8 = 1;
     pub const CLOCK: u8 = 2;
+    pub const DEVICE_IS_THERE: u8 = 3;
 }
 
 /// A point in the guest's start that the timeline records.
@@ -120,6 +121,11 @@ pub enum FromHost {
     Clock {
         /// Host wall clock, in nanoseconds since 1970.
         realtime_ns: u64,
+    },
+    /// Where the kernel has found a placeholder at its start there is a device now: have its driver look again.
+    DeviceIsThere {
+        /// Its register page's position, from which the kernel's name for it follows.
+        index: u8,
     },
 }
 
@@ -228,6 +234,9 @@ impl FromHost {
             FromHost::Clock { realtime_ns } => {
                 frame::encode(from_host::CLOCK, &realtime_ns.to_be_bytes())
             }
+            FromHost::DeviceIsThere { index } => {
+                frame::encode(from_host::DEVICE_IS_THERE, &[*index])
+            }
         }
     }
 
@@ -238,7 +247,10 @@ impl FromHost {
                 let bytes = bytes.try_into().map_err(|_| Malformed::Value)?;
                 Ok(FromHost::Clock { realtime_ns: u64::from_be_bytes(bytes) })
             }
-            (from_host::STOP | from_host::CLOCK, _) => Err(Malformed::Length(payload.len() as u32)),
+            (from_host::DEVICE_IS_THERE, [index]) => Ok(FromHost::DeviceIsThere { index: *index }),
+            (from_host::STOP | from_host::CLOCK | from_host::DEVICE_IS_THERE, _) => {
+                Err(Malformed::Length(payload.len() as u32))
+            }
             _ => Err(Malformed::Type(kind)),
         }
     }
@@ -318,7 +330,11 @@ mod tests {
     #[test]
     fn host_messages_round_trip() {
         let mut decoder = Decoder::default();
-        for message in [FromHost::Stop { signal: 15 }, FromHost::Clock { realtime_ns: 1 << 60 }] {
+        for message in [
+            FromHost::Stop { signal: 15 },
+            FromHost::Clock { realtime_ns: 1 << 60 },
+            FromHost::DeviceIsThere { index: 39 },
+        ] {
             decoder.feed(&message.encode());
             assert_eq!(decoder.next_from_host(), Ok(Some(message)));
         }

@@ -15,6 +15,7 @@ use crate::prepare::Prepared;
 use crate::server::Server;
 use crate::session::Context;
 use crate::sys::{self, ExitStatus, Interest, Reap, Reaped, until};
+use crate::template;
 use crate::tsi::Tsi;
 
 /// How long processes get between the stop signal and SIGKILL (contract §7.2 step 10).
@@ -173,6 +174,10 @@ impl<'a> Supervisor<'a> {
                     }
                 }
                 Received::Message(FromHost::Clock { realtime_ns }) => correct_clock(realtime_ns),
+                Received::Message(FromHost::DeviceIsThere { index }) => {
+                    // What does not work is for the host to notice: a device that nobody drives.
+                    let _ = template::bind(index.into());
+                }
                 Received::Lost => return false,
                 Received::Nothing => return true,
             }

@@ -112,7 +112,11 @@ fn clear_free_memory() {
     let _ = fs::write(lists, "0");
 }
 
-/// Has the driver look at a register page again.
-fn bind(number: usize) -> std::io::Result<()> {
+/// Has the driver of virtio-mmio look again at a register page, which the kernel has numbered in the order of its command
+/// line.
+///
+/// # Errors
+/// There is no device, or it does not start.
+pub fn bind(number: usize) -> std::io::Result<()> {
     fs::write(BIND, format!("virtio-mmio.{number}"))
 }

@@ -301,7 +301,7 @@ impl fmt::Display for Plan {
 /// it has from the start.
 fn open_files(vcpus: u8, shares: &[Share], sockets: &[HostSocket], ports: &[PublishedPort]) -> u64 {
     /// Standard streams, KVM, memory, the main loop with its devices, the control channel.
-    const FIXED: usize = 64;
+    const FIXED: usize = 80;
     const PER_VCPU: usize = 4;
     /// Connection, process, its stderr, two queues and their copies, the interrupt.
     const PER_SHARE: usize = 16;

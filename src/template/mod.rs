@@ -191,7 +191,7 @@ pub fn find(plan: &Plan, kvm: &Kvm, vcpu: &VcpuFd, cpuid: &CpuId) -> Result<Foun
 }
 
 impl Found {
-    /// Puts a new VM into the template's state, with this configuration for its agent, as JSON, and `late` devices
+    /// Puts a new VM into the template's state, with this configuration for its agent, as JSON, and `more` devices
     /// behind those of the template.
     ///
     /// # Errors
@@ -202,9 +202,9 @@ impl Found {
         vcpus: &[VcpuFd],
         ram: &GuestRam,
         instance: &[u8],
-        late: usize,
+        more: usize,
     ) -> Result<Resumed> {
-        let restored = self.template.restore(vm, vcpus, ram, instance, late);
+        let restored = self.template.restore(vm, vcpus, ram, instance, more);
         if restored.is_err() {
             self.cache.failed(&self.key);
         }
@@ -219,7 +219,7 @@ impl Template {
         vcpus: &[VcpuFd],
         ram: &GuestRam,
         instance: &[u8],
-        late: usize,
+        more: usize,
     ) -> Result<Resumed> {
         let devices = devices();
         ensure!(self.head.devices.len() == devices.len(), "it has other devices");
@@ -228,7 +228,7 @@ impl Template {
             MmioDevice::check(device, registers, ram)
                 .with_context(|| format!("virtio device {}", device.id()))?;
         }
-        self.deliver(ram, instance.to_vec(), (devices.len() as u16, late as u16))?;
+        self.deliver(ram, instance.to_vec(), (devices.len() as u16, more as u16))?;
         self.head.machine.write(vm, vcpus)?;
         Ok(Resumed { serial: self.head.serial.clone().into(), devices: self.head.devices.clone() })
     }

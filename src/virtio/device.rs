@@ -91,6 +91,10 @@ pub trait VirtioDevice: Send + std::fmt::Debug {
     fn queue_sizes(&self) -> &[u16];
     /// The device's configuration space, as it is before the first activation.
     fn config(&self) -> &[u8];
+    /// Whether the driver is to find the device only after the start: see [`super::mmio::LateDevice`].
+    fn is_late(&self) -> bool {
+        false
+    }
     /// Takes over the queues.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! The devices that the main loop serves: the one list of them.
 
+use super::balloon::Balloon;
 use super::main_loop::{MainLoopDevice, Properties};
 use super::net::Net;
 use super::rng::Rng;
@@ -22,7 +23,8 @@ impl Devices {
 
     /// All of them. A new device is added here.
     pub fn new(vsock: Mux, net: Option<Net>) -> Self {
-        let mut others: Vec<Box<dyn MainLoopDevice>> = vec![Box::new(Rng::default())];
+        let mut others: Vec<Box<dyn MainLoopDevice>> =
+            vec![Box::new(Rng::default()), Box::<Balloon>::default()];
         others.extend(net.map(|net| Box::new(net) as Box<dyn MainLoopDevice>));
         Devices { vsock, others }
     }

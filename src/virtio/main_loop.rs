@@ -32,6 +32,8 @@ pub struct Properties {
     pub queue_sizes: &'static [u16],
     /// The configuration space.
     pub config: Vec<u8>,
+    /// Whether the driver is to find it only after the start: [`VirtioDevice::is_late`].
+    pub late: bool,
 }
 
 /// A device at work, in the main loop. All calls come from the main loop's thread, and none may wait.
@@ -162,6 +164,10 @@ impl VirtioDevice for Forwarder {
         &self.properties.config
     }
 
+    fn is_late(&self) -> bool {
+        self.properties.late
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<()> {
         // Sending fails, here and below, only when the main loop has ended, and with it the box: the
         // box's outcome is then known already.
@@ -188,7 +194,8 @@ mod tests {
 
     fn forwarder() -> (Forwarder, Receiver<DeviceEvent>) {
         let (events, receiver) = event_channel(1).expect("a channel");
-        let properties = Properties { id: 0, features: 0, queue_sizes: &[1], config: Vec::new() };
+        let properties =
+            Properties { id: 0, features: 0, queue_sizes: &[1], config: Vec::new(), late: false };
         (Forwarder { device: DEVICE, properties, events }, receiver)
     }
 

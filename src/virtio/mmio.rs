@@ -38,6 +38,8 @@ const ID_REGISTERS: [(u32, u32); 3] = [
     (VIRTIO_MMIO_VERSION, VERSION),
     (VIRTIO_MMIO_VENDOR_ID, VENDOR),
 ];
+/// DeviceID of a page behind which there is nothing (4.2.2): its driver goes on at once, without an error.
+const PLACEHOLDER: u32 = 0;
 /// SHMLen of a region that does not exist (4.2.2).
 const NO_SHARED_MEMORY: u32 = u32::MAX;
 
@@ -76,6 +78,27 @@ struct QueueRegisters {
     desc_table: u64,
     avail_ring: u64,
     used_ring: u64,
+}
+
+/// A device that is there from the start, but for its DeviceID: the driver finds a placeholder (4.2.2), which costs a
+/// start next to nothing. When the device is wanted, [`appear`](Self::appear) shows the true number, and
+/// then the guest is asked to look again ([`FromHost::DeviceIsThere`]). Only that one register changes, once; a driver
+/// that does not care for it has the same device all the time.
+///
+/// [`FromHost::DeviceIsThere`]: mote_agent::protocol::FromHost::DeviceIsThere
+#[derive(Debug)]
+pub struct LateDevice {
+    /// Its register page's position, which is its number for the guest, too.
+    pub index: u8,
+    id: u32,
+    page: RegisterPage,
+}
+
+impl LateDevice {
+    /// Shows the driver which device it is.
+    pub fn appear(&self) {
+        self.page.set(VIRTIO_MMIO_DEVICE_ID.into(), self.id);
+    }
 }
 
 /// What the driver has negotiated so far; a reset clears it.
@@ -168,7 +191,7 @@ impl MmioDevice {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd");
         let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect::<Result<_>>()?;
         let state = State::new(device.queue_sizes())?;
-        show_id(&page, device.id());
+        show_id(&page, if device.is_late() { PLACEHOLDER } else { device.id() });
         let set = |register: u32, value| page.set(register.into(), value);
         set(VIRTIO_MMIO_SHM_LEN_LOW, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
@@ -242,6 +265,12 @@ impl MmioDevice {
             kick.write(1).context("have the device look at its queues")?;
         }
         Ok(())
+    }
+
+    /// What shows the driver the device behind the `index`-th register page, if it does not see it yet.
+    pub fn late(&self, index: usize) -> Option<LateDevice> {
+        let (id, page) = (self.device.id(), self.page.clone());
+        self.device.is_late().then_some(LateDevice { index: index as u8, id, page })
     }
 
     /// Opens as many descriptors as activation needs: for each queue a notification and an interrupt,
@@ -368,7 +397,7 @@ impl MmioDevice {
 
 /// Makes a page one behind which there is nothing yet (4.2.2: device id 0, which a driver leaves alone).
 pub fn hold_place(page: &RegisterPage) {
-    show_id(page, 0);
+    show_id(page, PLACEHOLDER);
 }
 
 fn show_id(page: &RegisterPage, device_id: u32) {
@@ -410,6 +439,7 @@ mod tests {
     /// Records what the transport tells it.
     #[derive(Debug, Default)]
     struct Fake {
+        late: bool,
         log: Arc<Mutex<Vec<String>>>,
         config: Arc<Mutex<Option<ConfigSpace>>>,
     }
@@ -426,6 +456,9 @@ mod tests {
         }
         fn config(&self) -> &[u8] {
             b"conf"
+        }
+        fn is_late(&self) -> bool {
+            self.late
         }
         fn activate(&mut self, activation: Activation) -> Result<()> {
             let line = format!("activate {:#x}", activation.features);
@@ -559,6 +592,17 @@ mod tests {
         driver.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, 0xffff);
         driver.write(VIRTIO_MMIO_STATUS, 3 | FEATURES_OK | DRIVER_OK);
         assert_eq!(driver.log(), ["activate 0x100000001"]);
+    }
+
+    #[test]
+    fn a_late_device_is_a_placeholder_until_it_appears() {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("ram");
+        let (page, fake) = (RegisterPage::unattached(), Fake { late: true, ..Fake::default() });
+        let device = MmioDevice::new(Box::new(fake), page.clone(), &ram).expect("a device");
+        assert_eq!(page.value(VIRTIO_MMIO_DEVICE_ID.into()), 0);
+        device.late(0).expect("late").appear();
+        assert_eq!(page.value(VIRTIO_MMIO_DEVICE_ID.into()), 4);
+        assert!(Driver::new().device.late(0).is_none());
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! as [`rng`] does, and add it to the list in [`devices`]. One whose queues a back-end process serves
 //! implements [`device::VirtioDevice`], as [`fs`] does, and is created in `vm.rs`.
 
+pub mod balloon;
 pub mod buffers;
 pub mod device;
 pub mod devices;

@@ -40,7 +40,13 @@ impl MainLoopDevice for Rng {
 
     fn properties(&self) -> Properties {
         let features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
-        Properties { id: VIRTIO_ID_RNG, features, queue_sizes: &QUEUE_SIZES, config: Vec::new() }
+        Properties {
+            id: VIRTIO_ID_RNG,
+            features,
+            queue_sizes: &QUEUE_SIZES,
+            config: Vec::new(),
+            late: false,
+        }
     }
 
     fn activate(&mut self, activation: Activation, watcher: &mut Watcher<'_, '_>) -> Result<()> {

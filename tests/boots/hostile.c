@@ -312,7 +312,8 @@ enum {
 enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8 };
 enum { INDIRECT_DESC = 1 << 28, EVENT_IDX = 1 << 29 };
 enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
-enum { ID_NET = 1, ID_RNG = 4, ID_VSOCK = 19, ID_FS = 26 };
+/* The balloon stays a placeholder here, since there is no agent; behind the page is the device. */
+enum { ID_BALLOON = 0, ID_NET = 1, ID_RNG = 4, ID_VSOCK = 19, ID_FS = 26 };
 
 struct descriptor {
     u64 address;
@@ -633,9 +634,10 @@ static struct device *device_with(u32 id)
 static void queues(u64 *state, u32 processor)
 {
     /* Two processors have two devices: each negotiation is whole. */
-    struct device *device = device_with(processor == 1 ? ID_RNG : one_in(state, 2) ? ID_NET : ID_VSOCK);
+    u32 small = one_in(state, 2) ? ID_RNG : ID_BALLOON;
+    struct device *device = device_with(processor == 1 ? small : one_in(state, 2) ? ID_NET : ID_VSOCK);
     if (!device)
-        device = device_with(vcpus == 1 && one_in(state, 2) ? ID_RNG : ID_VSOCK);
+        device = device_with(vcpus == 1 && one_in(state, 2) ? small : ID_VSOCK);
     /* mote may look at the rings once more after a reset, and find those of the next start. */
     if (careful && device->id == ID_VSOCK)
         device = device_with(ID_RNG);
@@ -646,8 +648,8 @@ static void queues(u64 *state, u32 processor)
 
 static void broken(u64 *state)
 {
-    static const u32 ids[] = {ID_VSOCK, ID_RNG, ID_NET};
-    struct device *device = device_with(ids[below(state, 3)]);
+    static const u32 ids[] = {ID_VSOCK, ID_RNG, ID_NET, ID_BALLOON};
+    struct device *device = device_with(ids[below(state, sizeof ids / sizeof *ids)]);
     if (device)
         attack(state, device, PLACES_TOO);
 }

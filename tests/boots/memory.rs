@@ -1,8 +1,12 @@
 //! A box's memory: the kernel sets most of it up as it is used (resources/kernel), which nobody is to notice.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
 use serde_json::json;
 
-use crate::common::{Finished, TestBox};
+use crate::client::shell;
+use crate::common::{Finished, Started, TestBox, eventually};
 
 /// Reads a value of /proc/meminfo, in MiB.
 const FREE: &str = "mib() { awk -v name=$1: '$1 == name { print int($2 / 1024) }' /proc/meminfo; }";
@@ -74,4 +78,36 @@ fn who_looks_at_every_page_sees_those_that_are_not_set_up_as_none() {
         ),
     );
     assert_eq!(ran.console, "done\n", "{}", ran.stderr);
+}
+
+/// How many MiB the host holds for the guest's memory: what is in the file of that size that mote has open.
+fn held_mib(started: &Started, memory_mib: u64) -> u64 {
+    let open = fs::read_dir(format!("/proc/{}/fd", started.pid())).expect("a process").flatten();
+    let files = open.filter_map(|fd| fs::metadata(fd.path()).ok());
+    let ram = files
+        .filter(|file| file.is_file() && file.len() == memory_mib << 20)
+        .max_by_key(MetadataExt::blocks);
+    ram.expect("the guest's memory").blocks() >> 11
+}
+
+#[test]
+fn what_a_box_has_freed_goes_back_to_the_host() {
+    const MIB: u64 = 1024;
+    // Less than half of it, which a tmpfs may have.
+    const FILE: u64 = 448;
+    let (test, started) = TestBox::busybox().with("memory_mib", json!(MIB)).idle();
+    let unused = held_mib(&started, MIB);
+    // Twice: what was given back can be had again.
+    for _ in 0..2 {
+        let filled = format!(
+            "dd if=/dev/zero of=/dev/shm/file bs=1M count={FILE} 2>/dev/null && echo filled"
+        );
+        assert_eq!(shell(&test, &filled), "filled\n");
+        let full = held_mib(&started, MIB);
+        assert!(full >= FILE && full < unused + FILE + 64, "{unused} MiB, then {full}");
+        shell(&test, "rm /dev/shm/file");
+        // All but what a processor keeps for itself.
+        eventually("the host has it back", || held_mib(&started, MIB) < full - FILE + MIB / 8 + 32);
+    }
+    started.stop();
 }

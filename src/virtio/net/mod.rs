@@ -278,6 +278,7 @@ impl MainLoopDevice for Net {
             features: features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
             queue_sizes: &QUEUE_SIZES,
             config: config_space(self.mac),
+            late: false,
         }
     }
 

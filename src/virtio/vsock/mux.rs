@@ -597,6 +597,7 @@ pub fn properties() -> Properties {
         features: F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
         queue_sizes: &QUEUE_SIZES,
         config: GUEST_CID.to_le_bytes().to_vec(),
+        late: false,
     }
 }
 
