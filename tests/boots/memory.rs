@@ -61,6 +61,23 @@ fn a_program_that_wants_more_than_there_is_is_killed_only_then() {
 }
 
 #[test]
+fn a_limit_of_a_cgroups_in_the_box_holds() {
+    let ran = with_memory(
+        4096,
+        1,
+        "cd /sys/fs/cgroup && mkdir all small && echo 0 >all/cgroup.procs
+        until echo +memory >cgroup.subtree_control; do :; done 2>/dev/null
+        echo 64M >small/memory.max
+        (echo 0 >small/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=80M count=1) >/dev/null 2>&1
+        echo $?
+        (echo 0 >small/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=40M count=1) 2>/dev/null
+        echo $? $(awk '$1 == \"oom_kill\" { print $2 }' small/memory.events)",
+    );
+    // After the kernel's message, and the shell's.
+    assert!(ran.console.ends_with("\n137\n0 1\n"), "{} {}", ran.console, ran.stderr);
+}
+
+#[test]
 fn who_looks_at_every_page_sees_those_that_are_not_set_up_as_none() {
     // One number for each page of RAM, and for none elsewhere; 1 << 20 is KPF_NOPAGE.
     let look = "cat /proc/kpagecount /proc/kpageflags /proc/kpagecgroup /proc/pagetypeinfo /proc/zoneinfo >/dev/null

@@ -221,7 +221,7 @@ fn with_too_few_open_files_a_box_does_not_start_or_runs() {
 #[test]
 fn clients_beyond_the_open_file_limit_harm_nobody() {
     let test = TestBox::streaming("echo ready; exec sleep 10000");
-    let mut started = test.start_within(&["prlimit", "--nofile=64"]);
+    let mut started = test.start_within(&["prlimit", "--nofile=76"]);
     started.wait_for_line("ready");
     // More clients than mote has descriptors for: they wait in the socket's queue, or are closed.
     let clients: Vec<_> = (0..100).map(|_| client::Client::connect(&test, "exec")).collect();
