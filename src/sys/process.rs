@@ -205,14 +205,24 @@ pub fn inherited_listener() -> io::Result<UnixListener> {
 /// # Errors
 /// Those of prctl(2) and setpgid(2).
 pub fn become_helper() -> io::Result<()> {
+    end_with_parent()?;
     // SAFETY: plain system calls; an all-zero set is valid until it is emptied.
     unsafe {
-        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
         check(libc::setpgid(0, 0))?;
         let mut none: libc::sigset_t = zeroed();
         libc::sigemptyset(&mut none);
         check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
     }
+    Ok(())
+}
+
+/// Has this process end with its parent, whatever ends that.
+///
+/// # Errors
+/// Those of prctl(2).
+pub fn end_with_parent() -> io::Result<()> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
     Ok(())
 }
 

@@ -176,7 +176,9 @@ fn write_in_child(shape: &Shape, key: &[u8], file: &File) -> Result<()> {
     let (mut says, to_say) = io::pipe().context("make a pipe")?;
     let keep = [file.as_raw_fd(), to_say.as_raw_fd()];
     let pid = sys::process::start_detached(c"mote-template", &keep, || {
-        let text = match write(shape, key, file) {
+        // What it has locked is to be free again when the maker is killed.
+        let written = sys::process::end_with_parent().map_err(Into::into);
+        let text = match written.and_then(|()| write(shape, key, file)) {
             Ok(()) => DONE.to_owned(),
             Err(error) => format!("{error:#}"),
         };

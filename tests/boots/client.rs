@@ -31,10 +31,15 @@ impl Client {
     }
 
     pub fn send(&mut self, kind: u8, payload: &[u8]) {
+        self.try_send(kind, payload).expect("sends");
+    }
+
+    /// The same to a server that may close the connection before it has everything.
+    pub fn try_send(&mut self, kind: u8, payload: &[u8]) -> std::io::Result<()> {
         let mut bytes = vec![kind];
         bytes.extend((payload.len() as u32).to_be_bytes());
         bytes.extend(payload);
-        self.0.write_all(&bytes).expect("sends");
+        self.0.write_all(&bytes)
     }
 
     pub fn send_json(&mut self, kind: u8, value: &Value) {

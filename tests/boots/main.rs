@@ -46,6 +46,7 @@ mod shares;
 mod sockets;
 mod spoofing;
 mod switch;
+mod templates;
 mod terminal;
 mod today;
 mod traced;
