@@ -10,9 +10,10 @@ use anyhow::{Context, Result};
 use crate::confine::{Isolation, NetworkAccess};
 use crate::kvm::{self, cpu, self_test, vcpu};
 use crate::memory;
-use crate::plan::{self, Environment, Technology};
+use crate::plan::{self, Environment, Technology, Templates};
 use crate::spec::json::Report;
 use crate::tee;
+use crate::template::cache;
 
 /// Checks everything and prints a line for each. `true` when the host is ready.
 pub fn run(environment: &Environment) -> bool {
@@ -32,6 +33,11 @@ pub fn run(environment: &Environment) -> bool {
         let name = technology.to_string().to_lowercase();
         text += &format!("{name:<10} not offered: {}\n", tee::missing(technology));
     }
+    let templates = match plan::templates(environment, &[], &mut Report::default()) {
+        Templates::Off(why) => format!("none are used: {why}"),
+        Templates::In(directory) => cache::describe(&directory),
+    };
+    text += &format!("{:<10} {templates}\n", "templates");
     text += if ready { "ready\n" } else { "not ready\n" };
     let _ = io::stdout().write_all(text.as_bytes());
     ready

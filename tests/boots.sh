@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # The boot tests: the release binary driven with real specs, on this machine or in the lab.
 #   boots.sh             all of them
-#   boots.sh GROUP…      the tests whose names contain this; a comma joins several names to one group
+#   boots.sh GROUP…      the tests whose names contain this; a comma joins several names to one group, and after
+#                        "cold=" their boxes start from no template
+# Else boxes start from templates as they do at their users': the first of each shape boots, and the next ones start from
+# what is made meanwhile. That a boot does the same is shown by the tests of what the agent and the kernel do until the
+# entrypoint runs, once more and cold.
 # In groups of a minute or two, so that a lab that hangs costs one group's time, not all. A lab has one
 # processor, so two groups run at a time there; the output of each is printed when it has ended.
 set -euo pipefail
@@ -12,12 +16,15 @@ cd "$(dirname "$0")/.."
 long=(tsi:: guest::,commands:: containers::,features:: attestation:: hostile:: faults::back_ends:: passt:: lifecycle::
     faults::host::,faults::ends::,faults::callers:: inits::,switch:: datagrams:: limits:: ports:: exec::,terminal::
     outcomes::,shares::,sockets:: published_udp::,logs:: requests::,egress::,bad_input::)
+cold=(cold=features::,outcomes::,shares::,memory::)
 
 MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
 MOTE_TEST_CONTAINERS="$(tests/rootfs.sh containers)"
 export MOTE_TEST_DEBIAN MOTE_TEST_CONTAINERS
 export MOTE=$PWD/target/x86_64-unknown-linux-gnu/release/mote
 export MOTE_TEST_BINARY=$MOTE
+# The lab's own, where there is a lab.
+export MOTE_TEMPLATES=${MOTE_TEMPLATES:-/dev/shm/mote-templates-of-tests}
 # Far above what a group takes.
 export LAB_LIMIT_S=${LAB_LIMIT_S:-600}
 # The binary under test is the one that is shipped; the tests themselves are built faster without.
@@ -32,15 +39,17 @@ if [ $# = 0 ]; then
     gone=$(comm -13 <(echo "$modules") <(in_lines "${long[@]}"))
     [ -z "$gone" ] || { echo "boots: there is no such module with tests:" $gone >&2; exit 1; }
     others=$(comm -23 <(echo "$modules") <(in_lines "${long[@]}") | paste -sd ,)
-    set -- ${others:+"$others"} "${long[@]}"
+    set -- ${others:+"$others"} "${long[@]}" "${cold[@]}"
 fi
 
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/lab/with-kvm.sh
 group() {
-    cargo test --locked --test boots -- ${1//,/ }
+    case $1 in cold=*) export MOTE_TEMPLATES=off ;; esac
+    local names=${1#cold=}
+    cargo test --locked --test boots -- ${names//,/ }
 }
 if "$MOTE" probe >/dev/null 2>&1; then
-    for names; do group "$names"; done
+    for names; do (group "$names"); done
     exit
 fi
 

@@ -54,7 +54,7 @@ pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
 pub use switch::{Switch, owner as socket_owner, socket_name};
 pub use tee::Technology;
-pub use templates::Templates;
+pub use templates::{Templates, plan as templates};
 
 use guest_init::GuestInit;
 

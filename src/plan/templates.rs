@@ -39,6 +39,9 @@ pub fn plan(environment: &Environment, guests: &[PathBuf], report: &mut Report) 
     if environment.debug {
         return Templates::Off("MOTE_DEBUG has the kernel print all its messages".into());
     }
+    if environment.kernel.is_some() || environment.initramfs.is_some() {
+        return Templates::Off("MOTE_KERNEL or MOTE_INITRAMFS names others than mote's own".into());
+    }
     if environment.virtiofsd.is_some() {
         return Templates::Off("MOTE_VIRTIOFSD names another virtiofsd".into());
     }

@@ -116,7 +116,7 @@ impl Cache {
     /// Where the template with this key is, and how long, if there is one that can be used.
     pub fn whole(&self, key: &[u8], memory_bytes: u64) -> Option<(PathBuf, u64)> {
         let Found::Whole(template) = self.find(key, memory_bytes) else { return None };
-        Some((self.path.join(format!("{}.{WHOLE}", key::name(key))), template.len()))
+        Some((self.path.join(format!("{}.{WHOLE}", key::name(key))), template.file_len()))
     }
 
     fn has_failed(&self, name: &str) -> bool {
@@ -246,16 +246,16 @@ fn is_own(file: &File) -> Result<()> {
     Ok(())
 }
 
-/// What a directory may be short of: for messages of `mote check`.
+/// What is in a user's cache, for `mote probe`.
 pub fn describe(path: &Path) -> String {
     match Cache::open(path) {
-        Ok(None) => format!("{} (none yet)", path.display()),
+        Ok(None) => format!("none yet in {}", path.display()),
         Ok(Some(cache)) => {
             let templates = cache.templates();
             let bytes: u64 = templates.iter().map(|(_, len, _)| len).sum();
-            format!("{} ({} of them, {} MiB)", path.display(), templates.len(), bytes >> 20)
+            format!("{} in {}, {} MiB", templates.len(), path.display(), bytes >> 20)
         }
-        Err(error) => format!("not used: {error:#}"),
+        Err(error) => format!("none are used: {error:#}"),
     }
 }
 

@@ -133,16 +133,14 @@ impl Template {
         let mut header = [0; HEADER_LEN];
         file.read_exact(&mut header).context("read its header")?;
         ensure!(header[..8] == MAGIC, "it does not start as one");
-        let number = |at: usize| {
-            let bytes = header[at..at + 8].as_array().copied().unwrap_or_default();
-            u64::from_le_bytes(bytes)
-        };
-        let (version, head_len) = (number(8) as u32, (number(8) >> 32) as usize);
+        let (words, _) = header.as_chunks::<8>();
+        let number = |index: usize| u64::from_le_bytes(words[index]);
+        let (version, head_len) = (number(1) as u32, (number(1) >> 32) as usize);
         ensure!(
             version == VERSION,
             "it has version {version} of the format, and this is {VERSION}"
         );
-        let (head_sum, sum, pages) = (number(16), number(24), number(32));
+        let (head_sum, sum, pages) = (number(2), number(3), number(4));
         ensure!(header[40..].iter().all(|byte| *byte == 0), "its header is damaged");
         ensure!((1..=MAX_HEAD).contains(&head_len), "its state has {head_len} bytes");
         let pages_start = pages_start(head_len);
@@ -190,7 +188,7 @@ impl Template {
     }
 
     /// How many bytes its file has.
-    pub fn len(&self) -> u64 {
+    pub fn file_len(&self) -> u64 {
         self.len
     }
 }
@@ -339,7 +337,7 @@ mod tests {
         let (file, ram) = written();
         let bytes = bytes_of(&file);
         let template = Template::read(of_bytes(&bytes), RAM).expect("whole");
-        assert_eq!((template.key(), template.len()), (&b"key"[..], bytes.len() as u64));
+        assert_eq!((template.key(), template.file_len()), (&b"key"[..], bytes.len() as u64));
         assert_eq!(template.head.mailbox[..2], [0x20_0000, 0x20_1000]);
         let machine = postcard::to_allocvec(&template.head.machine).expect("encoded");
         assert_eq!(machine, postcard::to_allocvec(&MachineState::blank(2)).expect("encoded"));
@@ -401,7 +399,8 @@ mod tests {
             extents: vec![Extent { start: 0x10_0000, len: pages }],
         };
         whole().check(RAM, pages).expect("whole");
-        let spoil: [(&str, fn(&mut Head)); 8] = [
+        type Spoil = fn(&mut Head);
+        let spoil: [(&str, Spoil); 8] = [
             ("not a page", |head| head.extents[0].start += 1),
             ("part of a page", |head| head.extents[0].len -= 1),
             ("behind RAM", |head| head.extents[0].start = RAM - PAGE_LEN),

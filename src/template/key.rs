@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use super::{Shape, file};
 use crate::kvm::state;
-use crate::plan::Image;
 use crate::sys;
 
 /// A template's key.
@@ -22,8 +21,6 @@ pub struct Key {
     format: u32,
     /// mote itself, with the kernel and the initramfs in it.
     program: Identity,
-    kernel: Option<Identity>,
-    initramfs: Option<Identity>,
     vcpus: u8,
     memory_bytes: u64,
     attests: bool,
@@ -57,13 +54,6 @@ impl Identity {
             modified: (metadata.mtime(), metadata.mtime_nsec()),
         })
     }
-
-    fn of_image(image: &Image) -> io::Result<Option<Identity>> {
-        match image {
-            Image::BuiltIn(_) => Ok(None),
-            Image::File(path) => Identity::of(path).map(Some),
-        }
-    }
 }
 
 impl Key {
@@ -77,8 +67,6 @@ impl Key {
             format: file::VERSION,
             program: Identity::of(Path::new("/proc/self/exe"))
                 .context("look at mote's own file")?,
-            kernel: Identity::of_image(&shape.kernel).context("look at the kernel")?,
-            initramfs: Identity::of_image(&shape.initramfs).context("look at the initramfs")?,
             vcpus: shape.vcpus,
             memory_bytes: shape.memory_bytes,
             attests: shape.attests,

@@ -7,7 +7,7 @@
 //!
 //! `mote template` does the same in the foreground.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
@@ -29,7 +29,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::cache::Cache;
 use super::file::{Head, Template};
-use super::{Key, Shape, devices, memory as pages};
+use super::{Key, PAGES, Shape, devices, memory as pages};
+use crate::boot;
 use crate::bus::{Bus, Effect};
 use crate::confine::{Isolation, NetworkAccess, Sandbox, ThreadKind};
 use crate::console::{self, KernelLog, PanicMessage, Sink};
@@ -74,35 +75,21 @@ pub fn start(shape: &Shape, directory: &Path) -> io::Result<()> {
 }
 
 fn arguments(shape: &Shape, directory: &Path) -> Vec<OsString> {
-    let image = |image: &Image| match image {
-        Image::BuiltIn(_) => OsString::new(),
-        Image::File(path) => path.into(),
-    };
     let attests = if shape.attests { "attests" } else { "" };
     vec![
         directory.into(),
         shape.vcpus.to_string().into(),
         shape.memory_bytes.to_string().into(),
         attests.into(),
-        image(&shape.kernel),
-        image(&shape.initramfs),
     ]
 }
 
 fn parse(arguments: &[OsString]) -> Option<(Shape, PathBuf)> {
-    let [directory, vcpus, memory_bytes, attests, kernel, initramfs] = arguments else {
-        return None;
-    };
-    let image = |path: &OsStr, built_in: fn() -> Image| match path.is_empty() {
-        true => built_in(),
-        false => Image::File(path.into()),
-    };
+    let [directory, vcpus, memory_bytes, attests] = arguments else { return None };
     let shape = Shape {
         vcpus: vcpus.to_str()?.parse().ok()?,
         memory_bytes: memory_bytes.to_str()?.parse().ok()?,
         attests: !attests.is_empty(),
-        kernel: image(kernel, Image::kernel),
-        initramfs: image(initramfs, Image::initramfs),
     };
     Some((shape, directory.into()))
 }
@@ -253,7 +240,17 @@ impl TemplateVm {
         let (Some(first), Some(cpuid)) = (vcpus.first_mut(), cpuids.into_iter().next()) else {
             bail!("a VM needs a vCPU");
         };
-        let entry = shape.guest().load(&ram)?;
+        let guest = boot::Guest {
+            kernel: &Image::kernel(),
+            initramfs: &Image::initramfs(),
+            attests: shape.attests,
+            instance: None,
+            vcpus: shape.vcpus,
+            memory_bytes: shape.memory_bytes,
+            devices: PAGES,
+            debug: false,
+        };
+        let entry = guest.load(&ram)?;
         vcpu::prepare_boot(first, &cpuid, &ram, entry)?;
         // Without the door: reading there is an exit.
         let register_pages = RegisterPages::new(&fd, slot, DOOR)?;
@@ -381,4 +378,19 @@ fn settle(vcpu: &mut VcpuFd) -> Result<()> {
     };
     vcpu.set_kvm_immediate_exit(0);
     settled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_comes_through_its_arguments() {
+        for attests in [false, true] {
+            let shape = Shape { vcpus: 3, memory_bytes: 300 << 20, attests };
+            let words = arguments(&shape, Path::new("/srv/a b"));
+            assert_eq!(parse(&words), Some((shape, "/srv/a b".into())));
+            assert_eq!(parse(&words[1..]), None);
+        }
+    }
 }

@@ -29,9 +29,8 @@ use mote_agent::mailbox::{DOOR, Letter, PART_START, SEED_LEN};
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::SerialState;
 
-use crate::boot;
 use crate::memory::GuestRam;
-use crate::plan::{Image, Plan, Templates};
+use crate::plan::{Plan, Templates};
 use crate::sys;
 use crate::virtio::device::{Activation, VirtioDevice};
 use crate::virtio::devices::Devices;
@@ -45,8 +44,8 @@ pub use key::Key;
 /// How many register pages a VM has that starts from a template: the door is the last.
 pub const PAGES: usize = DOOR + 1;
 
-/// What VMs of one template have in common, beside the host.
-#[derive(Debug, Clone)]
+/// What VMs of one template have in common, beside the host and mote, with the kernel and the initramfs in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Number of vCPUs.
     pub vcpus: u8,
@@ -54,10 +53,6 @@ pub struct Shape {
     pub memory_bytes: u64,
     /// Whether the guest has the attestation server.
     pub attests: bool,
-    /// The vmlinux.
-    pub kernel: Image,
-    /// The archive with the agent.
-    pub initramfs: Image,
 }
 
 impl Shape {
@@ -67,22 +62,6 @@ impl Shape {
             vcpus: plan.vcpus,
             memory_bytes: plan.memory_bytes,
             attests: plan.attestation.is_some(),
-            kernel: plan.kernel.clone(),
-            initramfs: plan.initramfs.clone(),
-        }
-    }
-
-    /// What its template boots with.
-    fn guest(&self) -> boot::Guest<'_> {
-        boot::Guest {
-            kernel: &self.kernel,
-            initramfs: &self.initramfs,
-            attests: self.attests,
-            instance: None,
-            vcpus: self.vcpus,
-            memory_bytes: self.memory_bytes,
-            devices: PAGES,
-            debug: false,
         }
     }
 }
@@ -159,7 +138,7 @@ pub fn describe(plan: &Plan) -> String {
     let directory = directory.display();
     match looked {
         Ok(cache::Found::Whole(template)) => {
-            format!("in {directory}, {} KiB", template.len() >> 10)
+            format!("in {directory}, {} KiB", template.file_len() >> 10)
         }
         Ok(cache::Found::Nothing) => format!("none in {directory} yet: the first start makes it"),
         Ok(cache::Found::Unusable(why)) | Err(why) => format!("none: {why:#}"),

@@ -179,7 +179,8 @@ fn what_is_not_a_whole_template_of_this_users_is_not_used() {
     };
     let flip = |at: usize| move |bytes: &mut Vec<u8>| bytes[at] ^= 4;
     let middle = whole.len() / 2;
-    let damage: [(&str, &dyn Fn(&mut Vec<u8>)); 7] = [
+    type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let damage: [(&str, Change<'_>); 7] = [
         ("does not start as one", &flip(0)),
         ("has version 5 of the format", &flip(8)),
         ("state is damaged", &flip(200)),
