@@ -9,9 +9,8 @@
 //! Each module uses only those above it, and the library ([`mote_agent`]):
 //!
 //! - [`sys`]: the system calls
-//! - [`sys::net`], [`sys::files`], [`sys::bpf`], [`sys::mailbox`]: those of networking, some about files, BPF's, and those
-//!   of a guest that becomes another
-//!
+//! - [`sys::net`], [`sys::files`], [`sys::bpf`], [`sys::ring_buffer`], [`sys::mailbox`]: those of networking, some about
+//!   files, BPF's, and those of a guest that becomes another
 //! - [`etc`], [`copy`]: files in the place of the image's; what the image has, copied into volumes
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts

@@ -1,5 +1,6 @@
 //! The spec's `resource_limits`: those on the host for mote and its back-ends, and those in the guest.
 
+use std::fs;
 use std::ops::RangeInclusive;
 
 use mote_agent::instance::Rlimit;
@@ -7,6 +8,7 @@ use mote_agent::instance::Rlimit;
 use super::guest_init::GuestInit;
 use crate::cgroup::{Cgroup, Limit};
 use crate::cpuset::CpuSet;
+use crate::layout;
 use crate::spec::json::Report;
 use crate::spec::{ResourceLimits, Spec};
 
@@ -160,6 +162,31 @@ fn parse_ulimit(text: &str) -> Result<Rlimit, String> {
 /// A limit, as a spec writes it.
 pub(super) fn limit_text(limit: u64) -> String {
     if limit == u64::MAX { "unlimited".into() } else { limit.to_string() }
+}
+
+/// Smallest guest memory in which kernel, agent and a small program fit.
+const MIN_MEMORY_MIB: u32 = 64;
+
+/// Checks how many vCPUs and how much memory there are to be.
+pub(super) fn check_size(spec: &Spec, report: &mut Report) {
+    let max = layout::MAX_VCPUS;
+    if !(1..=max).contains(&spec.vcpus) {
+        report.error("vcpus", format!("is {}, must be from 1 to {max}", spec.vcpus));
+    }
+    let mib = spec.memory_mib;
+    if mib < MIN_MEMORY_MIB {
+        report.error("memory_mib", format!("is {mib}, must be at least {MIN_MEMORY_MIB}"));
+    } else if let Some(host_mib) = host_memory_mib().filter(|host| u64::from(mib) > *host) {
+        report.error("memory_mib", format!("is {mib}, but this host has {host_mib} MiB of memory"));
+    }
+}
+
+/// `MemTotal` of proc(5); `None` if it cannot be read.
+fn host_memory_mib() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib >> 10)
 }
 
 #[cfg(test)]

@@ -34,7 +34,6 @@ mod variables;
 mod volumes;
 
 use std::fmt;
-use std::fs;
 use std::path::PathBuf;
 
 use mote_agent::attestation::Options;
@@ -61,21 +60,17 @@ use guest_init::GuestInit;
 use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
-use crate::layout;
 use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
 use crate::virtio::vsock::table::MAX_CONNECTIONS;
-
-/// Smallest guest memory in which kernel, agent and a small program fit.
-const MIN_MEMORY_MIB: u32 = 64;
 
 /// A VM to build: checked, with all defaults applied.
 #[derive(Debug)]
 pub struct Plan {
     /// Identity of the box, for messages.
     pub box_id: String,
-    /// Number of virtual CPUs, 1 to [`layout::MAX_VCPUS`].
+    /// Number of virtual CPUs, 1 to [`crate::layout::MAX_VCPUS`].
     pub vcpus: u8,
     /// Guest RAM in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
@@ -119,7 +114,7 @@ impl Plan {
     /// Checks a spec against this host and adds what is wrong to `report`, which has what was wrong at
     /// reading. Returns `None` if there are errors.
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
-        check_size(spec, report);
+        limits::check_size(spec, report);
         let cpus = limits::plan_cpus(spec, report);
         let guests = guests_directories(spec);
         let mut init = GuestInit::new(spec, &guests, report);
@@ -313,27 +308,6 @@ fn open_files(vcpus: u8, shares: &[Share], sockets: &[HostSocket], ports: &[Publ
         + sockets.len()
         + ports.len() * PER_PORT;
     (started + MAX_CONNECTIONS) as u64
-}
-
-fn check_size(spec: &Spec, report: &mut Report) {
-    let max = layout::MAX_VCPUS;
-    if !(1..=max).contains(&spec.vcpus) {
-        report.error("vcpus", format!("is {}, must be from 1 to {max}", spec.vcpus));
-    }
-    let mib = spec.memory_mib;
-    if mib < MIN_MEMORY_MIB {
-        report.error("memory_mib", format!("is {mib}, must be at least {MIN_MEMORY_MIB}"));
-    } else if let Some(host_mib) = host_memory_mib().filter(|host| u64::from(mib) > *host) {
-        report.error("memory_mib", format!("is {mib}, but this host has {host_mib} MiB of memory"));
-    }
-}
-
-/// `MemTotal` of proc(5); `None` if it cannot be read.
-fn host_memory_mib() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib >> 10)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::Environment;
+use super::environment::Environment;
 use crate::spec::json::Report;
 
 /// A box's templates.

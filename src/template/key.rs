@@ -11,7 +11,8 @@ use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::Serialize;
 
-use super::{Shape, file};
+use super::file;
+use super::shape::Shape;
 use crate::kvm::state;
 use crate::sys;
 

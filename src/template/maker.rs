@@ -29,7 +29,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::cache::Cache;
 use super::file::{Head, Template};
-use super::{Key, PAGES, Shape, devices, memory as pages};
+use super::key::Key;
+use super::shape::Shape;
+use super::{PAGES, devices, memory as pages};
 use crate::boot;
 use crate::bus::{Bus, Effect};
 use crate::confine::{Isolation, NetworkAccess, Sandbox, ThreadKind};

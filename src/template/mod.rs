@@ -11,13 +11,14 @@
 //!
 //! A template is used only by the same mote on the same host for a VM of the same shape ([`Key`]). Whatever does not
 //! fit, or fails before the guest runs, is a cold boot, and the timeline says why. The files ([`cache`]) are as much to be trusted as
-//! mote's own: they decide the guest's kernel. What can happen to them by accident is found out ([`file`]).
+//! mote's own: they decide the guest's kernel. What can happen to them by accident is found out ([`mod@file`]).
 
 pub mod cache;
 pub mod file;
 pub mod key;
 pub mod maker;
 pub mod memory;
+pub mod shape;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -40,31 +41,10 @@ use crate::virtio::mmio::{MmioDevice, Registers};
 use cache::Cache;
 pub use file::Template;
 pub use key::Key;
+pub use shape::Shape;
 
 /// How many register pages a VM has that starts from a template: the door is the last.
 pub const PAGES: usize = DOOR + 1;
-
-/// What VMs of one template have in common, beside the host and mote, with the kernel and the initramfs in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// Number of vCPUs.
-    pub vcpus: u8,
-    /// RAM in bytes.
-    pub memory_bytes: u64,
-    /// Whether the guest has the attestation server.
-    pub attests: bool,
-}
-
-impl Shape {
-    /// The shape of this box's VM.
-    pub fn of(plan: &Plan) -> Shape {
-        Shape {
-            vcpus: plan.vcpus,
-            memory_bytes: plan.memory_bytes,
-            attests: plan.attestation.is_some(),
-        }
-    }
-}
 
 /// The devices that are in every template, with drivers that have started them, in the order of their addresses. Those that
 /// only some boxes have come behind them, and are started when the box is known.

@@ -12,6 +12,7 @@ pub mod bpf;
 pub mod files;
 pub mod mailbox;
 pub mod net;
+pub mod ring_buffer;
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;

@@ -12,12 +12,14 @@
 //!
 //! - [`destinations`]: what is carried, by addresses
 //! - [`program`]: what redirects applications, and knows where they want to go
+//! - [`loaded`]: how that comes into the kernel
 //! - [`packet`]: what applications' sockets are told
 //! - [`stream`], [`datagrams`]: what one flow does
 //! - [`relay`]: serves all flows
 
 mod datagrams;
 mod destinations;
+mod loaded;
 mod packet;
 mod program;
 mod relay;
@@ -33,8 +35,9 @@ use mote_agent::flow::mapped;
 use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
 use self::destinations::{FLOW_NET6, FLOW_NET6_LEN, OWN_IP4};
-pub use self::program::Loaded;
-use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Extent, Programs};
+use self::loaded::Extent;
+pub use self::loaded::Loaded;
+use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
 use crate::sys::{self, ExitStatus, Reaped, net};
 
