@@ -170,7 +170,7 @@ impl Vm {
         let device_count = devices.iter().count() + plan.shares.len();
         let late_count = devices.iter().filter(|device| device.properties().late).count();
         let Machine { vm, ram, register_slot, vcpus, resumed } =
-            Machine::ready_to_run(plan, &kvm, [device_count, late_count], timeline)?;
+            Machine::ready_to_run(plan, &kvm, [device_count, late_count], janitor, timeline)?;
         janitor.hold(&vm)?;
 
         // The transports' side of the devices, in the order of their addresses: those that every box has, which are
@@ -336,6 +336,7 @@ impl Machine {
         plan: &Plan,
         kvm: &Kvm,
         [devices, late]: [usize; 2],
+        janitor: &Janitor,
         timeline: &mut Timeline,
     ) -> Result<Machine> {
         let supported = kvm::supported_cpuid(kvm)?;
@@ -347,7 +348,9 @@ impl Machine {
         let mut machine = Machine::empty(plan, kvm, &cpuids)?;
         timeline.mark("memory_ready");
         let more = devices.saturating_sub(template::device_count() + late);
-        let why = match template::find(plan, kvm, &machine.vcpus[0], &cpuids[0]) {
+        let why = match template::find(plan, kvm, &machine.vcpus[0], &cpuids[0], || {
+            janitor.make_template()
+        }) {
             Err(why) => why,
             Ok(found) => {
                 let Machine { vm, vcpus, ram, .. } = &machine;

@@ -1,6 +1,6 @@
 //! The janitor: the one process of a box that is not confined. It makes the box's cgroup and sockets on
-//! the host and removes them, and connects to passt again while the box runs. It handles no data of a
-//! guest or a client.
+//! the host and removes them, has the template made that a start has missed, and connects to passt again while the box
+//! runs. It handles no data of a guest or a client.
 //!
 //! ```text
 //! mote      start ┐                 ┌ confined, runs the guest ── line closed, reap ── end
@@ -8,7 +8,7 @@
 //! ```
 //!
 //! There are two ways between them. Over the line, a pair of sockets, mote gives the janitor the processes
-//! of its virtiofsd and the VM, and closes its direction for good before it is confined; the janitor gives mote the
+//! of its virtiofsd and the VM, says whether there is no template, and closes its direction for good before it is confined; the janitor gives mote the
 //! sockets and connections. On the pipe mote asks for those. Descriptors do not pass through a pipe, and
 //! the janitor never waits for mote to read: closing a descriptor of an attacker's choice could take
 //! forever, and so could an answer.
@@ -37,8 +37,9 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::cgroup::{self, Cgroup, Remains};
 use crate::host::passt_line::{self, PasstLine};
 use crate::host::sockets::{self, SocketFile};
-use crate::plan::{HostSocket, Plan};
+use crate::plan::{HostSocket, Plan, Templates};
 use crate::sys::{self, Interest};
+use crate::template::{Shape, maker};
 
 /// How long the janitor sleeps after each connection to passt: the box's limit on CPU time does not hold
 /// for it, so a mote under an attacker's control must not keep it busy. mote asks less often.
@@ -51,6 +52,8 @@ const CLEANING_LIMIT: Duration = Duration::from_secs(1);
 const GIVEN: u8 = 0;
 /// The byte that is sent with a descriptor to hold.
 const HELD: u8 = 2;
+/// The byte that is sent alone: there is no template.
+const MAKE_TEMPLATE: u8 = 3;
 /// The byte before the text that says why the resources could not be made.
 const NO_RESOURCES: u8 = 1;
 
@@ -65,6 +68,8 @@ pub struct Duties<'a> {
     pub switch: Option<&'a Path>,
     /// The passt to connect to when asked.
     pub passt: Option<&'a Path>,
+    /// The template to have made when asked, and the directory for it.
+    pub template: Option<(Shape, &'a Path)>,
 }
 
 impl<'a> From<&'a Plan> for Duties<'a> {
@@ -74,6 +79,10 @@ impl<'a> From<&'a Plan> for Duties<'a> {
             sockets: &plan.sockets,
             switch: plan.networking.switch().map(|switch| switch.socket.as_path()),
             passt: plan.networking.passt_socket(),
+            template: match &plan.templates {
+                Templates::In(directory) => Some((Shape::of(plan), directory)),
+                Templates::Off(_) => None,
+            },
         }
     }
 }
@@ -189,6 +198,17 @@ impl Janitor {
         self.hand(HELD, descriptor).context("give the janitor a descriptor to hold")
     }
 
+    /// Makes the janitor have a template made, by a process that is nobody's then: mote is in the box's cgroup, whose limits
+    /// and whose end are not the maker's.
+    ///
+    /// # Errors
+    /// As for [`Janitor::kill_at_end`].
+    pub fn make_template(&self) -> Result<()> {
+        (&self.line)
+            .write_all(&[MAKE_TEMPLATE])
+            .context("tell the janitor that there is no template")
+    }
+
     fn hand(&self, what: u8, descriptor: &impl AsRawFd) -> io::Result<()> {
         let sent = self.line.send_with_fd(&[what][..], descriptor.as_raw_fd());
         sent.map(drop).map_err(io::Error::from)
@@ -239,7 +259,7 @@ fn work(duties: &Duties<'_>, mote: &Mote) {
     match HostResources::make(duties, &mote.line, &mut leftovers) {
         Ok(resources) => {
             match resources.give(&mote.line).context("hand a descriptor to mote") {
-                Ok(()) => serve(mote, duties.passt, &mut leftovers),
+                Ok(()) => serve(mote, duties, &mut leftovers),
                 Err(error) => refuse(&mote.line, &error),
             }
             // At once: clients take an existing socket for a running box (contract §2.8).
@@ -345,12 +365,12 @@ fn take_descriptor(mut line: &UnixStream) -> Result<OwnedFd> {
 
 /// Serves mote until it closes the pipe or ends; the pipe alone would not do, because a mote under an
 /// attacker's control may have passed its end to another process.
-fn serve(mote: &Mote, passt: Option<&Path>, leftovers: &mut Leftovers) {
+fn serve(mote: &Mote, duties: &Duties<'_>, leftovers: &mut Leftovers) {
     // From here on nothing waits for mote, but for a limited time.
     if mote.line.set_nonblocking(true).is_err() {
         return;
     }
-    take_descriptors(mote, leftovers);
+    take_descriptors(mote, duties, leftovers);
     // Any number of requests that wait at once are one.
     let mut bytes = [0; 64];
     loop {
@@ -359,18 +379,24 @@ fn serve(mote: &Mote, passt: Option<&Path>, leftovers: &mut Leftovers) {
         let Ok(1..) = (&mote.requests).read(&mut bytes) else { return };
         // In a process of its own. The last one to close a connection closes the descriptors that a passt
         // under an attacker's control may have sent over it; that may take long, but not at a process's end.
-        sys::confine::succeeds_in_child(|| passt_line::answer(&mote.line, passt));
+        sys::confine::succeeds_in_child(|| passt_line::answer(&mote.line, duties.passt));
         thread::sleep(CONNECT_PAUSE);
     }
 }
 
-/// Takes the descriptors that mote sends, each with a byte, until it closes that direction or ends.
-fn take_descriptors(mote: &Mote, leftovers: &mut Leftovers) {
+/// Takes what mote sends, a byte each, most with a descriptor, until it closes that direction or ends.
+fn take_descriptors(mote: &Mote, duties: &Duties<'_>, leftovers: &mut Leftovers) {
     let mut what = [0];
     loop {
         match mote.line.recv_with_fd(&mut what) {
             Ok((1, Some(held))) if what == [HELD] => leftovers.held.push(held),
             Ok((1, Some(process))) => leftovers.processes.push(process),
+            Ok((1, None)) if what == [MAKE_TEMPLATE] => {
+                if let Some((shape, directory)) = &duties.template {
+                    // Without it, the next start finds none, either.
+                    let _ = maker::start(shape, directory);
+                }
+            }
             // A descriptor, but the janitor can have no more descriptors.
             Err(error) if error.errno() == libc::ENOBUFS => {}
             Err(error) if error.errno() == libc::EAGAIN => {
@@ -466,7 +492,7 @@ mod tests {
         ours.shutdown(Shutdown::Write).expect("closed");
         let (served, over) = mpsc::channel();
         thread::spawn(move || {
-            serve(&mote, None, &mut Leftovers::default());
+            serve(&mote, &Duties::default(), &mut Leftovers::default());
             served.send(()).expect("somebody waits");
         });
         requests.write_all(&[0]).expect("a request");

@@ -27,7 +27,7 @@ pub const MOST_BYTES: u64 = 1 << 30;
 pub const MOST_TEMPLATES: usize = 32;
 
 /// How long a failure keeps others from trying again.
-const FAILURE_LIFE: Duration = Duration::from_secs(24 * 3600);
+const FAILURE_LIFE: Duration = Duration::from_secs(3600);
 
 const WHOLE: &str = "template";
 const NEW: &str = "new";
@@ -91,7 +91,7 @@ impl Cache {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return if self.has_failed(&name) {
                     Found::Unusable(anyhow!(
-                        "making it or starting from it has failed within a day; `mote template` says why"
+                        "making it or starting from it has failed within the last hour; `mote template` says why"
                     ))
                 } else {
                     Found::Nothing

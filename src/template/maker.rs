@@ -1,7 +1,7 @@
 //! Making a template: a VM that has no box boots to the door, and what it is then goes into a file.
 //!
 //! ```text
-//! mote, after a miss ─▶ maker (mote's own file, executed again, lowest priority) ── names the file
+//! mote, after a miss ─▶ janitor ─▶ maker (mote's own file, executed again, lowest priority) ── names the file
 //!                          └─ child, confined: boots the VM, writes its state to the open file
 //! ```
 //!
@@ -47,8 +47,8 @@ use crate::virtio::mmio::{self, MmioDevice};
 /// The name under which mote is a maker.
 pub const NAME: &str = "mote-template";
 
-/// How long the VM may take to the door.
-const LIMIT: Duration = Duration::from_secs(120);
+/// How long the VM may take to the door: it runs only when no CPU has anything else to do.
+const LIMIT: Duration = Duration::from_secs(900);
 /// How often a vCPU that is to stop is told so: it may just be about to run.
 const KICK_STEP: Duration = Duration::from_millis(1);
 /// Descriptors that the confined child may have.

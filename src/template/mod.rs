@@ -125,12 +125,17 @@ pub fn describe(plan: &Plan) -> String {
     }
 }
 
-/// Looks for this box's template, whose VM has this vCPU as its first. If there is none, one is made in the background.
-/// Must be called while there is one thread.
+/// Looks for this box's template, whose VM has this vCPU as its first. If there is none that could be made, calls `make`.
 ///
 /// # Errors
 /// Why there is none to be used.
-pub fn find(plan: &Plan, kvm: &Kvm, vcpu: &VcpuFd, cpuid: &CpuId) -> Result<Found> {
+pub fn find(
+    plan: &Plan,
+    kvm: &Kvm,
+    vcpu: &VcpuFd,
+    cpuid: &CpuId,
+    make: impl FnOnce() -> Result<()>,
+) -> Result<Found> {
     let directory = match &plan.templates {
         Templates::Off(why) => bail!("{why}"),
         Templates::In(directory) => directory,
@@ -143,7 +148,7 @@ pub fn find(plan: &Plan, kvm: &Kvm, vcpu: &VcpuFd, cpuid: &CpuId) -> Result<Foun
         Some((cache::Found::Whole(template), cache)) => Ok(Found { template, cache, key }),
         Some((cache::Found::Unusable(why), _)) => Err(why),
         Some((cache::Found::Nothing, _)) | None => {
-            maker::start(&shape, directory).context("there is none, and no process to make it")?;
+            make().context("there is none")?;
             bail!("there is none; it is being made")
         }
     }

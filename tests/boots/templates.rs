@@ -245,7 +245,7 @@ fn a_cache_that_takes_no_template_is_no_harm() {
     assert_eq!(made.status.code(), Some(1), "{told}");
     assert!(told.contains("No space left on device") && told.lines().count() == 1, "{told}");
     assert!(templates.files("new").is_empty() && templates.files("template").is_empty());
-    assert_boots(&test, "has failed within a day");
+    assert_boots(&test, "has failed within the last hour");
     mount("ro,mode=700");
     assert_boots(&test, "there is none");
     assert_boots(&test, "there is none");
