@@ -28,6 +28,8 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 MOTE = os.environ.get("MOTE", str(HERE.parent / "target/release/mote"))
 CGROUPS = pathlib.Path("/sys/fs/cgroup/a3s-box")
+# Boxes start from templates but for the first of each shape; with `off` they all boot.
+TEMPLATES = os.environ.get("MOTE_TEMPLATES", "/dev/shm/mote-soak-templates")
 # Far beyond any boot.
 BOOT_LIMIT_S = 120
 # How long after a signal mote stops a box hard.
@@ -52,7 +54,7 @@ class Box:
         self.number = number
         self.name = f"soak-{number:06}"
         self.dir = work / self.name
-        self.environment = {"PATH": os.environ["PATH"], "TMPDIR": str(self.dir / "tmp")}
+        self.environment = {"PATH": os.environ["PATH"], "TMPDIR": str(self.dir / "tmp"), "MOTE_TEMPLATES": TEMPLATES}
         self.events = []
         self.signalled_at = None
         # Codes that are right as well when the end came no sooner than mote's limit after a signal.

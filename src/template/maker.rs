@@ -71,7 +71,7 @@ pub fn start(shape: &Shape, directory: &Path) -> io::Result<()> {
     let arguments = arguments(shape, directory);
     sys::process::start_detached(c"mote-template", &[], || {
         // An error is nobody's to read. The next start finds no template, and tries again.
-        drop(Command::new("/proc/self/exe").arg0(NAME).args(&arguments).exec());
+        drop(Command::new("/proc/self/exe").arg0(NAME).args(&arguments).env_clear().exec());
     })?;
     Ok(())
 }
