@@ -29,7 +29,7 @@ use crate::plan::{Network, Networking, Output, PasstSocket, Plan};
 use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
-use crate::template::{self, Resumed};
+use crate::template::{self, Empty, Resumed};
 use crate::timeline::{ExitCounts, Timeline};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
@@ -354,7 +354,8 @@ impl Machine {
             Err(why) => why,
             Ok(found) => {
                 let Machine { vm, vcpus, ram, .. } = &machine;
-                match found.restore(vm, vcpus, ram, &instance, more) {
+                let empty = Empty { vm, vcpus, ram };
+                match found.restore(empty, &instance, more) {
                     Ok(resumed) => {
                         timeline.template = Some("used".into());
                         timeline.mark("template_restored");

@@ -154,21 +154,25 @@ pub fn find(
     }
 }
 
+/// A new VM, which has done nothing yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Empty<'a> {
+    /// The VM itself.
+    pub vm: &'a VmFd,
+    /// Its vCPUs, with their CPUID.
+    pub vcpus: &'a [VcpuFd],
+    /// Its RAM, all zeros.
+    pub ram: &'a GuestRam,
+}
+
 impl Found {
-    /// Puts a new VM into the template's state, with this configuration for its agent, as JSON, and `more` devices
-    /// behind those of the template.
+    /// Puts a VM into the template's state, with this configuration for its agent, as JSON, and `more` devices behind
+    /// those of the template.
     ///
     /// # Errors
     /// Something does not fit: the VM and its RAM are of no use then.
-    pub fn restore(
-        &self,
-        vm: &VmFd,
-        vcpus: &[VcpuFd],
-        ram: &GuestRam,
-        instance: &[u8],
-        more: usize,
-    ) -> Result<Resumed> {
-        let restored = self.template.restore(vm, vcpus, ram, instance, more);
+    pub fn restore(&self, to: Empty<'_>, instance: &[u8], more: usize) -> Result<Resumed> {
+        let restored = self.template.restore(to, instance, more);
         if restored.is_err() {
             self.cache.failed(&self.key);
         }
@@ -177,14 +181,8 @@ impl Found {
 }
 
 impl Template {
-    fn restore(
-        &self,
-        vm: &VmFd,
-        vcpus: &[VcpuFd],
-        ram: &GuestRam,
-        instance: &[u8],
-        more: usize,
-    ) -> Result<Resumed> {
+    fn restore(&self, to: Empty<'_>, instance: &[u8], more: usize) -> Result<Resumed> {
+        let Empty { vm, vcpus, ram } = to;
         let devices = devices();
         ensure!(self.head.devices.len() == devices.len(), "it has other devices");
         self.fill(ram)?;
