@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the guest kernel from Debian's linux-source-6.12, without four lines of it, with two changed and the patches
+# Builds the guest kernel from Debian's linux-source-6.12, without four lines of it, with one changed and the patches
 # of resources/kernel, and resources/kernel.config, and prints the path of the stripped vmlinux. The result is kept in
 # the user's cache under a hash of everything that decides its bytes (source package, patches, fragment, this script,
 # compiler), so that each machine builds it once, whatever the number of checkouts.
@@ -56,10 +56,6 @@ if [ ! -s "$image" ]; then
     }
     replace kernel/bpf/core.c '#define BPF_PROG_PACK_SIZE (SZ_2M * num_possible_nodes())' \
         '#define BPF_PROG_PACK_SIZE SZ_128K'
-    # One generator of IP identifiers for 64 KiB of RAM, and a random number for each: at 4 GiB, as dear as a tenth of a
-    # start. 2,048 of them, the least that there may be, are for 2 GiB then.
-    replace net/ipv4/route.c $'\t\t\t\t\t      16, /* one bucket per 64 KB */' \
-        $'\t\t\t\t\t      20, /* one bucket per MiB */'
     for change in "$here"/kernel/*.patch; do
         patch --directory="$tree" --strip=1 --fuzz=0 --silent <"$change" >>"$build_log" 2>&1 ||
             die "$change does not apply; see $build_log"

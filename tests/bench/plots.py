@@ -10,7 +10,7 @@ WIDTH = 900
 FONT = 'system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif'
 # Of the same weight for colour-blind readers (Okabe and Ito), on a background of the drawing's of the README.
 COLOURS = ["#0072b2", "#56b4e9", "#e69f00", "#b5bcc4"]
-LINES = {"floor": "#7b8794", "mote": "#0072b2", "firecracker-devices": "#d55e00", "qemu-virtiofs": "#009e73"}
+LINES = {"floor": "#7b8794", "mote": "#0072b2", "mote-template": "#56b4e9", "firecracker-devices": "#d55e00", "qemu-virtiofs": "#009e73"}
 BACKGROUND, EDGE, INK, FAINT = "#fbfbfa", "#d5dae0", "#1f2933", "#46535f"
 
 

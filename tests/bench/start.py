@@ -47,12 +47,22 @@ class Case:
 
     def command(self, stage):
         row = ROWS[self.row]
+        if self.mode == "init" and row.says_when:
+            return by_timeline(self.label, row.run(stage, self.machine), stage.path("timeline.json"))
         run = to_init(row, stage, self.machine) if self.mode == "init" else row.run(stage, self.machine)
         options = []
         if self.mode == "exec":
             client = [stage.path("bin/mote"), "exec", "--wait", "20s", stage.path("exec.sock"), "--", "/entrypoint", "exec"]
             options = ["-c", " ".join(client)]
         return runs.command(stage, self.label, "start" if self.mode == "init" else self.mode, run, options)
+
+
+def by_timeline(label, run, file):
+    """The shell's line that has mote say when its agent has started, in microseconds, and repeats it as measure.c does."""
+    variables = " ".join(f"{name}={value}" for name, value in run.environment.items())
+    box = " ".join(map(str, [run.command[0], "--timeline", file, *run.command[1:]]))
+    started = f"""$(sed 's/.*"agent_started":\\([0-9]*\\).*/\\1/' {file})"""
+    return "; ".join([*(" ".join(map(str, command)) for command in run.prepare), f"{variables} {box}", f"echo RUN {label} start init={started}"])
 
 
 def build(stage):

@@ -176,6 +176,8 @@ class Row:
     swept: bool = False
     # PID 1 is mote's agent, so that when it starts is measured by runs of their own.
     has_agent: bool = False
+    # No other init can take its place: mote itself says when it has started.
+    says_when: bool = False
 
     def is_there(self):
         return not self.variable or bool(os.environ.get(self.variable))
@@ -184,7 +186,7 @@ class Row:
 ROWS = {
     "floor": Row("floor: no devices, no sandbox", floor, "initramfs", swept=True),
     "mote": Row("mote", mote, "virtio-fs", swept=True, has_agent=True),
-    "mote-template": Row("mote from a template", mote_from_template, "virtio-fs", swept=True),
+    "mote-template": Row("mote from a template", mote_from_template, "virtio-fs", swept=True, has_agent=True, says_when=True),
     "mote-open": Row("mote without its sandbox", mote_without_sandbox, "virtio-fs", has_agent=True),
     "firecracker": Row("Firecracker, no devices", firecracker, "initramfs", "firecracker", "MOTE_BENCH_FIRECRACKER"),
     "firecracker-devices": Row("Firecracker + vsock + rng", firecracker_with_devices, "ext4 on virtio-blk", "firecracker",
