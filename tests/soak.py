@@ -370,7 +370,7 @@ def run_here(numbers, seed, parallel, report):
             def boot(number):
                 box = Box(work, seed, number)
                 report(box.run(box.random.choice(FAULTS)))
-            before = shared_state()
+            before = shared_state() | {f"file {TEMPLATES}"}
             for start in range(0, len(numbers), ROUND):
                 some = numbers[start:start + ROUND]
                 for future in [pool.submit(boot, number) for number in some]:
