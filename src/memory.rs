@@ -238,7 +238,7 @@ impl RegisterPage {
 
 /// A checksum against accidents: of words of 64 bits in four lanes, in each their sum and the sum of these sums, so that
 /// the place of a word counts.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Checksum {
     /// How many bytes were added: zeros that fill the last words count for nothing else.
     len: u64,
@@ -249,13 +249,15 @@ pub struct Checksum {
 /// Length of what [`Checksum`] takes at once.
 const CHECKED: usize = 32;
 
-impl Checksum {
+impl Default for Checksum {
     /// Of nothing.
-    pub fn new() -> Self {
+    fn default() -> Self {
         // So that leading zeros count.
         Checksum { len: 0, sums: [1; 4], sums_of_sums: [0; 4] }
     }
+}
 
+impl Checksum {
     fn add_words(&mut self, words: [u64; 4]) {
         for (lane, word) in words.into_iter().enumerate() {
             self.sums[lane] = self.sums[lane].wrapping_add(word);
@@ -339,10 +341,10 @@ mod tests {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).expect("a page");
         let mut bytes: Vec<u8> = (0..4096u32).map(|at| (at * 7 / 3) as u8).collect();
         ram.write_slice(&bytes, GuestAddress(0)).expect("written");
-        let mut of_ram = Checksum::new();
+        let mut of_ram = Checksum::default();
         of_ram.add_ram(&ram, GuestAddress(0), 4096).expect("there");
         let sum_of = |bytes: &[u8]| {
-            let mut sum = Checksum::new();
+            let mut sum = Checksum::default();
             sum.add(bytes);
             sum.value()
         };

@@ -9,8 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use anyhow::{Context, Result};
-use kvm_bindings::CpuId;
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,13 +22,13 @@ use crate::host::logs::LogWriter;
 use crate::host::switch::SwitchProcess;
 use crate::host::virtiofsd::{self, Virtiofsd};
 use crate::kvm::vcpu::{self, Exit, Start};
-use crate::kvm::{cpu, self_test};
-use crate::memory::{self, GuestRam, RegisterPages};
+use crate::kvm::{Machine, self_test};
+use crate::memory::{GuestRam, RegisterPages};
 use crate::plan::{Network, Networking, Output, PasstSocket, Plan};
 use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
-use crate::template::{self, Empty, Resumed};
+use crate::template::{self, Resumed};
 use crate::timeline::{ExitCounts, Timeline};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
@@ -169,8 +168,9 @@ impl Vm {
 
         let device_count = devices.iter().count() + plan.shares.len();
         let late_count = devices.iter().filter(|device| device.properties().late).count();
-        let Machine { vm, ram, register_slot, vcpus, resumed } =
-            Machine::ready_to_run(plan, &kvm, [device_count, late_count], janitor, timeline)?;
+        let (machine, resumed) =
+            ready_to_run(plan, &kvm, [device_count, late_count], janitor, timeline)?;
+        let Machine { vm, ram, free_slot, vcpus } = machine;
         janitor.hold(&vm)?;
 
         // The transports' side of the devices, in the order of their addresses: those that every box has, which are
@@ -194,7 +194,7 @@ impl Vm {
         }
         timeline.mark("backends_connected");
         let page_count = if resumed.is_some() { template::PAGES } else { device_count };
-        let pages = RegisterPages::new(&vm, register_slot, page_count)?;
+        let pages = RegisterPages::new(&vm, free_slot, page_count)?;
         (device_count..page_count).for_each(|index| mmio::hold_place(&pages.page(index)));
         let mut transports = front_ends
             .into_iter()
@@ -318,86 +318,60 @@ fn spawn_backends(plan: &Plan) -> Result<(Vec<Virtiofsd>, Vec<UnixStream>)> {
     Ok(started.into_iter().unzip())
 }
 
-/// The VM as KVM has it, and its RAM.
-struct Machine {
-    vm: VmFd,
-    ram: GuestRam,
-    /// The first memory slot that is free.
-    register_slot: u32,
-    vcpus: Vec<VcpuFd>,
-    /// What it goes on with, if it starts from a template.
-    resumed: Option<Resumed>,
-}
-
-impl Machine {
-    /// A VM that starts from a template, if there is one for it, and else with its kernel. It has so many virtio
-    /// devices, and so many of them are late.
-    fn ready_to_run(
-        plan: &Plan,
-        kvm: &Kvm,
-        [devices, late]: [usize; 2],
-        janitor: &Janitor,
-        timeline: &mut Timeline,
-    ) -> Result<Machine> {
-        let supported = kvm::supported_cpuid(kvm)?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        let cpuid = |index| cpu::cpuid(&supported, index, plan.vcpus, tsc_deadline);
-        let cpuids: Vec<_> = (0..plan.vcpus).map(cpuid).collect();
-        let instance =
-            serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
-        let mut machine = Machine::empty(plan, kvm, &cpuids)?;
-        timeline.mark("memory_ready");
-        let more = devices.saturating_sub(template::device_count() + late);
-        let why = match template::find(plan, kvm, &machine.vcpus[0], &cpuids[0], || {
-            janitor.make_template()
-        }) {
-            Err(why) => why,
-            Ok(found) => {
-                let Machine { vm, vcpus, ram, .. } = &machine;
-                let empty = Empty { vm, vcpus, ram };
-                match found.restore(empty, &instance, more) {
-                    Ok(resumed) => {
-                        timeline.template = Some("used".into());
-                        timeline.mark("template_restored");
-                        return Ok(Machine { resumed: Some(resumed), ..machine });
-                    }
-                    Err(why) => {
-                        // What has been written stays in neither VM nor RAM.
-                        machine = Machine::empty(plan, kvm, &cpuids)?;
-                        why
-                    }
+/// A VM that starts from a template, with what it goes on with, if there is one for it, and else with its kernel. It has
+/// so many virtio devices, and so many of them are late.
+fn ready_to_run(
+    plan: &Plan,
+    kvm: &Kvm,
+    [devices, late]: [usize; 2],
+    janitor: &Janitor,
+    timeline: &mut Timeline,
+) -> Result<(Machine, Option<Resumed>)> {
+    let cpuids = kvm::cpuids(kvm, plan.vcpus)?;
+    let instance =
+        serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
+    let empty = || Machine::new(kvm, plan.memory_bytes, &cpuids);
+    let mut machine = empty()?;
+    timeline.mark("memory_ready");
+    let more = devices.saturating_sub(template::device_count() + late);
+    let why = match template::find(plan, kvm, &machine.vcpus[0], &cpuids[0], || {
+        janitor.make_template()
+    }) {
+        Err(why) => why,
+        Ok(found) => {
+            match found.restore(&machine, &instance, more) {
+                Ok(resumed) => {
+                    timeline.template = Some("used".into());
+                    timeline.mark("template_restored");
+                    return Ok((machine, Some(resumed)));
+                }
+                Err(why) => {
+                    // What has been written stays in neither VM nor RAM.
+                    machine = empty()?;
+                    why
                 }
             }
-        };
-        let why = format!("{why:#}");
-        if plan.debug {
-            log::info(&format!("no template is used: {why}"));
         }
-        timeline.template = Some(why);
-        let guest = boot::Guest {
-            kernel: &plan.kernel,
-            initramfs: &plan.initramfs,
-            attests: plan.attestation.is_some(),
-            instance: Some(&instance),
-            vcpus: plan.vcpus,
-            memory_bytes: plan.memory_bytes,
-            devices,
-            debug: plan.debug,
-        };
-        let entry = guest.load(&machine.ram)?;
-        vcpu::prepare_boot(&machine.vcpus[0], &cpuids[0], &machine.ram, entry)?;
-        timeline.mark("kernel_loaded");
-        Ok(machine)
+    };
+    let why = format!("{why:#}");
+    if plan.debug {
+        log::info(&format!("no template is used: {why}"));
     }
-
-    fn empty(plan: &Plan, kvm: &Kvm, cpuids: &[CpuId]) -> Result<Machine> {
-        let vm = kvm::create_vm(kvm)?;
-        let ram = memory::create_ram(plan.memory_bytes)?;
-        let register_slot = memory::add_ram(&vm, &ram)?;
-        let vcpus = (0..).zip(cpuids).map(|(index, cpuid)| vcpu::create(&vm, index, cpuid));
-        let vcpus = vcpus.collect::<Result<Vec<_>>>()?;
-        Ok(Machine { vm, ram, register_slot, vcpus, resumed: None })
-    }
+    timeline.template = Some(why);
+    let guest = boot::Guest {
+        kernel: &plan.kernel,
+        initramfs: &plan.initramfs,
+        attests: plan.attestation.is_some(),
+        instance: Some(&instance),
+        vcpus: plan.vcpus,
+        memory_bytes: plan.memory_bytes,
+        devices,
+        debug: plan.debug,
+    };
+    let entry = guest.load(&machine.ram)?;
+    vcpu::prepare_boot(&machine.vcpus[0], &cpuids[0], &machine.ram, entry)?;
+    timeline.mark("kernel_loaded");
+    Ok((machine, None))
 }
 
 /// Makes a virtio-fs device per share. If a back-end has ended, the error quotes its own message.

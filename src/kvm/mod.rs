@@ -12,9 +12,10 @@ use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
     kvm_enable_cap,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::layout;
+use crate::memory::{self, GuestRam};
 
 /// The device file.
 pub const DEVICE: &str = "/dev/kvm";
@@ -99,6 +100,44 @@ fn forgo_pmu(vm: &VmFd) -> Result<()> {
             Err(error).context("forgo the performance counters")
         }
         _ => Ok(()),
+    }
+}
+
+/// The CPUID of each of this many vCPUs of a VM.
+///
+/// # Errors
+/// KVM refuses.
+pub fn cpuids(kvm: &Kvm, count: u8) -> Result<Vec<CpuId>> {
+    let supported = supported_cpuid(kvm)?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    Ok((0..count).map(|index| cpu::cpuid(&supported, index, count, tsc_deadline)).collect())
+}
+
+/// A VM with RAM and vCPUs, which has done nothing yet.
+#[derive(Debug)]
+pub struct Machine {
+    /// The VM itself.
+    pub vm: VmFd,
+    /// Its RAM, all zeros.
+    pub ram: GuestRam,
+    /// The first memory slot that is free.
+    pub free_slot: u32,
+    /// Its vCPUs, with their CPUID.
+    pub vcpus: Vec<VcpuFd>,
+}
+
+impl Machine {
+    /// Makes one with this much RAM and a vCPU for each CPUID.
+    ///
+    /// # Errors
+    /// KVM refuses, or the host has no memory for it.
+    pub fn new(kvm: &Kvm, memory_bytes: u64, cpuids: &[CpuId]) -> Result<Machine> {
+        let vm = create_vm(kvm)?;
+        let ram = memory::create_ram(memory_bytes)?;
+        let free_slot = memory::add_ram(&vm, &ram)?;
+        let vcpus = (0..).zip(cpuids).map(|(index, cpuid)| vcpu::create(&vm, index, cpuid));
+        let vcpus = vcpus.collect::<Result<_>>()?;
+        Ok(Machine { vm, ram, free_slot, vcpus })
     }
 }
 

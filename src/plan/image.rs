@@ -17,16 +17,6 @@ static KERNEL: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUIL
 static INITRAMFS: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_INITRAMFS")));
 static ATTEST: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_ATTEST")));
 
-/// The guest kernel, an uncompressed ELF vmlinux.
-pub fn kernel() -> &'static [u8] {
-    &KERNEL.0
-}
-
-/// The initramfs, an uncompressed cpio archive with the agent as `/init`.
-pub fn initramfs() -> &'static [u8] {
-    &INITRAMFS.0
-}
-
 /// A second archive, with the attestation server, for boxes that have one.
 pub fn attest() -> Image {
     Image::BuiltIn(&ATTEST.0)
@@ -42,14 +32,14 @@ pub enum Image {
 }
 
 impl Image {
-    /// The built-in kernel.
+    /// The built-in kernel, an uncompressed ELF vmlinux.
     pub fn kernel() -> Image {
-        Image::BuiltIn(kernel())
+        Image::BuiltIn(&KERNEL.0)
     }
 
-    /// The built-in initramfs.
+    /// The built-in initramfs, an uncompressed cpio archive with the agent as `/init`.
     pub fn initramfs() -> Image {
-        Image::BuiltIn(initramfs())
+        Image::BuiltIn(&INITRAMFS.0)
     }
 
     /// Opens it for reading.
@@ -86,11 +76,11 @@ impl fmt::Debug for Image {
 /// The built-in image, or the file at `path`, which the environment variable `variable` has named.
 pub(super) fn plan(
     path: Option<&Path>,
-    built_in: &'static [u8],
+    built_in: Image,
     variable: &str,
     report: &mut Report,
 ) -> Option<Image> {
-    let Some(path) = path else { return Some(Image::BuiltIn(built_in)) };
+    let Some(path) = path else { return Some(built_in) };
     let image = Image::File(path.into());
     match FilePart::whole(path) {
         Ok(_) => Some(image),

@@ -134,10 +134,10 @@ impl Plan {
             instance::plan(spec, init, &networking, &published_ports, &host, attestation, report);
         let tee = tee::plan(spec, report);
         let kernel =
-            image::plan(environment.kernel.as_deref(), image::kernel(), "MOTE_KERNEL", report);
+            image::plan(environment.kernel.as_deref(), Image::kernel(), "MOTE_KERNEL", report);
         let initramfs = image::plan(
             environment.initramfs.as_deref(),
-            image::initramfs(),
+            Image::initramfs(),
             "MOTE_INITRAMFS",
             report,
         );

@@ -257,7 +257,7 @@ fn pages_start(head_len: usize) -> usize {
 }
 
 fn checksum(bytes: &[u8]) -> u64 {
-    let mut sum = Checksum::new();
+    let mut sum = Checksum::default();
     sum.add(bytes);
     sum.value()
 }

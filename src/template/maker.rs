@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kvm_bindings::CpuId;
-use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use mote_agent::mailbox::DOOR;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_MAGIC_VALUE;
 use vmm_sys_util::eventfd::EventFd;
@@ -37,9 +37,9 @@ use crate::bus::{Bus, Effect};
 use crate::confine::{Isolation, NetworkAccess, Sandbox, ThreadKind};
 use crate::console::{self, KernelLog, PanicMessage, Sink};
 use crate::kvm::state::MachineState;
-use crate::kvm::{self, cpu, self_test, vcpu};
+use crate::kvm::{self, Machine, self_test, vcpu};
 use crate::layout;
-use crate::memory::{self, GuestRam, RegisterPages};
+use crate::memory::{GuestRam, RegisterPages};
 use crate::plan::Image;
 use crate::sys::{self, Interest};
 use crate::virtio::mmio::{self, MmioDevice};
@@ -150,14 +150,10 @@ fn make_with_key(shape: &Shape, cache: &Cache, key: &[u8]) -> Result<Option<Made
 pub fn key_of(shape: &Shape) -> Result<Vec<u8>> {
     let kvm = kvm::open()?;
     let vm = kvm::create_vm(&kvm)?;
-    let cpuid = cpuid(&kvm, shape, 0)?;
-    let vcpu = vcpu::create(&vm, 0, &cpuid)?;
-    Key::new(shape, &kvm, &vcpu, &cpuid)?.encode()
-}
-
-fn cpuid(kvm: &Kvm, shape: &Shape, index: u8) -> Result<CpuId> {
-    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    Ok(cpu::cpuid(&kvm::supported_cpuid(kvm)?, index, shape.vcpus, tsc_deadline))
+    let cpuids = kvm::cpuids(&kvm, shape.vcpus)?;
+    let cpuid = cpuids.first().context("a VM needs a vCPU")?;
+    let vcpu = vcpu::create(&vm, 0, cpuid)?;
+    Key::new(shape, &kvm, &vcpu, cpuid)?.encode()
 }
 
 /// Has a child, which confines itself, write the template to the file.
@@ -232,14 +228,10 @@ struct Stopped {
 impl TemplateVm {
     fn build(shape: &Shape) -> Result<TemplateVm> {
         let kvm = kvm::open()?;
-        let fd = kvm::create_vm(&kvm)?;
-        let ram = memory::create_ram(shape.memory_bytes)?;
-        let slot = memory::add_ram(&fd, &ram)?;
-        let cpuids = (0..shape.vcpus).map(|index| cpuid(&kvm, shape, index));
-        let cpuids = cpuids.collect::<Result<Vec<_>>>()?;
-        let vcpus = (0..).zip(&cpuids).map(|(index, cpuid)| vcpu::create(&fd, index, cpuid));
-        let mut vcpus = vcpus.collect::<Result<Vec<_>>>()?;
-        let (Some(first), Some(cpuid)) = (vcpus.first_mut(), cpuids.into_iter().next()) else {
+        let cpuids = kvm::cpuids(&kvm, shape.vcpus)?;
+        let machine = Machine::new(&kvm, shape.memory_bytes, &cpuids)?;
+        let Machine { vm: fd, ram, free_slot, vcpus } = machine;
+        let (Some(first), Some(cpuid)) = (vcpus.first(), cpuids.into_iter().next()) else {
             bail!("a VM needs a vCPU");
         };
         let guest = boot::Guest {
@@ -255,7 +247,7 @@ impl TemplateVm {
         let entry = guest.load(&ram)?;
         vcpu::prepare_boot(first, &cpuid, &ram, entry)?;
         // Without the door: reading there is an exit.
-        let register_pages = RegisterPages::new(&fd, slot, DOOR)?;
+        let register_pages = RegisterPages::new(&fd, free_slot, DOOR)?;
         let devices = devices().into_iter().enumerate().map(|(index, device)| {
             let page = register_pages.page(index);
             MmioDevice::attach(Box::new(device), index, page, &fd, &ram)

@@ -81,7 +81,7 @@ impl Kept {
 /// # Errors
 /// The writer fails.
 pub fn write(ram: &GuestRam, extents: &[Extent], mut to: impl Write) -> Result<u64> {
-    let mut sum = Checksum::new();
+    let mut sum = Checksum::default();
     let mut page = [0; PAGE_LEN as usize];
     let addresses = |extent: &Extent| {
         let end = extent.start + extent.len;
@@ -100,7 +100,7 @@ pub fn write(ram: &GuestRam, extents: &[Extent], mut to: impl Write) -> Result<u
 /// # Errors
 /// The file cannot be read, or the pages do not have this checksum.
 pub fn fill(ram: &GuestRam, extents: &[Extent], mut file: &File, expected: u64) -> Result<()> {
-    let mut sum = Checksum::new();
+    let mut sum = Checksum::default();
     for extent in extents {
         for at in (extent.start..extent.start + extent.len).step_by(PART_LEN) {
             let len = (extent.start + extent.len - at).min(PART_LEN as u64) as usize;

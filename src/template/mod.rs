@@ -24,12 +24,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::CpuId;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd};
 use mote_agent::instance::ROOT_TAG;
 use mote_agent::mailbox::{DOOR, Letter, PART_START, SEED_LEN};
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::SerialState;
 
+use crate::kvm::Machine;
 use crate::memory::GuestRam;
 use crate::plan::{Plan, Templates};
 use crate::sys;
@@ -154,24 +155,13 @@ pub fn find(
     }
 }
 
-/// A new VM, which has done nothing yet.
-#[derive(Debug, Clone, Copy)]
-pub struct Empty<'a> {
-    /// The VM itself.
-    pub vm: &'a VmFd,
-    /// Its vCPUs, with their CPUID.
-    pub vcpus: &'a [VcpuFd],
-    /// Its RAM, all zeros.
-    pub ram: &'a GuestRam,
-}
-
 impl Found {
     /// Puts a VM into the template's state, with this configuration for its agent, as JSON, and `more` devices behind
     /// those of the template.
     ///
     /// # Errors
     /// Something does not fit: the VM and its RAM are of no use then.
-    pub fn restore(&self, to: Empty<'_>, instance: &[u8], more: usize) -> Result<Resumed> {
+    pub fn restore(&self, to: &Machine, instance: &[u8], more: usize) -> Result<Resumed> {
         let restored = self.template.restore(to, instance, more);
         if restored.is_err() {
             self.cache.failed(&self.key);
@@ -181,8 +171,8 @@ impl Found {
 }
 
 impl Template {
-    fn restore(&self, to: Empty<'_>, instance: &[u8], more: usize) -> Result<Resumed> {
-        let Empty { vm, vcpus, ram } = to;
+    fn restore(&self, to: &Machine, instance: &[u8], more: usize) -> Result<Resumed> {
+        let Machine { vm, vcpus, ram, .. } = to;
         let devices = devices();
         ensure!(self.head.devices.len() == devices.len(), "it has other devices");
         self.fill(ram)?;
