@@ -65,13 +65,12 @@ pub fn check_host(kvm: &Kvm) -> Result<()> {
 }
 
 impl MachineState {
-    /// Reads the state of a VM whose vCPUs stand still, each with no access of its own pending, and which have this
+    /// Reads the state of a VM, on a host that [`check_host`] has passed, whose vCPUs stand still, each with no access of its own pending, and which have this
     /// CPUID but for their numbers.
     ///
     /// # Errors
     /// KVM refuses something.
     pub fn read(kvm: &Kvm, vm: &VmFd, vcpus: &[VcpuFd], cpuid: &CpuId) -> Result<MachineState> {
-        check_host(kvm)?;
         let first = vcpus.first().context("there is no vCPU")?;
         let clock = vm.get_clock().context("read the VM's clock")?;
         let tsc = if clock.flags & KVM_CLOCK_HOST_TSC == 0 {

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
 };
 use virtio_bindings::virtio_mmio::*;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{
@@ -128,19 +128,22 @@ impl State {
 
 impl State {
     fn from(queue_sizes: &[u16], registers: &Registers) -> Result<Self> {
-        let mut state = State::new(queue_sizes)?;
         ensure!(registers.queues.len() == queue_sizes.len(), "there are other queues");
-        for (queue, saved) in state.queues.iter_mut().zip(&registers.queues) {
-            let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
-            queue.set_size(saved.size);
-            let (low, high) = halves(saved.desc_table);
-            queue.set_desc_table_address(low, high);
-            let (low, high) = halves(saved.avail_ring);
-            queue.set_avail_ring_address(low, high);
-            let (low, high) = halves(saved.used_ring);
-            queue.set_used_ring_address(low, high);
-            queue.set_ready(saved.ready);
-        }
+        let queues = queue_sizes.iter().zip(&registers.queues).map(|(max_size, saved)| {
+            let QueueRegisters { size, ready, desc_table, avail_ring, used_ring } = *saved;
+            Queue::try_from(QueueState {
+                max_size: *max_size,
+                next_avail: 0,
+                next_used: 0,
+                event_idx_enabled: false,
+                size,
+                ready,
+                desc_table,
+                avail_ring,
+                used_ring,
+            })
+        });
+        let queues = queues.collect::<Result<_, _>>().context("set up the queues as they were")?;
         let Registers { status, device_features_sel, driver_features_sel, driver_features, .. } =
             *registers;
         let queue_sel = registers.queue_sel as usize;
@@ -150,7 +153,7 @@ impl State {
             driver_features_sel,
             driver_features,
             queue_sel,
-            ..state
+            queues,
         })
     }
 }
