@@ -58,6 +58,7 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
         "main.json",
         "vcpu.json",
         "output.json",
+        "input.json",
         "logs.json",
         "switch.json",
         "virtiofsd.json",

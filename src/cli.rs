@@ -45,6 +45,8 @@ pub enum Command {
         outcome: Option<PathBuf>,
         /// `--timeline`.
         timeline: Option<PathBuf>,
+        /// `--log`.
+        log: Option<PathBuf>,
     },
     /// Print the plan or the errors.
     Check(Config),
@@ -76,6 +78,7 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
     let mut config = None;
     let mut outcome = None;
     let mut timeline = None;
+    let mut log = None;
     let mut verb: Option<String> = None;
     while let Some(argument) = parser.next()? {
         match argument {
@@ -89,12 +92,14 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
                 give_spec(&mut config, Config::File(parser.value()?.into()))?;
             }
             Long("outcome") => once("--outcome", &mut outcome, PathBuf::from(parser.value()?))?,
+            Long("log") => once("--log", &mut log, PathBuf::from(parser.value()?))?,
             Long("timeline") => once("--timeline", &mut timeline, PathBuf::from(parser.value()?))?,
             Value(word) if verb.is_none() => {
                 let word = word.to_string_lossy().into_owned();
                 let client = Client::named(&word);
                 if client.is_some() || matches!(word.as_str(), "man" | "completions") {
-                    if config.is_some() || outcome.is_some() || timeline.is_some() {
+                    if config.is_some() || outcome.is_some() || timeline.is_some() || log.is_some()
+                    {
                         return Err(format!("'{word}' takes no option before it").into());
                     }
                     return match client {
@@ -109,9 +114,9 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
     }
     let needs_config = "give the spec with --config JSON or --config-file FILE";
     match verb.as_deref() {
-        None => Ok(Command::Run { config: config.ok_or(needs_config)?, outcome, timeline }),
-        Some(verb) if outcome.is_some() || timeline.is_some() => {
-            Err(format!("--outcome and --timeline are for a run, not for '{verb}'").into())
+        None => Ok(Command::Run { config: config.ok_or(needs_config)?, outcome, timeline, log }),
+        Some(verb) if outcome.is_some() || timeline.is_some() || log.is_some() => {
+            Err(format!("--outcome, --timeline and --log are for a run, not for '{verb}'").into())
         }
         Some("check") => Ok(Command::Check(config.ok_or(needs_config)?)),
         Some("template") => Ok(Command::Template(config.ok_or(needs_config)?)),
@@ -200,7 +205,7 @@ fn parse_client(client: Client, mut parser: lexopt::Parser) -> Result<Command, l
         return Err("give the command to run after the socket".into());
     }
     let cmd = words.into_iter().map(Text::from).collect();
-    let program = Program { cmd, env, user, workdir };
+    let program = Program { cmd, env, user, workdir, process: None };
     Ok(match client {
         Client::Exec => {
             Command::Exec(Exec { target, program, timeout: timeout.unwrap_or(NO_TIMEOUT) })
@@ -272,8 +277,12 @@ mod tests {
 
     #[test]
     fn the_contract_form_runs() {
-        let expected =
-            Command::Run { config: Config::Text("{}".into()), outcome: None, timeline: None };
+        let expected = Command::Run {
+            config: Config::Text("{}".into()),
+            outcome: None,
+            timeline: None,
+            log: None,
+        };
         assert_eq!(parsed(&["--config", "{}"]).as_ref(), Ok(&expected));
         assert_eq!(parsed(&["--config={}"]).as_ref(), Ok(&expected));
     }
@@ -287,18 +296,19 @@ mod tests {
         assert_eq!(parsed(&["man", "mote-spec.5"]), Ok(Command::Print(Document::Spec)));
         assert_eq!(parsed(&["completions", "-h"]), Ok(Command::Print(Document::Help)));
         assert_eq!(
-            parsed(&["--config-file", "-", "--outcome", "o", "--timeline=t"]),
+            parsed(&["--config-file", "-", "--outcome", "o", "--timeline=t", "--log", "l"]),
             Ok(Command::Run {
                 config: file(),
                 outcome: Some("o".into()),
-                timeline: Some("t".into())
+                timeline: Some("t".into()),
+                log: Some("l".into())
             })
         );
     }
 
     fn program(cmd: &[&str]) -> Program {
         let cmd = cmd.iter().map(Text::from).collect();
-        Program { cmd, env: vec![], user: None, workdir: None }
+        Program { cmd, env: vec![], user: None, workdir: None, process: None }
     }
 
     fn target() -> Target {

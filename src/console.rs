@@ -40,7 +40,7 @@ pub struct Sinks {
 }
 
 impl Sinks {
-    /// mote's own streams, with the kernel on stderr.
+    /// mote's own streams, with the kernel where mote's messages go.
     ///
     /// # Errors
     /// The host has no descriptor.
@@ -48,7 +48,7 @@ impl Sinks {
         Ok(Sinks {
             stdout: Sink::of_mote(&io::stdout())?,
             stderr: Sink::of_mote(&io::stderr())?,
-            kernel: Sink::of_mote(&io::stderr())?,
+            kernel: Sink::of_mote(&log::target())?,
         })
     }
 
@@ -82,7 +82,7 @@ impl Sinks {
         let told = format!(
             "the kernel's messages have {kernel_limit_bytes} bytes, the limit of each log (max-size times max-file); the rest of them is lost"
         );
-        let kernel = Sink::of_mote(&io::stderr())?;
+        let kernel = Sink::of_mote(&log::target())?;
         let kernel = Sink::new(kernel.file, kernel_limit_bytes, told).context("look at stderr")?;
         let [stdout, stderr] =
             [stdout, stderr].map(|fd| Sink { file: File::from(fd), limit: None });
@@ -170,6 +170,46 @@ impl Limit {
             log::error(&self.told);
         }
         taken
+    }
+}
+
+/// The entrypoint's input, on its way to the guest.
+#[derive(Debug)]
+pub struct InputStream {
+    from: File,
+    to: File,
+}
+
+impl InputStream {
+    /// mote's own standard input, which goes into a socket.
+    ///
+    /// # Errors
+    /// The host has no descriptor.
+    pub fn of_mote(to: UnixStream) -> Result<InputStream> {
+        let from = sys::standard_input().context("duplicate standard input")?;
+        Ok(InputStream { from, to: OwnedFd::from(to).into() })
+    }
+
+    /// Copies to the end of the input, or until the guest takes no more. Then the guest sees the end.
+    pub fn copy(mut self) {
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            match self.from.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(read) => {
+                    if write_patiently(&self.to, &buffer[..read]).is_err() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // Another process has made it so.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let _ = sys::poll([Interest::read(&self.from)], None);
+                }
+                // A terminal that has gone is an end, too.
+                Err(_) => return,
+            }
+        }
     }
 }
 

@@ -100,6 +100,7 @@ use crate::spec::Spec;
 use crate::spec::json::{Fault, Report};
 use crate::sys::Interest;
 use crate::sys::confine::Resource;
+use crate::sys::terminal::RawMode;
 use crate::template::{Shape, maker};
 use crate::timeline::Timeline;
 use crate::vm::Vm;
@@ -121,9 +122,13 @@ pub fn execute(command: Command, environment: &Environment, mut timeline: Timeli
         Command::Exec(exec) => client::run(|stdio| exec.run(stdio)),
         Command::Pty(pty) => client::run(|stdio| pty.run(stdio, environment.term.as_deref())),
         Command::Cp(cp) => client::run(|stdio| cp.run(stdio)),
-        Command::Run { config, outcome, timeline: timeline_file } => {
-            let timeline_file = timeline_file.or_else(|| environment.timeline.clone());
-            run_box(&config, environment, outcome.as_deref(), timeline_file.as_deref(), timeline)
+        Command::Run { config, outcome, timeline: timeline_file, log } => {
+            let reports = Reports {
+                outcome,
+                timeline: timeline_file.or_else(|| environment.timeline.clone()),
+                log,
+            };
+            run_box(&config, environment, &reports, timeline)
         }
     }
 }
@@ -209,11 +214,18 @@ fn make_plan(
     plan.ok_or(report.errors)
 }
 
+/// The files that a run writes about itself.
+struct Reports {
+    outcome: Option<PathBuf>,
+    timeline: Option<PathBuf>,
+    /// Where messages go in place of stderr.
+    log: Option<PathBuf>,
+}
+
 fn run_box(
     config: &Config,
     environment: &Environment,
-    outcome_path: Option<&Path>,
-    timeline_path: Option<&Path>,
+    reports: &Reports,
     mut timeline: Timeline,
 ) -> u8 {
     let mut outcome_file = None;
@@ -223,14 +235,19 @@ fn run_box(
     let record = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
+            if let Some(path) = &reports.log {
+                let file = OutputFile::new(path, None).open(None);
+                log::to(file.with_context(|| format!("create the log file {}", path.display()))?);
+            }
             let mut report = Report::default();
             let spec = read_spec(config, &mut report, &mut timeline);
             // The reports are opened whatever is wrong with the spec, but it says where a guest has been.
             let is_whole = report.errors.is_empty();
             let guests = spec.as_ref().ok().filter(|_| is_whole).map(guests_directories);
             let mut open_reports = || -> Result<()> {
-                outcome_file = ReportFile::open(outcome_path, "outcome", guests.as_deref())?;
-                timeline_file = ReportFile::open(timeline_path, "timeline", guests.as_deref())?;
+                let (outcome, timeline) = (reports.outcome.as_deref(), reports.timeline.as_deref());
+                outcome_file = ReportFile::open(outcome, "outcome", guests.as_deref())?;
+                timeline_file = ReportFile::open(timeline, "timeline", guests.as_deref())?;
                 sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))
             };
             match open_reports() {
@@ -319,7 +336,7 @@ impl ReportFile {
 const DESCRIPTORS: u16 = 1024;
 
 fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Result<Record> {
-    let signals = Rc::new(Signals::block()?);
+    let signals = Rc::new(Signals::block(plan)?);
     sys::process::raise_open_file_limit();
     sys::process::reserve_descriptors(DESCRIPTORS);
     // A core dump would hold the guest's memory: nobody gets a copy of that.
@@ -365,6 +382,8 @@ fn run_on_host(
         let (vm, mut served) =
             Vm::build(plan, listeners, resources.switch, &janitor, &signals.stop, timeline)?;
         janitor.end_set_up()?;
+        let raw = signals.terminal().map(RawMode::enter).transpose();
+        let _raw = raw.context("set the terminal's mode")?;
         if let Some(logs) = &served.logs {
             logs.wait_until_confined(&signals.stop)?;
         }

@@ -1,8 +1,11 @@
-//! mote's own messages: lines on stderr that start with `mote:`. stdout belongs to the guest.
+//! mote's own messages: lines that start with `mote:`, on stderr unless `--log` names a file. stdout belongs to the guest.
 //! Nothing here can fail, panic or wait for long: if stderr is closed or full, messages are lost and
 //! the box goes on.
 
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::sys::{self, Interest};
@@ -11,6 +14,28 @@ use crate::sys::{self, Interest};
 const PIPE_BUF: usize = 4096;
 /// How long to wait for a full stderr.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The file that messages go to in place of stderr.
+static FILE: OnceLock<File> = OnceLock::new();
+
+/// Has messages go to this file from now on; only the first counts.
+pub fn to(file: File) {
+    let _ = FILE.set(file);
+}
+
+/// Where messages go.
+pub fn target() -> BorrowedFd<'static> {
+    static STDERR: OnceLock<io::Stderr> = OnceLock::new();
+    match FILE.get() {
+        Some(file) => file.as_fd(),
+        None => STDERR.get_or_init(io::stderr).as_fd(),
+    }
+}
+
+/// The same by number. It may be called in a signal handler.
+pub fn descriptor() -> RawFd {
+    FILE.get().map_or(libc::STDERR_FILENO, AsRawFd::as_raw_fd)
+}
 
 /// Something failed.
 pub fn error(message: &str) {
@@ -58,10 +83,12 @@ fn line(kind: &str, message: &str) {
     }
     text.push('\n');
     // If stderr is full and nobody reads it, the line is lost: it must not hold up the end of a box.
-    let mut stderr = io::stderr();
-    let ready = sys::poll([Interest::write(&stderr)], Some(PATIENCE));
+    let ready = sys::poll([Interest::write(&target())], Some(PATIENCE));
     if ready.is_ok_and(|[ready]| ready) {
-        let _ = stderr.write_all(text.as_bytes());
+        let _ = match FILE.get() {
+            Some(mut file) => file.write_all(text.as_bytes()),
+            None => io::stderr().write_all(text.as_bytes()),
+        };
     }
 }
 

@@ -22,7 +22,10 @@ use crate::confine::Sandbox;
 use crate::kvm::vcpu::Exit;
 use crate::log;
 use crate::outcome::{Outcome, Record};
+use crate::plan::Plan;
+use crate::spec::process::SignalsTo;
 use crate::sys;
+use crate::sys::terminal::terminal_size;
 use crate::timeline::{GuestClock, Timeline};
 use crate::token::Token;
 use crate::virtio::devices::Devices;
@@ -31,6 +34,8 @@ use crate::vm::{Served, Vm};
 
 /// The signals that ask mote to stop the box.
 const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+/// Further signals that are for an entrypoint which gets them all.
+const PASSED_ON: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
 /// How long the guest may take to stop: longer than the agent's own grace of 5 s, and well inside
 /// the 10 s after which the runtime sends SIGKILL (contract §2.6).
 const STOP_LIMIT: Duration = Duration::from_secs(8);
@@ -60,16 +65,48 @@ pub struct Signals {
     pub stop: File,
     /// SIGCONT, which continues the process even if it is blocked.
     continued: File,
+    /// What shows the entrypoint's terminal.
+    screen: Option<Screen>,
+    /// What those that ask mote to stop are.
+    to: SignalsTo,
+}
+
+/// mote's own terminal.
+#[derive(Debug)]
+struct Screen {
+    /// mote's standard input as it was started, if that is one.
+    terminal: File,
+    /// SIGWINCH.
+    resized: File,
 }
 
 impl Signals {
-    /// Blocks the signals. Must be called before any thread is started, so that all threads inherit that.
+    /// Blocks the signals that a box needs. Must be called before any thread is started, so that all threads inherit that.
     ///
     /// # Errors
     /// The host refuses a descriptor for signals.
-    pub fn block() -> Result<Signals> {
+    pub fn block(plan: &Plan) -> Result<Signals> {
         let file = |signals: &[i32]| sys::signal_file(signals).context("watch for signals");
-        Ok(Signals { stop: file(&STOP_SIGNALS)?, continued: file(&[libc::SIGCONT])? })
+        let mut stop = STOP_SIGNALS.to_vec();
+        if plan.signals == SignalsTo::Entrypoint {
+            stop.extend(PASSED_ON);
+        }
+        let has_terminal = plan.instance.start.terminal.is_some();
+        let screen = || -> Result<Screen> {
+            let terminal = sys::standard_input().context("duplicate standard input")?;
+            Ok(Screen { terminal, resized: file(&[libc::SIGWINCH])? })
+        };
+        Ok(Signals {
+            stop: file(&stop)?,
+            continued: file(&[libc::SIGCONT])?,
+            screen: has_terminal.then(screen).transpose()?,
+            to: plan.signals,
+        })
+    }
+
+    /// mote's standard input, where that shows the entrypoint's terminal.
+    pub fn terminal(&self) -> Option<&File> {
+        self.screen.as_ref().map(|screen| &screen.terminal)
     }
 }
 
@@ -328,6 +365,10 @@ impl MainLoop<'_> {
 
     fn on_stop_signals(&mut self) {
         while let Some(signal) = sys::next_signal(&self.signals.stop) {
+            if self.signals.to == SignalsTo::Entrypoint {
+                self.send(FromHost::Signal { signal: signal as u8 });
+                continue;
+            }
             let at = Instant::now();
             match self.stop {
                 Some(stop) if stop.is_repeated_by(signal, at) => {}
@@ -350,6 +391,15 @@ impl MainLoop<'_> {
 
     fn send_stop(&mut self, signal: i32) {
         self.send(FromHost::Stop { signal: signal as u8 });
+    }
+
+    /// Tells the guest the size of mote's terminal, if it is to know it.
+    fn send_size(&mut self) {
+        let Some(Screen { terminal, resized }) = &self.signals.screen else { return };
+        while sys::next_signal(resized).is_some() {}
+        if let Some(size) = terminal_size(terminal) {
+            self.send(FromHost::Resize { cols: size.cols, rows: size.rows });
+        }
     }
 
     fn send_clock(&mut self) {
@@ -502,6 +552,8 @@ impl MainLoop<'_> {
                 }
                 self.guest_clock.get_or_insert(GuestClock::new(now_ns));
                 self.send_clock();
+                // It may have changed since the plan was made.
+                self.send_size();
                 if let Some(StopRequest { signal, .. }) = self.stop {
                     self.send_stop(signal);
                 }
@@ -563,6 +615,10 @@ impl MutEventSubscriber for MainLoop<'_> {
         ] {
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
         }
+        if let Some(Screen { resized, .. }) = &self.signals.screen {
+            registered =
+                registered.and_then(|()| Ok(watch(ops, resized.as_raw_fd(), Token::Resized)?));
+        }
         for (index, backend) in self.served.backends.iter().enumerate() {
             let token = Token::Backend(index as u32);
             let fd = backend.ended().as_raw_fd();
@@ -581,6 +637,7 @@ impl MutEventSubscriber for MainLoop<'_> {
             // Handled in every round.
             Token::Stop => {}
             Token::Continued => self.on_continued(),
+            Token::Resized => self.send_size(),
             Token::Clock => self.on_clock(),
             Token::VcpuExit => self.on_vcpu_exit(ops),
             Token::DeviceEvent => self.on_device_event(ops),

@@ -7,6 +7,8 @@ pub enum Token {
     Stop,
     /// SIGCONT.
     Continued,
+    /// SIGWINCH.
+    Resized,
     /// The timer for telling the guest the time of day.
     Clock,
     /// A vCPU has stopped for good.
@@ -50,6 +52,7 @@ impl Token {
             Token::OutputDone => (6, 0),
             Token::Backend(index) => (7, index),
             Token::BackendStderr(index) => (8, index),
+            Token::Resized => (9, 0),
             Token::Device { device, source } => (FIRST_DEVICE + u32::from(device), source),
         };
         kind << INDEX_BITS | index & Token::MAX_INDEX
@@ -68,6 +71,7 @@ impl Token {
             6 => Token::OutputDone,
             7 => Token::Backend(index),
             8 => Token::BackendStderr(index),
+            9 => Token::Resized,
             kind => {
                 let device = kind.checked_sub(FIRST_DEVICE)? as u8;
                 Token::Device { device, source: index }
@@ -85,6 +89,7 @@ mod tests {
         for token in [
             Token::Stop,
             Token::Continued,
+            Token::Resized,
             Token::Clock,
             Token::VcpuExit,
             Token::DeviceEvent,

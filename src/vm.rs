@@ -10,12 +10,14 @@ use std::sync::mpsc;
 
 use anyhow::{Context, Result};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDOUT_PORT};
+use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
 use crate::confine::{Sandbox, ThreadKind};
-use crate::console::{self, FirstOutput, KernelLog, OutputStream, PanicMessage, Sinks};
+use crate::console::{
+    self, FirstOutput, InputStream, KernelLog, OutputStream, PanicMessage, Sinks,
+};
 use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
 use crate::host::logs::LogWriter;
@@ -51,6 +53,7 @@ pub struct Vm {
     /// Whether it starts with the kernel's first instruction, and not where a template ends.
     boots: bool,
     outputs: Vec<OutputStream>,
+    input: Option<InputStream>,
     bus: Arc<Bus>,
     exits: Sender<Exit>,
 }
@@ -160,6 +163,13 @@ impl Vm {
             let (first_output, done) = (Arc::clone(&first_output), output_done.try_clone()?);
             outputs.push(OutputStream { name, from, to, first_output, done });
         }
+        let input = if plan.instance.start.stdin {
+            let (to, theirs) = UnixStream::pair().context("create a socket pair")?;
+            reserved_ports.insert(STDIN_PORT, theirs);
+            Some(InputStream::of_mote(to)?)
+        } else {
+            None
+        };
         let (control, theirs) = UnixStream::pair().context("create a socket pair")?;
         control.set_nonblocking(true).context("prepare the control channel")?;
         reserved_ports.insert(CONTROL_PORT, theirs);
@@ -225,7 +235,7 @@ impl Vm {
 
         // Each vCPU stops once.
         let (exit_sender, exits) = event_channel(plan.vcpus.into())?;
-        let vm = Vm { fd: vm, vcpus, boots, outputs, bus, exits: exit_sender };
+        let vm = Vm { fd: vm, vcpus, boots, outputs, input, bus, exits: exit_sender };
         let served = Served {
             devices,
             control,
@@ -253,6 +263,9 @@ impl Vm {
         for stream in self.outputs {
             let name = stream.name.to_owned();
             sandbox.spawn(name, ThreadKind::Output, ready.clone(), || stream.copy())?;
+        }
+        if let Some(input) = self.input {
+            sandbox.spawn("stdin".into(), ThreadKind::Input, ready.clone(), || input.copy())?;
         }
         let (result, tested) = mpsc::channel();
         let mut gates = Vec::new();

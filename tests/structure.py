@@ -23,6 +23,7 @@ MANY_LINES = 500
 
 # One idea each, and longer than most: why.
 LONG = {
+    "guest/src/exec.rs": "one protocol: what a client sends to the exec socket, and what it gets",
     "src/cgroup.rs": "creating, joining and removing one cgroup, against others who do the same",
     "src/client/cp.rs": "both directions of copying, each with its tests",
     "src/host/janitor.rs": "both ends of one line, and what is left at the end",

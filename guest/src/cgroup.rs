@@ -77,7 +77,7 @@ impl BoxCgroup {
         // A cgroup namespace's root is the cgroup that its creator is in: enter the box's, then leave.
         let outside = open_for_writing(&at("cgroup.procs")).map_err(failed("open cgroup.procs"))?;
         (&procs).write_all(b"0").map_err(failed("enter it"))?;
-        sys::new_cgroup_namespace().map_err(failed("create its namespace"))?;
+        sys::namespaces::new_cgroup_namespace().map_err(failed("create its namespace"))?;
         (&outside).write_all(b"0").map_err(failed("leave it"))?;
         sys::unmount(MOUNT_POINT).map_err(failed("mount its view"))?;
         mount()?;

@@ -15,7 +15,8 @@ use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, HANG_UP_CHECK, Received};
 use crate::launch::{self, Refusal, SETUP_FAILED, doing};
 use crate::reply::Reply;
-use crate::session::{Context, Root, environment, exit_code, program, working_dir};
+use crate::session::{Context, Root, environment, exit_code, join_programs, program, working_dir};
+use crate::spawn::Spawned;
 use crate::sys::{self, Interest, until};
 
 /// Exit code of a command that could not be started (contract §4.4).
@@ -97,7 +98,12 @@ fn attempt(
         Err(reason) => return refused(&reason, &reason),
     };
     match Command::start(request, root, context) {
-        Ok(command) => command.serve(connection, reply, context),
+        Ok(command) => {
+            if request.announce && request.streaming {
+                connection.send(&frame::encode(kind::CONTROL, control::STARTED));
+            }
+            command.serve(connection, reply, context)
+        }
         Err(Refusal { code, reason }) => {
             let name: String = request.cmd[0].to_string_lossy().chars().take(QUOTED).collect();
             let reason: String = reason.chars().take(4 * QUOTED).collect();
@@ -167,14 +173,16 @@ impl Command {
         } else {
             (File::open("/dev/null").map_err(doing("open /dev/null"))?.into(), None)
         };
-        let env = environment(&request.env, context);
+        join_programs(context)?;
+        let env = environment(&request.env, request.process.as_ref(), context);
         let workdir = working_dir(request.working_dir.as_ref(), root.as_ref(), context);
         if let Some(root) = root {
             root.enter().map_err(doing("enter its root"))?;
         }
-        let program = program(&request.cmd, &env, &workdir, request.user.as_deref(), context);
+        let (user, process) = (request.user.as_deref(), request.process.as_ref());
+        let program = program(&request.cmd, &env, &workdir, user, process, context);
         let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
-        let pid = launch::start(&program, stdio, cgroup.procs())?;
+        let Spawned { pid, .. } = launch::start(&program, stdio, cgroup.procs())?;
         let ended =
             sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(doing("watch it"))?;
         let time_limit = Duration::from_nanos(match request.timeout_ns {

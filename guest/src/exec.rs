@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files;
 pub use crate::files::FileOp;
+use crate::instance::Process;
 use crate::text::Text;
 
 /// Frame types (contract §4.1).
@@ -28,8 +29,8 @@ pub mod kind {
 }
 
 /// Instructions, the payloads of [`kind::CONTROL`] frames from the client (contract §4.3, "later
-/// additions"): to a command that runs, but for [`control::SIGNAL_MAIN`], which may also be all that a
-/// connection is for.
+/// additions"): to a command that runs, but for [`control::SIGNAL_MAIN`] and [`control::START`], which may be all
+/// that a connection is for.
 pub mod control {
     /// Kill the command.
     pub const CANCEL: &[u8] = b"cancel";
@@ -45,6 +46,13 @@ pub mod control {
     pub const SIGNAL_MAIN: &[u8] = b"signal-main:";
     /// The answer to [`SIGNAL_MAIN`].
     pub const SIGNAL_MAIN_ACK: &[u8] = b"signal-main-ack";
+
+    /// mote's own, all that a connection is for: start the entrypoint that was made ready.
+    pub const START: &[u8] = b"start-entrypoint";
+    /// The answer to [`START`] once the entrypoint runs.
+    pub const START_ACK: &[u8] = b"start-entrypoint-ack";
+    /// mote's own, to clients that ask for it ([`super::ExecRequest::announce`]): the command runs.
+    pub const STARTED: &[u8] = b"started";
 
     /// Longest instruction that a connection may begin with.
     pub const MAX_FIRST: usize = 64;
@@ -103,6 +111,12 @@ pub struct ExecRequest {
     /// its standard error. For commands with `streaming`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub explain: bool,
+    /// mote's own: whether [`control::STARTED`] is sent when the command runs. For commands with `streaming`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub announce: bool,
+    /// mote's own: who it runs as and what it may do, in place of `user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
 }
 
 impl ExecRequest {
@@ -387,6 +401,8 @@ mod tests {
             rootfs: None,
             request_id: None,
             explain: false,
+            announce: false,
+            process: None,
         }
     }
 

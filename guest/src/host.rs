@@ -1,4 +1,4 @@
-//! The agent's side of the connections to the VMM: the control channel and the two output streams.
+//! The agent's side of the connections to the VMM: the control channel, the two output streams, and the input.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -81,26 +81,40 @@ impl Control {
     }
 }
 
-/// One output stream: from the entrypoint's pipe to the host, with the host's pace as the limit.
+/// One of the entrypoint's streams, between a pipe or a terminal of its own and the host, with the receiver's pace as the
+/// limit.
 #[derive(Debug)]
-pub struct OutputPump {
+pub struct Pump {
     from: Option<File>,
     to: Option<File>,
-    buffer: Box<[u8; OutputPump::BUFFER_LEN]>,
+    /// Whether it goes to the host.
+    is_output: bool,
+    buffer: Box<[u8; Pump::BUFFER_LEN]>,
     filled: std::ops::Range<usize>,
 }
 
-impl OutputPump {
+impl Pump {
     /// A pipe's capacity: one read empties it.
     const BUFFER_LEN: usize = 64 * 1024;
     /// Buffers to move before the agent looks at its other work.
     const ROUNDS: usize = 16;
 
-    /// Moves bytes from `from` (a pipe) to `to` (a connected socket); both must be non-blocking.
-    pub fn new(from: File, to: File) -> Self {
-        OutputPump {
+    /// Moves bytes from `from` (a pipe or a terminal) to `to` (a connected socket); both must be non-blocking.
+    pub fn output(from: File, to: File) -> Self {
+        Self::new(from, to, true)
+    }
+
+    /// Moves bytes from `from` (a connected socket) to `to` (a pipe or a terminal), and closes that at the end; both must be
+    /// non-blocking.
+    pub fn input(from: File, to: File) -> Self {
+        Self::new(from, to, false)
+    }
+
+    fn new(from: File, to: File, is_output: bool) -> Self {
+        Pump {
             from: Some(from),
             to: Some(to),
+            is_output,
             buffer: Box::new([0; Self::BUFFER_LEN]),
             filled: 0..0,
         }
@@ -124,7 +138,7 @@ impl OutputPump {
                     Ok(sent) => self.filled.start += sent,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                    // The host closed this stream: what follows goes nowhere, like a closed pipe.
+                    // Nobody reads this stream any more: what follows goes nowhere, like a closed pipe.
                     Err(_) => (self.to, self.from) = (None, None),
                 }
             }
@@ -137,7 +151,9 @@ impl OutputPump {
                 Err(_) => self.from = None,
             }
         }
-        if let Some(to) = self.to.take() {
+        if let Some(to) = self.to.take()
+            && self.is_output
+        {
             // The connection stays open until the power goes: closing it here could overtake data
             // that still waits for credit.
             let _ = net::shutdown_write(&to);

@@ -20,6 +20,8 @@ pub const ROOT_TAG: &str = "mote-root";
 pub struct Instance {
     /// Guest host name (contract §7.1: `$HOSTNAME` of the spec's environment, or `localhost`).
     pub hostname: String,
+    /// NIS domain name (setdomainname(2)), if it has one.
+    pub domainname: Option<String>,
     /// Mounts beside the root, in order.
     pub mounts: Vec<Mount>,
     /// Whether the root file system becomes read-only once everything is mounted.
@@ -31,6 +33,10 @@ pub struct Instance {
     pub rlimits: Vec<Rlimit>,
     /// The program to run.
     pub entrypoint: Entrypoint,
+    /// How it starts.
+    pub start: Start,
+    /// Who it runs as and what it may do, where the spec says that exactly: `user` is `None` then.
+    pub process: Option<Process>,
     /// Directory the entrypoint starts in; must exist in the guest.
     pub workdir: String,
     /// Whether that directory is made when the guest lacks it.
@@ -53,6 +59,10 @@ pub struct Instance {
     pub published: PublishedPorts,
     /// What every program of the box gives up.
     pub security: Security,
+    /// Files and directories that the box's programs find empty.
+    pub masked_paths: Vec<String>,
+    /// Those that they cannot change.
+    pub read_only_paths: Vec<String>,
     /// Name servers.
     pub resolv_conf: ResolvConf,
     /// Files of `/etc` by name, and the texts that the guest is to see there, whatever the image has.
@@ -62,6 +72,13 @@ pub struct Instance {
     /// Arguments of the attestation server ([`crate::attestation::Options`]), if the box has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attestation: Option<Vec<String>>,
+}
+
+impl Instance {
+    /// Whether the box's programs see other mounts than the agent.
+    pub fn has_own_view(&self) -> bool {
+        self.start.pid1 || !self.masked_paths.is_empty() || !self.read_only_paths.is_empty()
+    }
 }
 
 /// Which ports of a box the host takes clients to.
@@ -123,6 +140,8 @@ pub enum ResolvConf {
     Always(String),
     /// Unless the image's file names a server.
     IfUnserved(String),
+    /// Whatever the image has there, or nothing.
+    OfImage,
 }
 
 /// Restrictions on programs, for life (contract §2.10 `A3S_SEC_*`, §7.2 step 8).
@@ -134,6 +153,60 @@ pub struct Security {
     pub seccomp: bool,
     /// Numbers of the capabilities that leave the bounding set (capabilities(7)).
     pub drop_capabilities: Vec<u32>,
+}
+
+/// How the entrypoint starts, beside what it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// Whether its standard input comes from the host.
+    pub stdin: bool,
+    /// The size of the terminal that it runs on, if it runs on one.
+    pub terminal: Option<TerminalSize>,
+    /// Whether it is made ready, and starts when a client asks for it ([`crate::exec::control::START`]).
+    pub on_request: bool,
+    /// Whether it is process 1 of a namespace of its own (pid_namespaces(7)), which commands then run in too.
+    pub pid1: bool,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Columns.
+    pub cols: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+/// Who a program runs as and what it may do, given exactly instead of being looked up in the image's files.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Process {
+    /// User id.
+    pub uid: u32,
+    /// Primary group id.
+    pub gid: u32,
+    /// Ids of all supplementary groups.
+    pub groups: Vec<u32>,
+    /// Mode bits that new files do not get; the agent's by default.
+    pub umask: Option<u32>,
+    /// Its capabilities; by default those that the kernel gives to the user.
+    pub capabilities: Option<Capabilities>,
+    /// Whether `execve` grants no privileges (no_new_privs, prctl(2)).
+    pub no_new_privs: bool,
+}
+
+/// The five sets of capabilities(7), with bit n for the capability of number n.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// What `execve` may ever grant.
+    pub bounding: u64,
+    /// What is in force.
+    pub effective: u64,
+    /// What `execve` keeps, if the file agrees.
+    pub inheritable: u64,
+    /// What may be put in force.
+    pub permitted: u64,
+    /// What `execve` keeps.
+    pub ambient: u64,
 }
 
 /// A program with its arguments and its environment.
@@ -177,6 +250,8 @@ pub enum Mount {
         path: String,
         /// Comma-separated options, of mount(8) and of tmpfs.
         options: String,
+        /// Whether it gets what the image has at the path, before it is mounted there.
+        copy_up: bool,
     },
 }
 

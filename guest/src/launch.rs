@@ -10,10 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use mote_agent::instance::{Rlimit, Security};
+use mote_agent::instance::{Entrypoint, Instance, Process, Rlimit, Security};
 
 use crate::seccomp;
-use crate::spawn::{self, Spawn, SpawnError, Step};
+use crate::spawn::{self, Spawn, SpawnError, Spawned, Step, View};
 use crate::sys;
 use crate::user::{self, Identity};
 
@@ -41,6 +41,8 @@ pub struct Program<'a> {
     pub workdir: &'a Path,
     /// Who runs it (contract §1.5); root by default.
     pub user: Option<&'a str>,
+    /// The same exactly, in place of it.
+    pub process: Option<&'a Process>,
     /// Limits, in order.
     pub rlimits: &'a [Rlimit],
     /// Whether its standard streams are a terminal.
@@ -49,6 +51,36 @@ pub struct Program<'a> {
     pub by_session: bool,
     /// What it gives up.
     pub security: &'a Security,
+    /// What it sees, if that is not what whoever starts it does.
+    pub view: Option<View<'a>>,
+    /// Whether it is only made ready.
+    pub hold: bool,
+}
+
+impl<'a> Program<'a> {
+    /// The box's entrypoint.
+    pub fn of_entrypoint(instance: &'a Instance) -> Self {
+        let Instance { start, masked_paths, read_only_paths, .. } = instance;
+        let Entrypoint { executable, args, env } = &instance.entrypoint;
+        Program {
+            executable: OsStr::new(executable),
+            args: args.iter().map(OsStr::new).collect(),
+            env: env.iter().map(|(name, value)| (OsStr::new(name), OsStr::new(value))).collect(),
+            workdir: Path::new(&instance.workdir),
+            user: instance.user.as_deref(),
+            process: instance.process.as_ref(),
+            rlimits: &instance.rlimits,
+            terminal: start.terminal.is_some(),
+            by_session: false,
+            security: &instance.security,
+            view: instance.has_own_view().then_some(View {
+                own_pids: start.pid1,
+                masked: masked_paths,
+                read_only: read_only_paths,
+            }),
+            hold: start.on_request,
+        }
+    }
 }
 
 /// Why a program could not be started.
@@ -69,7 +101,7 @@ pub fn doing(what: &'static str) -> impl FnOnce(io::Error) -> Refusal + Copy {
     move |error| refusal(SETUP_FAILED, format!("{what}: {error}"))
 }
 
-/// Starts a program in the cgroup whose `cgroup.procs` is given; returns its process id.
+/// Starts a program in the cgroup whose `cgroup.procs` is given.
 ///
 /// # Errors
 /// The exit code that tells of it, and the reason, which names the spec's field or the program.
@@ -77,9 +109,8 @@ pub fn start(
     program: &Program<'_>,
     stdio: [BorrowedFd<'_>; 3],
     cgroup: BorrowedFd<'_>,
-) -> Result<i32, Refusal> {
-    let identity = user::resolve(program.user)
-        .map_err(|reason| refusal(SETUP_FAILED, format!("user: {reason}")))?;
+) -> Result<Spawned, Refusal> {
+    let identity = identity(program)?;
     // So that the program can open /dev/stdin, /dev/stdout, /dev/stderr or its terminal again. An
     // input that is no pipe of its own, /dev/null, stays as it is.
     let owned = if is_pipe(stdio[0]) { &stdio[..] } else { &stdio[1..] };
@@ -88,7 +119,11 @@ pub fn start(
     }
     let environment = environment(program, &identity);
     let candidates = candidates(program.executable, &environment);
-    if !program.by_session && candidates.iter().any(|file| is_systemd(Path::new(file))) {
+    let has_other_process_1 = !program.view.is_some_and(|view| view.own_pids);
+    if has_other_process_1
+        && !program.by_session
+        && candidates.iter().any(|file| is_systemd(Path::new(file)))
+    {
         let reason = format!(
             "'{}' is systemd, which works only as process 1, and that is mote's agent in a box; name the program that the box is to run (the ExecStart= of its service)",
             program.executable.display()
@@ -113,11 +148,38 @@ pub fn start(
         terminal: program.terminal,
         cgroup,
         spared: program.by_session,
-        no_new_privs: program.security.no_new_privs,
+        no_new_privs: program.security.no_new_privs
+            || program.process.is_some_and(|process| process.no_new_privs),
         drop_capabilities: &program.security.drop_capabilities,
         filter: &if program.security.seccomp { seccomp::filter() } else { Vec::new() },
+        capabilities: program.process.and_then(|process| process.capabilities),
+        umask: program.process.and_then(|process| process.umask),
+        view: program.view,
+        hold: program.hold,
     })
     .map_err(|error| explain(program, &candidates, &environment, error))
+}
+
+/// The refusal for a program that was held and could not go on.
+pub fn explain_held(program: &Program<'_>, error: SpawnError) -> Refusal {
+    match identity(program) {
+        Err(refusal) => refusal,
+        Ok(identity) => {
+            let environment = environment(program, &identity);
+            explain(program, &candidates(program.executable, &environment), &environment, error)
+        }
+    }
+}
+
+fn identity(program: &Program<'_>) -> Result<Identity, Refusal> {
+    let failed = |reason| refusal(SETUP_FAILED, format!("user: {reason}"));
+    let Some(process) = program.process else {
+        return user::resolve(program.user).map_err(failed);
+    };
+    let Process { uid, gid, groups, .. } = process;
+    // An account only adds its home.
+    let home = user::resolve(Some(&uid.to_string())).map_err(failed)?.home;
+    Ok(Identity { uid: *uid, gid: *gid, groups: groups.clone(), home })
 }
 
 fn strings(texts: &[impl AsRef<OsStr>]) -> Result<Vec<CString>, Refusal> {
@@ -131,10 +193,15 @@ fn strings(texts: &[impl AsRef<OsStr>]) -> Result<Vec<CString>, Refusal> {
 /// Each name once with its last value, in order of first appearance: the defaults of contract §7.1
 /// first, with a `PATH`, and the home of a user that was named.
 fn environment<'a>(program: &Program<'a>, identity: &'a Identity) -> Vec<(&'a OsStr, &'a OsStr)> {
-    let home = identity.home.as_deref().filter(|_| program.user.is_some()).unwrap_or("/");
+    let is_named = program.user.is_some() || program.process.is_some();
+    let home = identity.home.as_deref().filter(|_| is_named).unwrap_or("/");
     let term = if program.terminal { "xterm-256color" } else { "linux" };
     let defaults = [("HOME", home), ("TERM", term), ("PATH", DEFAULT_PATH)];
-    let mut entries = defaults.map(|(name, value)| (OsStr::new(name), OsStr::new(value))).to_vec();
+    // Who is given exactly has exactly this environment.
+    let count = if program.process.is_some() { 1 } else { defaults.len() };
+    let defaults = defaults[..count].iter();
+    let mut entries: Vec<_> =
+        defaults.map(|(name, value)| (OsStr::new(*name), OsStr::new(*value))).collect();
     for &(name, value) in &program.env {
         match entries.iter_mut().find(|(known, _)| *known == name) {
             Some(entry) => entry.1 = value,
@@ -190,6 +257,9 @@ fn explain(
         Step::Fork => setup(format!("start a process: {error}")),
         Step::Confine => setup(format!("give up privileges (A3S_SEC_*): {error}")),
         Step::Cgroup => setup(format!("join the box's cgroup: {error}")),
+        Step::View => setup(format!(
+            "pid1, masked_paths, readonly_paths: give the program its own view of processes and files: {error}"
+        )),
         Step::Workdir => setup(format!(
             "workdir: enter '{}' in the guest: {error}; name a directory of the root file system",
             program.workdir.display()
@@ -313,6 +383,9 @@ mod tests {
             terminal: false,
             by_session: false,
             security: &NONE,
+            process: None,
+            view: None,
+            hold: false,
         }
     }
 

@@ -56,21 +56,20 @@ mod transfer;
 mod tsi;
 mod user;
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::time::Duration;
 
-use mote_agent::instance::Entrypoint;
+use mote_agent::instance::TerminalSize;
 use mote_agent::protocol::{
-    CONTROL_PORT, EntrypointEnd, FromGuest, Mark, STDERR_PORT, STDOUT_PORT, VERSION,
+    CONTROL_PORT, EntrypointEnd, FromGuest, Mark, STDERR_PORT, STDIN_PORT, STDOUT_PORT, VERSION,
 };
 
-use crate::host::{Control, OutputPump, Received};
+use crate::host::{Control, Pump, Received};
 use crate::launch::{Program, SETUP_FAILED};
 use crate::prepare::Prepared;
-use crate::supervisor::Supervisor;
+use crate::spawn::{Held, Spawned};
+use crate::supervisor::{Streams, Supervisor};
 use crate::sys::{Interest, net};
 
 /// How long the host may take to answer the first connections.
@@ -90,7 +89,11 @@ fn run() -> Result<(), String> {
     // The three connections are under way while the root is being mounted.
     let [control, stdout, stderr] = connect_to_host()?;
     let prepared = prepare::prepare(ready);
-    wait_until_connected([&control, &stdout, &stderr])?;
+    wait_until_connected([
+        ("control channel", &control),
+        ("standard output", &stdout),
+        ("standard error", &stderr),
+    ])?;
 
     let mut control = Control::new(control);
     control.send(&FromGuest::Hello { version: VERSION, now_ns: sys::monotonic_ns() });
@@ -101,19 +104,27 @@ fn run() -> Result<(), String> {
         .and_then(|prepared| Ok((start_entrypoint(&prepared)?, prepared)));
     let (end, outputs) = match started {
         Ok((entrypoint, mut prepared)) => {
-            for (mark, at_ns) in [
+            let marks = [
                 (Mark::RootMounted, prepared.root_mounted_ns),
                 (Mark::ServersReady, prepared.servers_ready_ns),
-                (Mark::EntrypointStarted, sys::monotonic_ns()),
-            ] {
+            ];
+            let started = (Mark::EntrypointStarted, sys::monotonic_ns());
+            let started = entrypoint.held.is_none().then_some(started);
+            for (mark, at_ns) in marks.into_iter().chain(started) {
                 control.send(&FromGuest::Reached { mark, at_ns });
             }
-            let outputs = [
-                OutputPump::new(entrypoint.stdout, stdout),
-                OutputPump::new(entrypoint.stderr, stderr),
-            ];
-            let (end, outputs) =
-                Supervisor::new(&mut prepared, entrypoint.pid, outputs, &mut control).run();
+            let streams = Streams {
+                outputs: [
+                    Pump::output(entrypoint.stdout, stdout),
+                    Pump::output(entrypoint.stderr, stderr),
+                ],
+                input: entrypoint.input.map(|(from, to)| Pump::input(from, to)),
+                terminal: entrypoint.terminal,
+            };
+            let Running { pid, held, .. } = entrypoint;
+            let supervisor =
+                Supervisor::new(&mut prepared, pid, held.as_ref(), streams, &mut control);
+            let (end, outputs) = supervisor.run();
             (end, Some(outputs))
         }
         Err(not_started) => {
@@ -131,44 +142,67 @@ fn run() -> Result<(), String> {
     Ok(())
 }
 
-/// The running entrypoint, with the reading ends of its output, non-blocking.
+/// The entrypoint's process, with the agent's ends of its streams, non-blocking.
 struct Running {
     pid: i32,
+    /// If it waits for a client's word.
+    held: Option<Held>,
     stdout: File,
     stderr: File,
+    /// The host's stream for its input, and where that goes.
+    input: Option<(File, File)>,
+    /// The terminal that it runs on.
+    terminal: Option<File>,
 }
 
 fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
+    let not_started = |reason| EntrypointEnd::NotStarted { code: SETUP_FAILED, reason };
     let setup = |doing: &'static str| {
-        move |e: std::io::Error| EntrypointEnd::NotStarted {
-            code: SETUP_FAILED,
-            reason: format!("{doing} of the entrypoint: {e}"),
-        }
+        move |e: std::io::Error| not_started(format!("{doing} of the entrypoint: {e}"))
     };
     let Prepared { instance, cgroup, .. } = prepared;
-    let stdin = File::open("/dev/null").map_err(setup("open /dev/null for the input"))?;
-    let (stdout, stdout_end) = sys::pipe().map_err(setup("create a pipe for the output"))?;
-    let (stderr, stderr_end) = sys::pipe().map_err(setup("create a pipe for the errors"))?;
-    let Entrypoint { executable, args, env } = &instance.entrypoint;
-    let program = Program {
-        executable: OsStr::new(executable),
-        args: args.iter().map(OsStr::new).collect(),
-        env: env.iter().map(|(name, value)| (OsStr::new(name), OsStr::new(value))).collect(),
-        workdir: Path::new(&instance.workdir),
-        user: instance.user.as_deref(),
-        rlimits: &instance.rlimits,
-        terminal: false,
-        by_session: false,
-        security: &instance.security,
+    let program = Program::of_entrypoint(instance);
+    let start = |stdio| {
+        launch::start(&program, stdio, cgroup.procs()).map_err(|refusal| {
+            // Set-up failures name their own field of the spec.
+            let field = if refusal.code == SETUP_FAILED { "" } else { "entrypoint: " };
+            let reason = format!("{field}{}", refusal.reason);
+            EntrypointEnd::NotStarted { code: refusal.code, reason }
+        })
     };
-    let stdio = [stdin.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
-    let pid = launch::start(&program, stdio, cgroup.procs()).map_err(|refusal| {
-        // Set-up failures name their own field of the spec.
-        let field = if refusal.code == SETUP_FAILED { "" } else { "entrypoint: " };
-        let reason = format!("{field}{}", refusal.reason);
-        EntrypointEnd::NotStarted { code: refusal.code, reason }
-    })?;
-    Ok(Running { pid, stdout, stderr })
+    let from_host = instance.start.stdin.then(connect_input).transpose().map_err(not_started)?;
+    let (stderr, stderr_end) = sys::pipe().map_err(setup("create a pipe for the errors"))?;
+    if let Some(TerminalSize { cols, rows }) = instance.start.terminal {
+        let (master, slave) = sys::open_terminal().map_err(setup("open the terminal"))?;
+        sys::resize_terminal(&master, cols, rows).map_err(setup("size the terminal"))?;
+        let another = || master.try_clone().map_err(setup("duplicate the terminal"));
+        let input = from_host.map(|from| Ok((from, another()?))).transpose()?;
+        let (stdout, terminal) = (another()?, Some(another()?));
+        let Spawned { pid, held } = start([slave.as_fd(); 3])?;
+        // All output is the terminal's: the stream for errors ends at once.
+        return Ok(Running { pid, held, stdout, stderr, input, terminal });
+    }
+    let (stdin_end, input) = match from_host {
+        None => {
+            let null = File::open("/dev/null");
+            (null.map_err(setup("open /dev/null for the input"))?.into(), None)
+        }
+        Some(from) => {
+            let (end, to) = sys::input_pipe().map_err(setup("create a pipe for the input"))?;
+            (end, Some((from, to)))
+        }
+    };
+    let (stdout, stdout_end) = sys::pipe().map_err(setup("create a pipe for the output"))?;
+    let stdio = [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
+    let Spawned { pid, held } = start(stdio)?;
+    Ok(Running { pid, held, stdout, stderr, input, terminal: None })
+}
+
+fn connect_input() -> Result<File, String> {
+    let failed = |e: std::io::Error| format!("connect to the host for the entrypoint's input: {e}");
+    let input = net::vsock_connect(STDIN_PORT).map_err(failed)?;
+    wait_until_connected([("standard input", &input)])?;
+    Ok(input)
 }
 
 fn connect_to_host() -> Result<[File; 3], String> {
@@ -179,10 +213,8 @@ fn connect_to_host() -> Result<[File; 3], String> {
     Ok([connect(CONTROL_PORT)?, connect(STDOUT_PORT)?, connect(STDERR_PORT)?])
 }
 
-fn wait_until_connected(sockets: [&File; 3]) -> Result<(), String> {
-    for (name, socket) in
-        ["control channel", "standard output", "standard error"].iter().zip(sockets)
-    {
+fn wait_until_connected<const N: usize>(sockets: [(&str, &File); N]) -> Result<(), String> {
+    for (name, socket) in sockets {
         match sys::poll(&[Interest::write(socket.as_fd())], Some(CONNECT_LIMIT)) {
             Ok(ready) if ready[0] => net::socket_error(socket),
             Ok(_) => Err(std::io::ErrorKind::TimedOut.into()),

@@ -167,9 +167,19 @@ pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
                     .and_then(|()| fs::remove_dir(STAGING))
                     .map_err(|e| format!("mount the file of {what} on {path}: {e}"))?;
             }
-            Mount::Tmpfs { path, options } => {
+            Mount::Tmpfs { path, options, copy_up: false } => {
                 let (flags, data) = split_options(options);
                 mount_on(path, "a tmpfs", "tmpfs", "tmpfs", flags, &data)?;
+            }
+            Mount::Tmpfs { path, options, copy_up: true } => {
+                let what = "a tmpfs";
+                let (flags, data) = split_options(options);
+                make_mount_point(path, what)?;
+                let (later, now) = (flags & libc::MS_RDONLY, flags & !libc::MS_RDONLY);
+                mount_on(STAGING, what, "tmpfs", "tmpfs", now, &data)?;
+                copy_up(path, later != 0)
+                    .and_then(|()| fs::remove_dir(STAGING))
+                    .map_err(|e| format!("give a tmpfs what the image has in {path}: {e}"))?;
             }
         }
     }
@@ -190,6 +200,36 @@ pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
             }
         }
         make_read_only("/").map_err(|e| format!("make / read-only: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Gives this process mounts of its own, where these paths are empty, or cannot be changed. One that is not there is none.
+/// With `own_pids`, its /proc shows the processes of its namespace.
+///
+/// # Errors
+/// The kernel refuses one of the mounts.
+pub fn own_view(own_pids: bool, masked: &[String], read_only: &[String]) -> io::Result<()> {
+    sys::namespaces::own_mounts()?;
+    if own_pids {
+        sys::mount("proc", "/proc", "proc", NOSUID_NODEV_NOEXEC, "")?;
+    }
+    let kept = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    for path in masked {
+        kept(match fs::metadata(path) {
+            Err(error) => Err(error),
+            Ok(metadata) if metadata.is_dir() => {
+                sys::mount("tmpfs", path, "tmpfs", libc::MS_RDONLY, "")
+            }
+            Ok(_) => sys::mount("/dev/null", path, "", libc::MS_BIND, ""),
+        })?;
+    }
+    for path in read_only {
+        let bound = sys::mount(path, path, "", libc::MS_BIND | libc::MS_REC, "");
+        kept(bound.and_then(|()| sys::namespaces::make_mount_read_only(path)))?;
     }
     Ok(())
 }

@@ -71,9 +71,12 @@ pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     if let Networking::Own(interface) = &networking {
         network::set_up(interface)?;
     }
+    if let Some(name) = &instance.domainname {
+        sys::set_domainname(name).map_err(|e| format!("set the domain name '{name}': {e}"))?;
+    }
     for (name, value) in &instance.sysctls {
         fs::write(Path::new("/proc/sys").join(name.replace('.', "/")), value).map_err(|e| {
-            format!("set the sysctl {name} to '{value}' (BOX_SYSCTL_n): {e}; leave it out")
+            format!("set the sysctl {name} to '{value}' (sysctls, BOX_SYSCTL_n): {e}; leave it out")
         })?;
     }
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;

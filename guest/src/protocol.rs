@@ -1,7 +1,7 @@
 //! Messages between VMM and agent, and the vsock ports they travel on.
 //!
 //! The agent connects to the host (CID 2) on three ports before it starts anything else: the
-//! control channel and the entrypoint's two output streams. The host accepts one connection per
+//! control channel and the entrypoint's two output streams; and on a fourth for its input, if it has one. The host accepts one connection per
 //! port for the life of the VM, so nothing that runs later in the guest can take them.
 //!
 //! A message is a [`frame`]; integers are big-endian. The host treats every message as hostile.
@@ -10,7 +10,7 @@ use crate::frame::{self, TooLong};
 
 /// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
 /// `MOTE_INITRAMFS` names an archive of another build.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Host port of the control channel ("mote" in ASCII, plus an index).
 pub const CONTROL_PORT: u32 = 0x6d6f_7465;
@@ -18,6 +18,9 @@ pub const CONTROL_PORT: u32 = 0x6d6f_7465;
 pub const STDOUT_PORT: u32 = CONTROL_PORT + 1;
 /// Host port of the entrypoint's standard error.
 pub const STDERR_PORT: u32 = CONTROL_PORT + 2;
+
+/// Host port of the entrypoint's standard input, for boxes that have one.
+pub const STDIN_PORT: u32 = CONTROL_PORT + 8;
 
 /// Guest port of the agent's exec server. The contract's own port (4089) stays free for an agent of
 /// the image's own, which the host prefers.
@@ -44,6 +47,8 @@ mod from_host {
     pub const STOP: u8 = 1;
     pub const CLOCK: u8 = 2;
     pub const DEVICE_IS_THERE: u8 = 3;
+    pub const SIGNAL: u8 = 4;
+    pub const RESIZE: u8 = 5;
 }
 
 /// A point in the guest's start that the timeline records.
@@ -126,6 +131,18 @@ pub enum FromHost {
     DeviceIsThere {
         /// Its register page's position, from which the kernel's name for it follows.
         index: u8,
+    },
+    /// Send this signal to the entrypoint, whatever becomes of it.
+    Signal {
+        /// Signal number.
+        signal: u8,
+    },
+    /// The terminal that shows the entrypoint's has this size now.
+    Resize {
+        /// Columns.
+        cols: u16,
+        /// Rows.
+        rows: u16,
     },
 }
 
@@ -237,6 +254,11 @@ impl FromHost {
             FromHost::DeviceIsThere { index } => {
                 frame::encode(from_host::DEVICE_IS_THERE, &[*index])
             }
+            FromHost::Signal { signal } => frame::encode(from_host::SIGNAL, &[*signal]),
+            FromHost::Resize { cols, rows } => {
+                let [[a, b], [c, d]] = [cols.to_be_bytes(), rows.to_be_bytes()];
+                frame::encode(from_host::RESIZE, &[a, b, c, d])
+            }
         }
     }
 
@@ -248,7 +270,12 @@ impl FromHost {
                 Ok(FromHost::Clock { realtime_ns: u64::from_be_bytes(bytes) })
             }
             (from_host::DEVICE_IS_THERE, [index]) => Ok(FromHost::DeviceIsThere { index: *index }),
-            (from_host::STOP | from_host::CLOCK | from_host::DEVICE_IS_THERE, _) => {
+            (from_host::SIGNAL, [signal]) => Ok(FromHost::Signal { signal: *signal }),
+            (from_host::RESIZE, [a, b, c, d]) => Ok(FromHost::Resize {
+                cols: u16::from_be_bytes([*a, *b]),
+                rows: u16::from_be_bytes([*c, *d]),
+            }),
+            (from_host::STOP..=from_host::RESIZE, _) => {
                 Err(Malformed::Length(payload.len() as u32))
             }
             _ => Err(Malformed::Type(kind)),
@@ -334,6 +361,8 @@ mod tests {
             FromHost::Stop { signal: 15 },
             FromHost::Clock { realtime_ns: 1 << 60 },
             FromHost::DeviceIsThere { index: 39 },
+            FromHost::Signal { signal: 64 },
+            FromHost::Resize { cols: 258, rows: 3 },
         ] {
             decoder.feed(&message.encode());
             assert_eq!(decoder.next_from_host(), Ok(Some(message)));

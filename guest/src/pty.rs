@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::instance::Process;
 use crate::text::Text;
 
 /// Frame types.
@@ -19,6 +20,8 @@ pub mod kind {
     /// From the guest a text: why there is no session. From the client, later: an end of the session, if
     /// it is empty, or [`crate::exec::control::SIGNAL`] with a number.
     pub const ERROR: u8 = 0x05;
+    /// mote's own, to clients that ask for it ([`super::PtyRequest::announce`]): the command runs.
+    pub const STARTED: u8 = 0x06;
 }
 
 /// Longest payload towards the guest.
@@ -55,6 +58,12 @@ pub struct PtyRequest {
     /// terminal, and a directory that cannot be entered is such a case.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub explain: bool,
+    /// mote's own: whether [`kind::STARTED`] is sent when the command runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub announce: bool,
+    /// mote's own: as [`crate::exec::ExecRequest::process`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
 }
 
 /// The terminal's new size.
@@ -96,6 +105,8 @@ mod tests {
             cols: 80,
             rows: 24,
             explain: false,
+            announce: false,
+            process: None,
         };
         let text =
             r#"{"cmd":["/bin/sh"],"env":[],"working_dir":null,"user":null,"cols":80,"rows":24}"#;

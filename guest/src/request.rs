@@ -12,8 +12,10 @@ use serde::Serialize;
 
 use crate::connection::{Connection, PATIENCE};
 use crate::journal::{Claim, Journal, Key};
+use crate::launch::{self, Program};
 use crate::reply::Reply;
 use crate::session::Context;
+use crate::spawn::Release;
 use crate::sys::files::become_root;
 use crate::{command, directory, sys, transfer};
 
@@ -28,6 +30,7 @@ pub fn session(mut connection: Connection, context: &Context<'_>, journal: Optio
     let Some(first) = connection.wait_for_frame() else { return };
     let answer = match first.kind {
         kind::HEARTBEAT => Ok(Some(frame::encode(kind::HEARTBEAT, &first.payload))),
+        kind::CONTROL if first.payload == control::START => start(context),
         kind::CONTROL => signal_main(&first.payload, context),
         _ => Request::parse(&first.payload).and_then(|request| {
             drop(first);
@@ -40,6 +43,22 @@ pub fn session(mut connection: Connection, context: &Context<'_>, journal: Optio
         Err(text) => connection.send(&frame::encode(kind::ERROR, text.as_bytes())),
     }
     connection.finish();
+}
+
+/// Has the entrypoint start.
+fn start(context: &Context<'_>) -> Answer {
+    let started = || "The entrypoint has been started before".to_owned();
+    let held = context.held.ok_or_else(started)?;
+    match (held.state(), held.release()) {
+        (Release::Waiting, Ok(Release::Running)) => {
+            Ok(Some(frame::encode(kind::CONTROL, control::START_ACK)))
+        }
+        (Release::Waiting, Ok(Release::Failed(error))) => {
+            Err(launch::explain_held(&Program::of_entrypoint(context.instance), error).reason)
+        }
+        (Release::Waiting, _) => Err("The entrypoint has ended before it started".into()),
+        _ => Err(started()),
+    }
 }
 
 /// An instruction in the place of a request.

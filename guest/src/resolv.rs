@@ -25,7 +25,10 @@ impl<'a> NameServers<'a> {
     /// # Errors
     /// If the initramfs cannot be written to.
     pub fn stage(wanted: &'a ResolvConf) -> Result<Self, String> {
-        let (ResolvConf::Always(text) | ResolvConf::IfUnserved(text)) = wanted;
+        let text = match wanted {
+            ResolvConf::Always(text) | ResolvConf::IfUnserved(text) => text.as_str(),
+            ResolvConf::OfImage => "",
+        };
         Ok(NameServers { wanted, staged: Staged::new("resolv.conf", text)? })
     }
 
@@ -36,6 +39,7 @@ impl<'a> NameServers<'a> {
     pub fn provide(self) -> Result<String, String> {
         let path = Path::new(PATH);
         match self.wanted {
+            ResolvConf::OfImage => Ok(read(path)),
             ResolvConf::Always(text) => self
                 .staged
                 .mount_over(path)

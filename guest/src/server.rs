@@ -21,6 +21,7 @@ use crate::cgroup::BoxCgroup;
 use crate::connection::{Connection, PATIENCE};
 use crate::journal::Journal;
 use crate::session::Context;
+use crate::spawn::Held;
 use crate::sys::{self, ExitStatus, Interest, Reaped, net};
 use crate::{request, terminal};
 
@@ -215,6 +216,7 @@ impl Server {
         keep.extend(context.cgroup.descriptors());
         keep.extend(journal.map(Journal::descriptor));
         keep.extend(context.attest.map(Attest::descriptor));
+        keep.extend(context.held.map(Held::descriptors).into_iter().flatten());
         let pid = sys::fork(&keep, NAME, || {
             let Ok(socket) = socket.try_clone() else { return };
             match service {

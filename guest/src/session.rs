@@ -7,13 +7,14 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use mote_agent::instance::Instance;
+use mote_agent::instance::{Instance, Process};
 use mote_agent::text::Text;
 
 use crate::attest::Attest;
 use crate::cgroup::BoxCgroup;
-use crate::launch::Program;
+use crate::launch::{Program, Refusal, doing};
 use crate::mount;
+use crate::spawn::Held;
 use crate::sys::{self, ExitStatus};
 
 /// What a session needs of the box.
@@ -27,6 +28,8 @@ pub struct Context<'a> {
     pub attest: Option<&'a Attest>,
     /// Process id of the entrypoint.
     pub entrypoint: i32,
+    /// If it has yet to start.
+    pub held: Option<&'a Held>,
     /// Number of the session, which no other has had.
     pub session: u64,
 }
@@ -37,19 +40,50 @@ pub fn program<'a>(
     env: &'a [(OsString, OsString)],
     workdir: &'a Path,
     user: Option<&'a str>,
+    process: Option<&'a Process>,
     context: &Context<'a>,
 ) -> Program<'a> {
     let mut words = cmd.iter().map(|word| &**word);
     let executable = words.next().unwrap_or_default();
     let (args, env) = (words.collect(), env.iter().map(|(n, v)| (&**n, &**v)).collect());
     let Instance { rlimits, security, .. } = context.instance;
-    let user = user.filter(|user| !user.is_empty());
-    let (terminal, by_session) = (false, true);
-    Program { executable, args, env, workdir, user, rlimits, terminal, by_session, security }
+    Program {
+        executable,
+        args,
+        env,
+        workdir,
+        user: user.filter(|user| !user.is_empty()),
+        process,
+        rlimits,
+        terminal: false,
+        by_session: true,
+        security,
+        view: None,
+        hold: false,
+    }
 }
 
-/// The box's environment with what secrets add to it, and a request's own entries over both.
-pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, OsString)> {
+/// Has this session see what the box's programs do, and its command run among them.
+///
+/// # Errors
+/// The entrypoint has ended.
+pub fn join_programs(context: &Context<'_>) -> Result<(), Refusal> {
+    if !context.instance.has_own_view() {
+        return Ok(());
+    }
+    let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    sys::process_file(context.entrypoint)
+        .and_then(|entrypoint| sys::namespaces::enter_namespaces(&entrypoint, kinds))
+        .map_err(doing("join the box's programs"))
+}
+
+/// The box's environment with what secrets add to it, and a request's own entries over both. A command whose `process` is
+/// given has the request's only.
+pub fn environment(
+    request: &[Text],
+    process: Option<&Process>,
+    context: &Context<'_>,
+) -> Vec<(OsString, OsString)> {
     let own = request.iter().map(|entry| {
         let mut parts = entry.as_bytes().splitn(2, |byte| *byte == b'=');
         [parts.next(), parts.next()]
@@ -58,10 +92,14 @@ pub fn environment(request: &[Text], context: &Context<'_>) -> Vec<(OsString, Os
     // The runtime's words to a guest init, which are no business of the program's.
     let is_shown = |name: &OsStr| !name.is_empty() && !name.as_bytes().starts_with(b"A3S_SEC_");
     let own = own.map(|[name, value]| (name, value));
+    let own = own.filter(|(name, _)| is_shown(name));
+    if process.is_some() {
+        return own.collect();
+    }
     let of_box = context.instance.exec_env.iter();
     let of_box = of_box.map(|(name, value)| (name.into(), value.into()));
     let secret = context.attest.map(Attest::variables).into_iter().flatten();
-    of_box.chain(secret.chain(own).filter(|(name, _)| is_shown(name))).collect()
+    of_box.chain(secret.filter(|(name, _)| is_shown(name))).chain(own).collect()
 }
 
 /// A request's directory, seen from the box's own, or from the root that the request names.
@@ -106,7 +144,7 @@ impl<'a> Root<'a> {
         sys::no_longer_spare();
         // What is mounted there goes with the command. It would be in the way of whoever removes the directory,
         // or removed with it: the box has only one /dev.
-        sys::own_mounts()?;
+        sys::namespaces::own_mounts()?;
         sys::chroot(self.0)?;
         std::env::set_current_dir("/")?;
         mount::kernel_file_systems_if_missing();

@@ -7,12 +7,13 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::zeroed;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
-use mote_agent::instance::Rlimit;
+use mote_agent::instance::{Capabilities, Rlimit};
 
-use crate::sys::{self, check, owned};
+use crate::mount;
+use crate::sys::{self, Interest, check, owned};
 
 /// A process to start. All strings are ready for the kernel, so that the child allocates nothing.
 #[derive(Debug)]
@@ -47,6 +48,92 @@ pub struct Spawn<'a> {
     pub drop_capabilities: &'a [u32],
     /// System call filter; an empty one filters nothing.
     pub filter: &'a [libc::sock_filter],
+    /// Its capabilities, if they are not those that the kernel gives to its user.
+    pub capabilities: Option<Capabilities>,
+    /// Mode bits that its files do not get, if it does not have the agent's.
+    pub umask: Option<u32>,
+    /// What it sees, if that is not what the agent does.
+    pub view: Option<View<'a>>,
+    /// Whether it waits for [`Held::release`] before it executes the file.
+    pub hold: bool,
+}
+
+/// What a process that has mounts of its own does not see as the agent does.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// Whether it is process 1, and sees none but its own.
+    pub own_pids: bool,
+    /// Paths that it finds empty.
+    pub masked: &'a [String],
+    /// Paths that it cannot change.
+    pub read_only: &'a [String],
+}
+
+/// A process that was started.
+#[derive(Debug)]
+pub struct Spawned {
+    /// Its id.
+    pub pid: i32,
+    /// If it waits.
+    pub held: Option<Held>,
+}
+
+/// A process that is ready to execute its file, and waits. What it tells is only looked at, never taken, so that the agent
+/// and its forks all see it.
+#[derive(Debug)]
+pub struct Held {
+    start: OwnedFd,
+    report: OwnedFd,
+}
+
+/// What has become of a process that was held.
+#[derive(Debug)]
+pub enum Release {
+    /// It executes its file.
+    Running,
+    /// It waits.
+    Waiting,
+    /// It could not go on, and has ended.
+    Failed(SpawnError),
+}
+
+impl Held {
+    /// Lets it go on, and waits until it has.
+    ///
+    /// # Errors
+    /// Those of write(2): it has ended.
+    pub fn release(&self) -> io::Result<Release> {
+        // SAFETY: pointer and length describe a literal.
+        let written = unsafe { libc::write(self.start.as_raw_fd(), c"1".as_ptr().cast(), 1) };
+        check(written as libc::c_int)?;
+        sys::poll(&[self.interest()], None)?;
+        Ok(self.state())
+    }
+
+    /// What has become of it.
+    pub fn state(&self) -> Release {
+        let mut message = [0; MESSAGE_LEN];
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        // SAFETY: pointer and length describe `message`.
+        let read = unsafe {
+            libc::recv(self.report.as_raw_fd(), message.as_mut_ptr().cast(), message.len(), flags)
+        };
+        match read {
+            0 => Release::Running,
+            read if read < 0 => Release::Waiting,
+            _ => Release::Failed(SpawnError::from_message(message)),
+        }
+    }
+
+    /// Ready once it does not wait any more.
+    pub fn interest(&self) -> Interest<'_> {
+        Interest::read(self.report.as_fd())
+    }
+
+    /// What a fork that calls [`Held::release`] has to keep.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.start.as_fd(), self.report.as_fd()]
+    }
 }
 
 /// The step of a start that failed.
@@ -67,6 +154,8 @@ pub enum Step {
     Cgroup = 5,
     /// Giving up privileges.
     Confine = 6,
+    /// Making a view of its own.
+    View = 7,
 }
 
 /// Why a process could not be started.
@@ -80,28 +169,65 @@ pub struct SpawnError {
     pub error: io::Error,
 }
 
-/// Starts a process in its own session and returns its pid once `execve` has succeeded.
+/// Step, index and errno of a failure, or only [`READY`].
+const MESSAGE_LEN: usize = 9;
+/// The message of a process that waits.
+const READY: &[u8] = &[0xff];
+
+impl SpawnError {
+    fn from_message(message: [u8; MESSAGE_LEN]) -> Self {
+        let word = |range: std::ops::Range<usize>| {
+            let mut bytes = [0; 4];
+            bytes.copy_from_slice(&message[range]);
+            u32::from_ne_bytes(bytes)
+        };
+        SpawnError {
+            step: match message[0] {
+                1 => Step::Workdir,
+                2 => Step::Rlimit,
+                3 => Step::User,
+                4 => Step::Exec,
+                5 => Step::Cgroup,
+                6 => Step::Confine,
+                7 => Step::View,
+                _ => Step::Fork,
+            },
+            at: word(1..5) as usize,
+            error: io::Error::from_raw_os_error(word(5..9) as i32),
+        }
+    }
+}
+
+/// Starts a process in its own session and returns once `execve` has succeeded, or once it is ready for that if it is
+/// held.
 ///
 /// # Errors
 /// The step that failed and the kernel's reason. A process that was created has ended then; its status
 /// is yet to be collected ([`crate::sys::reap`]).
-pub fn spawn(spawn: &Spawn<'_>) -> Result<i32, SpawnError> {
+pub fn spawn(spawn: &Spawn<'_>) -> Result<Spawned, SpawnError> {
     let at_fork = |error| SpawnError { step: Step::Fork, at: 0, error };
     let argv = pointers(spawn.argv);
     let envp = pointers(spawn.envp);
-    let mut report = [0; 2];
-    // SAFETY: `report` has room for the two descriptors.
-    check(unsafe { libc::pipe2(report.as_mut_ptr(), libc::O_CLOEXEC) }).map_err(at_fork)?;
-    let (report_in, report_out) = (owned(report[0]), owned(report[1]));
+    let (report_in, report_out) = pair(libc::SOCK_SEQPACKET).map_err(at_fork)?;
+    let gate = spawn.hold.then(|| pair(libc::SOCK_STREAM)).transpose().map_err(at_fork)?;
+    let has_own_pids = spawn.view.is_some_and(|view| view.own_pids);
+    let own_pids =
+        has_own_pids.then(sys::namespaces::OwnPids::enter).transpose().map_err(at_fork)?;
 
-    // SAFETY: the agent has one thread, so the child is a whole copy of it; it only makes system
-    // calls on data prepared above and leaves by execve or _exit.
+    // SAFETY: the agent has one thread, so the child is a whole copy of it; it leaves by execve or _exit.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
+        // Else it would never see that the agent's end is closed.
+        drop(report_in);
+        let waits_on = gate.map(|(opens, waits_on)| {
+            drop(opens);
+            waits_on
+        });
+        let gate = waits_on.as_ref().map(|waits_on| (waits_on.as_fd(), report_out.as_fd()));
         // SAFETY: this is the child; the vectors are NULL-terminated and outlive the call.
-        let Failure { step, at } = unsafe { child(spawn, &argv, &envp) };
+        let Failure { step, at } = unsafe { child(spawn, gate, &argv, &envp) };
         let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
-        let mut message = [0u8; 9];
+        let mut message = [0u8; MESSAGE_LEN];
         message[0] = step as u8;
         message[1..5].copy_from_slice(&(at as u32).to_ne_bytes());
         message[5..9].copy_from_slice(&errno.to_ne_bytes());
@@ -112,32 +238,32 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<i32, SpawnError> {
             libc::_exit(127);
         }
     }
+    drop(own_pids);
     check(pid).map_err(at_fork)?;
     drop(report_out);
 
-    let mut message = [0u8; 9];
-    let read = io::Read::read(&mut File::from(report_in), &mut message).map_err(at_fork)?;
-    if read == 0 {
-        return Ok(pid);
+    let mut message = [0u8; MESSAGE_LEN];
+    let mut report = File::from(report_in);
+    let read = io::Read::read(&mut report, &mut message).map_err(at_fork)?;
+    match (gate, read) {
+        (None, 0) => Ok(Spawned { pid, held: None }),
+        (Some((start, _)), 1) => {
+            Ok(Spawned { pid, held: Some(Held { start, report: report.into() }) })
+        }
+        // Killed.
+        (Some(_), 0) => Err(at_fork(io::ErrorKind::Interrupted.into())),
+        _ => Err(SpawnError::from_message(message)),
     }
-    let word = |range: std::ops::Range<usize>| {
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(&message[range]);
-        u32::from_ne_bytes(bytes)
-    };
-    Err(SpawnError {
-        step: match message[0] {
-            1 => Step::Workdir,
-            2 => Step::Rlimit,
-            3 => Step::User,
-            4 => Step::Exec,
-            5 => Step::Cgroup,
-            6 => Step::Confine,
-            _ => Step::Fork,
-        },
-        at: word(1..5) as usize,
-        error: io::Error::from_raw_os_error(word(5..9) as i32),
-    })
+}
+
+/// A pair of sockets, closed on exec.
+fn pair(kind: libc::c_int) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for the two descriptors.
+    check(unsafe {
+        libc::socketpair(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr())
+    })?;
+    Ok((owned(fds[0]), owned(fds[1])))
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
@@ -151,12 +277,14 @@ struct Failure {
     at: usize,
 }
 
-/// The child's half of [`spawn`]: returns only on failure, with errno set.
+/// The child's half of [`spawn`]: returns only on failure, with errno set. With a `gate` it says on the second descriptor
+/// that it is ready, and goes on when there is something to read from the first.
 ///
 /// # Safety
 /// To be called only in a forked child; `argv` and `envp` must be NULL-terminated.
 unsafe fn child(
     spawn: &Spawn<'_>,
+    gate: Option<(BorrowedFd<'_>, BorrowedFd<'_>)>,
     argv: &[*const libc::c_char],
     envp: &[*const libc::c_char],
 ) -> Failure {
@@ -186,6 +314,12 @@ unsafe fn child(
         }
         if spawn.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
             return failed(Step::Fork, 0);
+        }
+        if let Some(View { own_pids, masked, read_only }) = spawn.view
+            && let Err(error) = mount::own_view(own_pids, masked, read_only)
+        {
+            *libc::__errno_location() = error.raw_os_error().unwrap_or(libc::EIO);
+            return failed(Step::View, 0);
         }
         if libc::chdir(spawn.workdir.as_ptr()) < 0 {
             return failed(Step::Workdir, 0);
@@ -224,16 +358,45 @@ unsafe fn child(
         {
             return failed(Step::Confine, 0);
         }
+        if let Some(sets) = &spawn.capabilities
+            && !sys::capabilities::keep_through_setuid(sets)
+        {
+            return failed(Step::Confine, 0);
+        }
         if libc::setgroups(spawn.groups.len(), spawn.groups.as_ptr()) < 0
             || libc::setgid(spawn.gid) < 0
             || libc::setuid(spawn.uid) < 0
         {
             return failed(Step::User, 0);
         }
+        if let Some(sets) = &spawn.capabilities
+            && !sys::capabilities::take(sets)
+        {
+            return failed(Step::Confine, 0);
+        }
+        if let Some(umask) = spawn.umask {
+            libc::umask(umask);
+        }
         if let Some((at, limit)) = processes
             && set(limit.resource, limit.soft, limit.hard) < 0
         {
             return failed(Step::Rlimit, at);
+        }
+        if let Some((waits_on, ready)) = gate {
+            let is_executable = |file: &CString| {
+                let (mode, flags) = (libc::X_OK, libc::AT_EACCESS);
+                libc::faccessat(libc::AT_FDCWD, file.as_ptr(), mode, flags) == 0
+            };
+            // Where there is nothing to execute, that is told now, by what execve says of it.
+            if spawn.candidates.iter().any(is_executable) {
+                let mut byte = 0u8;
+                let (ready, waits_on) = (ready.as_raw_fd(), waits_on.as_raw_fd());
+                libc::write(ready, READY.as_ptr().cast(), READY.len());
+                if libc::read(waits_on, (&raw mut byte).cast(), 1) != 1 {
+                    // The agent is gone.
+                    libc::_exit(127);
+                }
+            }
         }
         // execvp's rule without its /bin/sh fallback: skip what is not there, remember what may
         // not be run, stop at anything else.

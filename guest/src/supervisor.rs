@@ -6,14 +6,16 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use mote_agent::protocol::{EntrypointEnd, FromHost};
+use mote_agent::protocol::{EntrypointEnd, FromGuest, FromHost, Mark};
 
 use crate::attest::Attest;
 use crate::cgroup::{BoxCgroup, CONTROLLERS_DELAY};
-use crate::host::{Control, OutputPump, Received};
+use crate::host::{Control, Pump, Received};
+use crate::launch::{self, Program};
 use crate::prepare::Prepared;
 use crate::server::Server;
 use crate::session::Context;
+use crate::spawn::{Held, Release};
 use crate::sys::{self, ExitStatus, Interest, Reap, Reaped, until};
 use crate::template;
 use crate::tsi::Tsi;
@@ -36,13 +38,22 @@ pub struct Supervisor<'a> {
     /// Readable while children have ended.
     children: &'a File,
     control: &'a mut Control,
-    /// The entrypoint's output and its errors.
-    outputs: [OutputPump; 2],
+    streams: Streams,
     server: &'a mut Server,
     tsi: Option<&'a mut Tsi>,
     phase: Phase,
     /// When the box gets the files of all cgroup controllers, unless it has them before.
     controllers_due: Instant,
+}
+
+/// The entrypoint's streams.
+pub struct Streams {
+    /// Its output and its errors.
+    pub outputs: [Pump; 2],
+    /// Its input, if the host gives it one.
+    pub input: Option<Pump>,
+    /// The terminal that it runs on.
+    pub terminal: Option<File>,
 }
 
 /// What phase the box is in.
@@ -64,20 +75,21 @@ enum Phase {
 }
 
 impl<'a> Supervisor<'a> {
-    /// To supervise the box that was prepared, of which `entrypoint` is the process id.
+    /// To supervise the box that was prepared, of which `entrypoint` is the process id, and which may be `held`.
     pub fn new(
         prepared: &'a mut Prepared,
         entrypoint: i32,
-        outputs: [OutputPump; 2],
+        held: Option<&'a Held>,
+        streams: Streams,
         control: &'a mut Control,
     ) -> Self {
         let Prepared { instance, cgroup, children, server, tsi, attest, .. } = prepared;
         let attest = attest.as_ref();
         Supervisor {
-            context: Context { instance, cgroup, attest, entrypoint, session: 0 },
+            context: Context { instance, cgroup, attest, entrypoint, held, session: 0 },
             children,
             control,
-            outputs,
+            streams,
             server,
             tsi: tsi.as_mut(),
             phase: Phase::Running,
@@ -88,22 +100,29 @@ impl<'a> Supervisor<'a> {
     /// Runs until the entrypoint has ended, every other process is gone and all output is handed
     /// over. Returns the entrypoint's end, `None` when the host is lost and nobody is left to tell;
     /// and the outputs, whose connections are not to be closed before that is told.
-    pub fn run(mut self) -> (Option<EntrypointEnd>, [OutputPump; 2]) {
+    pub fn run(mut self) -> (Option<EntrypointEnd>, [Pump; 2]) {
         loop {
             drain(self.children);
             self.reap();
             if !self.heed_host() {
-                return (None, self.outputs);
+                return (None, self.streams.outputs);
             }
             self.control.flush();
             let now = Instant::now();
             let is_last = self.check_deadline(now);
-            for output in &mut self.outputs {
+            for output in &mut self.streams.outputs {
                 output.pump(is_last);
             }
-            if is_last && self.outputs.iter().all(OutputPump::is_done) {
-                return (self.phase.into_end(), self.outputs);
+            if is_last && self.streams.outputs.iter().all(Pump::is_done) {
+                return (self.phase.into_end(), self.streams.outputs);
             }
+            if let Some(input) = &mut self.streams.input {
+                input.pump(false);
+                if input.is_done() {
+                    self.streams.input = None;
+                }
+            }
+            self.note_start();
             if now >= self.controllers_due {
                 self.context.cgroup.enable_controllers();
             }
@@ -130,10 +149,27 @@ impl<'a> Supervisor<'a> {
         }
     }
 
+    /// Tells the host of the start of an entrypoint that was held.
+    fn note_start(&mut self) {
+        if let Some(held) = self.context.held
+            && let Release::Running = held.state()
+        {
+            self.context.held = None;
+            let (mark, at_ns) = (Mark::EntrypointStarted, sys::monotonic_ns());
+            self.control.send(&FromGuest::Reached { mark, at_ns });
+        }
+    }
+
     fn entrypoint_ended(&mut self, child: Reaped) {
-        let end = match child.status {
-            ExitStatus::Exited(code) => EntrypointEnd::Exited(code),
-            ExitStatus::Signaled(signal) => EntrypointEnd::Signaled(signal),
+        let end = match (self.context.held.map(Held::state), child.status) {
+            (Some(Release::Failed(error)), _) => {
+                let program = Program::of_entrypoint(self.context.instance);
+                let refusal = launch::explain_held(&program, error);
+                let reason = format!("entrypoint: {}", refusal.reason);
+                EntrypointEnd::NotStarted { code: refusal.code, reason }
+            }
+            (_, ExitStatus::Exited(code)) => EntrypointEnd::Exited(code),
+            (_, ExitStatus::Signaled(signal)) => EntrypointEnd::Signaled(signal),
         };
         kill_box(self.context.cgroup);
         if let Some(attest) = self.context.attest {
@@ -174,6 +210,17 @@ impl<'a> Supervisor<'a> {
                     }
                 }
                 Received::Message(FromHost::Clock { realtime_ns }) => correct_clock(realtime_ns),
+                Received::Message(FromHost::Signal { signal }) => {
+                    if let Phase::Running | Phase::Stopping { .. } = self.phase {
+                        sys::signal(self.context.entrypoint, i32::from(signal));
+                    }
+                }
+                Received::Message(FromHost::Resize { cols, rows }) => {
+                    if let Some(terminal) = &self.streams.terminal {
+                        // It is open, so this cannot fail.
+                        let _ = sys::resize_terminal(terminal, cols, rows);
+                    }
+                }
                 Received::Message(FromHost::DeviceIsThere { index }) => {
                     // What does not work is for the host to notice: a device that nobody drives.
                     let _ = template::bind(index.into());
@@ -220,7 +267,9 @@ impl<'a> Supervisor<'a> {
         let of_attest = clients..interests.len();
         interests.push(Interest::read(self.children.as_fd()));
         interests.extend(self.control.interests());
-        interests.extend(self.outputs.iter().filter_map(OutputPump::interest));
+        interests.extend(self.context.held.map(Held::interest));
+        interests.extend(self.streams.outputs.iter().filter_map(Pump::interest));
+        interests.extend(self.streams.input.iter().filter_map(Pump::interest));
         // A failing poll would make the agent spin, but every descriptor is open, so it cannot fail.
         let Ok(ready) = sys::poll(&interests, limit) else { return };
         if serving {

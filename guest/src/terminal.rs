@@ -12,7 +12,8 @@ use mote_agent::pty::{MAX_DATA, PtyExit, PtyRequest, PtyResize, kind};
 use crate::cgroup::CommandCgroup;
 use crate::connection::{Connection, Received};
 use crate::launch::{self, Program, Refusal, SETUP_FAILED, doing};
-use crate::session::{Context, Root, environment, exit_code, program, working_dir};
+use crate::session::{Context, Root, environment, exit_code, join_programs, program, working_dir};
+use crate::spawn::Spawned;
 use crate::sys::{self, Interest};
 
 /// Exit code of a command that could not be started (contract §5).
@@ -52,6 +53,9 @@ pub fn session(mut connection: Connection, context: &Context<'_>) {
     let oom_kills = context.cgroup.oom_kills();
     match Terminal::open(&request, root, context) {
         Ok(terminal) => {
+            if request.announce {
+                connection.send(&frame::encode(kind::STARTED, b""));
+            }
             if let Some(code) = terminal.serve(&mut connection) {
                 let oom_killed = context.cgroup.oom_kills() > oom_kills;
                 exit(code, oom_killed, None, &mut connection);
@@ -99,7 +103,8 @@ impl Terminal {
         let (master, slave) = sys::open_terminal().map_err(doing("open a terminal"))?;
         sys::resize_terminal(&master, request.cols, request.rows)
             .map_err(doing("size the terminal"))?;
-        let env = environment(&request.env, context);
+        join_programs(context)?;
+        let env = environment(&request.env, request.process.as_ref(), context);
         let mut workdir = working_dir(request.working_dir.as_ref(), root.as_ref(), context);
         if let Some(root) = root {
             root.enter().map_err(doing("enter its root"))?;
@@ -108,9 +113,11 @@ impl Terminal {
             workdir = "/".into();
         }
         let user = request.user.as_deref();
-        let program = program(&request.cmd, &env, &workdir, user, context);
+        let program =
+            program(&request.cmd, &env, &workdir, user, request.process.as_ref(), context);
         let stdio = [slave.as_fd(); 3];
-        let pid = launch::start(&Program { terminal: true, ..program }, stdio, cgroup.procs())?;
+        let program = Program { terminal: true, ..program };
+        let Spawned { pid, .. } = launch::start(&program, stdio, cgroup.procs())?;
         let ended =
             sys::process_file(pid).inspect_err(|_| cgroup.kill()).map_err(doing("watch it"))?;
         Ok(Terminal { master, input: Vec::new(), pid, ended, cgroup })

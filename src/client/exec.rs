@@ -1,14 +1,17 @@
 //! `mote exec`: runs a command in a box, on the caller's own input and output (contract §4).
 
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use mote_agent::exec::{
     self, ExecChunk, ExecExit, ExecOutput, ExecRequest, MAX_PAYLOAD, Stream, control, kind,
 };
+use mote_agent::frame::Frame;
+use mote_agent::instance::Process;
 use mote_agent::text::Text;
 
-use super::channel::{Channel, request};
+use super::channel::{Channel, Reply, request};
 use super::relay::{Output, Session, Stdio, relay};
 use super::stop::Stop;
 use super::target::Target;
@@ -24,6 +27,8 @@ pub struct Program {
     pub user: Option<String>,
     /// Directory to start in.
     pub workdir: Option<Text>,
+    /// Who it runs as and what it may do, in place of `user` and of the box's environment: for mote's own agent.
+    pub process: Option<Process>,
 }
 
 /// The time limit of a command without one: the protocol's default is 5 s, and it cannot express "no
@@ -47,13 +52,27 @@ impl Exec {
     /// # Errors
     /// The box cannot be reached, refuses, or ends first.
     pub fn run(&self, stdio: &Stdio) -> Result<u8, Stop> {
-        knock(&self.target)?;
-        let mut channel = self.target.connect()?;
-        channel.send(kind::DATA, &request(&self.request(), MAX_PAYLOAD)?);
-        relay(&mut Running { gave_input: false }, channel, stdio, None)
+        self.run_with(stdio, None, None)
     }
 
-    fn request(&self) -> ExecRequest {
+    /// The same; signals from `signals` go to the command, and `on_start` is called when it runs, by mote's own agent.
+    ///
+    /// # Errors
+    /// As for [`Exec::run`].
+    pub fn run_with(
+        &self,
+        stdio: &Stdio,
+        signals: Option<&File>,
+        on_start: OnStart<'_>,
+    ) -> Result<u8, Stop> {
+        knock(&self.target)?;
+        let mut channel = self.target.connect()?;
+        let request_json = request(&self.request(on_start.is_some()), MAX_PAYLOAD)?;
+        channel.send(kind::DATA, &request_json);
+        relay(&mut Running { gave_input: false, on_start }, channel, stdio, signals)
+    }
+
+    fn request(&self, announce: bool) -> ExecRequest {
         let program = self.program.clone();
         ExecRequest {
             cmd: program.cmd,
@@ -67,8 +86,52 @@ impl Exec {
             rootfs: None,
             request_id: None,
             explain: true,
+            announce,
+            process: program.process,
         }
     }
+}
+
+/// What is called once, when a command runs.
+pub type OnStart<'a> = Option<&'a mut dyn FnMut()>;
+
+/// Has a box start its entrypoint, which waits for that (`entrypoint.start`).
+///
+/// # Errors
+/// The box cannot be reached, or the entrypoint cannot start: its agent's text.
+pub fn start(target: &Target) -> Result<(), Stop> {
+    instruct(target, control::START, control::START_ACK)
+}
+
+/// Sends a signal to a box's entrypoint (contract §4.3).
+///
+/// # Errors
+/// The box cannot be reached.
+pub fn signal_main(target: &Target, signal: i32) -> Result<(), Stop> {
+    let instruction = [control::SIGNAL_MAIN, signal.to_string().as_bytes()].concat();
+    instruct(target, &instruction, control::SIGNAL_MAIN_ACK)
+}
+
+/// Sends an instruction that is all that a connection is for.
+fn instruct(target: &Target, instruction: &[u8], expected: &[u8]) -> Result<(), Stop> {
+    knock(target)?;
+    let mut channel = target.connect()?;
+    channel.send(kind::CONTROL, instruction);
+    match channel.reply(None, None)? {
+        Reply::Frame(Frame { kind: kind::CONTROL, payload }) if payload == expected => Ok(()),
+        Reply::Frame(Frame { kind: kind::ERROR, payload }) => {
+            Err(Stop::Refused(anyhow!(String::from_utf8_lossy(&payload).into_owned())))
+        }
+        Reply::Frame(_) => Err(Stop::Failed(anyhow!("the box's answer makes no sense"))),
+        Reply::Closed | Reply::Late => {
+            Err(Stop::Failed(anyhow!("the box ended before it answered")))
+        }
+    }
+}
+
+/// The instruction to send a signal to a command's process group.
+pub fn signal_instruction(number: i32) -> Vec<u8> {
+    [control::SIGNAL, number.to_string().as_bytes()].concat()
 }
 
 /// Waits until the guest answers on its exec socket.
@@ -98,12 +161,13 @@ pub fn ended(exit_code: i32, reason: Option<String>) -> Result<Option<u8>, Stop>
     reason.map_or(Ok(Some(code)), |reason| Err(Stop::Ended(code, reason)))
 }
 
-struct Running {
+struct Running<'a> {
     /// Whether input was sent after the request.
     gave_input: bool,
+    on_start: OnStart<'a>,
 }
 
-impl Session for Running {
+impl Session for Running<'_> {
     const INPUT_PIECE: usize = 64 * 1024;
 
     fn input(&mut self, bytes: &[u8], channel: &mut Channel) {
@@ -138,6 +202,12 @@ impl Session for Running {
                 output.push(Stream::Stderr, whole.stderr);
                 Ok(Some(whole.exit_code as u8))
             }
+            kind::CONTROL if payload == control::STARTED => {
+                if let Some(on_start) = self.on_start.take() {
+                    on_start();
+                }
+                Ok(None)
+            }
             kind::CONTROL => {
                 let exit: ExecExit =
                     serde_json::from_slice(payload).context("read the command's exit code")?;
@@ -150,7 +220,8 @@ impl Session for Running {
         }
     }
 
-    fn signal(&mut self, _: i32, _: &mut Channel) -> Result<(), Stop> {
+    fn signal(&mut self, number: i32, channel: &mut Channel) -> Result<(), Stop> {
+        channel.send(kind::CONTROL, &signal_instruction(number));
         Ok(())
     }
 }

@@ -3,7 +3,6 @@
 //! The caller's terminal is in raw mode as long as the session lasts: every key, even Ctrl-C, goes to
 //! the command. Its mode is restored however the session ends, even by a signal.
 
-use std::fs::File;
 use std::io::IsTerminal;
 use std::os::unix::ffi::OsStrExt;
 
@@ -12,15 +11,12 @@ use mote_agent::exec::Stream;
 use mote_agent::pty::{MAX_DATA, MAX_PAYLOAD, PtyExit, PtyRequest, PtyResize, kind};
 
 use super::channel::{Channel, request};
-use super::exec::{Program, ended, refusal};
+use super::exec::{OnStart, Program, ended, refusal, signal_instruction};
 use super::relay::{Output, Session, Stdio, relay};
 use super::stop::Stop;
 use super::target::Target;
 use crate::sys;
-use crate::sys::terminal::{TerminalMode, TerminalSize};
-
-/// The size if the caller has no terminal.
-const DEFAULT_SIZE: TerminalSize = TerminalSize { cols: 80, rows: 24 };
+use crate::sys::terminal::{DEFAULT_SIZE, RawMode, TerminalSize};
 
 /// The character that ends a terminal's input when typed at the start of a line (Ctrl-D).
 const END_OF_INPUT: u8 = 0x04;
@@ -52,16 +48,32 @@ impl Pty {
     /// # Errors
     /// The box cannot be reached, refuses, or ends first; or a signal ends the session.
     pub fn run(&self, stdio: &Stdio, term: Option<&str>) -> Result<u8, Stop> {
+        self.run_with(stdio, term, None)
+    }
+
+    /// The same, but with `on_start`, which mote's own agent has called when the command runs, signals go to the command
+    /// and do not end the session.
+    ///
+    /// # Errors
+    /// As for [`Pty::run`].
+    pub fn run_with<'a>(
+        &self,
+        stdio: &'a Stdio,
+        term: Option<&str>,
+        on_start: OnStart<'a>,
+    ) -> Result<u8, Stop> {
         self.knock()?;
         // Before the size is read, so that no later change of size is missed.
         let signals = sys::signal_file(&SIGNALS).context("take signals")?;
         let mut channel = self.target.connect()?;
         let size = terminal_size(stdio).unwrap_or(DEFAULT_SIZE);
         let term = term.filter(|_| stdio.input.is_terminal());
-        let request = request(&self.request(size, term), MAX_PAYLOAD)?;
-        let _raw = RawMode::enter(&stdio.input)?;
+        let is_relay = on_start.is_some();
+        let request = request(&self.request(size, term, is_relay), MAX_PAYLOAD)?;
+        let _raw = RawMode::enter(&stdio.input).context("set the terminal's mode")?;
         channel.send(kind::REQUEST, &request);
-        relay(&mut Running { stdio, mid_line: false }, channel, stdio, Some(&signals))
+        let mut running = Running { stdio, mid_line: false, is_relay, on_start };
+        relay(&mut running, channel, stdio, Some(&signals))
     }
 
     /// Waits until the guest answers on its pty socket. This protocol has no heartbeat, but a change of
@@ -75,7 +87,12 @@ impl Pty {
         Err(Stop::Failed(anyhow!("{path} wants no terminal: it is not a box's pty socket")))
     }
 
-    fn request(&self, TerminalSize { cols, rows }: TerminalSize, term: Option<&str>) -> PtyRequest {
+    fn request(
+        &self,
+        TerminalSize { cols, rows }: TerminalSize,
+        term: Option<&str>,
+        announce: bool,
+    ) -> PtyRequest {
         let program = self.program.clone();
         let mut env = program.env;
         if let Some(term) = term
@@ -92,6 +109,8 @@ impl Pty {
             cols,
             rows,
             explain: true,
+            announce,
+            process: program.process,
         }
     }
 }
@@ -105,35 +124,13 @@ fn resize(TerminalSize { cols, rows }: TerminalSize) -> Vec<u8> {
     serde_json::to_vec(&PtyResize { cols, rows }).unwrap_or_default()
 }
 
-/// A terminal in raw mode; dropping it restores the earlier mode.
-struct RawMode<'a> {
-    terminal: &'a File,
-    before: TerminalMode,
-}
-
-impl<'a> RawMode<'a> {
-    /// `None` for a file that is no terminal.
-    fn enter(terminal: &'a File) -> Result<Option<Self>, Stop> {
-        if !terminal.is_terminal() {
-            return Ok(None);
-        }
-        let before = TerminalMode::of(terminal).context("read the terminal's mode")?;
-        before.raw().apply(terminal).context("set the terminal's mode")?;
-        Ok(Some(RawMode { terminal, before }))
-    }
-}
-
-impl Drop for RawMode<'_> {
-    fn drop(&mut self) {
-        // Fails only if the terminal has gone, and then nothing needs to be restored.
-        let _ = self.before.apply(self.terminal);
-    }
-}
-
 struct Running<'a> {
     stdio: &'a Stdio,
     /// Whether the last byte of input did not end a line.
     mid_line: bool,
+    /// Whether signals are the command's.
+    is_relay: bool,
+    on_start: OnStart<'a>,
 }
 
 impl Session for Running<'_> {
@@ -158,6 +155,12 @@ impl Session for Running<'_> {
                 output.push(Stream::Stdout, payload.to_vec());
                 Ok(None)
             }
+            kind::STARTED => {
+                if let Some(on_start) = self.on_start.take() {
+                    on_start();
+                }
+                Ok(None)
+            }
             kind::EXIT => {
                 let exit: PtyExit =
                     serde_json::from_slice(payload).context("read the command's exit code")?;
@@ -172,6 +175,10 @@ impl Session for Running<'_> {
 
     fn signal(&mut self, number: i32, channel: &mut Channel) -> Result<(), Stop> {
         if number != libc::SIGWINCH {
+            if self.is_relay {
+                channel.send(kind::ERROR, &signal_instruction(number));
+                return Ok(());
+            }
             return Err(Stop::Quiet(128 + number as u8));
         }
         if let Some(size) = terminal_size(self.stdio) {
@@ -185,6 +192,8 @@ impl Session for Running<'_> {
 mod tests {
     use super::*;
     use crate::client::testing::{Agent, collect, program, read_frame, said, stdio, write_frame};
+    use crate::sys::terminal::TerminalMode;
+    use std::fs::File;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
@@ -269,7 +278,7 @@ mod tests {
         let target = Target { socket: "s".into(), wait: None };
         let mut pty = pty(&target);
         pty.program.env = vec!["TERM=dumb".into()];
-        assert_eq!(pty.request(DEFAULT_SIZE, Some("vt100")).env, ["TERM=dumb"]);
+        assert_eq!(pty.request(DEFAULT_SIZE, Some("vt100"), false).env, ["TERM=dumb"]);
     }
 
     #[test]

@@ -71,7 +71,7 @@ pub fn scratch(name: &str) -> PathBuf {
 
 pub fn program(words: &[&str]) -> Program {
     let cmd = words.iter().map(Text::from).collect();
-    Program { cmd, env: vec![], user: None, workdir: None }
+    Program { cmd, env: vec![], user: None, workdir: None, process: None }
 }
 
 pub fn read_frame(client: &mut UnixStream) -> Option<Frame> {

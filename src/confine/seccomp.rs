@@ -33,6 +33,8 @@ pub enum ThreadKind {
     Vcpu,
     /// Writes one stream of the guest's output.
     Output,
+    /// Reads the guest's input.
+    Input,
     /// The only thread of the process that writes logs.
     Logs,
     /// The only thread of the process that exchanges frames with other boxes.
@@ -66,6 +68,7 @@ impl ThreadKind {
             ThreadKind::Output => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/output.bpf"))
             }
+            ThreadKind::Input => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/input.bpf")),
             ThreadKind::Logs => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/logs.bpf")),
             ThreadKind::Switch => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/switch.bpf"))
@@ -119,7 +122,8 @@ mod tests {
             [ThreadKind::Logs, ThreadKind::Switch, ThreadKind::Virtiofsd, ThreadKind::Maker];
         let starters = [ThreadKind::VirtiofsdStarter, ThreadKind::VirtiofsdStarted];
         let helpers = helpers.into_iter().chain(starters);
-        let others = [ThreadKind::Vcpu, ThreadKind::Output].into_iter().chain(helpers);
+        let others =
+            [ThreadKind::Vcpu, ThreadKind::Output, ThreadKind::Input].into_iter().chain(helpers);
         for kind in mains.into_iter().chain(others) {
             let program = kind.program();
             assert_eq!(program.last().map(|last| last.code), Some(RETURN), "{kind:?}");

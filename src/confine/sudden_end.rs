@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use syscalls::Sysno;
 
+use crate::log;
 use crate::outcome;
 use crate::sys::fatal::{self, Fatal};
 
@@ -78,7 +79,7 @@ pub fn end(kind: &str, message: Arguments<'_>) -> ! {
         object.push(b"\"}\n");
         fatal::write_once(file, object.as_bytes());
     }
-    fatal::write_once(libc::STDERR_FILENO, line.as_bytes());
+    fatal::write_once(log::descriptor(), line.as_bytes());
     fatal::exit_now(EXIT_CODE.load(Ordering::Relaxed))
 }
 

@@ -22,6 +22,7 @@ use event_manager::EventSet;
 
 use super::helper;
 use crate::confine::{self, Isolation};
+use crate::log;
 use crate::plan::{Switch, socket_name, socket_owner};
 use crate::sys::{self, Interest};
 use crate::virtio::net::passt::{Connection, FRAME_LEN, Lost};
@@ -63,7 +64,7 @@ impl SwitchProcess {
             socket.as_raw_fd(),
             directory.as_raw_fd(),
             to.as_raw_fd(),
-            libc::STDERR_FILENO,
+            log::descriptor(),
         ];
         let mut parts = Some((theirs, socket, directory, to));
         let pid = sys::process::start_detached(c"mote-switch", &keep, || {

@@ -30,6 +30,13 @@ const TIMELINE: &Flag = &Flag {
     brief: "write when what happened, in microseconds since mote started",
     more: " (also `MOTE_TIMELINE`)",
 };
+const LOG: &Flag = &Flag {
+    name: "--log",
+    short: "",
+    value: Some(("FILE", Kind::File)),
+    brief: "write mote's messages and the kernel's errors there",
+    more: ", in place of stderr, which is the entrypoint's alone then",
+};
 const ENV: &Flag = &Flag {
     name: "--env",
     short: "",
@@ -76,7 +83,7 @@ pub const VERBS: &[Verb] = &[
     Verb {
         name: "",
         synopsis: "--config JSON",
-        flags: &[CONFIG, CONFIG_FILE, OUTCOME, TIMELINE, VERSION],
+        flags: &[CONFIG, CONFIG_FILE, OUTCOME, TIMELINE, LOG, VERSION],
         operands: &[],
         brief: "run the box that the spec describes",
         more: "",

@@ -178,7 +178,10 @@ fn whole_spec() -> Value {
         "box_id": "b", "vcpus": 1, "memory_mib": 64, "rootfs_path": "/r", "exec_socket_path": "/e",
         "pty_socket_path": "", "attest_socket_path": "", "port_forward_socket_path": "",
         "fs_mounts": [{"tag": "t", "host_path": "/t", "read_only": true}],
-        "entrypoint": {"executable": "/bin/sh", "args": [], "env": []},
+        "entrypoint": {
+            "executable": "/bin/sh", "args": [], "env": [],
+            "stdin": false, "terminal": false, "start": "at-once", "pid1": false
+        },
         "console_output": null, "console_limit_bytes": null,
         "log_config": {"driver": "none", "options": {
             "max-size": null, "max-file": null, "syslog-address": null, "syslog-facility": null, "tag": null
@@ -194,7 +197,16 @@ fn whole_spec() -> Value {
             "prefix_len": 24, "mac_address": [2, 0, 0, 0, 0, 1], "dns_servers": [],
             "net_socket_fd": null, "net_proxy_fd": null, "bridge_socket_dir": null
         },
-        "disable_tsi": false, "guest_agent": "mote", "egress": null, "tee_config": null
+        "disable_tsi": false, "guest_agent": "mote", "egress": null, "tee_config": null,
+        "process": {
+            "uid": 1, "gid": 1, "additional_gids": [], "umask": null, "no_new_privileges": false,
+            "capabilities": {
+                "bounding": [], "effective": [], "inheritable": [], "permitted": [], "ambient": []
+            }
+        },
+        "hostname": null, "domainname": null, "sysctls": [],
+        "guest_mounts": [{"type": "tmpfs", "destination": "/t", "options": []}],
+        "masked_paths": [], "readonly_paths": [], "read_only_root": false, "signals": "stop"
     })
 }
 
@@ -259,8 +271,12 @@ fn the_source_has_all_members_that_the_parser_reads() {
         "resource_limits",
         "name",
     ];
-    let source = include_str!("../spec/mod.rs");
-    let asked = [".required(\"", ".optional(\"", ".nullable(\"", ".member(\""]
+    let source = concat!(
+        include_str!("../spec/mod.rs"),
+        include_str!("../spec/network.rs"),
+        include_str!("../spec/process.rs")
+    );
+    let asked = [".required(\"", ".optional(\"", ".nullable(\"", ".member(\"", ".refuse(\""]
         .into_iter()
         .flat_map(|call| source.split(call).skip(1));
     let asked: BTreeSet<&str> = asked.filter_map(|after| after.split('"').next()).collect();

@@ -302,7 +302,11 @@ mod tests {
             Security { no_new_privs: true, seccomp: true, drop_capabilities: vec![13, 27] };
         assert_eq!(main.security, security);
         assert!(init.read_only_root);
-        let tmpfs = Mount::Tmpfs { path: "/dev/shm".into(), options: "size=1m,noexec".into() };
+        let tmpfs = Mount::Tmpfs {
+            path: "/dev/shm".into(),
+            options: "size=1m,noexec".into(),
+            copy_up: false,
+        };
         let shares = [share("workspace", "/workspace", false), share("vol0", "/data", true)];
         assert_eq!(init.mounts, [shares.to_vec(), vec![tmpfs]].concat());
     }

@@ -12,6 +12,7 @@ use super::limits;
 use super::name_servers;
 use super::networking::Networking;
 use super::ports::{PublishedPort, has_udp};
+use super::process;
 use crate::policy::rules::Cidr;
 use crate::spec::json::Report;
 use crate::spec::{self, Spec};
@@ -30,7 +31,7 @@ pub(super) fn plan(
     attestation: Option<attestation::Options>,
     report: &mut Report,
 ) -> Instance {
-    let spec::Entrypoint { executable, args, env } = &spec.entrypoint;
+    let spec::Entrypoint { executable, args, env, .. } = &spec.entrypoint;
     if executable.is_empty() {
         report.error("entrypoint.executable", "is empty; name a program");
     }
@@ -61,23 +62,24 @@ pub(super) fn plan(
     }
 
     let GuestInit {
-        mounts,
+        mut mounts,
         read_only_root,
         main,
         image_init,
         container_env,
         host: given,
-        sysctls,
+        mut sysctls,
         ..
     } = init;
     let Host { hostname: given_name, resolv_conf, hosts } = given;
     let variable = spec.entrypoint.variable("HOSTNAME").map(|index| &env[index].1);
-    let named = given_name.as_ref().or(variable).filter(|name| !name.is_empty());
+    let named =
+        spec.hostname.as_ref().or(given_name.as_ref()).or(variable).filter(|name| !name.is_empty());
     let hostname = named.map_or("localhost", String::as_str);
     if hostname.len() > MAX_HOSTNAME || hostname.contains('\0') {
         let len = hostname.len();
         report.error(
-            "entrypoint.env",
+            if spec.hostname.is_some() { "hostname" } else { "entrypoint.env" },
             format!(
                 "the host name has {len} bytes, and must have at most {MAX_HOSTNAME} without NUL"
             ),
@@ -86,7 +88,7 @@ pub(super) fn plan(
     if spec.resource_limits.pids_limit == Some(0) {
         report.error("resource_limits.pids_limit", "is 0, must be at least 1");
     }
-    let make_workdir = main.is_some();
+    let make_workdir = main.is_some() || spec.process.is_some();
     let MainProcess { entrypoint, workdir, user, security } = main.unwrap_or_else(|| MainProcess {
         entrypoint: Entrypoint {
             executable: executable.clone(),
@@ -106,10 +108,20 @@ pub(super) fn plan(
         );
     }
     let own = spec.network.as_ref().map(|network| network.ip_address);
+    process::check(spec, report);
+    // Who says so exactly who runs has written the image's files for that.
+    let has_own_etc = spec.process.is_some();
+    mounts.extend(process::mounts(spec, report));
+    sysctls.extend(spec.sysctls.iter().cloned());
     Instance {
+        domainname: spec.domainname.clone(),
+        start: process::start(spec),
+        process: process::plan(spec, report),
+        masked_paths: spec.masked_paths.clone(),
+        read_only_paths: spec.readonly_paths.clone(),
         hostname: hostname.into(),
         mounts,
-        read_only_root,
+        read_only_root: read_only_root || spec.read_only_root,
         pids_limit: spec.resource_limits.pids_limit,
         rlimits: limits::plan_rlimits(&spec.resource_limits, report),
         entrypoint,
@@ -132,6 +144,7 @@ pub(super) fn plan(
         security,
         resolv_conf: match resolv_conf {
             Some(text) => ResolvConf::Always(text),
+            None if has_own_etc => ResolvConf::OfImage,
             None => name_servers::plan(spec, host),
         },
         etc: [
@@ -139,6 +152,7 @@ pub(super) fn plan(
             ("hosts", hosts::plan(hosts, &spec.rootfs_path, hostname, own)),
         ]
         .into_iter()
+        .filter(|_| !has_own_etc)
         .filter_map(|(name, text)| Some((name.to_owned(), text?)))
         .collect(),
         sysctls,

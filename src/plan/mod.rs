@@ -22,6 +22,7 @@ mod networks_file;
 mod output;
 mod paths;
 mod ports;
+mod process;
 mod security;
 mod shares;
 mod sockets;
@@ -49,6 +50,7 @@ pub use networking::Networking;
 pub use output::{ConsoleFile, Output};
 pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
+pub use process::capability;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
 pub use switch::{Switch, owner as socket_owner, socket_name};
@@ -63,6 +65,7 @@ use crate::cpuset::CpuSet;
 use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
+use crate::spec::process::SignalsTo;
 use crate::virtio::vsock::table::MAX_CONNECTIONS;
 
 /// A VM to build: checked, with all defaults applied.
@@ -96,6 +99,8 @@ pub struct Plan {
     pub attestation: Option<Options>,
     /// What the agent is told.
     pub instance: Instance,
+    /// What a signal to mote is.
+    pub signals: SignalsTo,
     /// The vmlinux to boot.
     pub kernel: Image,
     /// The archive with the agent.
@@ -169,6 +174,7 @@ impl Plan {
             tee,
             attestation,
             instance,
+            signals: spec.signals,
             kernel: kernel?,
             initramfs: initramfs?,
             virtiofsd,
@@ -190,6 +196,8 @@ impl fmt::Display for Plan {
             entrypoint,
             workdir,
             user,
+            start,
+            process,
             ..
         } = &self.instance;
         writeln!(f, "box        {}", self.box_id)?;
@@ -247,7 +255,7 @@ impl fmt::Display for Plan {
                     let mode = if *read_only { " (read-only)" } else { "" };
                     writeln!(f, "mount      a file of {tag} on {path}{mode}")?;
                 }
-                Mount::Tmpfs { path, options } => {
+                Mount::Tmpfs { path, options, .. } => {
                     writeln!(f, "mount      tmpfs on {path} {options}")?
                 }
             }
@@ -262,7 +270,20 @@ impl fmt::Display for Plan {
             .collect();
         writeln!(f, "run        {}", command.join(" "))?;
         writeln!(f, "in         {workdir}")?;
-        writeln!(f, "as         {}", user.as_deref().unwrap_or("root"))?;
+        match process {
+            Some(process) => writeln!(f, "as         {}:{}", process.uid, process.gid)?,
+            None => writeln!(f, "as         {}", user.as_deref().unwrap_or("root"))?,
+        }
+        for (is_so, words) in [
+            (start.stdin, "with mote's standard input"),
+            (start.terminal.is_some(), "on a terminal"),
+            (start.on_request, "once a client asks for its start"),
+            (start.pid1, "as process 1"),
+        ] {
+            if is_so {
+                writeln!(f, "start      {words}")?;
+            }
+        }
         writeln!(f, "hostname   {hostname}")?;
         for (name, value) in &entrypoint.env {
             writeln!(f, "env        {name}={value:?}")?;

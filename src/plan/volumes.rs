@@ -90,7 +90,11 @@ pub(super) fn plan(vars: &Variables<'_>, spec: &Spec, report: &mut Report) -> Ve
     for (index, text) in vars.numbered("BOX_TMPFS") {
         let (path, options) = text.split_once(':').unwrap_or((text, ""));
         if is_mount_point(path) {
-            mounts.push(Mount::Tmpfs { path: path.into(), options: options.into() });
+            mounts.push(Mount::Tmpfs {
+                path: path.into(),
+                options: options.into(),
+                copy_up: false,
+            });
         } else {
             report.error(
                 format!("entrypoint.env[{index}]"),

@@ -268,6 +268,25 @@ impl<'a> Node<'a> {
         Some(Object { node: self.clone(), members: members.iter().collect(), known: Vec::new() })
     }
 
+    /// An array of strings.
+    pub fn strings(&self) -> Option<Vec<String>> {
+        self.array(Node::string, String::new)
+    }
+
+    /// An array of a name and a value, both strings.
+    pub fn pair(&self) -> Option<(String, String)> {
+        match self.items()?.as_slice() {
+            [name, value] => {
+                let (name, value) = (name.string(), value.string());
+                Some((name?, value?))
+            }
+            other => {
+                self.error(format!("has {} items, must be [name, value]", other.len()));
+                None
+            }
+        }
+    }
+
     /// The string, or `None` for any other kind of value, which is no error.
     pub fn as_str(&self) -> Option<&'a str> {
         match self.json {
@@ -372,6 +391,13 @@ impl<'a> Object<'a> {
         read: impl Fn(&Node<'a>) -> Option<T>,
     ) -> Option<T> {
         self.member(name).filter(|node| *node.json != Json::Null).and_then(|node| node.read(read))
+    }
+
+    /// Refuses a member of this name, unless its value asks for nothing.
+    pub fn refuse(&mut self, name: &'static str) {
+        if let Some(node) = self.member(name).filter(|node| !node.is_vacant()) {
+            node.error("asks for something mote cannot do; leave it out");
+        }
     }
 
     /// Notes that a placeholder takes the place of the member of this name.

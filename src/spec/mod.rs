@@ -3,12 +3,16 @@
 //! [`crate::plan`] does that.
 
 pub mod json;
+mod network;
+pub mod process;
 
 use std::cell::RefCell;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+pub use network::Network;
+
 use crate::spec::json::{Json, Node, Object, Report};
+use crate::spec::process::{GuestMount, Process, SignalsTo, Start};
 
 /// What the box runtime asks for. Field order and defaults are the contract's (§1.2). Where a value could not
 /// be read, there is a placeholder, of which the report knows.
@@ -58,6 +62,24 @@ pub struct Spec {
     pub egress: Option<Vec<String>>,
     /// Limits on the box.
     pub resource_limits: ResourceLimits,
+    /// Who the entrypoint runs as, exactly; mote's own, as all that follow.
+    pub process: Option<Process>,
+    /// The guest's host name; `None` is what contract §7.1 says.
+    pub hostname: Option<String>,
+    /// Its NIS domain name.
+    pub domainname: Option<String>,
+    /// Names of sysctl(8) and their values in the guest.
+    pub sysctls: Vec<(String, String)>,
+    /// File systems that the guest mounts.
+    pub guest_mounts: Vec<GuestMount>,
+    /// Paths that the box's programs find empty.
+    pub masked_paths: Vec<String>,
+    /// Paths that they cannot change.
+    pub readonly_paths: Vec<String>,
+    /// Whether the guest's `/` is read-only once everything is mounted.
+    pub read_only_root: bool,
+    /// What a signal to mote is.
+    pub signals: SignalsTo,
 }
 
 /// How the entrypoint's output is logged (§2.11): the driver and its options, as they are written.
@@ -118,6 +140,8 @@ pub struct Entrypoint {
     pub args: Vec<String>,
     /// Environment entries in order.
     pub env: Vec<(String, String)>,
+    /// How it starts; mote's own.
+    pub start: Start,
 }
 
 impl Entrypoint {
@@ -134,33 +158,6 @@ pub struct TeeConfig {
     pub config_path: PathBuf,
     /// Kind of TEE.
     pub tee_type: String,
-}
-
-/// A passt network.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Network {
-    /// passt's Unix stream socket.
-    pub passt_socket_path: PathBuf,
-    /// The guest's address.
-    pub ip_address: Ipv4Addr,
-    /// The gateway's address.
-    pub gateway: Ipv4Addr,
-    /// Length of the subnet prefix in bits.
-    pub prefix_len: u8,
-    /// The guest interface's hardware address.
-    pub mac_address: [u8; 6],
-    /// Name servers.
-    pub dns_servers: Vec<Ipv4Addr>,
-    /// A descriptor that mote was started with: a stream of frames like passt's (§1.8).
-    pub socket_fd: Option<i32>,
-    /// The other end of `socket_fd`, for a shim that puts a switch of its own between that and passt.
-    pub proxy_fd: Option<i32>,
-    /// Directory in which the switches of one network find each other.
-    pub bridge_socket_dir: Option<PathBuf>,
-    /// The runtime's file of networks, with their egress rules.
-    pub networks_json: Option<PathBuf>,
-    /// This network's name there.
-    pub network_name: Option<String>,
 }
 
 /// Limits; every one is optional.
@@ -231,13 +228,23 @@ fn read_spec(mut o: Object<'_>) -> Spec {
             .required("workdir", "the entrypoint's directory, \"/\"", Node::string)
             .unwrap_or_default(),
         tee_config: o.nullable("tee_config", read_tee_config),
-        port_map: o.optional("port_map", strings),
+        port_map: o.optional("port_map", Node::strings),
         user: o.nullable("user", Node::string),
-        network: o.nullable("network", read_network),
+        network: o.nullable("network", network::read),
         disable_tsi: o.nullable("disable_tsi", Node::boolean).unwrap_or_default(),
         guest_agent: o.optional("guest_agent", read_guest_agent),
-        egress: o.nullable("egress", strings),
+        egress: o.nullable("egress", Node::strings),
         resource_limits: o.optional("resource_limits", read_resource_limits),
+        process: o.nullable("process", process::read_process),
+        hostname: o.nullable("hostname", Node::string),
+        domainname: o.nullable("domainname", Node::string),
+        sysctls: o.optional("sysctls", process::read_sysctls),
+        guest_mounts: o
+            .optional("guest_mounts", |n| n.array(process::read_guest_mount, Default::default)),
+        masked_paths: o.optional("masked_paths", Node::strings),
+        readonly_paths: o.optional("readonly_paths", Node::strings),
+        read_only_root: o.nullable("read_only_root", Node::boolean).unwrap_or_default(),
+        signals: o.optional("signals", process::read_signals),
     };
     refuse_later_fields(&mut o);
     o.finish();
@@ -246,10 +253,6 @@ fn read_spec(mut o: Object<'_>) -> Spec {
 
 fn path(node: &Node<'_>) -> Option<PathBuf> {
     node.string().map(PathBuf::from)
-}
-
-fn strings(node: &Node<'_>) -> Option<Vec<String>> {
-    node.array(Node::string, String::new)
 }
 
 /// `rootfs_path`, or `rootfs` as later versions write it: a string or `{"kind":"directory",…}`.
@@ -303,12 +306,19 @@ fn read_fs_mount(node: &Node<'_>) -> Option<FsMount> {
 fn read_entrypoint(node: &Node<'_>) -> Option<Entrypoint> {
     let mut o = node.object()?;
     let executable = o.required("executable", "a program's path or name", Node::string);
-    let args = o.required("args", "an array of strings, [] for none", strings);
+    let args = o.required("args", "an array of strings, [] for none", Node::strings);
     let env = o.required("env", "an array of [name, value] pairs, [] for none", |n| {
-        n.array(read_pair, Default::default)
+        n.array(Node::pair, Default::default)
     });
+    let start = Start {
+        stdin: o.nullable("stdin", Node::boolean).unwrap_or_default(),
+        terminal: o.nullable("terminal", Node::boolean).unwrap_or_default(),
+        on_request: o.optional("start", process::read_on_request),
+        pid1: o.nullable("pid1", Node::boolean).unwrap_or_default(),
+    };
     o.finish();
     Some(Entrypoint {
+        start,
         executable: executable.unwrap_or_default(),
         args: args.unwrap_or_default(),
         env: env.unwrap_or_default(),
@@ -360,19 +370,6 @@ fn read_log_config(node: &Node<'_>) -> Option<LogConfig> {
     Some(config)
 }
 
-fn read_pair(node: &Node<'_>) -> Option<(String, String)> {
-    match node.items()?.as_slice() {
-        [name, value] => {
-            let (name, value) = (name.string(), value.string());
-            Some((name?, value?))
-        }
-        other => {
-            node.error(format!("has {} items, must be [name, value]", other.len()));
-            None
-        }
-    }
-}
-
 fn read_tee_config(node: &Node<'_>) -> Option<TeeConfig> {
     let mut o = node.object()?;
     let config_path = o.required("config_path", "a file path", path);
@@ -384,68 +381,12 @@ fn read_tee_config(node: &Node<'_>) -> Option<TeeConfig> {
     })
 }
 
-fn read_network(node: &Node<'_>) -> Option<Network> {
-    /// For an address that could not be read.
-    const NO_ADDRESS: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
-    let mut o = node.object()?;
-    let network = Network {
-        passt_socket_path: read_passt_socket(&mut o).unwrap_or_default(),
-        ip_address: o.required("ip_address", "an IPv4 address", ipv4).unwrap_or(NO_ADDRESS),
-        gateway: o.required("gateway", "an IPv4 address", ipv4).unwrap_or(NO_ADDRESS),
-        prefix_len: o
-            .required("prefix_len", "the subnet's prefix length", Node::integer)
-            .unwrap_or_default(),
-        mac_address: o.required("mac_address", "an array of 6 numbers", mac).unwrap_or_default(),
-        dns_servers: o.optional("dns_servers", |n| n.array(ipv4, || NO_ADDRESS)),
-        socket_fd: o.nullable("net_socket_fd", Node::integer),
-        proxy_fd: o.nullable("net_proxy_fd", Node::integer),
-        bridge_socket_dir: o.nullable("bridge_socket_dir", path),
-        networks_json: o.nullable("networks_json", path),
-        network_name: o.nullable("network_name", Node::string),
-    };
-    refuse_unless_vacant(o.member("net_stats_path"));
-    o.finish();
-    Some(network)
-}
-
-/// `passt_socket_path`, or `net_socket_path` as later versions call it.
-fn read_passt_socket(o: &mut Object<'_>) -> Option<PathBuf> {
-    let later = o.member("net_socket_path");
-    match (o.member("passt_socket_path"), later) {
-        (Some(_), Some(later)) => {
-            later.error("is the later name of passt_socket_path, which is given too; keep one");
-            o.unread("passt_socket_path")
-        }
-        (Some(node), None) => node.read(path),
-        (None, Some(node)) => path(&node).or_else(|| o.unread("passt_socket_path")),
-        (None, None) => o.required("passt_socket_path", "passt's socket path", path),
-    }
-}
-
-fn ipv4(node: &Node<'_>) -> Option<Ipv4Addr> {
-    let text = node.string()?;
-    text.parse().ok().or_else(|| {
-        node.error(format!("is \"{text}\", must be an IPv4 address like \"10.88.0.2\""));
-        None
-    })
-}
-
-fn mac(node: &Node<'_>) -> Option<[u8; 6]> {
-    let bytes: Vec<Option<u8>> = node.items()?.iter().map(Node::integer).collect();
-    let bytes: Vec<u8> = bytes.into_iter().collect::<Option<_>>()?;
-    let count = bytes.len();
-    bytes.try_into().ok().or_else(|| {
-        node.error(format!("has {count} numbers, must have 6, each from 0 to 255"));
-        None
-    })
-}
-
 fn read_resource_limits(node: &Node<'_>) -> Option<ResourceLimits> {
     let mut o = node.object()?;
     let limits = ResourceLimits {
         pids_limit: o.nullable("pids_limit", Node::integer),
         cpuset_cpus: o.nullable("cpuset_cpus", Node::string),
-        ulimits: o.optional("ulimits", strings),
+        ulimits: o.optional("ulimits", Node::strings),
         cpu_shares: o.nullable("cpu_shares", Node::integer),
         cpu_quota: o.nullable("cpu_quota", Node::integer),
         cpu_period: o.nullable("cpu_period", Node::integer),
@@ -465,7 +406,7 @@ fn read_resource_limits(node: &Node<'_>) -> Option<ResourceLimits> {
 /// optimisation is warned of.
 fn refuse_later_fields(o: &mut Object<'_>) {
     for name in ["block_devices", "snapshot_mem_file", "snapshot_sock", "restore_from"] {
-        refuse_unless_vacant(o.member(name));
+        o.refuse(name);
     }
     o.nullable("ksm", |node| {
         let on = node.boolean()?;
@@ -476,15 +417,10 @@ fn refuse_later_fields(o: &mut Object<'_>) {
     });
 }
 
-fn refuse_unless_vacant(node: Option<Node<'_>>) {
-    if let Some(node) = node.filter(|node| !node.is_vacant()) {
-        node.error("asks for something mote cannot do; leave it out");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
 
     const MINIMAL: &str = r#"{"box_id":"b","vcpus":1,"memory_mib":256,"rootfs_path":"/r",
         "exec_socket_path":"","fs_mounts":[],

@@ -233,6 +233,14 @@ pub fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Another descriptor for the process's standard input, which stays what it was started with.
+///
+/// # Errors
+/// Those of fcntl(2): it is closed.
+pub fn standard_input() -> io::Result<File> {
+    Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
+}
+
 /// Blocks these signals for the calling thread and those it starts, and returns a non-blocking
 /// descriptor to read them from.
 ///

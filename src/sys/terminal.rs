@@ -2,7 +2,8 @@
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
-use std::io;
+use std::fs::File;
+use std::io::{self, IsTerminal};
 use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::AsRawFd;
 
@@ -43,6 +44,38 @@ impl TerminalMode {
         Ok(())
     }
 }
+
+/// A terminal in raw mode; dropping it restores the earlier mode.
+#[derive(Debug)]
+pub struct RawMode<'a> {
+    terminal: &'a File,
+    before: TerminalMode,
+}
+
+impl<'a> RawMode<'a> {
+    /// `None` for a file that is no terminal.
+    ///
+    /// # Errors
+    /// Those of tcsetattr(3).
+    pub fn enter(terminal: &'a File) -> io::Result<Option<Self>> {
+        if !terminal.is_terminal() {
+            return Ok(None);
+        }
+        let before = TerminalMode::of(terminal)?;
+        before.raw().apply(terminal)?;
+        Ok(Some(RawMode { terminal, before }))
+    }
+}
+
+impl Drop for RawMode<'_> {
+    fn drop(&mut self) {
+        // Fails only if the terminal has gone, and then nothing needs to be restored.
+        let _ = self.before.apply(self.terminal);
+    }
+}
+
+/// What stands for the size of a terminal that nobody has.
+pub const DEFAULT_SIZE: TerminalSize = TerminalSize { cols: 80, rows: 24 };
 
 /// The size of a terminal, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,5 @@
 //! Thin, safe wrappers over the system calls the agent needs, those of networking in [`net`], some about
-//! files in [`files`] and `bpf(2)` in [`bpf`]; with [`crate::spawn`] the agent's only unsafe code.
+//! files in [`files`], capabilities in [`capabilities`], namespaces in [`namespaces`] and `bpf(2)` in [`bpf`]; with [`crate::spawn`] the agent's only unsafe code.
 //!
 //! Each wrapper does one call (or one inseparable group).
 //!
@@ -9,8 +9,10 @@
 #![allow(unsafe_code, reason = "the module that talks to libc")]
 
 pub mod bpf;
+pub mod capabilities;
 pub mod files;
 pub mod mailbox;
+pub mod namespaces;
 pub mod net;
 pub mod ring_buffer;
 
@@ -64,13 +66,6 @@ pub fn unmount(target: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the calling process's cgroup the root of what it and its children see of the hierarchy.
-pub fn new_cgroup_namespace() -> io::Result<()> {
-    // SAFETY: plain system call.
-    check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) })?;
-    Ok(())
-}
-
 /// Opens a file below an open directory for writing.
 pub fn open_below(directory: &impl AsRawFd, name: &str) -> io::Result<File> {
     let name = c_string(name)?;
@@ -109,6 +104,13 @@ pub fn chroot(path: impl AsRef<OsStr>) -> io::Result<()> {
 pub fn set_hostname(name: &str) -> io::Result<()> {
     // SAFETY: pointer and length describe `name`.
     check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) })?;
+    Ok(())
+}
+
+/// `setdomainname(2)`.
+pub fn set_domainname(name: &str) -> io::Result<()> {
+    // SAFETY: pointer and length describe `name`.
+    check(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) })?;
     Ok(())
 }
 
@@ -259,13 +261,6 @@ fn set_oom_score(score: &CStr) {
         libc::write(file, score.as_ptr().cast(), score.count_bytes());
         libc::close(file);
     }
-}
-
-/// Gives this process mounts of its own: others see nothing of what it mounts, and it sees what they do.
-pub fn own_mounts() -> io::Result<()> {
-    // SAFETY: plain system call.
-    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
-    mount("", "/", "", libc::MS_REC | libc::MS_SLAVE, "")
 }
 
 /// Makes this process, which may be a [`fork`], as good as any program of the box to kill for want of

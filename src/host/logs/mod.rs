@@ -63,7 +63,7 @@ impl LogWriter {
         let driver = Driver::open(&logs.driver)?;
         let files = streams.iter().flat_map(|s| [s.from.as_raw_fd(), s.to.file.as_raw_fd()]);
         let keep: Vec<RawFd> =
-            files.chain(driver.descriptors()).chain([libc::STDERR_FILENO]).collect();
+            files.chain(driver.descriptors()).chain([log::descriptor()]).collect();
         let mut writer = Some(Writer { streams, driver });
         let pid = sys::process::start_detached(c"mote-logs", &keep, || {
             if let Some(writer) = writer.take() {
