@@ -385,7 +385,10 @@ unsafe fn child(
         if let Some((waits_on, ready)) = gate {
             let is_executable = |file: &CString| {
                 let (mode, flags) = (libc::X_OK, libc::AT_EACCESS);
+                let mut status: libc::stat = zeroed();
                 libc::faccessat(libc::AT_FDCWD, file.as_ptr(), mode, flags) == 0
+                    && libc::stat(file.as_ptr(), &mut status) == 0
+                    && status.st_mode & libc::S_IFMT == libc::S_IFREG
             };
             // Where there is nothing to execute, that is told now, by what execve says of it.
             if spawn.candidates.iter().any(is_executable) {

@@ -22,6 +22,7 @@ mod common;
 mod containers;
 mod datagrams;
 mod egress;
+mod entrypoint;
 mod exec;
 mod faults;
 mod features;
