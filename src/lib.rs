@@ -38,6 +38,7 @@
 //! - [`probe`]: whether this host can run boxes
 //! - [`manual`]: what commands, options and the spec's members mean: help, man pages, completions
 //! - [`client`]: working with a box that runs, from another process
+//! - [`oci`]: containers of podman and containerd as boxes: the commands of an OCI runtime
 //! - [`cli`]: the command line
 //! - `fuzz`: what the fuzzers run; the unit tests run it too
 //!
@@ -61,6 +62,7 @@ pub mod layout;
 pub mod log;
 pub mod manual;
 pub mod memory;
+pub mod oci;
 pub mod outcome;
 pub mod output_file;
 pub mod plan;

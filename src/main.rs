@@ -1,6 +1,7 @@
 //! `mote`: reads the arguments and the environment, calls [`mote::execute`], exits with its code.
 //! The only exit point. Under the name `virtiofsd` it serves a share instead ([`server`]), under the name
-//! `mote-template` it makes a template ([`maker`]).
+//! `mote-template` it makes a template ([`maker`]), and under the name `mote-oci`, or as `mote oci`, it is an OCI
+//! runtime ([`oci`]).
 
 use std::process::ExitCode;
 
@@ -9,7 +10,7 @@ use mote::host::virtiofsd::server;
 use mote::plan::Environment;
 use mote::template::maker;
 use mote::timeline::Timeline;
-use mote::{cli, log, outcome};
+use mote::{cli, log, oci, outcome};
 
 fn main() -> ExitCode {
     // A panic is a bug: it ends in one line that says where, not in a signal that says nothing.
@@ -20,11 +21,15 @@ fn main() -> ExitCode {
         );
     }));
     let timeline = Timeline::start();
-    let mut arguments = std::env::args_os();
+    let mut arguments = std::env::args_os().peekable();
     match arguments.next() {
         Some(name) if name == server::NAME => return server::main(arguments),
         Some(name) if name == maker::NAME => return maker::main(arguments),
+        Some(name) if oci::is_name(&name) => return ExitCode::from(oci::main(arguments)),
         _ => {}
+    }
+    if arguments.next_if(|word| word == oci::COMMAND).is_some() {
+        return ExitCode::from(oci::main(arguments));
     }
     let environment = Environment::from_process();
     match cli::parse(arguments) {

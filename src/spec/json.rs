@@ -420,6 +420,20 @@ impl<'a> Object<'a> {
         }
     }
 
+    /// All members with their names, for an object whose names are the writer's own. One that is given twice is an
+    /// error.
+    pub fn members(&self) -> Vec<(String, Node<'a>)> {
+        let mut seen = BTreeSet::new();
+        let members = self.members.iter().map(|(key, json)| {
+            let node = self.child(key, json);
+            if !seen.insert(key) {
+                node.error("is given twice; keep one");
+            }
+            (key.clone(), node)
+        });
+        members.collect()
+    }
+
     /// An error for each of the members that were never asked for.
     pub fn refuse_others(self, problem: &str) {
         for (key, _) in self.members.iter().filter(|(key, _)| !self.known.contains(&key.as_str())) {

@@ -16,10 +16,12 @@ use std::time::{Duration, Instant};
 
 pub mod arguments;
 pub mod confine;
+pub mod container;
 pub mod directory;
 pub mod fatal;
 pub mod file_part;
 pub mod holes;
+pub mod mounts;
 pub mod process;
 pub mod routes;
 pub mod socket;

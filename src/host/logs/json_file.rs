@@ -193,7 +193,7 @@ pub(super) fn len_of_log(file: &File) -> io::Result<u64> {
 }
 
 /// A time since 1970 as RFC 3339 writes it, with nanoseconds, in UTC.
-fn rfc3339(since_1970: Duration) -> String {
+pub fn rfc3339(since_1970: Duration) -> String {
     let seconds = since_1970.as_secs();
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);

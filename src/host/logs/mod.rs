@@ -28,6 +28,7 @@ use crate::log::{self, LogOnce};
 use crate::output_file::OutputFile;
 use crate::plan::{JsonFile, LogDriver, Logs, Syslog};
 use crate::sys::{self, Interest};
+pub use json_file::rfc3339;
 use json_file::{JsonLog, len_of_log};
 use lines::Lines;
 

@@ -1,0 +1,174 @@
+//! A container's process: a copy of this one that waits until it is written down, takes its place on the host, and
+//! becomes mote.
+
+use std::fs::{self, File};
+use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::config::{Config, Network};
+use super::console;
+use super::mounts::Mount;
+use super::root::{self, Wanted};
+use super::state::Container;
+use crate::sys::confine;
+use crate::sys::container;
+
+/// What a container's process needs to know.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// The container.
+    pub container: &'a Container,
+    /// What it is to be.
+    pub config: &'a Config,
+    /// Who gets its terminal.
+    pub console_socket: Option<&'a Path>,
+    /// Whether it stays on the caller's terminal, in the caller's session.
+    pub in_foreground: bool,
+}
+
+/// A process that waits.
+#[derive(Debug)]
+pub struct Waiting {
+    /// Its number.
+    pub pid: u32,
+    go: PipeWriter,
+    fault: PipeReader,
+}
+
+/// Starts the process, which does nothing yet. It ends if this one does before [`Waiting::go`].
+///
+/// # Errors
+/// The host has no room for another process.
+pub fn start(launch: Launch<'_>) -> Result<Waiting> {
+    let (gone, go) = pipe().context("make a pipe")?;
+    let (fault, faults) = pipe().context("make a pipe")?;
+    let mut ours = Some((go, fault));
+    let pid = container::fork(|| {
+        // Otherwise the copy would hold the line to itself open.
+        drop(ours.take());
+        run(launch, gone, faults)
+    });
+    let pid = pid.context("start the container's process")?;
+    match ours {
+        Some((go, fault)) => Ok(Waiting { pid, go, fault }),
+        None => bail!("start the container's process"),
+    }
+}
+
+impl Waiting {
+    /// Has the process go on, and waits until it is mote.
+    ///
+    /// # Errors
+    /// It could not become that; it has ended.
+    pub fn go(mut self) -> Result<()> {
+        let told = self.go.write_all(b"!");
+        drop(self.go);
+        let mut fault = String::new();
+        self.fault.read_to_string(&mut fault).context("wait for the container's process")?;
+        ensure!(fault.is_empty(), "{fault}");
+        told.context("tell the container's process to go on")
+    }
+}
+
+/// The process itself. Returns its exit code if it cannot become mote.
+fn run(launch: Launch<'_>, mut gone: PipeReader, mut faults: PipeWriter) -> u8 {
+    // Nothing comes if whoever writes this process down is gone.
+    if gone.read_exact(&mut [0]).is_err() {
+        return 1;
+    }
+    drop(gone);
+    let Err(error) = become_mote(launch);
+    // Nobody reads it if create was killed meanwhile.
+    let _ = write!(faults, "{error:#}");
+    1
+}
+
+/// Nothing: what a process that goes on as another program returns.
+enum Never {}
+
+fn become_mote(launch: Launch<'_>) -> Result<Never> {
+    let Launch { container, config, console_socket, in_foreground } = launch;
+    container::unblock_signals().context("let signals through")?;
+    if !in_foreground {
+        container::new_session().context("start a session")?;
+    }
+    if let Some(socket) = console_socket {
+        console::adopt(&console::open(socket, config.process.size)?)?;
+    }
+    if let Some(cgroup) = container.cgroup() {
+        cgroup.join()?;
+    }
+    join_network(&config.network)?;
+    confine::unshare(libc::CLONE_NEWNS)
+        .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
+    confine::detach_mounts().context("keep mounts apart from the host's")?;
+    assemble(container, config)?;
+    if let Some(score) = config.process.oom_score_adj {
+        set_oom_score(score)?;
+    }
+    let mut mote = Command::new("/proc/self/exe");
+    mote.arg0("mote").current_dir("/");
+    for (option, file) in
+        [("--config-file", "spec.json"), ("--log", "log"), ("--outcome", "outcome")]
+    {
+        mote.arg(option).arg(container.file(file));
+    }
+    Err(mote.exec()).context("execute mote's own file, /proc/self/exe")
+}
+
+fn join_network(network: &Network) -> Result<()> {
+    match network {
+        Network::Hosts => Ok(()),
+        Network::New => {
+            confine::unshare(libc::CLONE_NEWNET).context("make a network namespace")?;
+            container::raise_loopback().context("bring up loopback")
+        }
+        Network::Joined(path) => {
+            let path_text = path.display();
+            let namespace = File::open(path)
+                .with_context(|| format!("open the network namespace {path_text}"))?;
+            container::join_network(&namespace)
+                .with_context(|| format!("join the network namespace {path_text}"))
+        }
+    }
+}
+
+fn assemble(container: &Container, config: &Config) -> Result<()> {
+    let target = container.file("root");
+    // What the guest mounts must have a place, also below a read-only root; and an engine may name a directory to
+    // start in that no image has.
+    let mut directories: Vec<PathBuf> = ["/proc", "/sys", "/dev"].map(PathBuf::from).into();
+    directories.extend(config.mounts.mounts.iter().filter_map(|mount| match mount {
+        Mount::Tmpfs(tmpfs) if !tmpfs.on_host => Some(tmpfs.destination.clone()),
+        _ => None,
+    }));
+    directories.push(PathBuf::from(&config.process.cwd));
+    directories.retain(|path| !path.parent().is_some_and(is_guests));
+    root::assemble(&Wanted {
+        source: &container.state.rootfs,
+        target: &target,
+        bundle: &container.state.bundle,
+        mounts: &config.mounts.mounts,
+        directories,
+        read_only: config.read_only_root,
+    })
+}
+
+/// Whether a path is in one of the guest's own file systems.
+fn is_guests(path: &Path) -> bool {
+    ["/proc", "/sys", "/dev"].iter().any(|guests| path.starts_with(guests))
+}
+
+fn set_oom_score(score: i32) -> Result<()> {
+    let path = "/proc/self/oom_score_adj";
+    if fs::read_to_string(path).is_ok_and(|now| now.trim().parse() == Ok(score)) {
+        return Ok(());
+    }
+    fs::write(path, score.to_string()).with_context(|| {
+        format!("write {score} to {path} (less than before needs CAP_SYS_RESOURCE)")
+    })
+}
