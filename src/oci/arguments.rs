@@ -145,28 +145,6 @@ pub struct Exec {
     pub preserve_fds: u32,
 }
 
-/// The help text.
-pub const HELP: &str = "\
-mote-oci runs the containers of podman and containerd in mote's boxes.
-
-mote-oci [--root DIR] [--log FILE] [--log-format text|json] [--debug] [--systemd-cgroup] COMMAND
-
-  create [--bundle DIR] [--pid-file FILE] [--console-socket SOCKET] ID
-  start ID
-  run [as for create] [--detach] [--keep] ID
-  state ID
-  kill [--all] ID [SIGNAL]
-  delete [--force] ID
-  exec [--process FILE] [--detach] [--pid-file FILE] [--tty] [--console-socket SOCKET]
-       [--cwd DIR] [--env NAME=VALUE] [--user UID[:GID]] ID [CMD ARG...]
-  list [--format table|json] [--quiet]
-  ps [--format table|json] ID
-  pause ID
-  resume ID
-  update --resources FILE ID
-  features
-";
-
 /// Parses the arguments after the program's name.
 ///
 /// # Errors

@@ -21,7 +21,7 @@ use super::cgroup::Cgroup;
 use super::config::{Circumstances, Config};
 use super::launch::{self, Launch};
 use super::report;
-use super::state::{Container, Lock, OCI_VERSION, State, Status, Store, start_time, write_whole};
+use super::state::{Container, Lock, OCI_VERSION, State, Status, Store, write_whole};
 use super::{console, end, hooks, spec};
 use crate::spec::json::Report;
 use crate::sys;
@@ -152,7 +152,7 @@ fn boot(
     let console_socket = wanted.console_socket.as_deref();
     let waiting = launch::start(Launch { container, config, console_socket, in_foreground })?;
     container.state.pid = Some(waiting.pid);
-    container.state.start_time = start_time(waiting.pid).unwrap_or_default();
+    container.state.start_time = process::start_time(waiting.pid).unwrap_or_default();
     container.save()?;
     let process = process::process_file(waiting.pid).context("watch the container's process")?;
     waiting.go()?;

@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use self::arguments::{Command, Global, HELP};
+use self::arguments::{Command, Global};
 use self::state::Store;
 use crate::sys::confine;
 
@@ -70,7 +70,7 @@ fn execute(global: &Global, command: Command) -> Result<u8> {
     let root = global.root.clone().unwrap_or_else(default_root);
     let store = Store::at(root);
     let text = match command {
-        Command::Help => HELP.to_owned(),
+        Command::Help => inspect::HELP.to_owned(),
         Command::Version => inspect::VERSION.to_owned(),
         Command::Features => inspect::features(),
         Command::State(id) => inspect::state(&store, &id)?,

@@ -103,10 +103,12 @@ impl Resources {
     }
 }
 
+/// Reads what one member limits.
+type Part = fn(&Node<'_>) -> Option<Resources>;
+
 fn read_members(mut o: Object<'_>) -> Resources {
     let mut limits = Resources::default();
-    // A default type stands for "no more than what was read": each part adds to it.
-    let parts: [(&'static str, fn(&Node<'_>) -> Option<Resources>); 7] = [
+    let parts: [(&'static str, Part); 7] = [
         ("memory", read_memory),
         ("cpu", read_cpu),
         ("pids", read_pids),

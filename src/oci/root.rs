@@ -3,7 +3,7 @@
 //!
 //! An image is hostile: it may have a symbolic link wherever something is to be mounted. So a destination is walked
 //! name by name below a directory that is held open, no name is ever followed by the kernel, and links and `..` are
-//! taken as they are meant with that directory as the root ([`Place`]). `openat2(RESOLVE_IN_ROOT)` does the same for
+//! taken as they are meant with that directory as the root. `openat2(RESOLVE_IN_ROOT)` does the same for
 //! what is there, but does not say where a link leads to something that is yet to be made, which images have for
 //! `/etc/resolv.conf`.
 

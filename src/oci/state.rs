@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -332,7 +332,7 @@ impl Container {
         write_whole(&self.file(name), text, 0o600)
     }
 
-    /// Marks that a step is done.
+    /// Marks a step as done.
     ///
     /// # Errors
     /// The mark cannot be written.
@@ -345,7 +345,7 @@ impl Container {
         let pid = self.state.pid?;
         let file = process::process_file(pid).ok()?;
         // In this order: the file stands for whoever has the number now.
-        (start_time(pid) == Some(self.state.start_time)).then_some(file)
+        (process::start_time(pid) == Some(self.state.start_time)).then_some(file)
     }
 
     /// What it is doing.
@@ -394,7 +394,6 @@ impl Container {
 /// # Errors
 /// It cannot be written.
 pub fn write_whole(path: &Path, text: &str, mode: u32) -> Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let new = path.with_file_name(name);
@@ -416,23 +415,6 @@ pub fn runtime_directory() -> PathBuf {
         .map(PathBuf::from)
         .filter(|path| path.is_absolute())
         .unwrap_or_else(std::env::temp_dir)
-}
-
-/// When a process started, in clock ticks since the host's start; `None` if it has ended, even if its parent has not
-/// asked yet.
-pub fn start_time(pid: u32) -> Option<u64> {
-    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
-}
-
-/// proc_pid_stat(5): the second field is the program's name in parentheses, which may contain anything.
-fn parse_stat(stat: &str) -> Option<u64> {
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    // The third field.
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    // The 22nd.
-    fields.nth(18)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -480,7 +462,7 @@ mod tests {
         assert_eq!(container.status(), Status::Creating);
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("starts");
         container.state.pid = Some(child.id());
-        container.state.start_time = start_time(child.id()).expect("runs");
+        container.state.start_time = process::start_time(child.id()).expect("runs");
         assert_eq!(container.status(), Status::Creating);
         container.mark("ready").expect("marked");
         assert_eq!(container.status(), Status::Created);
@@ -502,15 +484,6 @@ mod tests {
         child.wait().expect("reaped");
         assert_eq!(store.all().expect("listed").len(), 1);
         fs::remove_dir_all(store.root).expect("removed");
-    }
-
-    #[test]
-    fn the_start_is_found_behind_any_name() {
-        let rest = "0 ".repeat(18);
-        assert_eq!(parse_stat(&format!("7 (a) b) S {rest}123 5")), Some(123));
-        assert_eq!(parse_stat(&format!("7 (a) Z {rest}123 5")), None);
-        assert_eq!(parse_stat("7 (a) S 1"), None);
-        assert_eq!(parse_stat(""), None);
     }
 
     #[test]

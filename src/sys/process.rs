@@ -232,6 +232,23 @@ pub fn name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
+/// When a process started, in clock ticks since the host's start; `None` if it has ended, even if its parent has not
+/// asked yet.
+pub fn start_time(pid: u32) -> Option<u64> {
+    parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// proc_pid_stat(5): the second field is the program's name in parentheses, which may contain anything.
+fn parse_stat(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    // The third field.
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    // The 22nd.
+    fields.nth(18)?.parse().ok()
+}
+
 /// How a child has ended, `None` if it has not yet. Must not be called again once it has ended.
 ///
 /// # Errors
@@ -417,4 +434,18 @@ pub fn set_cpu_affinity(cpus: &BTreeSet<u16>) -> io::Result<()> {
         check(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_is_found_behind_any_name() {
+        let rest = "0 ".repeat(18);
+        assert_eq!(parse_stat(&format!("7 (a) b) S {rest}123 5")), Some(123));
+        assert_eq!(parse_stat(&format!("7 (a) Z {rest}123 5")), None);
+        assert_eq!(parse_stat("7 (a) S 1"), None);
+        assert_eq!(parse_stat(""), None);
+    }
 }
