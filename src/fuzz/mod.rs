@@ -13,6 +13,7 @@ mod flow;
 mod frames;
 mod mmio;
 mod net;
+mod oci;
 mod passt;
 mod queue;
 mod spec;
@@ -25,12 +26,13 @@ use crate::sys;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All fuzz targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("control", control::run),
     ("flow", flow::run),
     ("frames", frames::run),
     ("mmio", mmio::run),
     ("net", net::run),
+    ("oci", oci::run),
     ("passt", passt::run),
     ("queue", queue::run),
     ("spec", spec::run),
@@ -157,5 +159,5 @@ mod tests {
         };
     }
 
-    replays!(control flow frames mmio net passt queue spec template vsock);
+    replays!(control flow frames mmio net oci passt queue spec template vsock);
 }
