@@ -25,3 +25,9 @@ share/bash-completion/completions/mote 644 $mote completions bash
 share/zsh/site-functions/_mote 644 $mote completions zsh
 share/fish/vendor_completions.d/mote.fish 644 $mote completions fish
 END
+
+# mote's own file, as an OCI runtime.
+case $verb in
+    install) ln -sf mote "$directory/bin/mote-oci" ;;
+    uninstall) rm -f "$directory/bin/mote-oci" ;;
+esac
