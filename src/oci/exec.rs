@@ -6,6 +6,7 @@ use std::io::{PipeWriter, Read, Write, pipe};
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use mote_agent::instance;
 use mote_agent::text::Text;
 
 use super::arguments::{self, Global};
@@ -16,8 +17,9 @@ use super::{console, report};
 use crate::client::exec::{Exec, NO_TIMEOUT, Program};
 use crate::client::pty::Pty;
 use crate::client::{Stdio, Stop, Target};
+use crate::plan::capability;
 use crate::spec::json::Report;
-use crate::sys::container;
+use crate::sys::{self, container};
 
 /// The exit code when there is no program that has one.
 const FAILED: u8 = 125;
@@ -63,7 +65,7 @@ pub fn exec(store: &Store, global: &Global, wanted: &arguments::Exec) -> Result<
     if wanted.detach {
         return Ok(0);
     }
-    let status = crate::sys::process::wait(pid).context("wait for the program")?;
+    let status = sys::process::wait(pid).context("wait for the program")?;
     Ok(status.code().map_or(u8::MAX, |code| code as u8))
 }
 
@@ -195,24 +197,66 @@ fn stand_in(
     }
 }
 
+/// Signals that are not for the program: of the relay's own terminal and children, and what cannot be caught or is its
+/// own fault.
+const OWN_SIGNALS: [i32; 12] = [
+    libc::SIGKILL,
+    libc::SIGSTOP,
+    libc::SIGCHLD,
+    libc::SIGWINCH,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGPIPE,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGTRAP,
+];
+
 /// Moves the program's data until it ends; `started` is called once it runs.
-fn relay(container: &Container, task: &Task, started: impl FnOnce()) -> Result<u8, Fault> {
-    let stdio = Stdio::of_process().map_err(|error| Fault::Told(FAILED, error.to_string()))?;
-    let User { uid, gid, .. } = task.process.user;
+fn relay(container: &Container, task: &Task, mut started: impl FnMut()) -> Result<u8, Fault> {
+    let failed = |error: std::io::Error| Fault::Told(FAILED, error.to_string());
+    let stdio = Stdio::of_process().map_err(failed)?;
     let program = Program {
         cmd: task.args.clone(),
         env: task.env.clone(),
-        user: Some(format!("{uid}:{gid}")),
+        user: None,
         workdir: Some(task.cwd.clone()),
+        process: Some(identity(&task.process)),
     };
     let target = |name| Target { socket: container.socket(name), wait: None };
-    started();
     if task.process.terminal {
         let pty = Pty { target: target("pty.sock"), program };
-        return Ok(pty.run(&stdio, None)?);
+        return Ok(pty.run_with(&stdio, None, Some(&mut started))?);
     }
     let exec = Exec { target: target("exec.sock"), program, timeout: NO_TIMEOUT };
-    Ok(exec.run(&stdio)?)
+    let passed_on = (1..=libc::SIGSYS).filter(|number| !OWN_SIGNALS.contains(number));
+    let signals = sys::signal_file(&passed_on.collect::<Vec<_>>()).map_err(failed)?;
+    Ok(exec.run_with(&stdio, Some(&signals), Some(&mut started))?)
+}
+
+/// As whom a program runs and what it may do, in the agent's words.
+fn identity(process: &Process) -> instance::Process {
+    let (user, sets) = (&process.user, &process.capabilities);
+    let bits = |names: &[String]| {
+        let numbers = names.iter().filter_map(|name| capability(name));
+        numbers.fold(0, |bits, number| bits | 1 << number)
+    };
+    instance::Process {
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.additional_gids.clone(),
+        umask: Some(user.umask),
+        capabilities: Some(instance::Capabilities {
+            bounding: bits(&sets.bounding),
+            effective: bits(&sets.effective),
+            inheritable: bits(&sets.inheritable),
+            permitted: bits(&sets.permitted),
+            ambient: bits(&sets.ambient),
+        }),
+        no_new_privs: process.no_new_privileges,
+    }
 }
 
 #[cfg(test)]

@@ -14,14 +14,11 @@ use super::config::Config;
 use super::create::{create, read_config, why_ended};
 use super::resources::{Resources, with_overhead};
 use super::state::{Container, Status, Store};
-use super::{end, hooks};
+use super::{end, hooks, report};
 use crate::spec::json::Report;
 use crate::sys::container::send_signal;
 use crate::sys::{self, Interest, process};
 
-/// The agent's order to start the entrypoint, and its answer.
-const START: &[u8] = b"start";
-const START_ACK: &[u8] = b"start-ack";
 /// How long an agent may take to pass a signal on. One that does not is not worth waiting for.
 const SIGNAL_LIMIT: Duration = Duration::from_secs(2);
 /// How long a box may take to end once its connections are closed.
@@ -55,9 +52,14 @@ fn start_made(container: &Container, config: &Config) -> Result<()> {
             sys::poll([Interest::read(&process)], Some(limit)).context("wait for the box")?;
         Ok(ended)
     };
-    match agent.ask(kind::CONTROL, START, None)? {
-        Answer::Frame(kind::CONTROL, text) if text == START_ACK => {}
-        Answer::Frame(kind::ERROR, text) => bail!("{}", String::from_utf8_lossy(&text)),
+    match agent.ask(kind::CONTROL, control::START, None)? {
+        Answer::Frame(kind::CONTROL, text) if text == control::START_ACK => {}
+        Answer::Frame(kind::ERROR, text) => {
+            // The box ends of it, with an exit code that says what kind of error it is.
+            let code = has_ended(END_LIMIT)?.then(|| end::outcome(container)).flatten();
+            let code = code.map(|outcome| outcome.exit_code);
+            bail!("{}", report::in_engines_words(code, &String::from_utf8_lossy(&text)))
+        }
         Answer::Frame(..) => bail!("{} speaks another protocol", socket.display()),
         // A program may have ended before its start was confirmed.
         Answer::None | Answer::Ended if has_ended(END_LIMIT)? => {

@@ -35,9 +35,10 @@ pub fn write(config: &Config, container: &Container) -> String {
             "stdin": true,
             "terminal": process.terminal,
             "start": "on-request",
+            "pid1": true,
         },
         "process": write_process(process),
-        "sysctls": object(&config.sysctls),
+        "sysctls": config.sysctls,
         "guest_mounts": guest_mounts(config),
         "masked_paths": config.masked_paths,
         "readonly_paths": config.readonly_paths,
@@ -71,10 +72,6 @@ fn write_process(process: &Process) -> Value {
         },
         "no_new_privileges": process.no_new_privileges,
     })
-}
-
-fn object(pairs: &[(String, String)]) -> Value {
-    Value::Object(pairs.iter().map(|(name, value)| (name.clone(), json!(value))).collect())
 }
 
 fn guest_mounts(config: &Config) -> Vec<Value> {
