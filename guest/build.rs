@@ -15,6 +15,7 @@ const SOURCE: &str = "bpf/tsi.bpf.c";
 // Of include/uapi/linux/bpf.h.
 const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
 const BPF_PROG_TYPE_CGROUP_SOCK: u32 = 9;
+const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_LD_IMM64: u8 = 0x18;
 const BPF_PSEUDO_MAP_IDX: u8 = 5;
@@ -24,7 +25,8 @@ const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const R_BPF_64_64: u32 = 1;
 
 /// Section, type and attachment (`BPF_CGROUP_…`) of programs.
-const PROGRAMS: [(&str, u32, u32); 12] = [
+const PROGRAMS: [(&str, u32, u32); 13] = [
+    ("sockops", BPF_PROG_TYPE_SOCK_OPS, 3),
     ("cgroup_skb/egress", BPF_PROG_TYPE_CGROUP_SKB, 1),
     ("cgroup/bind4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 8),
     ("cgroup/bind6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, 9),
@@ -47,6 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (name, options) in [
         ("TSI", &[][..]),
         ("TSI_RESOLVERS", &["-DWITH_RESOLVERS"]),
+        ("TSI_LISTENERS", &["-DWITH_RESOLVERS", "-DWITH_LISTENERS"]),
         ("TSI_ALL", &["-DWITH_RESOLVERS", "-DWITH_CLIENTS"]),
         ("TSI_CLIENTS", &["-DWITH_CLIENTS", "-DHAS_OWN_NETWORK=true"]),
     ] {

@@ -578,6 +578,15 @@ impl MainLoop<'_> {
                     self.timeline.mark_at(name, clock.to_host(at_ns));
                 }
             }
+            FromGuest::Listens(listens) => {
+                let Served { publisher: Some(publisher), devices, .. } = &mut self.served else {
+                    return;
+                };
+                let mut watcher = Watcher::new(ops, Devices::VSOCK);
+                if let Err(error) = publisher.note(listens, &mut devices.vsock, &mut watcher) {
+                    log::error(&format!("publish port {}: {error:#}", listens.address.port()));
+                }
+            }
             FromGuest::Ended(end) => self.on_entrypoint_end(end),
         }
     }

@@ -21,6 +21,7 @@ use crate::console::{
 use crate::event_channel::{Receiver, Sender, event_channel};
 use crate::host::janitor::Janitor;
 use crate::host::logs::LogWriter;
+use crate::host::publisher::Publisher;
 use crate::host::switch::SwitchProcess;
 use crate::host::virtiofsd::{self, Virtiofsd};
 use crate::kvm::vcpu::{self, Exit, Start};
@@ -81,6 +82,8 @@ pub struct Served {
     pub backends: Vec<Virtiofsd>,
     /// What the box was not let connect to.
     pub refusals: SharedRefusals,
+    /// What publishes the ports on which the box listens, if it shall.
+    pub publisher: Option<Publisher>,
     /// Who exchanges frames with other boxes.
     pub switch: Option<SwitchProcess>,
     /// Who writes the box's logs. Last: it ends when nobody has anything to write any more.
@@ -247,6 +250,12 @@ impl Vm {
             late,
             backends,
             refusals,
+            publisher: plan
+                .instance
+                .published
+                .listeners
+                .then(|| janitor.publisher())
+                .transpose()?,
             switch,
             logs,
         };

@@ -99,6 +99,15 @@ enum event_kind {
 	RELEASED, /* a socket was closed */
 	REPLACED, /* a socket has a new flow in this one's place */
 	REFUSED,  /* a datagram, by what the host has said beforehand */
+	LISTENS,  /* a socket waits for connections from now on */
+	LISTENED, /* a socket does not any more */
+};
+
+/* Of a socket that listens. */
+struct listen_event {
+	__u32 kind;
+	__u32 port; /* in the machine's order */
+	struct ip ip;
 };
 
 #define PACKET_MAX 128 /* IPv6 and TCP headers with all their options; a power of two, for report_syn() */
@@ -143,7 +152,7 @@ enum kind {
 	INSIDE,   /* the box's own, or nowhere: none of ours */
 	OUTSIDE,  /* carried */
 	FLOW,     /* the addresses that name flows */
-	RESOLVER, /* a loopback address of resolv.conf */
+	RESOLVER, /* a loopback address of resolv.conf; or, of a box that shares the host's, any */
 };
 
 struct destination {
@@ -154,6 +163,7 @@ struct destination {
 
 _Static_assert(sizeof(struct flow) == 32 && sizeof(struct syn_event) == 176 &&
 		       sizeof(struct end_event) == 16 && sizeof(struct request) == 40 &&
+		       sizeof(struct listen_event) == 24 &&
 		       sizeof(struct destination) == 24 &&
 		       offsetof(struct request, prefix.ip) == offsetof(struct request, flow.ip),
 	       "as in program.rs");
@@ -214,26 +224,33 @@ static __always_inline bool is_flow(const struct ip *ip)
 	       ((ip->word[0] ^ FLOW_NET6_0) | ip->word[1] | ip->word[2]) == 0;
 }
 
+/* Only its name servers are somebody else's at a box's loopback, unless it shares that of the host. */
+#ifdef WITH_LISTENERS
+#define SHARES_LOOPBACK true
+#else
+#define SHARES_LOOPBACK false
+#endif
+
 #ifdef WITH_RESOLVERS
-/* Whether somebody in the guest plays a resolver of resolv.conf. */
+/* Whether somebody in the guest plays a resolver of resolv.conf, or any other server of the host's loopback. */
 static __always_inline bool is_played(struct bpf_sock_addr *ctx, bool connect, bool ip6, const struct ip *ip)
 {
 	struct bpf_sock_tuple tuple;
 	struct bpf_sock *server;
 	__u32 len;
 
-	if (ctx->user_port != DNS_PORT)
+	if (!SHARES_LOOPBACK && ctx->user_port != DNS_PORT)
 		return true;
 	if (!ip6 || (connect && is_mapped(ip))) {
 		tuple.ipv4.daddr = ip->word[3];
 		tuple.ipv4.saddr = bpf_htonl(0x7f000001);
-		tuple.ipv4.dport = DNS_PORT;
+		tuple.ipv4.dport = ctx->user_port;
 		tuple.ipv4.sport = AGENT_PORT;
 		len = sizeof(tuple.ipv4);
 	} else {
 		__builtin_memcpy(tuple.ipv6.daddr, ip, sizeof(*ip));
 		__builtin_memcpy(tuple.ipv6.saddr, ip, sizeof(*ip));
-		tuple.ipv6.dport = DNS_PORT;
+		tuple.ipv6.dport = ctx->user_port;
 		tuple.ipv6.sport = AGENT_PORT;
 		len = sizeof(tuple.ipv6);
 	}
@@ -753,5 +770,37 @@ SEC("cgroup/sock_release") int tsi_release(struct bpf_sock *ctx)
 		end_flow(RELEASED, *id, bpf_get_socket_cookie(ctx));
 	return 1;
 }
+
+/* ---- servers ------------------------------------------------------------------------------------ */
+
+#ifdef WITH_LISTENERS
+SEC("sockops") int tsi_listen(struct bpf_sock_ops *ctx)
+{
+	struct listen_event event = { .port = ctx->local_port };
+
+	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB) {
+		event.kind = LISTENS;
+		/* Else nothing tells of its end. */
+		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	} else if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[0] == BPF_TCP_LISTEN) {
+		event.kind = LISTENED;
+	} else {
+		return 1;
+	}
+	if (bpf_get_netns_cookie(ctx) != bpf_get_netns_cookie(NULL))
+		return 1;
+	if (ctx->family == AF_INET6) {
+		event.ip.word[0] = ctx->local_ip6[0];
+		event.ip.word[1] = ctx->local_ip6[1];
+		event.ip.word[2] = ctx->local_ip6[2];
+		event.ip.word[3] = ctx->local_ip6[3];
+	} else {
+		event.ip.word[2] = bpf_htonl(0xffff);
+		event.ip.word[3] = ctx->local_ip4;
+	}
+	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+	return 1;
+}
+#endif
 
 char _license[] SEC("license") = "Apache-2.0";

@@ -18,13 +18,6 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use crate::protocol::CONTROL_PORT;
-
-/// Host port of outgoing flows.
-pub const FLOW_PORT: u32 = CONTROL_PORT + 5;
-/// Guest port of connections to published ports.
-pub const PUBLISH_PORT: u32 = CONTROL_PORT + 6;
-
 /// Length of a [`Request`].
 pub const REQUEST_LEN: usize = 20;
 /// Length of a [`Published`].
@@ -84,6 +77,34 @@ impl Request {
         let [protocol, _, address @ ..] = bytes;
         let protocol = Protocol::decode(*protocol)?;
         Some(Request { protocol, destination: decode_address(address) })
+    }
+}
+
+/// A TCP socket of the box listens, or does not any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listens {
+    /// Where.
+    pub address: SocketAddr,
+    /// Whether it does from now on.
+    pub starts: bool,
+}
+
+/// Length of a [`Listens`].
+pub const LISTENS_LEN: usize = 20;
+
+impl Listens {
+    /// The bytes on the wire: whether it starts, zero, port, address (IPv4 as IPv4-mapped).
+    pub fn encode(&self) -> [u8; LISTENS_LEN] {
+        let mut bytes = [0; LISTENS_LEN];
+        bytes[0] = self.starts.into();
+        bytes[2..].copy_from_slice(&encode_address(self.address));
+        bytes
+    }
+
+    /// From the wire; `None` if it says neither.
+    pub fn decode(bytes: &[u8; LISTENS_LEN]) -> Option<Self> {
+        let [starts @ 0..=1, _, address @ ..] = bytes else { return None };
+        Some(Listens { address: decode_address(address), starts: *starts == 1 })
     }
 }
 

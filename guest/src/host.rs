@@ -17,6 +17,9 @@ pub struct Control {
     unsent: VecDeque<u8>,
 }
 
+/// More than the messages of a box that nobody hurries.
+const BEHIND_LEN: usize = 64 * 1024;
+
 /// What the control channel had to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Received {
@@ -32,6 +35,11 @@ impl Control {
     /// Wraps a connected socket.
     pub fn new(socket: File) -> Self {
         Control { socket, decoder: Decoder::default(), unsent: VecDeque::new() }
+    }
+
+    /// Whether the host has yet to take a lot.
+    pub fn is_behind(&self) -> bool {
+        self.unsent.len() > BEHIND_LEN
     }
 
     /// Queues a message and sends what the socket takes.

@@ -5,7 +5,7 @@
 //! Everything here has been checked by the host's `Plan`; the agent only reports what the guest's
 //! own file system makes impossible.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -88,10 +88,12 @@ pub struct PublishedPorts {
     pub any: bool,
     /// UDP ports among them.
     pub udp: bool,
+    /// All TCP ports on which the box's programs listen.
+    pub listeners: bool,
 }
 
 /// How a box is on the network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Networking {
     /// By an interface of its own.
     Own(Interface),
@@ -100,6 +102,9 @@ pub enum Networking {
         /// Whether the host has an IPv6 address that the outside may know: programs then look IPv6
         /// addresses up.
         ip6: bool,
+        /// The addresses of a network that the box shares with others, and its loopback with them; `None` if it has a
+        /// loopback of its own.
+        shared: Option<Vec<IpAddr>>,
     },
     /// Not at all: there is loopback.
     None,

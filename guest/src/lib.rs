@@ -5,10 +5,10 @@
 //! - [`instance`]: the configuration that the VMM places in the initramfs
 //! - [`mailbox`]: how a guest that starts from a template gets it
 //! - [`frame`]: the framing of all channels
+//! - [`flow`]: how network connections travel
 //! - [`protocol`]: the messages on the control channel, and the vsock ports
 //! - [`text`]: words, variables and paths of the guest
 //! - [`files`], [`exec`], [`pty`]: what clients of the box's sockets say
-//! - [`flow`]: how network connections travel
 
 pub mod attestation;
 pub mod exec;

@@ -60,15 +60,15 @@ pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     // The routes of what starts next go through it.
     net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
     // Beside everything that follows.
-    let Instance { networking, syn_retries, published, .. } = instance;
-    let datagrams = instance.datagrams.clone();
+    let Instance { syn_retries, published, .. } = instance;
+    let (networking, datagrams) = (instance.networking.clone(), instance.datagrams.clone());
     let needs = Needs { networking, datagrams, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf, ready.programs)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
     mount::of_the_spec(&instance)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
-    if let Networking::Own(interface) = &networking {
+    if let Networking::Own(interface) = &instance.networking {
         network::set_up(interface)?;
     }
     if let Some(name) = &instance.domainname {

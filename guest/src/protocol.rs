@@ -6,6 +6,7 @@
 //!
 //! A message is a [`frame`]; integers are big-endian. The host treats every message as hostile.
 
+use crate::flow::Listens;
 use crate::frame::{self, TooLong};
 
 /// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
@@ -30,6 +31,11 @@ pub const PTY_SERVER_PORT: u32 = CONTROL_PORT + 4;
 /// Guest port of the attestation server, beside the contract's 4091.
 pub const ATTEST_SERVER_PORT: u32 = CONTROL_PORT + 7;
 
+/// Host port of outgoing flows.
+pub const FLOW_PORT: u32 = CONTROL_PORT + 5;
+/// Guest port of connections to published ports.
+pub const PUBLISH_PORT: u32 = CONTROL_PORT + 6;
+
 /// Longest payload of a message: a failure text, with room to spare.
 pub const MAX_PAYLOAD: usize = 4096;
 
@@ -40,6 +46,7 @@ mod from_guest {
     pub const EXITED: u8 = 3;
     pub const SIGNALED: u8 = 4;
     pub const NOT_STARTED: u8 = 5;
+    pub const LISTENS: u8 = 6;
 }
 
 /// Types of messages from the host.
@@ -110,6 +117,8 @@ pub enum FromGuest {
         /// Guest monotonic clock then, in nanoseconds.
         at_ns: u64,
     },
+    /// A TCP socket of the box listens, or does not any more: of boxes whose listeners are published.
+    Listens(Listens),
     /// The entrypoint is over, all its output has been sent and all files are synced.
     Ended(EntrypointEnd),
 }
@@ -182,6 +191,10 @@ impl FromGuest {
                 payload.extend(at_ns.to_be_bytes());
                 from_guest::REACHED
             }
+            FromGuest::Listens(listens) => {
+                payload.extend(listens.encode());
+                from_guest::LISTENS
+            }
             FromGuest::Ended(EntrypointEnd::Exited(code)) => {
                 payload.push(*code);
                 from_guest::EXITED
@@ -219,6 +232,10 @@ impl FromGuest {
                     mark: Mark::from_u8(*mark).ok_or(Malformed::Value)?,
                     at_ns: u64::from_be_bytes(at_ns.try_into().map_err(|_| length)?),
                 })
+            }
+            from_guest::LISTENS => {
+                let bytes = payload.try_into().map_err(|_| length)?;
+                Listens::decode(bytes).map(FromGuest::Listens).ok_or(Malformed::Value)
             }
             from_guest::EXITED | from_guest::SIGNALED => {
                 let [value] = payload.try_into().map_err(|_| length)?;
@@ -336,6 +353,10 @@ mod tests {
         vec![
             FromGuest::Hello { version: VERSION, now_ns: u64::MAX },
             FromGuest::Reached { mark: Mark::RootMounted, at_ns: 7 },
+            FromGuest::Listens(Listens {
+                address: "[::1]:80".parse().expect("an address"),
+                starts: false,
+            }),
             FromGuest::Ended(EntrypointEnd::Exited(255)),
             FromGuest::Ended(EntrypointEnd::Signaled(9)),
             FromGuest::Ended(EntrypointEnd::NotStarted {

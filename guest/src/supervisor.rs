@@ -123,6 +123,11 @@ impl<'a> Supervisor<'a> {
                 }
             }
             self.note_start();
+            while !self.control.is_behind()
+                && let Some(listens) = self.tsi.as_mut().and_then(|tsi| tsi.next_listens())
+            {
+                self.control.send(&FromGuest::Listens(listens));
+            }
             if now >= self.controllers_due {
                 self.context.cgroup.enable_controllers();
             }
@@ -268,6 +273,8 @@ impl<'a> Supervisor<'a> {
         interests.push(Interest::read(self.children.as_fd()));
         interests.extend(self.control.interests());
         interests.extend(self.context.held.map(Held::interest));
+        let tsi = self.tsi.as_ref().filter(|_| !self.control.is_behind());
+        interests.extend(tsi.and_then(|tsi| tsi.interest()));
         interests.extend(self.streams.outputs.iter().filter_map(Pump::interest));
         interests.extend(self.streams.input.iter().filter_map(Pump::interest));
         // A failing poll would make the agent spin, but every descriptor is open, so it cannot fail.

@@ -9,9 +9,10 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 use mote_agent::flow::{
-    CHUNK_HEADER_LEN, DATAGRAM_ERROR, DATAGRAM_HEADER_LEN, FLOW_PORT, MAX_DATAGRAM_LEN,
-    PUBLISH_PORT, PUBLISHED_LEN, Protocol, Published, REQUEST_LEN, Request, STATUS_LEN,
+    CHUNK_HEADER_LEN, DATAGRAM_ERROR, DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, PUBLISHED_LEN,
+    Protocol, Published, REQUEST_LEN, Request, STATUS_LEN,
 };
+use mote_agent::protocol::{FLOW_PORT, PUBLISH_PORT};
 
 use super::Input;
 use crate::policy::Policy;

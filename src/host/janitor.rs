@@ -36,6 +36,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::cgroup::{self, Cgroup, Remains};
 use crate::host::passt_line::{self, PasstLine};
+use crate::host::publisher::{self, Publisher};
 use crate::host::sockets::{self, SocketFile};
 use crate::plan::{HostSocket, Plan, Templates};
 use crate::sys::{self, Interest};
@@ -68,6 +69,8 @@ pub struct Duties<'a> {
     pub switch: Option<&'a Path>,
     /// The passt to connect to when asked.
     pub passt: Option<&'a Path>,
+    /// Whether to listen on TCP ports when asked.
+    pub publishes: bool,
     /// The template to have made when asked, and the directory for it.
     pub template: Option<(Shape, &'a Path)>,
 }
@@ -79,6 +82,7 @@ impl<'a> From<&'a Plan> for Duties<'a> {
             sockets: &plan.sockets,
             switch: plan.networking.switch().map(|switch| switch.socket.as_path()),
             passt: plan.networking.passt_socket(),
+            publishes: plan.instance.published.listeners,
             template: match &plan.templates {
                 Templates::In(directory) => Some((Shape::of(plan), directory)),
                 Templates::Off(_) => None,
@@ -233,6 +237,15 @@ impl Janitor {
         Ok(PasstLine { requests, answers })
     }
 
+    /// What publishes the ports on which the box listens.
+    ///
+    /// # Errors
+    /// The host has no descriptor for it.
+    pub fn publisher(&self) -> Result<Publisher> {
+        let PasstLine { requests, answers } = self.passt_line()?;
+        Ok(Publisher::new(requests, answers))
+    }
+
     /// Makes the janitor clean up, and waits until it has, but for what waits for the end of this process.
     /// Every [`PasstLine`] must be dropped before.
     pub fn dismiss(self) {
@@ -376,10 +389,16 @@ fn serve(mote: &Mote, duties: &Duties<'_>, leftovers: &mut Leftovers) {
     loop {
         let both = [Interest::read(&mote.requests), Interest::read(&mote.process)];
         let Ok([true, false]) = sys::poll(both, None) else { return };
-        let Ok(1..) = (&mote.requests).read(&mut bytes) else { return };
+        let Ok(len @ 1..) = (&mote.requests).read(&mut bytes) else { return };
         // In a process of its own. The last one to close a connection closes the descriptors that a passt
         // under an attacker's control may have sent over it; that may take long, but not at a process's end.
-        sys::confine::succeeds_in_child(|| passt_line::answer(&mote.line, duties.passt));
+        sys::confine::succeeds_in_child(|| {
+            if duties.publishes {
+                publisher::answer(&mote.line, &bytes[..len])
+            } else {
+                passt_line::answer(&mote.line, duties.passt)
+            }
+        });
         thread::sleep(CONNECT_PAUSE);
     }
 }

@@ -447,6 +447,18 @@ pub const MEMBERS: &[Member] = &[
         words: r#"what SIGTERM, SIGINT, SIGHUP and SIGQUIT to mote are: `"stop"`, the end of the box within 8 s; or `"entrypoint"`, signals to the entrypoint, as are SIGUSR1 and SIGUSR2 then, whatever it makes of them"#,
     },
     Member {
+        path: "publish",
+        kind: "string",
+        default: Some(r#""listed""#),
+        words: r#"`"listeners"`: every TCP port on which a program of the box listens, on all addresses or on loopback, is also one of mote's network namespace, as long as it does; at most 256. One that somebody else has there is told of, and not published. Not with `network` or UDP ports"#,
+    },
+    Member {
+        path: "loopback",
+        kind: "string",
+        default: Some(r#""own""#),
+        words: r#"`"netns"`: the box shares the loopback and the addresses of the network namespace that mote runs in, which must not be the host's own, with others there: what nobody in the box listens to is theirs. Not with `network`"#,
+    },
+    Member {
         path: "tee_config",
         kind: "object",
         default: Some("null"),

@@ -206,7 +206,8 @@ fn whole_spec() -> Value {
         },
         "hostname": null, "domainname": null, "sysctls": [],
         "guest_mounts": [{"type": "tmpfs", "destination": "/t", "options": []}],
-        "masked_paths": [], "readonly_paths": [], "read_only_root": false, "signals": "stop"
+        "masked_paths": [], "readonly_paths": [], "read_only_root": false, "signals": "stop",
+        "publish": "listed", "loopback": "own"
     })
 }
 

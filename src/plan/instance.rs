@@ -1,6 +1,7 @@
 //! What the agent is told ([`Instance`]), some of which is read from the host.
 
 use std::fs;
+use std::net::IpAddr;
 
 use mote_agent::attestation;
 use mote_agent::instance::{self, Entrypoint, Instance, PublishedPorts, ResolvConf, Security};
@@ -132,7 +133,10 @@ pub(super) fn plan(
         exec_workdir: spec.workdir.clone(),
         networking: match networking {
             Networking::Own(network) => instance::Networking::Own(network.interface),
-            Networking::Hosts(_) => instance::Networking::Hosts { ip6: host_has_global_ip6() },
+            Networking::Hosts(policy) => instance::Networking::Hosts {
+                ip6: host_has_global_ip6(),
+                shared: policy.shares_loopback().then(shared_addresses),
+            },
             Networking::None => instance::Networking::None,
         },
         datagrams: match networking {
@@ -140,7 +144,11 @@ pub(super) fn plan(
             Networking::Hosts(policy) => policy.datagrams(&addresses_of_host()),
         },
         syn_retries: unusual_syn_retries(),
-        published: PublishedPorts { any: !ports.is_empty(), udp: has_udp(ports) },
+        published: PublishedPorts {
+            any: !ports.is_empty() || spec.publish_listeners,
+            udp: has_udp(ports),
+            listeners: spec.publish_listeners,
+        },
         security,
         resolv_conf: match resolv_conf {
             Some(text) => ResolvConf::Always(text),
@@ -166,6 +174,23 @@ fn host_has_global_ip6() -> bool {
     const GLOBAL: &str = "00";
     let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
     addresses.lines().any(|line| line.split_whitespace().nth(SCOPE_COLUMN) == Some(GLOBAL))
+}
+
+/// Most addresses that a box has in common with others of its network.
+const MAX_SHARED: usize = 64;
+
+/// The single addresses of the network namespace, but for loopback's and those of a link.
+fn shared_addresses() -> Vec<IpAddr> {
+    let single = addresses_of_host().into_iter().filter(Cidr::is_single).map(|cidr| cidr.first());
+    let is_shared = |ip: &IpAddr| {
+        !ip.is_loopback()
+            && !ip.is_multicast()
+            && match ip {
+                IpAddr::V4(ip) => !ip.is_link_local() && !ip.is_broadcast(),
+                IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+            }
+    };
+    single.filter(is_shared).take(MAX_SHARED).collect()
 }
 
 /// Its addresses, as far as it can be asked: the policy asks again at each connection.

@@ -19,6 +19,7 @@ mod name_servers;
 mod network;
 mod networking;
 mod networks_file;
+mod open_files;
 mod output;
 mod paths;
 mod ports;
@@ -66,7 +67,6 @@ use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
 use crate::spec::process::SignalsTo;
-use crate::virtio::vsock::table::MAX_CONNECTIONS;
 
 /// A VM to build: checked, with all defaults applied.
 #[derive(Debug)]
@@ -157,7 +157,7 @@ impl Plan {
         let sandbox = Sandbox {
             isolation,
             network,
-            open_files: open_files(spec.vcpus, &shares, &sockets, &published_ports),
+            open_files: open_files::limit(spec, &shares, &sockets, &published_ports),
         };
         Some(Plan {
             box_id: spec.box_id.clone(),
@@ -311,24 +311,6 @@ impl fmt::Display for Plan {
         }
         write!(f, "confined   {}", self.sandbox.isolation)
     }
-}
-
-/// The descriptors that a box may need at once: one for every connection, and a few for each thing that
-/// it has from the start.
-fn open_files(vcpus: u8, shares: &[Share], sockets: &[HostSocket], ports: &[PublishedPort]) -> u64 {
-    /// Standard streams, KVM, memory, the main loop with its devices, the control channel.
-    const FIXED: usize = 80;
-    const PER_VCPU: usize = 4;
-    /// Connection, process, its stderr, two queues and their copies, the interrupt.
-    const PER_SHARE: usize = 16;
-    /// IPv4 and IPv6.
-    const PER_PORT: usize = 2;
-    let started = FIXED
-        + usize::from(vcpus) * PER_VCPU
-        + shares.len() * PER_SHARE
-        + sockets.len()
-        + ports.len() * PER_PORT;
-    (started + MAX_CONNECTIONS) as u64
 }
 
 #[cfg(test)]

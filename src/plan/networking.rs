@@ -1,5 +1,6 @@
 //! How a box reaches the network: by one of its own, by the host's sockets, or not at all.
 
+use std::fs;
 use std::path::Path;
 
 use super::egress;
@@ -30,11 +31,13 @@ impl Networking {
     /// Adds what is wrong to `report`. `host` is the host's resolv.conf.
     pub(super) fn new(spec: &Spec, host: &str, report: &mut Report) -> Networking {
         check_variables(spec, report);
+        check_sharing(spec, report);
         let egress = spec.egress.as_deref();
         let Some(network) = &spec.network else {
             let rules = egress::plan(egress, None, report);
             if !spec.disable_tsi {
-                return Networking::Hosts(Policy::of_host(host, rules));
+                let policy = Policy::of_host(host, rules);
+                return Networking::Hosts(policy.sharing_loopback(spec.shares_loopback));
             }
             for (field, is_given) in
                 [("port_map", !spec.port_map.is_empty()), ("egress", egress.is_some())]
@@ -90,6 +93,33 @@ impl Networking {
     /// What mote itself uses of the host's network while it runs the guest, which has these ports.
     pub fn access(&self, ports: &[PublishedPort]) -> NetworkAccess {
         NetworkAccess { connects: matches!(self, Networking::Hosts(_)), answers: has_udp(ports) }
+    }
+}
+
+/// Checks what the box shares with the network namespace that mote is in.
+fn check_sharing(spec: &Spec, report: &mut Report) {
+    for (field, is_asked) in
+        [("publish", spec.publish_listeners), ("loopback", spec.shares_loopback)]
+    {
+        if is_asked && (spec.network.is_some() || spec.disable_tsi) {
+            report.error(
+                field,
+                "is about a box that uses the sockets of mote's network namespace, and this one does not; leave out network and disable_tsi, or this",
+            );
+        }
+    }
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    // Who may not look at process 1 is in no position to make namespaces for others, either.
+    if spec.shares_loopback
+        && namespace("1").is_some_and(|of_host| Some(of_host) == namespace("self"))
+    {
+        report.error(
+            "loopback",
+            "is \"netns\", but mote runs in the host's own network namespace, whose loopback is no box's; start mote in another (ip netns exec)",
+        );
+    }
+    if spec.publish_listeners && spec.port_map.iter().any(|port| port.ends_with("/udp")) {
+        report.error("publish", "is \"listeners\", which does not go with UDP ports in port_map; leave out one of the two");
     }
 }
 

@@ -54,7 +54,7 @@ impl Policy {
         let floor = [Cidr::new(Ipv4Addr::new(169, 254, 0, 0).into(), 16)]
             .into_iter()
             .chain(METADATA.map(|ip| single(ip.into())))
-            .chain(of_host.iter().take(MAX_OF_HOST).copied());
+            .chain(of_host.iter().filter(|_| !self.shares_loopback).take(MAX_OF_HOST).copied());
 
         // As the guest's kernel orders them: what is around a prefix comes before it.
         let mut cidrs = BTreeMap::new();

@@ -7,7 +7,7 @@
 //!   own addresses, link-local ones and the metadata services of clouds, however they are spelled.
 //!   A service there is not meant for boxes, and a connection that mote makes passes the host's firewall. A
 //!   rule opens such an address by naming it: it is the address itself, or a range of link-local addresses.
-//!   Nothing opens loopback, nor what passt may take for it: the gateway of the box's own network, and
+//!   Nothing opens loopback, unless the box shares that of a network namespace (the spec's `loopback`), nor what passt may take for it: the gateway of the box's own network, and
 //!   link-local addresses of IPv6.
 //! - The host's name servers are above the floor, at their port: a resolv.conf copied from the host may name
 //!   one on loopback or another of its addresses. Rules bind them too.
@@ -72,6 +72,8 @@ pub struct Policy {
     /// An address of the guest's own network behind which the host's loopback may be.
     gateway: Option<IpAddr>,
     rules: Rules,
+    /// Whether the host's loopback and its own addresses are the box's, too: it is a network namespace that boxes share.
+    shares_loopback: bool,
     #[cfg(any(test, fuzzing))]
     servers: TestServers,
 }
@@ -106,9 +108,20 @@ impl Policy {
             resolvers,
             gateway,
             rules,
+            shares_loopback: false,
             #[cfg(any(test, fuzzing))]
             servers: TestServers::None,
         }
+    }
+
+    /// The same for a box that shares the loopback and the addresses of its network namespace with others, or does not.
+    pub fn sharing_loopback(self, shares_loopback: bool) -> Self {
+        Policy { shares_loopback, ..self }
+    }
+
+    /// Whether it does.
+    pub fn shares_loopback(&self) -> bool {
+        self.shares_loopback
     }
 
     /// The egress rules.
@@ -165,6 +178,9 @@ impl Policy {
         let address = match ip {
             // Linux takes the unspecified address for loopback.
             _ if ip.is_unspecified() => return Err(Refusal::ByPolicy(libc::ECONNREFUSED)),
+            _ if ip.is_loopback() && self.shares_loopback => {
+                SocketAddr::new(ip, destination.port())
+            }
             _ if ip.is_loopback() && destination.port() == DNS_PORT => {
                 self.resolver_for(ip).ok_or(Refusal::ByPolicy(libc::ECONNREFUSED))?
             }
@@ -194,13 +210,16 @@ impl Policy {
         if self.is_resolver(destination) || protocol.is_none() {
             return Ok(());
         }
+        if self.shares_loopback && ip.is_loopback() {
+            return Ok(());
+        }
         if spellings.iter().any(|ip| self.is_loopback(*ip)) {
             return Err(refused(protocol));
         }
         let route = is_local(ip);
         let is_on_floor = |spelling: &IpAddr| {
             let route = if *spelling == ip { route } else { is_local(*spelling) };
-            route == Ok(true) || is_reserved(*spelling)
+            route == Ok(true) && !self.shares_loopback || is_reserved(*spelling)
         };
         let on_floor: Vec<IpAddr> = spellings.iter().copied().filter(is_on_floor).collect();
         if on_floor.is_empty() {

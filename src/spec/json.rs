@@ -4,9 +4,8 @@
 //! wants every error at once, each with its path. So the text becomes a [`Json`] tree that keeps
 //! repeated keys, and [`Object`] reads the tree member by member and adds errors to a [`Report`].
 //!
-//! Reading goes on behind a value that is missing or of a wrong type: the caller puts a placeholder in its
-//! place, and the report knows where those are. Whoever judges the values afterwards judges them all alike,
-//! and what it says of a placeholder is dropped.
+//! Reading goes on behind a value that is missing or of a wrong type: the caller puts a placeholder in its place, and the
+//! report knows where those are. Whoever judges the values afterwards judges them all, and what it says of those is dropped.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;

@@ -80,6 +80,10 @@ pub struct Spec {
     pub read_only_root: bool,
     /// What a signal to mote is.
     pub signals: SignalsTo,
+    /// Whether all TCP ports on which the box's programs listen are published, beside those of `port_map`.
+    pub publish_listeners: bool,
+    /// Whether the box shares the loopback and the addresses of mote's network namespace.
+    pub shares_loopback: bool,
 }
 
 /// How the entrypoint's output is logged (§2.11): the driver and its options, as they are written.
@@ -245,6 +249,8 @@ fn read_spec(mut o: Object<'_>) -> Spec {
         readonly_paths: o.optional("readonly_paths", Node::strings),
         read_only_root: o.nullable("read_only_root", Node::boolean).unwrap_or_default(),
         signals: o.optional("signals", process::read_signals),
+        publish_listeners: o.optional("publish", process::read_publish),
+        shares_loopback: o.optional("loopback", process::read_loopback),
     };
     refuse_later_fields(&mut o);
     o.finish();

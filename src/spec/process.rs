@@ -66,6 +66,30 @@ pub enum SignalsTo {
     Entrypoint,
 }
 
+/// Whether `publish` asks for the box's listeners.
+pub(super) fn read_publish(node: &Node<'_>) -> Option<bool> {
+    match node.string()?.as_str() {
+        "listed" => Some(false),
+        "listeners" => Some(true),
+        other => {
+            node.error(format!("is \"{other}\", must be \"listed\" or \"listeners\""));
+            None
+        }
+    }
+}
+
+/// Whether `loopback` asks for that of the network namespace.
+pub(super) fn read_loopback(node: &Node<'_>) -> Option<bool> {
+    match node.string()?.as_str() {
+        "own" => Some(false),
+        "netns" => Some(true),
+        other => {
+            node.error(format!("is \"{other}\", must be \"own\" or \"netns\""));
+            None
+        }
+    }
+}
+
 /// Whether `entrypoint.start` asks for a start on request.
 pub(super) fn read_on_request(node: &Node<'_>) -> Option<bool> {
     match node.string()?.as_str() {

@@ -2,8 +2,9 @@
 //! `guest/bpf/tsi.bpf.c`): by the longest prefix. To have the programs compare addresses would cost each start more.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use mote_agent::flow::mapped;
 use mote_agent::instance::{MAX_EXCEPTIONS, Prefix};
 
 /// Network of the IPv6 addresses that name flows (`FLOW_NET6`).
@@ -56,9 +57,11 @@ const KINDS: [(Ipv6Addr, u8, Kind); 12] = [
 ];
 
 /// The entries of the map. `resolvers` are the loopback addresses that stand for the host's resolver (IPv4 as
-/// IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not. `prefixes` say where no datagrams may go.
+/// IPv4-mapped); those beyond [`MAX_RESOLVERS`] do not. `shared` are the addresses that the box has in common with others,
+/// if it shares their network and its loopback, too. `prefixes` say where no datagrams may go.
 pub fn destinations(
     resolvers: &[Ipv6Addr],
+    shared: Option<&[IpAddr]>,
     prefixes: &[Prefix],
 ) -> Vec<(RawPrefix, RawDestination)> {
     let kind = |ip, len| {
@@ -76,6 +79,12 @@ pub fn destinations(
     }
     entries.extend(KINDS.map(|(ip, len, kind)| ((ip, len), kind)));
     entries.extend(resolvers.iter().take(MAX_RESOLVERS).map(|ip| ((*ip, 128), Kind::Resolver)));
+    if let Some(addresses) = shared {
+        let loopback =
+            [(Ipv4Addr::new(127, 0, 0, 0).to_ipv6_mapped(), 96 + 8), (Ipv6Addr::LOCALHOST, 128)];
+        let addresses = addresses.iter().map(|ip| (mapped(*ip), 128));
+        entries.extend(addresses.chain(loopback).map(|prefix| (prefix, Kind::Resolver)));
+    }
     let raw = entries
         .into_iter()
         .map(|((ip, len), kind)| (raw_prefix(ip, len), raw_destination(kind, outlook(ip, len))));
@@ -131,7 +140,7 @@ mod tests {
 
     #[test]
     fn addresses_have_the_kind_of_the_longest_prefix() {
-        let entries = destinations(&[ip("127.0.0.53")], &[]);
+        let entries = destinations(&[ip("127.0.0.53")], None, &[]);
         for (kind, all) in [
             (Kind::Outside, &["192.0.2.1", "10.0.0.1", "126.255.255.255", "223.255.255.255"][..]),
             (Kind::Outside, &["2001:db8::1", "::2", "fd54:5349:0:1::1", "fec0::1", "::fffe:0:0"]),
@@ -161,7 +170,7 @@ mod tests {
             prefix("192.0.0.8", 128, false, &[]),
             prefix("127.0.0.0", 96 + 9, false, &[]),
         ];
-        let entries = destinations(&[ip("127.0.0.53")], &prefixes);
+        let entries = destinations(&[ip("127.0.0.53")], None, &prefixes);
         for (to, kind, is_refused, except) in [
             ("192.0.2.1", Kind::Outside, true, [0, 53, 1, 187]),
             ("10.1.2.3", Kind::Outside, false, [0; 4]),

@@ -14,7 +14,7 @@ use crate::sys::bpf::{
 };
 use crate::sys::ring_buffer::RingBuffer;
 
-// `TSI`, `TSI_RESOLVERS`, `TSI_ALL` and `TSI_CLIENTS`, which the build script makes of the source.
+// `TSI`, `TSI_RESOLVERS`, `TSI_LISTENERS`, `TSI_ALL` and `TSI_CLIENTS`, which the build script makes of the source.
 include!(concat!(env!("OUT_DIR"), "/tsi.rs"));
 
 /// The map that events come by, which is there even if no program of the box reports any.
@@ -27,15 +27,19 @@ pub struct Extent {
     pub outgoing: bool,
     /// Answers to clients of published UDP ports.
     pub answers: bool,
+    /// Word of sockets that listen, and the loopback of the host's network, where nobody else does.
+    pub listeners: bool,
 }
 
 impl Extent {
     /// Which object has what is needed: to verify what is not costs a start.
     fn object(self, has_resolvers: bool) -> &'static ObjectDefinition {
         match self {
-            Extent { outgoing: true, answers: true } => &TSI_ALL,
-            Extent { outgoing: true, answers: false } if has_resolvers => &TSI_RESOLVERS,
-            Extent { outgoing: false, answers: true } => &TSI_CLIENTS,
+            // Such a box has no UDP ports published.
+            Extent { listeners: true, .. } => &TSI_LISTENERS,
+            Extent { outgoing: true, answers: true, .. } => &TSI_ALL,
+            Extent { outgoing: true, answers: false, .. } if has_resolvers => &TSI_RESOLVERS,
+            Extent { outgoing: false, answers: true, .. } => &TSI_CLIENTS,
             _ => &TSI,
         }
     }
@@ -66,7 +70,7 @@ impl Extent {
 }
 
 /// What most boxes need, and what is loaded before a box is known.
-const USUAL: (Extent, bool) = (Extent { outgoing: true, answers: false }, false);
+const USUAL: (Extent, bool) = (Extent { outgoing: true, answers: false, listeners: false }, false);
 
 /// Programs that are in the kernel with their maps, empty ones, and are attached to nothing.
 pub struct Loaded {
@@ -135,8 +139,8 @@ impl Loaded {
         self.purpose == (extent, has_resolvers)
     }
 
-    /// Attaches the programs to a cgroup. `resolvers` and `prefixes` are as in [`destinations`], and `own` are the box's
-    /// addresses beside loopback's.
+    /// Attaches the programs to a cgroup. `resolvers`, `shared` and `prefixes` are as in [`destinations`], and `own` are the
+    /// box's addresses beside loopback's.
     ///
     /// # Errors
     /// If the kernel refuses what is to be in a map, or to attach them.
@@ -144,12 +148,13 @@ impl Loaded {
         self,
         cgroup: BorrowedFd<'_>,
         resolvers: &[Ipv6Addr],
+        shared: Option<&[IpAddr]>,
         prefixes: &[Prefix],
         own: Vec<IpAddr>,
     ) -> Result<Programs, String> {
         let Loaded { purpose: (extent, has_resolvers), programs, mut maps } = self;
         if let Some(known) = maps.take::<PREFIX_LEN, DESTINATION_LEN>("destinations")? {
-            for (prefix, destination) in destinations(resolvers, prefixes) {
+            for (prefix, destination) in destinations(resolvers, shared, prefixes) {
                 known
                     .set(&prefix, &destination, Write::Any)
                     .map_err(|e| format!("fill the map destinations of the BPF programs: {e}"))?;

@@ -31,7 +31,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use mote_agent::flow::mapped;
+use mote_agent::flow::{LISTENS_LEN, Listens, mapped};
 use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
 use self::destinations::{FLOW_NET6, FLOW_NET6_LEN, OWN_IP4};
@@ -39,7 +39,7 @@ use self::loaded::Extent;
 pub use self::loaded::Loaded;
 use self::program::{CLIENT_NET6, CLIENT_NET6_LEN, Programs};
 use self::relay::{Relay, Sockets};
-use crate::sys::{self, ExitStatus, Reaped, net};
+use crate::sys::{self, ExitStatus, Interest, Reaped, net};
 
 /// What the box needs of TSI.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ struct Process {
     pid: i32,
     /// Closing it asks the process to finish; `None` once that was done.
     lifeline: Option<OwnedFd>,
-    /// Where it tells how its set-up went: [`READY`], or the reason why it failed.
+    /// Where it tells how its set-up went: [`READY`], or the reason why it failed. Behind that, which sockets listen.
     outcome: File,
 }
 
@@ -135,10 +135,28 @@ impl Tsi {
         let Some(Process { outcome, .. }) = &mut self.process else { return Ok(()) };
         let mut said = [0; libc::PIPE_BUF];
         match outcome.read(&mut said) {
-            Ok(len) if said[..len] == *READY => Ok(()),
+            Ok(len) if said[..len] == *READY => sys::set_nonblocking(outcome)
+                .map_err(|e| format!("prepare to hear which sockets listen: {e}")),
             Ok(0) => Err("the process that carries the box's connections was killed".into()),
             Ok(len) => Err(String::from_utf8_lossy(&said[..len]).into_owned()),
             Err(e) => Err(format!("wait for the process that carries connections: {e}")),
+        }
+    }
+
+    /// Ready when [`Tsi::next_listens`] has something to say.
+    pub fn interest(&self) -> Option<Interest<'_>> {
+        let process = self.process.as_ref().filter(|_| self.needs.published.listeners);
+        process.map(|process| Interest::read(process.outcome.as_fd()))
+    }
+
+    /// Which socket listens, or does not any more, if there is news.
+    pub fn next_listens(&mut self) -> Option<Listens> {
+        let mut bytes = [0; LISTENS_LEN];
+        let outcome = &mut self.process.as_mut()?.outcome;
+        // Each is written as a whole.
+        match outcome.read(&mut bytes) {
+            Ok(LISTENS_LEN) => Listens::decode(&bytes),
+            _ => None,
         }
     }
 
@@ -187,7 +205,7 @@ fn serve(
             return;
         }
     };
-    let relay = Relay::new(programs, sockets, lifeline);
+    let relay = Relay::new(programs, sockets, lifeline, outcome);
     let _ = outcome.write(READY);
     if let Err(error) = relay.and_then(|mut relay| relay.run()) {
         eprintln!("mote-agent: carry the box's connections: {error}");
@@ -211,12 +229,19 @@ fn set_up(
         // Where a server answers from that listens on all addresses: where it was sent to.
         add_route(CLIENT_NET6, CLIENT_NET6_LEN, Some(Ipv6Addr::LOCALHOST))?;
     }
-    let own = match needs.networking {
-        Networking::Own(interface) => vec![interface.address.into()],
-        Networking::Hosts { .. } => vec![OWN_IP4.into(), OWN_IP6.into()],
-        Networking::None => Vec::new(),
+    let (own, shared) = match &needs.networking {
+        Networking::Own(interface) => (vec![interface.address.into()], None),
+        Networking::Hosts { shared, .. } => {
+            let own = [OWN_IP4.into(), OWN_IP6.into()].into_iter();
+            (own.chain(shared.iter().flatten().copied()).collect(), shared.as_deref())
+        }
+        Networking::None => (Vec::new(), None),
     };
-    if let Networking::Hosts { ip6 } = needs.networking {
+    for ip in shared.into_iter().flatten() {
+        // So that servers can be bound to them.
+        net::add_address(*ip, "lo").map_err(failed("add an address of the shared network"))?;
+    }
+    if let Networking::Hosts { ip6, .. } = needs.networking {
         // getaddrinfo() finds addresses only of families of which the guest has one itself, other than
         // loopback's (`AI_ADDRCONFIG`).
         net::add_address(OWN_IP4.into(), "lo").map_err(failed("add an IPv4 address"))?;
@@ -228,7 +253,11 @@ fn set_up(
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
     let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
-    let extent = Extent { outgoing: needs.is_outgoing(), answers: needs.published.udp };
+    let extent = Extent {
+        outgoing: needs.is_outgoing(),
+        answers: needs.published.udp,
+        listeners: needs.published.listeners || shared.is_some(),
+    };
     // Last, so that whatever is redirected finds its listener.
     let has_resolvers = !resolvers.is_empty();
     let loaded = match loaded {
@@ -237,7 +266,7 @@ fn set_up(
         }
         _ => Loaded::load(extent, has_resolvers)?,
     };
-    let programs = loaded.attach(cgroup, resolvers, &needs.datagrams, own)?;
+    let programs = loaded.attach(cgroup, resolvers, shared, &needs.datagrams, own)?;
     Ok((programs, sockets))
 }
 

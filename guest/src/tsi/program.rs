@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use mote_agent::flow::{Protocol, Published, mapped};
+use mote_agent::flow::{Listens, Protocol, Published, mapped};
 
 use super::destinations::{FLOW_NET4, FLOW_NET6};
 use crate::sys::bpf::{Map, Write};
@@ -60,6 +60,12 @@ const EVENT_SYN: u32 = 0;
 const EVENT_RELEASED: u32 = 1;
 const EVENT_REPLACED: u32 = 2;
 const EVENT_REFUSED: u32 = 3;
+/// `LISTENS`, `LISTENED`.
+const EVENT_LISTENS: u32 = 4;
+const EVENT_LISTENED: u32 = 5;
+/// `struct listen_event`, as bytes.
+const LISTEN_LEN: usize = 24;
+const LISTEN_IP: usize = 8;
 
 /// Names a flow, in the address that stands for its destination. 22 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -163,6 +169,8 @@ pub enum Event {
     Replaced(Id),
     /// A datagram was refused, by what the host has said beforehand.
     Refused(Original),
+    /// A TCP socket of the box listens, or does not any more.
+    Listens(Listens),
 }
 
 impl Event {
@@ -184,6 +192,12 @@ impl Event {
             (EVENT_REFUSED, REFUSED_LEN) => {
                 let flow: &RawFlow = raw[REFUSED_FLOW..].try_into().ok()?;
                 Some(Event::Refused(Original::from_raw(flow)?))
+            }
+            (EVENT_LISTENS | EVENT_LISTENED, LISTEN_LEN) => {
+                let ip: [u8; 16] = raw[LISTEN_IP..].try_into().ok()?;
+                // The second word is the port.
+                let address = SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), id as u16);
+                Some(Event::Listens(Listens { address, starts: kind == EVENT_LISTENS }))
             }
             _ => None,
         }
@@ -354,6 +368,12 @@ mod tests {
 
         let client = "192.0.2.1:258".parse().expect("an address");
         assert_eq!(client_key(client, 53)[10..], [0xff, 0xff, 192, 0, 2, 1, 1, 2, 0, 53]);
+
+        let ip = [&[0; 10][..], &[0xff, 0xff, 127, 0, 0, 1]].concat();
+        let listens = [&[4, 0, 0, 0, 80, 0, 0, 0][..], &ip].concat();
+        let address = "127.0.0.1:80".parse().expect("an address");
+        let expected = Event::Listens(Listens { address, starts: true });
+        assert_eq!(Event::from_raw(&listens), Some(expected));
 
         let refused = [&[3, 0, 0, 0, 0, 0, 0, 0][..], &raw].concat();
         assert_eq!(Event::from_raw(&refused), Some(Event::Refused(original)));

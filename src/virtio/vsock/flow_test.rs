@@ -3,9 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddr as InetAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread::sleep;
 
-use mote_agent::flow::{
-    DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, PUBLISH_PORT, PUBLISHED_LEN, Published,
-};
+use mote_agent::flow::{DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, PUBLISHED_LEN, Published};
+use mote_agent::protocol::PUBLISH_PORT;
 
 use super::super::super::conn::BUFFER_LEN;
 use super::*;

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use event_manager::EventSet;
-use mote_agent::flow::{PUBLISH_PORT, Protocol, Published};
+use mote_agent::flow::{Protocol, Published};
+use mote_agent::protocol::PUBLISH_PORT;
 
 use super::endpoint::Endpoint;
 use super::source::Source;
@@ -75,7 +76,8 @@ pub struct Accepted {
 /// All of a box's listeners.
 #[derive(Debug)]
 pub struct Listeners {
-    listeners: Vec<Listener>,
+    /// By number; one that was removed is not there.
+    listeners: Vec<Option<Listener>>,
     /// The listeners that are not watched, and until when; in order of that time.
     resting: VecDeque<(Instant, usize)>,
 }
@@ -83,7 +85,7 @@ pub struct Listeners {
 impl Listeners {
     /// All listeners of a box; none is watched yet.
     pub fn new(listeners: Vec<Listener>) -> Self {
-        Listeners { listeners, resting: VecDeque::new() }
+        Listeners { listeners: listeners.into_iter().map(Some).collect(), resting: VecDeque::new() }
     }
 
     /// Starts watching the box's own sockets.
@@ -108,13 +110,38 @@ impl Listeners {
         watcher: &mut Watcher<'_, '_>,
     ) -> Result<()> {
         (0..self.listeners.len())
-            .filter(|index| which(&self.listeners[*index]))
+            .filter(|index| self.listeners[*index].as_ref().is_some_and(&which))
             .try_for_each(|index| self.watch(index, watcher))
     }
 
     fn watch(&self, index: usize, watcher: &mut Watcher<'_, '_>) -> Result<()> {
+        let Some(listener) = &self.listeners[index] else { return Ok(()) };
         let source = Source::Listener(index).to_number();
-        Ok(watcher.add(&self.listeners[index], source, EventSet::IN)?)
+        Ok(watcher.add(listener, source, EventSet::IN)?)
+    }
+
+    /// Adds a listener, which is watched at once; its number.
+    ///
+    /// # Errors
+    /// The host has no room to watch another.
+    pub fn add(&mut self, listener: Listener, watcher: &mut Watcher<'_, '_>) -> Result<usize> {
+        let free = self.listeners.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.listeners.push(None);
+            self.listeners.len() - 1
+        });
+        self.listeners[index] = Some(listener);
+        self.watch(index, watcher).inspect_err(|_| self.listeners[index] = None)?;
+        Ok(index)
+    }
+
+    /// Closes the listener of this number.
+    pub fn remove(&mut self, index: usize, watcher: &mut Watcher<'_, '_>) {
+        if let Some(listener) = self.listeners.get_mut(index).and_then(Option::take) {
+            // Fails for one that rests.
+            let _ = watcher.remove(&listener);
+            self.resting.retain(|(_, resting)| *resting != index);
+        }
     }
 
     /// When [`Listeners::wake`] has something to do.
@@ -147,7 +174,7 @@ impl Listeners {
         watcher: &mut Watcher<'_, '_>,
     ) -> Result<Option<Accepted>> {
         // After `close` there are no listeners.
-        let Some(listener) = self.listeners.get(index) else { return Ok(None) };
+        let Some(Some(listener)) = self.listeners.get(index) else { return Ok(None) };
         let accepted = match listener {
             Listener::Unix { socket, guest_port, fallback_port } => {
                 let fallback_port = *fallback_port;
@@ -192,7 +219,7 @@ impl Listeners {
 
     /// The listener of this number, if it is a published UDP port: its socket, and the guest's port.
     pub fn datagrams(&self, index: usize) -> Option<(&Rc<UdpSocket>, u16)> {
-        match self.listeners.get(index)? {
+        match self.listeners.get(index)?.as_ref()? {
             Listener::Datagrams { socket, guest_port } => Some((socket, *guest_port)),
             _ => None,
         }
@@ -200,7 +227,7 @@ impl Listeners {
 
     /// Closes all listeners: later clients are refused.
     pub fn close(&mut self, watcher: &mut Watcher<'_, '_>) {
-        for listener in self.listeners.drain(..) {
+        for listener in self.listeners.drain(..).flatten() {
             // Fails for those not watched: they rest, or are ports and the guest was never ready.
             let _ = watcher.remove(&listener);
         }

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::UdpSocket;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use event_manager::EventSet;
 use mote_agent::flow::{
-    DATAGRAM_HEADER_LEN, FLOW_PORT, MAX_DATAGRAM_LEN, PUBLISH_PORT, Protocol, Published,
-    REQUEST_LEN, Request,
+    DATAGRAM_HEADER_LEN, MAX_DATAGRAM_LEN, Protocol, Published, REQUEST_LEN, Request,
 };
+use mote_agent::protocol::{FLOW_PORT, PUBLISH_PORT};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::client::{Client, Clients, Name};
@@ -135,6 +135,24 @@ impl Mux {
             self.queue(index);
         }
         self.deliver(watcher)
+    }
+
+    /// Connects the clients of a further listener to this port of the guest; the listener's number.
+    ///
+    /// # Errors
+    /// The host has no room to watch another.
+    pub fn listen(
+        &mut self,
+        socket: TcpListener,
+        guest_port: u16,
+        watcher: &mut Watcher<'_, '_>,
+    ) -> Result<usize> {
+        self.listeners.add(Listener::Published { socket, guest_port }, watcher)
+    }
+
+    /// Closes such a listener. Its clients stay connected.
+    pub fn stop_listening(&mut self, listener: usize, watcher: &mut Watcher<'_, '_>) {
+        self.listeners.remove(listener, watcher);
     }
 
     fn on_each_connection(

@@ -16,13 +16,15 @@ mod shared;
 mod spliced;
 mod udp;
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use mote_agent::flow::PUBLISH_PORT;
+use mote_agent::flow::Listens;
+use mote_agent::protocol::PUBLISH_PORT;
 use vmm_sys_util::epoll::{EpollEvent, EventSet};
 
 use self::flows::{Key, Kind};
@@ -35,6 +37,8 @@ use crate::tsi::program::{AGENT_PORT, Event, Id, Programs};
 
 /// How long the host may take nothing before the rest of what the box has sent is given up.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(400);
+/// Most words of sockets that listen which wait for PID 1.
+const MAX_UNTOLD: usize = 4096;
 /// How often that is looked at, in milliseconds.
 const DRAIN_STEP_MS: i32 = 50;
 
@@ -88,11 +92,15 @@ impl Sockets {
 }
 
 /// The process's state.
-pub struct Relay {
+pub struct Relay<'a> {
     shared: Shared,
     outgoing: Outgoing,
     udp: Udp,
     clients: Clients,
+    /// Where PID 1 reads which sockets listen: a pipe that does not wait.
+    listens: &'a File,
+    /// What it has had no room for.
+    untold: VecDeque<Listens>,
     /// PID 1 wants the process to end.
     draining: bool,
     /// While draining: when the host has last taken something.
@@ -108,13 +116,18 @@ struct DrainProgress {
     since: Instant,
 }
 
-impl Relay {
+impl<'a> Relay<'a> {
     /// Prepares to serve the flows that `programs` know of and that come to `sockets`; the end of `lifeline`
-    /// asks the process to finish.
+    /// asks the process to finish. PID 1 reads from `listens`.
     ///
     /// # Errors
     /// If the kernel refuses a raw socket, or has no room for the epoll or for what it is to watch.
-    pub fn new(programs: Programs, sockets: Sockets, lifeline: &File) -> io::Result<Self> {
+    pub fn new(
+        programs: Programs,
+        sockets: Sockets,
+        lifeline: &File,
+        listens: &'a File,
+    ) -> io::Result<Self> {
         let Sockets { applications, published } = sockets;
         let (listener, datagrams) = applications.unzip();
         let raw = listener.is_some().then(net::RawSockets::open).transpose()?;
@@ -123,6 +136,8 @@ impl Relay {
             outgoing: Outgoing::new(listener),
             udp: Udp::new(datagrams),
             clients: Clients::new(published),
+            listens,
+            untold: VecDeque::new(),
             draining: false,
             progress: None,
         };
@@ -156,6 +171,7 @@ impl Relay {
                     self.wake(key, Wake::Turn);
                 }
             }
+            self.tell();
             let now = Instant::now();
             if self.shared.sweep_at().is_some_and(|at| now >= at) {
                 self.sweep(now);
@@ -168,7 +184,7 @@ impl Relay {
         if self.shared.turns() > 0 {
             return 0;
         }
-        if self.draining {
+        if self.draining || !self.untold.is_empty() {
             return DRAIN_STEP_MS;
         }
         self.shared.sweep_at().map_or(-1, |at| {
@@ -207,7 +223,21 @@ impl Relay {
                 Some(Event::Released { id, cookie }) => self.released(id, cookie),
                 Some(Event::Replaced(id)) => self.replaced(id),
                 Some(Event::Refused(original)) => self.udp.refused(original, &mut self.shared),
+                // A box that changes its mind so often is not to cost memory.
+                Some(Event::Listens(_)) if self.untold.len() > MAX_UNTOLD => {}
+                Some(Event::Listens(listens)) => self.untold.push_back(listens),
                 None => return,
+            }
+        }
+    }
+
+    /// Tells PID 1 which sockets listen.
+    fn tell(&mut self) {
+        while let Some(listens) = self.untold.front() {
+            // As a whole or not at all (pipe(7)). A failure means that nobody reads any more.
+            match self.listens.write(&listens.encode()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                _ => drop(self.untold.pop_front()),
             }
         }
     }

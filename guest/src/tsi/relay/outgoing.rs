@@ -11,7 +11,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
-use mote_agent::flow::{FLOW_PORT, Request, STATUS_LEN};
+use mote_agent::flow::{Request, STATUS_LEN};
+use mote_agent::protocol::FLOW_PORT;
 use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind, Side};

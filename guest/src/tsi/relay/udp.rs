@@ -8,7 +8,8 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
-use mote_agent::flow::{FLOW_PORT, Request};
+use mote_agent::flow::Request;
+use mote_agent::protocol::FLOW_PORT;
 use vmm_sys_util::epoll::EventSet;
 
 use super::flows::{Flows, Key, Kind};
