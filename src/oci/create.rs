@@ -22,7 +22,7 @@ use super::config::{Circumstances, Config};
 use super::launch::{self, Launch};
 use super::report;
 use super::state::{Container, Lock, OCI_VERSION, State, Status, Store, write_whole};
-use super::{console, end, hooks, spec};
+use super::{console, end, hooks, mounts, root, spec};
 use crate::spec::json::Report;
 use crate::sys;
 use crate::sys::process;
@@ -68,7 +68,14 @@ pub fn create(
     let bundle = wanted.bundle.canonicalize();
     let bundle =
         bundle.with_context(|| format!("look at the bundle {}", wanted.bundle.display()))?;
-    let (config, text, warnings) = read_config(&bundle.join("config.json"), global.systemd_cgroup)?;
+    let (mut config, text, warnings) =
+        read_config(&bundle.join("config.json"), global.systemd_cgroup)?;
+    // What cannot be looked at cannot be mounted either, which says why.
+    if let Ok(root) = fs::File::open(bundle.join(&config.root)) {
+        mounts::decide_sides(&mut config.mounts.mounts, |path| {
+            root::resolve(&root, path).unwrap_or_else(|_| path.to_owned())
+        });
+    }
     console::check(config.process.terminal, wanted.console_socket.as_deref(), in_foreground)?;
     let signals = sys::signal_file(&SIGNALS).context("take signals")?;
     let (dir, locked) = store.make(&wanted.id)?;

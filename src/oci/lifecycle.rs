@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use mote_agent::exec::{control, kind};
+use mote_agent::exec::{FileOp, FileRequest, FileResponse, control, kind, to_base64};
 
 use super::agent::{Agent, Answer};
 use super::arguments::{self, Global};
@@ -266,7 +267,43 @@ pub fn update(store: &Store, id: &str, from: &Path) -> Result<()> {
     if let Some(wanted) = limits.memory {
         check_memory(wanted, container.state.memory_mib, cgroup.number("memory.current"))?;
     }
-    cgroup.write_all(&limits.files(limits.memory))
+    cgroup.write_all(&limits.files(limits.memory))?;
+    match limits.pids {
+        // Without a process there is nothing to be limited any more.
+        Some(pids) => {
+            container.process().map_or(Ok(()), |process| limit_pids(&container, &process, pids))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Limits the processes in the box, by the guest's cgroup of them.
+fn limit_pids(container: &Container, process: &OwnedFd, pids: Option<u64>) -> Result<()> {
+    let value = pids.map_or("max".into(), |pids| pids.to_string());
+    let request = FileRequest {
+        op: FileOp::Upload,
+        guest_path: "/sys/fs/cgroup/pids.max".into(),
+        data: Some(to_base64(value.as_bytes())),
+        offset: None,
+        length: None,
+        mode: None,
+    };
+    let request = serde_json::to_vec(&request).context("write a request")?;
+    let socket = container.socket("exec.sock");
+    let agent = Agent { socket: &socket, process, signals: None };
+    let refused = match agent.ask(kind::DATA, &request, Some(END_LIMIT))? {
+        Answer::Frame(kind::DATA, reply) => {
+            let reply: FileResponse =
+                serde_json::from_slice(&reply).context("read the box's answer")?;
+            if reply.success {
+                return Ok(());
+            }
+            reply.error.unwrap_or_default()
+        }
+        Answer::Frame(_, text) => String::from_utf8_lossy(&text).into_owned(),
+        _ => "its agent does not answer; is it paused?".into(),
+    };
+    bail!("limit the processes in the box to {value}: {refused}")
 }
 
 /// Whether a box with this RAM, which uses so much on the host, can have this limit.

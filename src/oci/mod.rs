@@ -15,6 +15,7 @@ pub mod config;
 #[cfg(test)]
 mod config_tests;
 pub mod console;
+pub mod copy_up;
 pub mod create;
 pub mod end;
 pub mod exec;

@@ -97,21 +97,28 @@ pub fn read(node: &Node<'_>) -> Option<Mounts> {
             }
         }
     }
-    // From the end on, so that each tmpfs meets the binds that come after it.
+    decide_sides(&mut all.mounts, Path::to_owned);
+    Some(all)
+}
+
+/// Decides which tmpfs are made on the host: those in which something of the host is mounted later. A destination's links
+/// may lead into one: `resolve` says where they do.
+pub fn decide_sides(mounts: &mut [Mount], resolve: impl Fn(&Path) -> PathBuf) {
+    // From the end on, so that each tmpfs meets what comes after it.
     let mut later: Vec<PathBuf> = Vec::new();
-    for mount in all.mounts.iter_mut().rev() {
+    for mount in mounts.iter_mut().rev() {
         match mount {
-            Mount::Bind(bind) => later.push(bind.destination.clone()),
+            Mount::Bind(bind) => later.push(resolve(&bind.destination)),
             Mount::Tmpfs(tmpfs) => {
-                tmpfs.on_host = later.iter().any(|path| path.starts_with(&tmpfs.destination));
+                let place = resolve(&tmpfs.destination);
+                tmpfs.on_host |= later.iter().any(|path| path.starts_with(&place));
                 if tmpfs.on_host {
-                    later.push(tmpfs.destination.clone());
+                    later.push(place);
                 }
             }
             Mount::SharedMemory(_) => {}
         }
     }
-    Some(all)
 }
 
 /// What one item says.
@@ -317,19 +324,12 @@ fn add(attributes: &mut Attributes, set: u64, clear: u64) {
 
 /// Those options of a tmpfs that say something.
 fn tmpfs_options(node: &Node<'_>, options: &[String]) -> Option<Vec<String>> {
-    const FLAGS: [&str; 9] = [
-        "ro",
-        "nosuid",
-        "nodev",
-        "noexec",
-        "noatime",
-        "nodiratime",
-        "relatime",
-        "strictatime",
-        "tmpcopyup",
-    ];
+    // Those that say something of a tmpfs.
+    const FLAGS: [&str; 7] =
+        ["ro", "nosuid", "nodev", "noexec", "noatime", "relatime", "tmpcopyup"];
     const VALUES: [&str; 6] = ["size", "nr_blocks", "nr_inodes", "mode", "uid", "gid"];
-    const DEFAULTS: [&str; 5] = ["rw", "suid", "dev", "exec", "diratime"];
+    const DEFAULTS: [&str; 7] =
+        ["rw", "suid", "dev", "exec", "diratime", "nodiratime", "strictatime"];
     let mut kept = Vec::new();
     let mut all_known = true;
     for option in options {

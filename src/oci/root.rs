@@ -10,14 +10,13 @@
 use std::collections::VecDeque;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File};
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::copy_up;
 use super::mounts::{Bind, Mount, Tmpfs};
 use crate::sys::mounts::{self, Attributes, Extent};
 
@@ -25,8 +24,6 @@ use crate::sys::mounts::{self, Attributes, Extent};
 const MAX_LINKS: usize = 40;
 /// Most names on the way to a destination, those of links included.
 const MAX_NAMES: usize = 4096;
-/// How deep directories are that a tmpfs gets copies of: deeper ones are cut off.
-const MAX_DEPTH: usize = 64;
 
 /// What is wanted.
 #[derive(Debug)]
@@ -117,9 +114,9 @@ fn put_tmpfs(root: &File, tmpfs: &Tmpfs) -> Result<()> {
     }
     let mount = mounts::new_tmpfs(&options, attributes).context("make a tmpfs")?;
     if copies {
-        copy(&at, &mount, 0).context("copy what the image has there")?;
+        copy_up::copy(&at, &mount).context("copy what the image has there")?;
         if !options.iter().any(|(name, _)| name == "mode") {
-            give(&own_path(&mount), &at.metadata()?)?;
+            copy_up::give(&mount, &at.metadata()?)?;
         }
     }
     if read_only {
@@ -228,49 +225,52 @@ fn steps(path: &Path) -> VecDeque<Step> {
     path.components().filter_map(step).collect()
 }
 
-/// Copies what is in a directory: directories, files and links, with owners and modes. Nothing else of an image is
-/// of use in a tmpfs.
-fn copy(from: &File, to: &OwnedFd, depth: usize) -> Result<()> {
-    if depth >= MAX_DEPTH {
-        return Ok(());
-    }
-    for entry in fs::read_dir(own_path(from))? {
-        let name = entry?.file_name();
+/// Where a path leads in a root file system, whose links are followed as they are meant there; what is not there yet
+/// counts as directories.
+///
+/// # Errors
+/// There are too many links on the way, or a directory cannot be looked at.
+pub fn resolve(root: &File, path: &Path) -> Result<PathBuf> {
+    let mut names = steps(path);
+    // Each name on the way, with what is there.
+    let mut way: Vec<(OsString, Option<File>)> = Vec::new();
+    let (mut links, mut count) = (0, 0);
+    while let Some(step) = names.pop_front() {
+        count += 1;
+        ensure!(count <= MAX_NAMES, "the path has too many names");
+        let name = match step {
+            Step::Root => {
+                way.clear();
+                continue;
+            }
+            Step::Up => {
+                way.pop();
+                continue;
+            }
+            Step::Into(name) => name,
+        };
+        let here = way.last().map_or(Some(root), |(_, here)| here.as_ref());
         let c_name = CString::new(name.as_bytes())?;
-        let found = mounts::look_up(from, &c_name)?;
-        let metadata = found.metadata()?;
-        let target = own_path(to).join(&name);
-        if metadata.is_dir() {
-            mounts::make_directory(to, &c_name)?;
-            let made = OwnedFd::from(mounts::look_up(to, &c_name)?);
-            copy(&found, &made, depth + 1)?;
-            give(&own_path(&made), &metadata)?;
-        } else if metadata.is_file() {
-            let mut reader = File::open(own_path(&found))?;
-            let mut writer = File::options().write(true).create_new(true).open(&target)?;
-            io::copy(&mut reader, &mut writer)?;
-            give(&own_path(&writer), &metadata)?;
-        } else if metadata.is_symlink() {
-            symlink(mounts::read_link(&found)?, &target)?;
-            std::os::unix::fs::lchown(&target, Some(metadata.uid()), Some(metadata.gid()))?;
+        let found = here.and_then(|here| mounts::look_up(here, &c_name).ok());
+        match &found {
+            Some(link) if link.metadata()?.is_symlink() => {
+                links += 1;
+                ensure!(links <= MAX_LINKS, "there are too many symbolic links on the way");
+                for step in steps(Path::new(&mounts::read_link(link)?)).into_iter().rev() {
+                    names.push_front(step);
+                }
+            }
+            _ => way.push((name, found)),
         }
     }
-    Ok(())
-}
-
-/// A path by which this process itself gets at what it holds open.
-fn own_path(file: &impl AsRawFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
-/// Gives a file owner and mode of another.
-fn give(path: &Path, metadata: &fs::Metadata) -> io::Result<()> {
-    std::os::unix::fs::chown(path, Some(metadata.uid()), Some(metadata.gid()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(metadata.mode() & 0o7777))
+    Ok([OsString::from("/")].into_iter().chain(way.into_iter().map(|(name, _)| name)).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::os::unix::fs::symlink;
+
     use super::*;
     use crate::sys::confine;
 
@@ -325,6 +325,25 @@ mod tests {
             attributes: Attributes::default(),
             tree_attributes: Attributes::default(),
         })
+    }
+
+    #[test]
+    fn where_a_path_leads_is_told() {
+        let scratch = Scratch::new("resolve");
+        scratch.link("../run/resolve/x", "etc/resolv.conf");
+        scratch.link("/etc", "absolute");
+        scratch.link("loop", "loop");
+        let root = File::open(scratch.0.join("rootfs")).expect("directory");
+        for (path, expected) in [
+            ("/etc/resolv.conf", "/run/resolve/x"),
+            ("/absolute/resolv.conf", "/run/resolve/x"),
+            ("/absolute/new/../old", "/etc/old"),
+            ("/../../x", "/x"),
+            ("/", "/"),
+        ] {
+            assert_eq!(resolve(&root, Path::new(path)).expect(path), Path::new(expected));
+        }
+        assert!(resolve(&root, Path::new("/loop")).is_err());
     }
 
     /// Does the work in a mount namespace of its own. Users other than root cannot have one so simply, and the rest

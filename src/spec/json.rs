@@ -441,6 +441,8 @@ impl<'a> Object<'a> {
     }
 
     fn path_of(&self, name: &str) -> String {
+        // Some place, even so.
+        let name = if name.is_empty() { "\"\"" } else { name };
         if self.node.path.is_empty() {
             name.to_owned()
         } else {
