@@ -776,7 +776,13 @@ SEC("cgroup/sock_release") int tsi_release(struct bpf_sock *ctx)
 #ifdef WITH_LISTENERS
 SEC("sockops") int tsi_listen(struct bpf_sock_ops *ctx)
 {
-	struct listen_event event = { .port = ctx->local_port };
+	/* Each read where it is written: the verifier takes no address that depends on the family. */
+	const volatile struct bpf_sock_ops *of = ctx;
+	__u32 ip4 = of->local_ip4;
+	struct listen_event event = {
+		.port = ctx->local_port,
+		.ip.word = { of->local_ip6[0], of->local_ip6[1], of->local_ip6[2], of->local_ip6[3] },
+	};
 
 	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB) {
 		event.kind = LISTENS;
@@ -789,14 +795,10 @@ SEC("sockops") int tsi_listen(struct bpf_sock_ops *ctx)
 	}
 	if (bpf_get_netns_cookie(ctx) != bpf_get_netns_cookie(NULL))
 		return 1;
-	if (ctx->family == AF_INET6) {
-		event.ip.word[0] = ctx->local_ip6[0];
-		event.ip.word[1] = ctx->local_ip6[1];
-		event.ip.word[2] = ctx->local_ip6[2];
-		event.ip.word[3] = ctx->local_ip6[3];
-	} else {
+	if (ctx->family == AF_INET) {
+		event.ip.word[0] = event.ip.word[1] = 0;
 		event.ip.word[2] = bpf_htonl(0xffff);
-		event.ip.word[3] = ctx->local_ip4;
+		event.ip.word[3] = ip4;
 	}
 	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
 	return 1;

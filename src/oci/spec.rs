@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::config::Config;
+use super::config::{Config, Network};
 use super::mounts::Mount;
 use super::process::Process;
 use super::state::Container;
@@ -43,12 +43,17 @@ pub fn write(config: &Config, container: &Container) -> String {
         "masked_paths": config.masked_paths,
         "readonly_paths": config.readonly_paths,
         "signals": "entrypoint",
+        "publish": "listeners",
         "resource_limits": { "ulimits": process.ulimits },
     });
     for (name, value) in [("hostname", &config.hostname), ("domainname", &config.domainname)] {
         if let Some(value) = value {
             spec[name] = json!(value);
         }
+    }
+    // Its loopback is the namespace's, which it may share with others of a pod; the host's is nobody's.
+    if !matches!(config.network, Network::Hosts) {
+        spec["loopback"] = json!("netns");
     }
     if let Some(Some(pids)) = config.resources.pids {
         spec["resource_limits"]["pids_limit"] = json!(pids);

@@ -179,18 +179,17 @@ fn host_has_global_ip6() -> bool {
 /// Most addresses that a box has in common with others of its network.
 const MAX_SHARED: usize = 64;
 
-/// The single addresses of the network namespace, but for loopback's and those of a link.
+/// The addresses of the network namespace, but for loopback's and those of a link.
 fn shared_addresses() -> Vec<IpAddr> {
-    let single = addresses_of_host().into_iter().filter(Cidr::is_single).map(|cidr| cidr.first());
+    let own = Routes::open().and_then(|routes| routes.own()).unwrap_or_default();
     let is_shared = |ip: &IpAddr| {
         !ip.is_loopback()
-            && !ip.is_multicast()
             && match ip {
-                IpAddr::V4(ip) => !ip.is_link_local() && !ip.is_broadcast(),
+                IpAddr::V4(ip) => !ip.is_link_local(),
                 IpAddr::V6(ip) => !ip.is_unicast_link_local(),
             }
     };
-    single.filter(is_shared).take(MAX_SHARED).collect()
+    own.into_iter().filter(is_shared).take(MAX_SHARED).collect()
 }
 
 /// Its addresses, as far as it can be asked: the policy asks again at each connection.

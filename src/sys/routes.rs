@@ -64,6 +64,20 @@ impl Routes {
     /// # Errors
     /// The kernel does not answer.
     pub fn local(&self) -> io::Result<Vec<(IpAddr, u8)>> {
+        self.all(is_to_local)
+    }
+
+    /// Those among them that are the host's own addresses.
+    ///
+    /// # Errors
+    /// The kernel does not answer.
+    pub fn own(&self) -> io::Result<Vec<IpAddr>> {
+        let own = self.all(|route_type| route_type == libc::RTN_LOCAL)?;
+        let is_single = |(ip, len): &(IpAddr, u8)| *len == if ip.is_ipv4() { 32 } else { 128 };
+        Ok(own.into_iter().filter(is_single).map(|(ip, _)| ip).collect())
+    }
+
+    fn all(&self, is_wanted: fn(u8) -> bool) -> io::Result<Vec<(IpAddr, u8)>> {
         // Linux before 4.20 does not know it, and tells of all tables.
         let strictly: libc::c_int = 1;
         // SAFETY: the option's value is an int that outlives the call.
@@ -82,7 +96,7 @@ impl Routes {
         let mut answer = [0; ANSWER_LEN];
         loop {
             let len = self.read(&mut answer, sequence)?;
-            if !parse_all(&answer[..len], &mut prefixes) {
+            if !parse_all(&answer[..len], is_wanted, &mut prefixes) {
                 return Ok(prefixes);
             }
         }
@@ -154,8 +168,12 @@ fn header(len: usize, flags: libc::c_int, sequence: u32) -> Vec<u8> {
     bytes
 }
 
-/// Takes the local prefixes of an answer; `false` if it is the last.
-fn parse_all(mut answer: &[u8], prefixes: &mut Vec<(IpAddr, u8)>) -> bool {
+/// Takes the prefixes of an answer whose type is wanted; `false` if it is the last.
+fn parse_all(
+    mut answer: &[u8],
+    is_wanted: fn(u8) -> bool,
+    prefixes: &mut Vec<(IpAddr, u8)>,
+) -> bool {
     while let Some(len) = word(answer, 0).map(|len| len as usize)
         && len >= HEADER_LEN
         && let Some(message) = answer.get(..len)
@@ -163,15 +181,15 @@ fn parse_all(mut answer: &[u8], prefixes: &mut Vec<(IpAddr, u8)>) -> bool {
         if half_word(message, 4) != Some(libc::RTM_NEWROUTE) {
             return false;
         }
-        prefixes.extend(local_prefix(message));
+        prefixes.extend(local_prefix(message, is_wanted));
         answer = answer.get(aligned(len)..).unwrap_or_default();
     }
     answer.is_empty()
 }
 
-/// The destinations of a route to local addresses.
-fn local_prefix(message: &[u8]) -> Option<(IpAddr, u8)> {
-    if !is_to_local(*message.get(ROUTE_TYPE)?) {
+/// The destinations of a route to local addresses, of a type that is wanted.
+fn local_prefix(message: &[u8], is_wanted: fn(u8) -> bool) -> Option<(IpAddr, u8)> {
+    if !is_wanted(*message.get(ROUTE_TYPE)?) {
         return None;
     }
     let mut attributes = message.get(HEADER_LEN + ROUTE_LEN..)?;

@@ -223,11 +223,27 @@ impl<'a> Relay<'a> {
                 Some(Event::Released { id, cookie }) => self.released(id, cookie),
                 Some(Event::Replaced(id)) => self.replaced(id),
                 Some(Event::Refused(original)) => self.udp.refused(original, &mut self.shared),
-                // A box that changes its mind so often is not to cost memory.
-                Some(Event::Listens(_)) if self.untold.len() > MAX_UNTOLD => {}
-                Some(Event::Listens(listens)) => self.untold.push_back(listens),
+                Some(Event::Listens(listens)) => self.listens(listens),
                 None => return,
             }
+        }
+    }
+
+    /// A socket listens, or does not any more.
+    fn listens(&mut self, listens: Listens) {
+        let Listens { address, starts } = listens;
+        let servers = &mut self.shared.servers;
+        if !starts {
+            servers.remove(&address);
+        } else if !address.ip().is_loopback()
+            && !address.ip().is_unspecified()
+            && servers.len() < MAX_UNTOLD
+        {
+            servers.insert(address);
+        }
+        // A box that changes its mind so often is not to cost memory.
+        if self.untold.len() < MAX_UNTOLD {
+            self.untold.push_back(listens);
         }
     }
 

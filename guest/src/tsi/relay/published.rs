@@ -56,7 +56,7 @@ struct Greeting {
 struct Connecting {
     client: Named,
     tcp: TcpStream,
-    over: Loopback,
+    over: Place,
 }
 
 /// A client that the host has named.
@@ -83,15 +83,17 @@ struct Server {
     published: Published,
     /// Connected to the server's port, whether or not there is a server.
     socket: Option<UdpSocket>,
-    over: Loopback,
+    over: Place,
 }
 
 /// The box's own address at which a server is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Loopback {
+enum Place {
     Ip4,
     /// For TCP after the other: a server may listen on IPv6 alone.
     Ip6,
+    /// For TCP after both: one that the box shares with others, where a server is known to be.
+    Shared(IpAddr),
 }
 
 impl Clients {
@@ -205,12 +207,12 @@ impl Greeting {
         };
         match published.protocol {
             Protocol::Tcp => Named { vsock: self.vsock, id, guest_port: published.guest_port }
-                .connect(Loopback::Ip4, key, shared),
+                .connect(Place::Ip4, key, shared),
             Protocol::Udp => {
                 let datagrams = Datagrams::of_client(self.vsock, Instant::now());
                 // Its answers go to an address of the client's family, so that is tried first.
                 let is_ip4 = published.client.is_ipv4();
-                let over = if is_ip4 { Loopback::Ip4 } else { Loopback::Ip6 };
+                let over = if is_ip4 { Place::Ip4 } else { Place::Ip6 };
                 let server = Server { id, published, socket: None, over };
                 let served = Served { datagrams, server, queued: false };
                 served.step(key, shared).map(Client::Served)
@@ -219,27 +221,29 @@ impl Greeting {
     }
 }
 
-impl Loopback {
+impl Place {
     /// Where this client comes from, and its server is.
     fn ends(self, id: Id, guest_port: u16) -> (SocketAddr, SocketAddr) {
         let (from, to): (IpAddr, IpAddr) = match self {
-            Loopback::Ip4 => (id.ip4().into(), Ipv4Addr::LOCALHOST.into()),
-            Loopback::Ip6 => (id.ip6().into(), Ipv6Addr::LOCALHOST.into()),
+            Place::Ip4 => (id.ip4().into(), Ipv4Addr::LOCALHOST.into()),
+            Place::Ip6 => (id.ip6().into(), Ipv6Addr::LOCALHOST.into()),
+            Place::Shared(ip @ IpAddr::V4(_)) => (id.ip4().into(), ip),
+            Place::Shared(ip) => (id.ip6().into(), ip),
         };
         (SocketAddr::new(from, CLIENT_PORT), SocketAddr::new(to, guest_port))
     }
 
     fn other(self) -> Self {
         match self {
-            Loopback::Ip4 => Loopback::Ip6,
-            Loopback::Ip6 => Loopback::Ip4,
+            Place::Ip4 => Place::Ip6,
+            Place::Ip6 | Place::Shared(_) => Place::Ip4,
         }
     }
 }
 
 impl Named {
     /// Begins to connect to the server; `None` if nobody listens.
-    fn connect(self, over: Loopback, key: Key, shared: &mut Shared) -> Option<Client> {
+    fn connect(self, over: Place, key: Key, shared: &mut Shared) -> Option<Client> {
         let (from, to) = over.ends(self.id, self.guest_port);
         let connecting = net::tcp_connect(from, to).and_then(|tcp| {
             shared.watch_flow(tcp.as_raw_fd(), key, Side::Inner)?;
@@ -252,15 +256,21 @@ impl Named {
     }
 
     /// Goes on to the address after `over`, where nobody listens.
-    fn connect_elsewhere(self, over: Loopback, key: Key, shared: &mut Shared) -> Option<Client> {
-        match over {
-            Loopback::Ip4 => self.connect(Loopback::Ip6, key, shared),
-            Loopback::Ip6 => {
-                // Dropping the vsock tells the host that nobody listens.
-                shared.programs.forget(self.id);
-                None
+    fn connect_elsewhere(self, over: Place, key: Key, shared: &mut Shared) -> Option<Client> {
+        let port = self.guest_port;
+        let next = match over {
+            Place::Ip4 => Some(Place::Ip6),
+            Place::Ip6 => {
+                let server = shared.servers.iter().find(|server| server.port() == port);
+                server.map(|server| Place::Shared(server.ip()))
             }
+            Place::Shared(_) => None,
+        };
+        if next.is_none() {
+            // Dropping the vsock tells the host that nobody listens.
+            shared.programs.forget(self.id);
         }
+        self.connect(next?, key, shared)
     }
 }
 
