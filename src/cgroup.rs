@@ -130,6 +130,16 @@ pub struct Cgroup {
     dispensable: bool,
 }
 
+/// Moves this process into the cgroup with this directory, which somebody else has made.
+///
+/// # Errors
+/// There is no such cgroup, or the host refuses to move this process.
+pub fn join_directory(directory: &Path) -> Result<()> {
+    let remedy = "--cgroup names a directory below /sys/fs/cgroup where this user may write";
+    let processes = directory.join(PROCESSES);
+    write(&processes, MYSELF, ErrorKind::PermissionDenied, remedy)
+}
+
 impl Cgroup {
     /// A cgroup for a box, which can do without if it is `dispensable`: the limits are enforced in the guest, too.
     ///

@@ -47,6 +47,8 @@ pub enum Command {
         timeline: Option<PathBuf>,
         /// `--log`.
         log: Option<PathBuf>,
+        /// `--cgroup`.
+        cgroup: Option<PathBuf>,
     },
     /// Print the plan or the errors.
     Check(Config),
@@ -79,6 +81,7 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
     let mut outcome = None;
     let mut timeline = None;
     let mut log = None;
+    let mut cgroup = None;
     let mut verb: Option<String> = None;
     while let Some(argument) = parser.next()? {
         match argument {
@@ -93,13 +96,14 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             }
             Long("outcome") => once("--outcome", &mut outcome, PathBuf::from(parser.value()?))?,
             Long("log") => once("--log", &mut log, PathBuf::from(parser.value()?))?,
+            Long("cgroup") => once("--cgroup", &mut cgroup, PathBuf::from(parser.value()?))?,
             Long("timeline") => once("--timeline", &mut timeline, PathBuf::from(parser.value()?))?,
             Value(word) if verb.is_none() => {
                 let word = word.to_string_lossy().into_owned();
                 let client = Client::named(&word);
                 if client.is_some() || matches!(word.as_str(), "man" | "completions") {
-                    if config.is_some() || outcome.is_some() || timeline.is_some() || log.is_some()
-                    {
+                    let for_run = [&outcome, &timeline, &log, &cgroup];
+                    if config.is_some() || for_run.into_iter().any(Option::is_some) {
                         return Err(format!("'{word}' takes no option before it").into());
                     }
                     return match client {
@@ -114,10 +118,13 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
     }
     let needs_config = "give the spec with --config JSON or --config-file FILE";
     match verb.as_deref() {
-        None => Ok(Command::Run { config: config.ok_or(needs_config)?, outcome, timeline, log }),
-        Some(verb) if outcome.is_some() || timeline.is_some() || log.is_some() => {
-            Err(format!("--outcome, --timeline and --log are for a run, not for '{verb}'").into())
+        None => {
+            Ok(Command::Run { config: config.ok_or(needs_config)?, outcome, timeline, log, cgroup })
         }
+        Some(verb) if [&outcome, &timeline, &log, &cgroup].into_iter().any(Option::is_some) => Err(
+            format!("--outcome, --timeline, --log and --cgroup are for a run, not for '{verb}'")
+                .into(),
+        ),
         Some("check") => Ok(Command::Check(config.ok_or(needs_config)?)),
         Some("template") => Ok(Command::Template(config.ok_or(needs_config)?)),
         Some("probe") if config.is_some() => Err("'probe' takes no spec".into()),
@@ -282,6 +289,7 @@ mod tests {
             outcome: None,
             timeline: None,
             log: None,
+            cgroup: None,
         };
         assert_eq!(parsed(&["--config", "{}"]).as_ref(), Ok(&expected));
         assert_eq!(parsed(&["--config={}"]).as_ref(), Ok(&expected));
@@ -296,12 +304,22 @@ mod tests {
         assert_eq!(parsed(&["man", "mote-spec.5"]), Ok(Command::Print(Document::Spec)));
         assert_eq!(parsed(&["completions", "-h"]), Ok(Command::Print(Document::Help)));
         assert_eq!(
-            parsed(&["--config-file", "-", "--outcome", "o", "--timeline=t", "--log", "l"]),
+            parsed(&[
+                "--config-file",
+                "-",
+                "--outcome",
+                "o",
+                "--timeline=t",
+                "--log",
+                "l",
+                "--cgroup=/g"
+            ]),
             Ok(Command::Run {
                 config: file(),
                 outcome: Some("o".into()),
                 timeline: Some("t".into()),
-                log: Some("l".into())
+                log: Some("l".into()),
+                cgroup: Some("/g".into())
             })
         );
     }

@@ -124,13 +124,14 @@ pub fn execute(command: Command, environment: &Environment, mut timeline: Timeli
         Command::Exec(exec) => client::run(|stdio| exec.run(stdio)),
         Command::Pty(pty) => client::run(|stdio| pty.run(stdio, environment.term.as_deref())),
         Command::Cp(cp) => client::run(|stdio| cp.run(stdio)),
-        Command::Run { config, outcome, timeline: timeline_file, log } => {
-            let reports = Reports {
+        Command::Run { config, outcome, timeline: timeline_file, log, cgroup } => {
+            let options = RunOptions {
                 outcome,
                 timeline: timeline_file.or_else(|| environment.timeline.clone()),
                 log,
+                cgroup,
             };
-            run_box(&config, environment, &reports, timeline)
+            run_box(&config, environment, &options, timeline)
         }
     }
 }
@@ -216,18 +217,20 @@ fn make_plan(
     plan.ok_or(report.errors)
 }
 
-/// The files that a run writes about itself.
-struct Reports {
+/// What a run is told beside the spec: the files that it writes about itself, and where it runs.
+struct RunOptions {
     outcome: Option<PathBuf>,
     timeline: Option<PathBuf>,
     /// Where messages go in place of stderr.
     log: Option<PathBuf>,
+    /// The cgroup that mote joins with all that serves its guest.
+    cgroup: Option<PathBuf>,
 }
 
 fn run_box(
     config: &Config,
     environment: &Environment,
-    reports: &Reports,
+    options: &RunOptions,
     mut timeline: Timeline,
 ) -> u8 {
     let mut outcome_file = None;
@@ -237,7 +240,7 @@ fn run_box(
     let record = sys::confine::inherited_descriptors()
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
-            if let Some(path) = &reports.log {
+            if let Some(path) = &options.log {
                 let file = OutputFile::new(path, None).open(None);
                 log::to(file.with_context(|| format!("create the log file {}", path.display()))?);
             }
@@ -247,7 +250,7 @@ fn run_box(
             let is_whole = report.errors.is_empty();
             let guests = spec.as_ref().ok().filter(|_| is_whole).map(guests_directories);
             let mut open_reports = || -> Result<()> {
-                let (outcome, timeline) = (reports.outcome.as_deref(), reports.timeline.as_deref());
+                let (outcome, timeline) = (options.outcome.as_deref(), options.timeline.as_deref());
                 outcome_file = ReportFile::open(outcome, "outcome", guests.as_deref())?;
                 timeline_file = ReportFile::open(timeline, "timeline", guests.as_deref())?;
                 sudden_end::report(outcome_file.as_ref().map(|to| to.file.as_raw_fd()))
@@ -269,7 +272,8 @@ fn run_box(
                 status = Some((wanted.clone(), file));
             }
             timeline.mark("plan_ready");
-            let mut record = run_to_end(&plan, &inherited, &mut timeline)?;
+            let mut record =
+                run_to_end(&plan, &inherited, options.cgroup.as_deref(), &mut timeline)?;
             record.simulated_attestation = plan.simulates_attestation();
             Ok(record)
         })
@@ -337,7 +341,12 @@ impl ReportFile {
 /// connections. Many more cost a wait each time that their number doubles.
 const DESCRIPTORS: u16 = 1024;
 
-fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Result<Record> {
+fn run_to_end(
+    plan: &Plan,
+    inherited: &[RawFd],
+    cgroup: Option<&Path>,
+    timeline: &mut Timeline,
+) -> Result<Record> {
     let signals = Rc::new(Signals::block(plan)?);
     sys::process::raise_open_file_limit();
     sys::process::reserve_descriptors(DESCRIPTORS);
@@ -345,7 +354,7 @@ fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Resu
     sys::confine::limit(Resource::CoreDump, 0).context("forgo core dumps")?;
     sys::confine::share_heap();
     sys::process::adopt_orphans().context("become the parent of back-ends' children")?;
-    run_on_host(plan, inherited, &signals, timeline).or_else(|error| {
+    run_on_host(plan, inherited, cgroup, &signals, timeline).or_else(|error| {
         // A stop signal ends whatever waits during the start, with an error. The outcome is then the one
         // that the guest would have had from this signal.
         let mut signals = iter::from_fn(|| sys::next_signal(&signals.stop));
@@ -365,6 +374,7 @@ fn run_to_end(plan: &Plan, inherited: &[RawFd], timeline: &mut Timeline) -> Resu
 fn run_on_host(
     plan: &Plan,
     inherited: &[RawFd],
+    cgroup: Option<&Path>,
     signals: &Rc<Signals>,
     timeline: &mut Timeline,
 ) -> Result<Record> {
@@ -374,6 +384,11 @@ fn run_on_host(
     }
     let (janitor, resources) = start_janitor(plan, &signals.stop)?;
     let run = |timeline: &mut Timeline| {
+        // Before this process is in a cgroup whose devices are somebody else's choice.
+        let kvm = kvm::open()?;
+        if let Some(given) = cgroup {
+            cgroup::join_directory(given)?;
+        }
         if let (Some(cgroup), Some(lock)) = (&plan.cgroup, resources.cgroup) {
             match cgroup.join(lock) {
                 Err(error) if cgroup.is_dispensable() => warn_of_limits(&error),
@@ -382,7 +397,7 @@ fn run_on_host(
         }
         let listeners = sockets::listeners(plan, resources.sockets)?;
         let (vm, mut served) =
-            Vm::build(plan, listeners, resources.switch, &janitor, &signals.stop, timeline)?;
+            Vm::build(plan, kvm, listeners, resources.switch, &janitor, &signals.stop, timeline)?;
         janitor.end_set_up()?;
         let raw = signals.terminal().map(RawMode::enter).transpose();
         let _raw = raw.context("set the terminal's mode")?;

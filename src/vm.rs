@@ -108,14 +108,13 @@ impl Vm {
     /// The host refuses something, a back-end does not come up, or mote was told to stop.
     pub fn build(
         plan: &Plan,
+        kvm: Kvm,
         listeners: Vec<Listener>,
         datagrams: Option<UnixDatagram>,
         janitor: &Janitor,
         stop: &File,
         timeline: &mut Timeline,
     ) -> Result<(Vm, Served)> {
-        let kvm = kvm::open()?;
-
         // Host resources. The back-ends start while the kernel is being loaded.
         let (sinks, logs) = match &plan.output {
             Output::Streams => (Sinks::of_mote()?, None),

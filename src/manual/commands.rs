@@ -37,6 +37,13 @@ const LOG: &Flag = &Flag {
     brief: "write mote's messages and the kernel's errors there",
     more: ", in place of stderr, which is the entrypoint's alone then",
 };
+const CGROUP: &Flag = &Flag {
+    name: "--cgroup",
+    short: "",
+    value: Some(("DIR", Kind::File)),
+    brief: "run in this cgroup (v2), which is there already",
+    more: ", with all that serves the guest; mote's janitor and whoever makes a template stay outside",
+};
 const ENV: &Flag = &Flag {
     name: "--env",
     short: "",
@@ -83,7 +90,7 @@ pub const VERBS: &[Verb] = &[
     Verb {
         name: "",
         synopsis: "--config JSON",
-        flags: &[CONFIG, CONFIG_FILE, OUTCOME, TIMELINE, LOG, VERSION],
+        flags: &[CONFIG, CONFIG_FILE, OUTCOME, TIMELINE, LOG, CGROUP, VERSION],
         operands: &[],
         brief: "run the box that the spec describes",
         more: "",

@@ -99,9 +99,6 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
     if let Some(socket) = console_socket {
         console::adopt(&console::open(socket, config.process.size)?)?;
     }
-    if let Some(cgroup) = container.cgroup() {
-        cgroup.join()?;
-    }
     join_network(&config.network)?;
     confine::unshare(libc::CLONE_NEWNS)
         .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
@@ -116,6 +113,11 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         [("--config-file", "spec.json"), ("--log", "log"), ("--outcome", "outcome")]
     {
         mote.arg(option).arg(container.file(file));
+    }
+    if let Some(cgroup) = container.cgroup() {
+        // By mote itself: not its janitor, nor who makes a template, and not before it has /dev/kvm, which a pod's cgroup
+        // may deny it.
+        mote.arg("--cgroup").arg(cgroup.dir());
     }
     Err(mote.exec()).context("execute mote's own file, /proc/self/exe")
 }
