@@ -35,6 +35,7 @@ mod logs;
 mod loopback;
 mod memory;
 mod network;
+mod oci;
 mod out_of_memory;
 mod outcomes;
 mod passt;
