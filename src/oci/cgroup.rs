@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::spec::json::Node;
-use crate::sys::mounts;
+use crate::sys::{mounts, process};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -162,14 +162,32 @@ impl Cgroup {
         joined.with_context(|| format!("join the cgroup {}", self.dir.display()))
     }
 
-    /// The processes in it.
+    /// The processes in it, without the kernel's own threads.
     ///
     /// # Errors
     /// It is gone.
     pub fn processes(&self) -> Result<Vec<u32>> {
+        let mut all = self.members()?;
+        all.retain(|pid| !process::is_kernel_thread(*pid));
+        Ok(all)
+    }
+
+    fn members(&self) -> Result<Vec<u32>> {
         let list = self.read("cgroup.procs");
         let list = list.with_context(|| format!("list the cgroup {}", self.dir.display()))?;
         Ok(list.lines().filter_map(|line| line.parse().ok()).collect())
+    }
+
+    /// Puts the kernel's own threads out of it, into the root of cgroups. KVM has one for each VM, in the cgroup of
+    /// whoever makes the VM (virt/kvm/kvm_main.c, `kvm_vm_worker_thread`, before Linux 6.14), and cannot freeze it: with
+    /// it a cgroup never becomes frozen as a whole (kernel/cgroup/freezer.c).
+    fn put_kernel_threads_out(&self) -> Result<()> {
+        for pid in self.members()?.into_iter().filter(|pid| process::is_kernel_thread(*pid)) {
+            let root = Cgroup::of(ROOT.into());
+            // One that has ended is out, and who may not move it finds that freezing takes too long.
+            let _ = root.write("cgroup.procs", &pid.to_string());
+        }
+        Ok(())
     }
 
     /// Whether its processes are stopped, or being stopped.
@@ -184,6 +202,7 @@ impl Cgroup {
     pub fn freeze(&self, frozen: bool) -> Result<()> {
         let (value, doing) = if frozen { ("1", "stop") } else { ("0", "continue") };
         let dir = self.dir.display();
+        self.put_kernel_threads_out()?;
         self.write("cgroup.freeze", value)
             .with_context(|| format!("{doing} the processes of the cgroup {dir}"))?;
         let deadline = Instant::now() + FREEZE_LIMIT;
@@ -235,8 +254,8 @@ impl Cgroup {
     fn kill(&self) {
         if self.write("cgroup.kill", "1").is_err() {
             for pid in self.processes().unwrap_or_default() {
-                if let Ok(process) = crate::sys::process::process_file(pid) {
-                    crate::sys::process::kill_process(&process);
+                if let Ok(process) = process::process_file(pid) {
+                    process::kill_process(&process);
                 }
             }
         }

@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use super::cgroup;
 use super::hooks::Hooks;
 use super::mounts::{self, Mounts};
-use super::process::{Process, strings};
+use super::process::Process;
 use super::resources::Resources;
 use crate::spec::json::{Json, Node, Object, Report};
 
@@ -233,8 +233,8 @@ fn read_linux(node: &Node<'_>, given: Circumstances, config: &mut Config) {
     config.cgroup = o.nullable("cgroupsPath", path).flatten();
     o.nullable("devices", read_devices);
     config.sysctls = o.nullable("sysctl", read_sysctls).unwrap_or_default();
-    config.masked_paths = o.nullable("maskedPaths", strings).unwrap_or_default();
-    config.readonly_paths = o.nullable("readonlyPaths", strings).unwrap_or_default();
+    config.masked_paths = o.nullable("maskedPaths", Node::strings).unwrap_or_default();
+    config.readonly_paths = o.nullable("readonlyPaths", Node::strings).unwrap_or_default();
     config.readonly_paths.append(&mut config.mounts.read_only);
     for (name, why) in [
         (

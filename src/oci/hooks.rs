@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::process::strings;
 use crate::spec::json::Node;
 
 /// The hooks of a container.
@@ -66,8 +65,8 @@ fn read_hook(node: &Node<'_>) -> Option<Hook> {
         }
         Some(path)
     });
-    let args = o.nullable("args", strings).unwrap_or_default();
-    let env = o.nullable("env", strings).unwrap_or_default();
+    let args = o.nullable("args", Node::strings).unwrap_or_default();
+    let env = o.nullable("env", Node::strings).unwrap_or_default();
     let timeout = o.nullable("timeout", |node| {
         let seconds = node.integer::<u32>()?;
         if seconds == 0 {

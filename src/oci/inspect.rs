@@ -4,8 +4,8 @@ use anyhow::{Result, anyhow};
 use serde_json::json;
 
 use super::mounts;
-use super::process::CAPABILITIES;
 use super::state::{OCI_VERSION, Status, Store};
+use crate::plan::CAPABILITIES;
 
 /// The versions, as `--version` prints them: engines show the first line.
 pub const VERSION: &str =

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -107,7 +108,7 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
     if let Some(score) = config.process.oom_score_adj {
         set_oom_score(score)?;
     }
-    let mut mote = Command::new("/proc/self/exe");
+    let mut mote = Command::new(own_file());
     mote.arg0("mote").current_dir("/");
     for (option, file) in
         [("--config-file", "spec.json"), ("--log", "log"), ("--outcome", "outcome")]
@@ -119,7 +120,17 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         // may deny it.
         mote.arg("--cgroup").arg(cgroup.dir());
     }
-    Err(mote.exec()).context("execute mote's own file, /proc/self/exe")
+    Err(mote.exec()).context("execute mote's own file")
+}
+
+/// This program's file: by its path, which gives the process its name, if that still leads to it.
+fn own_file() -> PathBuf {
+    let own = PathBuf::from("/proc/self/exe");
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    match fs::read_link(&own) {
+        Ok(path) if identity(&path).is_some() && identity(&path) == identity(&own) => path,
+        _ => own,
+    }
 }
 
 fn join_network(network: &Network) -> Result<()> {

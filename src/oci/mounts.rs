@@ -18,8 +18,6 @@ use std::path::{Component, Path, PathBuf};
 use crate::spec::json::Node;
 use crate::sys::mounts::{Attributes, Extent};
 
-use super::process::strings;
-
 /// A mount that a box is to have beside its root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mount {
@@ -137,7 +135,7 @@ fn read_mount(node: &Node<'_>) -> Option<Read> {
     let kind = o.nullable("type", Node::string).unwrap_or_default();
     let source = o.nullable("source", Node::string).unwrap_or_default();
     let options_node = o.member("options").filter(|options| !options.is_vacant());
-    let options = o.nullable("options", strings).unwrap_or_default();
+    let options = o.nullable("options", Node::strings).unwrap_or_default();
     for name in ["uidMappings", "gidMappings"] {
         if let Some(node) = o.member(name).filter(|node| !node.is_vacant()) {
             node.error("cannot be had: a box's users are its own kernel's; leave it out");

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use crate::plan::capability;
 use crate::spec::json::{Json, Node, Object, Report};
 use crate::sys::terminal::TerminalSize;
 
@@ -67,51 +68,6 @@ pub struct Capabilities {
     pub ambient: Vec<String>,
 }
 
-/// The names of all capabilities, in the order of their numbers (include/uapi/linux/capability.h), without `CAP_`.
-pub const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 /// The limits that a box can have, by the names of getrlimit(2).
 const RLIMITS: [&str; 15] = [
     "CPU",
@@ -130,11 +86,6 @@ const RLIMITS: [&str; 15] = [
     "RTPRIO",
     "RTTIME",
 ];
-
-/// Strings; without them, none.
-pub fn strings(node: &Node<'_>) -> Option<Vec<String>> {
-    node.array(Node::string, String::new)
-}
 
 impl Process {
     /// Parses the file that `exec --process` names.
@@ -188,7 +139,7 @@ fn read_members(mut o: Object<'_>) -> Process {
 }
 
 fn read_args(node: &Node<'_>) -> Option<Vec<String>> {
-    let args = strings(node)?;
+    let args = node.strings()?;
     match args.first() {
         None => node.error("is empty; its first item is the program"),
         Some(program) if program.is_empty() => {
@@ -287,7 +238,7 @@ fn read_capabilities(node: &Node<'_>) -> Option<Capabilities> {
 fn read_capability_set(node: &Node<'_>) -> Option<Vec<String>> {
     let names = node.items()?.into_iter().filter_map(|item| {
         let name = item.string()?.to_ascii_uppercase();
-        let known = name.strip_prefix("CAP_").is_some_and(|name| CAPABILITIES.contains(&name));
+        let known = capability(&name).is_some();
         // As runc has it: what a kernel does not know yet, nobody needs there.
         if !known {
             item.warn(format!("\"{name}\" is no capability of a box's kernel, and is left out"));

@@ -52,6 +52,7 @@ pub use output::{ConsoleFile, Output};
 pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
 pub use process::capability;
+pub use security::CAPABILITIES;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
 pub use switch::{Switch, owner as socket_owner, socket_name};

@@ -6,7 +6,7 @@ use super::variables::Variables;
 use crate::spec::json::Report;
 
 /// Capabilities by number, without `CAP_` (linux/capability.h).
-pub(super) const CAPABILITIES: [&str; 41] = [
+pub const CAPABILITIES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
     "DAC_READ_SEARCH",
