@@ -1,5 +1,7 @@
 //! The spec that mote runs for a container: its `InstanceSpec`, with the members that are for boxes like these.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -52,13 +54,26 @@ pub fn write(config: &Config, container: &Container) -> String {
         }
     }
     // Its loopback is the namespace's, which it may share with others of a pod; the host's is nobody's.
-    if !matches!(config.network, Network::Hosts) {
+    if !is_hosts(&config.network) {
         spec["loopback"] = json!("netns");
     }
     if let Some(Some(pids)) = config.resources.pids {
         spec["resource_limits"]["pids_limit"] = json!(pids);
     }
     spec.to_string()
+}
+
+/// Whether a container is on the host's own network.
+fn is_hosts(network: &Network) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    match network {
+        Network::Hosts => true,
+        Network::New => false,
+        Network::Joined(path) => {
+            let joined = identity(path);
+            joined.is_some() && joined == identity(Path::new("/proc/1/ns/net"))
+        }
+    }
 }
 
 fn write_process(process: &Process) -> Value {
@@ -134,6 +149,12 @@ mod tests {
         assert_eq!(json["process"]["uid"], 5);
         assert_eq!(json["guest_mounts"][1]["options"][4], "size=67108864");
         assert_eq!(json["resource_limits"], json!({"ulimits": ["NOFILE=1:2"], "pids_limit": 7}));
+        assert_eq!((&json["publish"], &json["loopback"]), (&json!("listeners"), &Value::Null));
+        for (network, is_host) in
+            [(Network::New, false), (Network::Joined("/nonexistent".into()), false)]
+        {
+            assert_eq!(is_hosts(&network), is_host, "{network:?}");
+        }
         // mote reads it.
         let mut report = Report::default();
         Spec::parse(&spec, &mut report).expect("a spec");

@@ -419,8 +419,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// All members with their names, for an object whose names are the writer's own. One that is given twice is an
-    /// error.
+    /// All members, of an object whose names are the writer's own. One that is given twice is an error.
     pub fn members(&self) -> Vec<(String, Node<'a>)> {
         let mut seen = BTreeSet::new();
         let members = self.members.iter().map(|(key, json)| {
@@ -441,7 +440,6 @@ impl<'a> Object<'a> {
     }
 
     fn path_of(&self, name: &str) -> String {
-        // Some place, even so.
         let name = if name.is_empty() { "\"\"" } else { name };
         if self.node.path.is_empty() {
             name.to_owned()
