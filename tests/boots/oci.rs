@@ -117,7 +117,8 @@ impl Container {
 
     fn assert_nothing_left(&self) {
         let state = self.test.path("state");
-        let left: Result<Vec<PathBuf>, _> = fs::read_dir(&state).map(|entries| entries.flatten().map(|e| e.path()).collect());
+        let left: Result<Vec<PathBuf>, _> =
+            fs::read_dir(&state).map(|entries| entries.flatten().map(|e| e.path()).collect());
         assert_eq!(left.unwrap_or_default(), Vec::<PathBuf>::new());
         eventually("the cgroup goes", || !self.cgroup().exists());
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("read");
