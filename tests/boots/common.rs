@@ -21,7 +21,7 @@ const APPLETS: &str = "\
     sh cat echo ls mkdir mount umount sleep kill pwd env id hostname head tail wc seq dd \
     grep touch rm true false ip ps uname nproc free sha256sum stat test date awk sync chmod \
     cut tr printf readlink setsid stty df less top vi clear ifconfig nc nslookup timeout \
-    wget";
+    wget httpd";
 
 /// The binary under test: the one that is shipped, which the tests' own profile does not build.
 pub fn mote() -> PathBuf {
