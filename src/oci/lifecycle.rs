@@ -187,6 +187,11 @@ fn send(container: &Container, signal: i32) -> Result<()> {
 /// It is not there or runs, or something of it cannot be removed.
 pub fn delete(store: &Store, global: &Global, id: &str, force: bool) -> Result<()> {
     if force {
+        // A create that waits for a box holds the lock until the box answers or ends, and some boxes do neither.
+        if let Some(process) = store.find(id).ok().and_then(|container| container.process()) {
+            // ESRCH says that it has ended meanwhile.
+            let _ = send_signal(&process, libc::SIGKILL);
+        }
         let Some((container, _locked)) = store.find_leftover(id)? else { return Ok(()) };
         let config = read_config(&container.file("config.json"), global.systemd_cgroup);
         return match config {
