@@ -28,7 +28,6 @@ LONG = {
     "src/client/cp.rs": "both directions of copying, each with its tests",
     "src/host/janitor.rs": "both ends of one line, and what is left at the end",
     "src/run.rs": "every event of a box's life, in one loop",
-    "src/spec/json.rs": "one tree, and how its members are read, each error with its path",
     "src/spec/mod.rs": "one struct and one parser for each object of the spec",
     "src/virtio/mmio.rs": "one register file: what its driver reads and writes, and how it goes on in another VM",
     "src/virtio/vsock/mux.rs": "what may happen to a connection, from either side",
