@@ -8,7 +8,7 @@
 //! 0x000a_0000 ├──────────────────────────────┤
 //!             │ (nothing)                    │
 //! 0x0010_0000 ├──────────────────────────────┤
-//!             │ RAM: kernel from 16 MiB,     │
+//!             │ RAM: kernel from 2 MiB,      │
 //!             │ then the initramfs           │
 //! 0x8000_0000 ├──────────────────────────────┤ or less
 //!             │ (nothing)                    │
@@ -69,7 +69,7 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// RAM up to here is all below 4 GiB.
 pub const LITTLE_RAM: u64 = 2 << 30;
 /// RAM below 4 GiB of a guest that has more than [`LITTLE_RAM`]: room for what is loaded before the kernel runs. At its
-/// start the kernel sets up its records of all pages here and of 128 MiB above, and of the others when it needs them
+/// start the kernel sets up its records of all pages here and of 32 MiB above, and of the others when it needs them
 /// (`resources/kernel/pages-on-demand.patch`).
 pub const LOW_RAM: u64 = 128 << 20;
 /// Second part of RAM.

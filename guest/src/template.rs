@@ -30,9 +30,11 @@ const MAX_OPEN_FILES: u64 = 65_536;
 /// test runners that watch a tree ask for this one.
 const MAX_INOTIFY_WATCHES: &str = "524288";
 
-/// How much free memory is cleared before a template is made: of the 128 MiB that the kernel starts with, what it does not
-/// use, since for more it would set up more.
-const MOST_CLEARED_BYTES: u64 = 80 << 20;
+/// The part of what is free in small blocks that is left for what clearing takes itself.
+const UNCLEARED: usize = 64;
+
+/// The order of a block of free pages that is a huge page.
+const HUGE_ORDER: usize = 9;
 
 /// The argument with which the agent executes itself behind the door.
 const RESUMED: &str = "resumed";
@@ -109,8 +111,19 @@ fn clear_free_memory() {
     // free (Documentation/admin-guide/sysctl/vm.rst).
     let lists = "/proc/sys/vm/percpu_pagelist_high_fraction";
     let _ = fs::write(lists, "1000000");
-    let _ = sys::mailbox::clear_free_memory(MOST_CLEARED_BYTES);
+    let free = in_small_blocks(&fs::read_to_string("/proc/buddyinfo").unwrap_or_default());
+    let _ = sys::mailbox::clear_free_memory(free - free / UNCLEARED);
     let _ = fs::write(lists, "0");
+}
+
+/// How much free memory, in bytes, is in blocks of less than 2 MiB, by /proc/buddyinfo, of which each line counts the blocks
+/// of 1, 2, 4 … pages in one zone. The kernel takes from the smallest block that will do, so that in a larger one nothing
+/// has ever been, but for an initramfs of more than that.
+fn in_small_blocks(buddyinfo: &str) -> usize {
+    let zones = buddyinfo.lines().filter_map(|line| line.split_once("zone"));
+    let counts = zones.flat_map(|(_, zone)| zone.split_whitespace().skip(1).enumerate());
+    let small = counts.filter(|(order, _)| *order < HUGE_ORDER);
+    small.map(|(order, count)| count.parse().unwrap_or(0) * (mailbox::PAGE_LEN << order)).sum()
 }
 
 /// Has the driver of virtio-mmio look again at a register page, which the kernel has numbered in the order of its command
@@ -120,4 +133,17 @@ fn clear_free_memory() {
 /// There is no device, or it does not start.
 pub fn bind(number: usize) -> std::io::Result<()> {
     fs::write(BIND, format!("virtio-mmio.{number}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_blocks_of_every_zone_count() {
+        let buddyinfo = "Node 0, zone    DMA32      3      1      0\n\
+                         Node 0, zone   Normal      0 0 2 0 0 0 0 0 0 1 1\n";
+        assert_eq!(in_small_blocks(buddyinfo), (3 + 2 + 8) << 12);
+        assert_eq!(in_small_blocks(""), 0);
+    }
 }

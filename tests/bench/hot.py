@@ -37,7 +37,7 @@ def commands(stage, case):
     packed = "gzip | base64; echo " + SYMBOLS + " end"
     return [
         f"echo {SYMBOLS} host; cat /proc/kallsyms | {packed}",
-        f"echo {SYMBOLS} guest; {' '.join(map(str, show.command))} | {packed}",
+        f"echo {SYMBOLS} guest; MOTE_TEMPLATES=off {' '.join(map(str, show.command))} | {packed}",
         case("start").command(stage), case("processes").command(stage), case("start").command(stage),
     ]
 

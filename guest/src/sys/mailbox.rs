@@ -4,7 +4,6 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::zeroed;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -58,20 +57,16 @@ impl Mailbox {
     }
 }
 
-/// Has the kernel overwrite most of the memory that is free, at most this much, by zeros: what it was used for during the
-/// boot, the initramfs above all, would be part of every template.
-pub fn clear_free_memory(limit_bytes: u64) -> io::Result<()> {
-    // SAFETY: all zeros are valid; the kernel writes the structure.
-    let free_bytes = unsafe {
-        let mut info: libc::sysinfo = zeroed();
-        check(libc::sysinfo(&mut info))?;
-        info.freeram * u64::from(info.mem_unit)
-    };
-    let len = (free_bytes / 8 * 7).min(limit_bytes) as usize;
+/// How much is given back at once when free memory has been cleared: so many pages that the kernel needs none to note them.
+const PART_LEN: usize = 8 * PAGE_LEN;
+
+/// Has the kernel overwrite this much of the memory that is free by zeros: what it was used for during the boot, the
+/// initramfs above all, would be part of every template.
+pub fn clear_free_memory(len: usize) -> io::Result<()> {
     let (access, none) = (libc::PROT_READ | libc::PROT_WRITE, ptr::null_mut());
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address of the kernel's choice, which nothing refers to, is filled and goes away. Small
-    // pages come from where something has been before.
+    // SAFETY: a new mapping at an address of the kernel's choice, which nothing refers to, is filled, given back part by
+    // part, and goes away. Small pages come from where something has been before.
     unsafe {
         let start = libc::mmap(none, len, access, flags, -1, 0);
         if start == libc::MAP_FAILED {
@@ -79,6 +74,12 @@ pub fn clear_free_memory(limit_bytes: u64) -> io::Result<()> {
         }
         libc::madvise(start, len, libc::MADV_NOHUGEPAGE);
         let populated = check(libc::madvise(start, len, libc::MADV_POPULATE_WRITE));
+        // The kernel hands out first what came back last. That should be what it handed out first here, the smallest
+        // gaps between what is in use: a box that starts there needs no more of the host's huge pages.
+        for at in (0..len).step_by(PART_LEN).rev() {
+            let part = PART_LEN.min(len - at);
+            check(libc::madvise(start.byte_add(at), part, libc::MADV_DONTNEED))?;
+        }
         check(libc::munmap(start, len))?;
         populated.map(drop)
     }
