@@ -236,46 +236,64 @@ impl RegisterPage {
     }
 }
 
-/// A checksum against accidents: of words of 64 bits in four lanes, in each their sum and the sum of these sums, so that
-/// the place of a word counts.
+/// A checksum against accidents: of rows of 32 words of 64 bits, by column, their sum, and of each page the sum of these
+/// sums, so that the place of a page counts, and that of a word in its row. Adding once for each 32 bytes is what makes it
+/// cheap: each start from a template waits for it.
 #[derive(Debug, Clone)]
 pub struct Checksum {
-    /// How many bytes were added: zeros that fill the last words count for nothing else.
+    /// How many bytes were added: zeros that fill the last row count for nothing else.
     len: u64,
-    sums: [u64; 4],
-    sums_of_sums: [u64; 4],
+    /// Rows since the last whole page.
+    rows: usize,
+    sums: [u64; COLUMNS],
+    sums_of_sums: [u64; COLUMNS],
 }
 
-/// Length of what [`Checksum`] takes at once.
-const CHECKED: usize = 32;
+/// Words in a row of a [`Checksum`]: as many as eight wide registers hold.
+const COLUMNS: usize = 32;
+/// Length of a row.
+const ROW_LEN: usize = 8 * COLUMNS;
+/// Length of what has its place counted: a page.
+const BLOCK_LEN: usize = PAGE as usize;
+/// Rows of it.
+const BLOCK_ROWS: usize = BLOCK_LEN / ROW_LEN;
 
 impl Default for Checksum {
     /// Of nothing.
     fn default() -> Self {
         // So that leading zeros count.
-        Checksum { len: 0, sums: [1; 4], sums_of_sums: [0; 4] }
+        Checksum { len: 0, rows: 0, sums: [1; COLUMNS], sums_of_sums: [0; COLUMNS] }
     }
 }
 
 impl Checksum {
-    fn add_words(&mut self, words: [u64; 4]) {
-        for (lane, word) in words.into_iter().enumerate() {
-            self.sums[lane] = self.sums[lane].wrapping_add(word);
-            self.sums_of_sums[lane] = self.sums_of_sums[lane].wrapping_add(self.sums[lane]);
+    fn add_row(&mut self, row: &[u8; ROW_LEN]) {
+        let (words, _) = row.as_chunks::<8>();
+        for (sum, word) in self.sums.iter_mut().zip(words) {
+            *sum = sum.wrapping_add(u64::from_le_bytes(*word));
+        }
+        self.rows += 1;
+        if self.rows == BLOCK_ROWS {
+            self.end_block();
         }
     }
 
-    /// Adds bytes. Fewer than a multiple of 32 count as if zeros followed.
+    fn end_block(&mut self) {
+        for (sum_of_sums, sum) in self.sums_of_sums.iter_mut().zip(&self.sums) {
+            *sum_of_sums = sum_of_sums.wrapping_add(*sum);
+        }
+        self.rows = 0;
+    }
+
+    /// Adds bytes. Fewer than a multiple of 256 count as if zeros followed.
     pub fn add(&mut self, bytes: &[u8]) {
         self.len += bytes.len() as u64;
-        let (chunks, rest) = bytes.as_chunks::<CHECKED>();
-        for chunk in chunks {
-            self.add_words(words(chunk));
-        }
+        let (rows, rest) = bytes.as_chunks::<ROW_LEN>();
+        rows.iter().for_each(|row| self.add_row(row));
         if !rest.is_empty() {
-            let mut last = [0; CHECKED];
+            let mut last = [0; ROW_LEN];
             last[..rest.len()].copy_from_slice(rest);
-            self.add_words(words(&last));
+            self.add_row(&last);
         }
     }
 
@@ -287,20 +305,21 @@ impl Checksum {
         sums.fold(0, |value: u64, sum| (value ^ sum).wrapping_mul(WEIGHT).rotate_left(29))
     }
 
-    /// Adds bytes, a multiple of 32, of a guest's RAM that does not run yet.
+    /// Adds pages of a guest's RAM that does not run yet.
     ///
     /// # Errors
-    /// The RAM has no such place.
+    /// The RAM has no such place, or it is not of whole pages.
     pub fn add_ram(&mut self, ram: &GuestRam, at: GuestAddress, len: usize) -> Result<()> {
         let place = ram.get_slice(at, len).context("find pages of RAM")?;
         let guard = place.ptr_guard();
         // SAFETY: the slice has this length, stays mapped until the process ends, and nothing writes to it: the guest
         // does not run yet.
         let bytes = unsafe { slice::from_raw_parts(guard.as_ptr(), len) };
-        let (chunks, _) = bytes.as_chunks::<CHECKED>();
-        if is_x86_feature_detected!("avx2") {
+        let (blocks, rest) = bytes.as_chunks::<BLOCK_LEN>();
+        ensure!(rest.is_empty(), "{len} bytes are no whole pages");
+        if self.rows == 0 && is_x86_feature_detected!("avx2") {
             // SAFETY: the CPU has the instructions.
-            unsafe { self.add_by_avx2(chunks) };
+            unsafe { self.add_by_avx2(blocks) };
             self.len += len as u64;
         } else {
             self.add(bytes);
@@ -308,28 +327,34 @@ impl Checksum {
         Ok(())
     }
 
-    /// Adds chunks by wider registers, which the compiler does not come to use by itself: each start from a template
-    /// waits for this.
+    /// Adds whole pages, with none begun, by wider registers, which the compiler does not come to use by itself.
     #[target_feature(enable = "avx2")]
-    fn add_by_avx2(&mut self, chunks: &[[u8; CHECKED]]) {
-        // SAFETY: the array is as long as the register.
-        let load = |lanes: *const u8| unsafe { _mm256_loadu_si256(lanes.cast()) };
-        let mut sums = load(self.sums.as_ptr().cast());
-        let mut sums_of_sums = load(self.sums_of_sums.as_ptr().cast());
-        for chunk in chunks {
-            sums = _mm256_add_epi64(sums, load(chunk.as_ptr()));
-            sums_of_sums = _mm256_add_epi64(sums_of_sums, sums);
+    fn add_by_avx2(&mut self, blocks: &[[u8; BLOCK_LEN]]) {
+        const LANES: usize = 4;
+        let (sums, _) = self.sums.as_chunks_mut::<LANES>();
+        let (sums_of_sums, _) = self.sums_of_sums.as_chunks_mut::<LANES>();
+        // SAFETY: each place is as long as a register.
+        let load = |from: *const u8| unsafe { _mm256_loadu_si256(from.cast()) };
+        let mut columns = [0, 1, 2, 3, 4, 5, 6, 7].map(|at| load(sums[at].as_ptr().cast()));
+        for block in blocks {
+            let (rows, _) = block.as_chunks::<ROW_LEN>();
+            for row in rows {
+                let (words, _) = row.as_chunks::<{ 8 * LANES }>();
+                for (column, words) in columns.iter_mut().zip(words) {
+                    *column = _mm256_add_epi64(*column, load(words.as_ptr()));
+                }
+            }
+            for (sum_of_sums, column) in sums_of_sums.iter_mut().zip(&columns) {
+                let sum = _mm256_add_epi64(load(sum_of_sums.as_ptr().cast()), *column);
+                // SAFETY: the place is as long as a register.
+                unsafe { _mm256_storeu_si256(sum_of_sums.as_mut_ptr().cast(), sum) };
+            }
         }
-        for (lanes, register) in [(&mut self.sums, sums), (&mut self.sums_of_sums, sums_of_sums)] {
-            // SAFETY: the array is as long as the register.
-            unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), register) };
+        for (sum, column) in sums.iter_mut().zip(columns) {
+            // SAFETY: the place is as long as a register.
+            unsafe { _mm256_storeu_si256(sum.as_mut_ptr().cast(), column) };
         }
     }
-}
-
-fn words(chunk: &[u8; CHECKED]) -> [u64; 4] {
-    let (words, _) = chunk.as_chunks::<8>();
-    [0, 1, 2, 3].map(|lane| u64::from_le_bytes(words[lane]))
 }
 
 #[cfg(test)]
@@ -338,11 +363,14 @@ mod tests {
 
     #[test]
     fn a_checksum_is_the_same_whichever_way_and_notices_any_bit() {
-        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).expect("a page");
-        let mut bytes: Vec<u8> = (0..4096u32).map(|at| (at * 7 / 3) as u8).collect();
+        const LEN: usize = 3 * 4096;
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), LEN)]).expect("pages");
+        let mut bytes: Vec<u8> = (0..LEN).map(|at| (at * 7 / 3) as u8).collect();
         ram.write_slice(&bytes, GuestAddress(0)).expect("written");
         let mut of_ram = Checksum::default();
         of_ram.add_ram(&ram, GuestAddress(0), 4096).expect("there");
+        of_ram.add_ram(&ram, GuestAddress(4096), LEN - 4096).expect("there");
+        assert!(of_ram.add_ram(&ram, GuestAddress(0), 4095).is_err());
         let sum_of = |bytes: &[u8]| {
             let mut sum = Checksum::default();
             sum.add(bytes);
@@ -350,13 +378,18 @@ mod tests {
         };
         let sum = sum_of(&bytes);
         assert_eq!(of_ram.value(), sum);
-        for at in (0..4096).step_by(61) {
+        for at in (0..LEN).step_by(61) {
             bytes[at] ^= 1 << (at % 8);
             assert_ne!(sum_of(&bytes), sum, "{at}");
             bytes[at] ^= 1 << (at % 8);
         }
-        bytes.swap(8, 40);
-        assert_ne!(sum_of(&bytes), sum, "two words of one lane have changed places");
-        assert_ne!(sum_of(&[]), sum_of(&[0; 32]));
+        let swapped = |from: usize, to: usize, len: usize| {
+            let mut bytes = bytes.clone();
+            (0..len).for_each(|at| bytes.swap(from + at, to + at));
+            sum_of(&bytes)
+        };
+        assert_ne!(swapped(8, 40, 8), sum, "two words of a row have changed places");
+        assert_ne!(swapped(0, 8192, 4096), sum, "two pages have");
+        assert_ne!(sum_of(&[]), sum_of(&[0; 256]));
     }
 }
