@@ -107,11 +107,13 @@ fn become_box() -> Result<Ready, String> {
 
 /// Overwrites what the boot has left in free memory. If it does not work, the template is larger.
 fn clear_free_memory() {
-    // Else an eighth of the memory would wait in lists of the CPU's for the next that needs a page, and not count as
-    // free (Documentation/admin-guide/sysctl/vm.rst).
+    // Else what is given back would wait in lists of the CPU's, up to an eighth of the memory, and not count as free
+    // (Documentation/admin-guide/sysctl/vm.rst).
     let lists = "/proc/sys/vm/percpu_pagelist_high_fraction";
     let _ = fs::write(lists, "1000000");
-    let free = in_small_blocks(&fs::read_to_string("/proc/buddyinfo").unwrap_or_default());
+    let read = |file| fs::read_to_string(file).unwrap_or_default();
+    let free =
+        in_small_blocks(&read("/proc/buddyinfo")) + in_lists_of_cpus(&read("/proc/zoneinfo"));
     let _ = sys::mailbox::clear_free_memory(free - free / UNCLEARED);
     let _ = fs::write(lists, "0");
 }
@@ -124,6 +126,12 @@ fn in_small_blocks(buddyinfo: &str) -> usize {
     let counts = zones.flat_map(|(_, zone)| zone.split_whitespace().skip(1).enumerate());
     let small = counts.filter(|(order, _)| *order < HUGE_ORDER);
     small.map(|(order, count)| count.parse().unwrap_or(0) * (mailbox::PAGE_LEN << order)).sum()
+}
+
+/// How much free memory, in bytes, CPUs have in lists of their own, by /proc/zoneinfo: mostly what was freed at the boot's end.
+fn in_lists_of_cpus(zoneinfo: &str) -> usize {
+    let counts = zoneinfo.lines().filter_map(|line| line.trim().strip_prefix("count:"));
+    counts.map(|count| count.trim().parse().unwrap_or(0) * mailbox::PAGE_LEN).sum()
 }
 
 /// Has the driver of virtio-mmio look again at a register page, which the kernel has numbered in the order of its command
@@ -145,5 +153,12 @@ mod tests {
                          Node 0, zone   Normal      0 0 2 0 0 0 0 0 0 1 1\n";
         assert_eq!(in_small_blocks(buddyinfo), (3 + 2 + 8) << 12);
         assert_eq!(in_small_blocks(""), 0);
+    }
+
+    #[test]
+    fn lists_of_every_cpu_count() {
+        let zoneinfo = "  pagesets\n    cpu: 0\n              count: 472\n              high:  972\n    \
+                        cpu: 1\n              count: 3\n";
+        assert_eq!(in_lists_of_cpus(zoneinfo), 475 << 12);
     }
 }

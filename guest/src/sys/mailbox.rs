@@ -58,7 +58,7 @@ impl Mailbox {
 }
 
 /// How much is given back at once when free memory has been cleared: so many pages that the kernel needs none to note them.
-const PART_LEN: usize = 8 * PAGE_LEN;
+const PART_LEN: usize = 4 * PAGE_LEN;
 
 /// Has the kernel overwrite this much of the memory that is free by zeros: what it was used for during the boot, the
 /// initramfs above all, would be part of every template.
