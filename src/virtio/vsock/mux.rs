@@ -35,8 +35,8 @@ use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_
 use crate::virtio::main_loop::{MainLoopDevice, Properties, Watcher};
 use crate::virtio::queue::{Chain, ServedQueue};
 
-/// Receive, transmit, event. The driver keeps a page for each of the first, in every template.
-const QUEUE_SIZES: [u16; 3] = [128, 256, 16];
+/// Receive, transmit, event.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// Clients of published ports are accepted while there are fewer flows than this: they must not use up
 /// the flows that the box itself needs.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
