@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 # The modules that take long, the longest first; a comma joins several to one group. All modules that are
 # not named here are one more group, the first, so a new module runs without being entered anywhere.
-long=(tsi:: guest::,commands:: containers::,features:: attestation:: hostile:: faults::back_ends:: passt:: lifecycle::
+long=(tsi:: oci:: guest::,commands:: containers::,features:: attestation:: hostile:: faults::back_ends:: passt:: lifecycle::,entrypoint::
     faults::host::,faults::ends::,faults::callers:: inits::,switch:: datagrams:: limits:: ports:: exec::,terminal::
     outcomes::,shares::,sockets:: published_udp::,logs:: requests::,egress::,bad_input::)
 cold=(cold=features::,outcomes::,shares::,memory::)
