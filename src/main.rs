@@ -1,12 +1,13 @@
 //! `mote`: reads the arguments and the environment, calls [`mote::execute`], exits with its code.
-//! The only exit point. Under the name `virtiofsd` it serves a share instead ([`server`]), under the name
-//! `mote-template` it makes a template ([`maker`]), and under the name `mote-oci`, or as `mote oci`, it is an OCI
-//! runtime ([`oci`]).
+//! The only exit point. Its name may make it something else: under `virtiofsd` it serves a share ([`server`]), under
+//! `mote-template` it makes a template ([`maker`]), under `mote-pause` it holds a pod ([`pause`]), and under `mote-oci`,
+//! or as `mote oci`, it is an OCI runtime ([`oci`]).
 
 use std::process::ExitCode;
 
 use mote::confine::sudden_end;
 use mote::host::virtiofsd::server;
+use mote::oci::pause;
 use mote::plan::Environment;
 use mote::template::maker;
 use mote::timeline::Timeline;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     match arguments.next() {
         Some(name) if name == server::NAME => return server::main(arguments),
         Some(name) if name == maker::NAME => return maker::main(arguments),
+        Some(name) if name == pause::NAME => return pause::main(),
         Some(name) if oci::is_name(&name) => return ExitCode::from(oci::main(arguments)),
         _ => {}
     }

@@ -217,7 +217,9 @@ fn is_pipe(fd: BorrowedFd<'_>) -> bool {
 }
 
 fn path<'a>(environment: &[(&'a OsStr, &'a OsStr)]) -> &'a OsStr {
-    environment.iter().find(|(name, _)| *name == "PATH").map_or(OsStr::new(""), |(_, value)| value)
+    let given = environment.iter().find(|(name, _)| *name == "PATH");
+    // One whose environment is exact may have none, and its engine expects that it is found all the same.
+    given.map_or(OsStr::new(DEFAULT_PATH), |(_, value)| value)
 }
 
 /// The files that an executable's name can mean, in order.

@@ -12,7 +12,7 @@
 //! | `process` | the entrypoint; `apparmorProfile`, `selinuxLabel`: a warning; `scheduler`, `ioPriority`, `execCPUAffinity`: refused |
 //! | `hostname`, `domainname` | the guest's |
 //! | `hooks` | `prestart`, `createRuntime`, `poststart` and `poststop` run on the host; `createContainer` and `startContainer` are refused, since they would run inside |
-//! | `annotations` | kept for `state`; `mote.memory_mib` and `mote.vcpus` size a box without limits |
+//! | `annotations` | kept for `state`; `mote.memory_mib` and `mote.vcpus` size a box without limits; those of a pod's sandbox make it no box ([`super::pause`]) |
 //! | `linux.namespaces`, network | without a path a new one with loopback alone, with a path that one, without the item the host's |
 //! | `linux.namespaces`, user | refused, and so are `uidMappings` and `gidMappings` |
 //! | `linux.namespaces`, others | without effect; a warning, if one with a path was to be shared |
@@ -56,6 +56,8 @@ pub struct Config {
     pub domainname: Option<String>,
     /// Programs to run on the host.
     pub hooks: Hooks,
+    /// Whether it is a pod's sandbox, in which nothing runs: see [`super::pause`].
+    pub is_sandbox: bool,
     /// What engines note.
     pub annotations: Vec<(String, String)>,
     /// The network that it is on.
@@ -145,6 +147,9 @@ fn read_config(mut o: Object<'_>, given: Circumstances) -> Config {
     config.domainname = o.nullable("domainname", Node::string).filter(|name| !name.is_empty());
     config.hooks = o.nullable("hooks", Hooks::read).unwrap_or_default();
     let (annotations, asked) = o.nullable("annotations", read_annotations).unwrap_or_default();
+    config.is_sandbox = SANDBOX.iter().any(|(name, value)| {
+        annotations.iter().any(|(known, given)| known == name && given == value)
+    });
     config.annotations = annotations;
     if let Some(node) = o.member("linux").filter(|node| !node.is_vacant()) {
         read_linux(&node, given, &mut config);
@@ -188,6 +193,12 @@ fn read_root(node: &Node<'_>) -> Option<(PathBuf, bool)> {
     o.finish();
     Some((path.unwrap_or_default(), read_only))
 }
+
+/// By what containerd and CRI-O (and podman) mark the container that holds a pod's namespaces.
+const SANDBOX: [(&str, &str); 2] = [
+    ("io.kubernetes.cri.container-type", "sandbox"),
+    ("io.kubernetes.cri-o.ContainerType", "sandbox"),
+];
 
 /// What annotations ask of mote.
 #[derive(Default)]

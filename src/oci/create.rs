@@ -90,6 +90,7 @@ pub fn create(
             annotations: config.annotations.iter().cloned().collect(),
             cgroup: config.cgroup.as_deref().map(|path| Cgroup::at(path).dir().to_owned()),
             memory_mib: config.memory_mib,
+            is_sandbox: config.is_sandbox,
             ..State::default()
         },
     );
@@ -163,6 +164,9 @@ fn boot(
     container.save()?;
     let process = process::process_file(waiting.pid).context("watch the container's process")?;
     waiting.go()?;
+    if config.is_sandbox {
+        return Ok(());
+    }
     let socket = container.socket("exec.sock");
     let agent = Agent { socket: &socket, process: &process, signals: Some(signals) };
     match agent.wait_until_ready()? {

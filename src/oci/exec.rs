@@ -34,6 +34,11 @@ const RUNS: &[u8] = b"+";
 /// The container does not run, or the program cannot be started.
 pub fn exec(store: &Store, global: &Global, wanted: &arguments::Exec) -> Result<u8> {
     let container = store.find(&wanted.id)?;
+    ensure!(
+        !container.state.is_sandbox,
+        "{} is a pod's sandbox, in which no program can run: name one of the pod's containers",
+        container.state.id
+    );
     let status = container.status();
     ensure!(
         status == Status::Running,

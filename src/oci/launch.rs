@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::config::{Config, Network};
 use super::console;
 use super::mounts::Mount;
+use super::pause;
 use super::root::{self, Wanted};
 use super::state::Container;
 use crate::sys::confine;
@@ -101,6 +102,9 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         console::adopt(&console::open(socket, config.process.size)?)?;
     }
     join_network(&config.network)?;
+    if config.is_sandbox {
+        return become_pause(container);
+    }
     confine::unshare(libc::CLONE_NEWNS)
         .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
     confine::detach_mounts().context("keep mounts apart from the host's")?;
@@ -121,6 +125,15 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         mote.arg("--cgroup").arg(cgroup.dir());
     }
     Err(mote.exec()).context("execute mote's own file")
+}
+
+/// What a pod's sandbox is: see [`super::pause`].
+fn become_pause(container: &Container) -> Result<Never> {
+    if let Some(cgroup) = container.cgroup() {
+        cgroup.join()?;
+    }
+    let error = Command::new(own_file()).arg0(pause::NAME).current_dir("/").env_clear().exec();
+    Err(error).context("execute mote's own file")
 }
 
 /// This program's file: by its path, which gives the process its name, if that still leads to it.

@@ -46,11 +46,21 @@ pub fn start(store: &Store, global: &Global, id: &str) -> Result<()> {
 fn start_made(container: &Container, config: &Config) -> Result<()> {
     let process =
         container.process().ok_or_else(|| anyhow!("cannot start a container that has stopped"))?;
+    if !container.state.is_sandbox {
+        start_program(container, &process)?;
+    }
+    container.mark("started")?;
+    let state = container.to_json(Status::Running).to_string();
+    hooks::run(&config.hooks.poststart, &state)
+}
+
+/// Has the box that waits start its program.
+fn start_program(container: &Container, process: &OwnedFd) -> Result<()> {
     let socket = container.socket("exec.sock");
-    let agent = Agent { socket: &socket, process: &process, signals: None };
+    let agent = Agent { socket: &socket, process, signals: None };
     let has_ended = |limit| -> Result<bool> {
         let [ended] =
-            sys::poll([Interest::read(&process)], Some(limit)).context("wait for the box")?;
+            sys::poll([Interest::read(process)], Some(limit)).context("wait for the box")?;
         Ok(ended)
     };
     match agent.ask(kind::CONTROL, control::START, None)? {
@@ -69,9 +79,7 @@ fn start_made(container: &Container, config: &Config) -> Result<()> {
         }
         _ => bail!("the box's agent does not answer on {}", socket.display()),
     }
-    container.mark("started")?;
-    let state = container.to_json(Status::Running).to_string();
-    hooks::run(&config.hooks.poststart, &state)
+    Ok(())
 }
 
 /// Makes a container and starts it; unless detached, waits for its end, removes it and returns its exit code.
@@ -141,14 +149,15 @@ pub fn kill(store: &Store, id: &str, signal: i32, all: bool) -> Result<()> {
 
 fn send(container: &Container, signal: i32) -> Result<()> {
     let process = container.process().ok_or_else(|| anyhow!("container not running"))?;
-    let end = || {
-        send_signal(&process, libc::SIGKILL).map_err(|error| match error.raw_os_error() {
+    let send_to_process = |signal| {
+        send_signal(&process, signal).map_err(|error| match error.raw_os_error() {
             Some(libc::ESRCH) => anyhow!("process already finished"),
-            _ => anyhow::Error::new(error).context("kill the container's process"),
+            _ => anyhow::Error::new(error).context("signal the container's process"),
         })
     };
-    if signal == libc::SIGKILL {
-        return end();
+    let end = || send_to_process(libc::SIGKILL);
+    if signal == libc::SIGKILL || container.state.is_sandbox {
+        return send_to_process(signal);
     }
     let status = container.status();
     ensure!(
@@ -275,10 +284,10 @@ pub fn update(store: &Store, id: &str, from: &Path) -> Result<()> {
     cgroup.write_all(&limits.files(limits.memory))?;
     match limits.pids {
         // Without a process there is nothing to be limited any more.
-        Some(pids) => {
+        Some(pids) if !container.state.is_sandbox => {
             container.process().map_or(Ok(()), |process| limit_pids(&container, &process, pids))
         }
-        None => Ok(()),
+        _ => Ok(()),
     }
 }
 

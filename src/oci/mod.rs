@@ -6,7 +6,7 @@
 //!
 //! [`config`] reads what an engine asks for, with [`process`], [`resources`], [`mounts`] and [`hooks`]; [`spec`] writes
 //! what mote runs; [`state`] is what outlives a command; [`create`] makes a container, whose process [`launch`] starts
-//! on a file system from [`root`]; [`lifecycle`], [`exec`] and [`inspect`] are the other commands.
+//! on a file system from [`root`], or which is a pod's [`pause`]; [`lifecycle`], [`exec`] and [`inspect`] are the other commands.
 
 pub mod agent;
 pub mod arguments;
@@ -24,6 +24,7 @@ pub mod inspect;
 pub mod launch;
 pub mod lifecycle;
 pub mod mounts;
+pub mod pause;
 pub mod process;
 pub mod report;
 pub mod resources;

@@ -67,6 +67,9 @@ pub struct State {
     pub sockets: Option<PathBuf>,
     /// Its RAM.
     pub memory_mib: u32,
+    /// Whether it is a pod's sandbox, which is no box.
+    #[serde(default)]
+    pub is_sandbox: bool,
 }
 
 /// What a container is doing.

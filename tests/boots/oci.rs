@@ -362,6 +362,39 @@ fn two_containers_share_a_network_namespace() {
 }
 
 #[test]
+fn a_pods_sandbox_is_no_box() {
+    let pod = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    let sandbox = Container::new("echo never").with("/annotations", pod);
+    let made = sandbox.make(&[]);
+    made.start();
+    assert_eq!(sandbox.status(), "running");
+    let pid = fs::read_to_string(sandbox.test.path("bundle/pid")).expect("there");
+    let namespace = format!("/proc/{}/ns/net", pid.trim());
+    let joined = json!([{"type": "network", "path": namespace}]);
+    let serve = "mkdir /www; echo page >/www/page; httpd -p 80 -h /www; exec sleep 10000";
+    let [server, client] =
+        [serve, "until wget -qO- http://127.0.0.1:80/page; do sleep 0.1; done; exit 8"]
+            .map(|script| Container::new(script).with("/linux/namespaces", joined.clone()));
+    let serving = server.make(&[]);
+    serving.start();
+    let asking = client.make(&[]);
+    asking.start();
+    let (code, output) = asking.end();
+    assert_eq!((code, output.lines().last()), (8, Some("page")));
+    assert_eq!(sandbox.run(&["exec", "--process", "/nope"]).status.code(), Some(1));
+    client.done(&["delete"]);
+    server.done(&["delete", "--force"]);
+    drop(serving.end());
+    let kill = sandbox.command(&["kill", &name(&sandbox.test), "15"]).status().expect("runs");
+    assert!(kill.success());
+    assert_eq!(made.end(), (0, String::new()));
+    sandbox.done(&["delete"]);
+    for container in [&sandbox, &server, &client] {
+        container.assert_nothing_left();
+    }
+}
+
+#[test]
 fn inherited_descriptors_are_the_engines_alone() {
     let container = Container::new("ls -l /proc/self/fd; sleep 1000");
     let engine = format!(

@@ -82,8 +82,33 @@ struct Process {
     pid: i32,
     /// Closing it asks the process to finish; `None` once that was done.
     lifeline: Option<OwnedFd>,
-    /// Where it tells how its set-up went: [`READY`], or the reason why it failed. Behind that, which sockets listen.
+    /// Where it tells how its set-up went: [`READY`], or the reason why it failed. Behind that, which sockets listen. It does
+    /// not wait.
     outcome: File,
+    /// Whether the first has been read.
+    is_ready: bool,
+}
+
+impl Process {
+    /// Reads how its set-up went, if it has said so.
+    fn read_outcome(&mut self) -> Result<(), String> {
+        let mut said = [0; READY.len()];
+        match self.outcome.read(&mut said) {
+            Ok(len) if said[..len] == *READY => {
+                self.is_ready = true;
+                Ok(())
+            }
+            Ok(0) => Err("the process that carries the box's connections was killed".into()),
+            Ok(len) => {
+                let mut text = said[..len].to_vec();
+                // What is missing of it is not worth another error.
+                let _ = self.outcome.read_to_end(&mut text);
+                Err(String::from_utf8_lossy(&text).into_owned())
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(e) => Err(format!("wait for the process that carries connections: {e}")),
+        }
+    }
 }
 
 impl Tsi {
@@ -114,6 +139,7 @@ impl Tsi {
         let Tsi { needs, cgroup, resolvers, sockets, .. } = &*self;
         let (end, lifeline) = sys::pipe()?;
         let (outcome, outcome_end) = sys::input_pipe()?;
+        sys::set_nonblocking(&outcome)?;
         let keep: Vec<BorrowedFd<'_>> = [end.as_fd(), outcome_end.as_fd(), cgroup.as_fd()]
             .into_iter()
             .chain(sockets.descriptors())
@@ -122,8 +148,8 @@ impl Tsi {
         let pid = sys::fork(&keep, NAME, || {
             serve(needs, cgroup.as_fd(), resolvers, sockets, &loaded, &end, &outcome_end);
         })?;
-        self.process =
-            Some(Process { pid, lifeline: Some(lifeline), outcome: File::from(outcome) });
+        let (lifeline, outcome) = (Some(lifeline), File::from(outcome));
+        self.process = Some(Process { pid, lifeline, outcome, is_ready: false });
         Ok(())
     }
 
@@ -132,15 +158,10 @@ impl Tsi {
     /// # Errors
     /// If the process could not set itself up, or was killed.
     pub fn wait_until_ready(&mut self) -> Result<(), String> {
-        let Some(Process { outcome, .. }) = &mut self.process else { return Ok(()) };
-        let mut said = [0; libc::PIPE_BUF];
-        match outcome.read(&mut said) {
-            Ok(len) if said[..len] == *READY => sys::set_nonblocking(outcome)
-                .map_err(|e| format!("prepare to hear which sockets listen: {e}")),
-            Ok(0) => Err("the process that carries the box's connections was killed".into()),
-            Ok(len) => Err(String::from_utf8_lossy(&said[..len]).into_owned()),
-            Err(e) => Err(format!("wait for the process that carries connections: {e}")),
-        }
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let waited = sys::poll(&[Interest::read(process.outcome.as_fd())], None);
+        waited.map_err(|e| format!("wait for the process that carries connections: {e}"))?;
+        process.read_outcome()
     }
 
     /// Ready when [`Tsi::next_listens`] has something to say.
@@ -151,10 +172,16 @@ impl Tsi {
 
     /// Which socket listens, or does not any more, if there is news.
     pub fn next_listens(&mut self) -> Option<Listens> {
+        let process = self.process.as_mut().filter(|_| self.needs.published.listeners)?;
+        if !process.is_ready
+            && let Err(error) = process.read_outcome()
+        {
+            // One that was started in the place of another. Its end is told by its parent, PID 1.
+            eprintln!("mote-agent: {error}");
+        }
         let mut bytes = [0; LISTENS_LEN];
-        let outcome = &mut self.process.as_mut()?.outcome;
         // Each is written as a whole.
-        match outcome.read(&mut bytes) {
+        match process.outcome.read(&mut bytes) {
             Ok(LISTENS_LEN) => Listens::decode(&bytes),
             _ => None,
         }
