@@ -25,6 +25,8 @@ use crate::sys::{self, Interest};
 
 /// What the kernel prints first when it gives up (kernel/panic.c).
 const PANIC: &str = "Kernel panic - not syncing: ";
+/// Most bytes of the kernel's messages in the file of `--log`, which the guest's root can write as well.
+const LOG_LIMIT_BYTES: u64 = 1 << 20;
 /// Longest line, in bytes, that is searched as a whole; the kernel's own limit is 1,024.
 const MAX_LINE: usize = 1024;
 
@@ -40,16 +42,20 @@ pub struct Sinks {
 }
 
 impl Sinks {
-    /// mote's own streams, with the kernel where mote's messages go.
+    /// mote's own streams, with the kernel where mote's messages go. A log of these gets only so much from a guest.
     ///
     /// # Errors
     /// The host has no descriptor.
     pub fn of_mote() -> Result<Sinks> {
-        Ok(Sinks {
-            stdout: Sink::of_mote(&io::stdout())?,
-            stderr: Sink::of_mote(&io::stderr())?,
-            kernel: Sink::of_mote(&log::target())?,
-        })
+        let mut kernel = Sink::of_mote(&log::target())?;
+        if log::is_file() {
+            let told = format!(
+                "the kernel's messages have {LOG_LIMIT_BYTES} bytes, the limit of --log; the rest of them is lost"
+            );
+            kernel = Sink::new(kernel.file, LOG_LIMIT_BYTES, told).context("look at the log")?;
+        }
+        let (stdout, stderr) = (Sink::of_mote(&io::stdout())?, Sink::of_mote(&io::stderr())?);
+        Ok(Sinks { stdout, stderr, kernel })
     }
 
     /// One file for all: `console_output`, created 0600, or emptied (contract §2.5). Gives up when `stop` is

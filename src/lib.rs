@@ -241,7 +241,7 @@ fn run_box(
         .context("list the open descriptors in /proc/self/fd (is /proc mounted?)")
         .and_then(|inherited| {
             if let Some(path) = &options.log {
-                let file = OutputFile::new(path, None).open(None);
+                let file = OutputFile::new(path, None).append(None);
                 log::to(file.with_context(|| format!("create the log file {}", path.display()))?);
             }
             let mut report = Report::default();

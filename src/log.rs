@@ -23,6 +23,11 @@ pub fn to(file: File) {
     let _ = FILE.set(file);
 }
 
+/// Whether messages go to a file of their own.
+pub fn is_file() -> bool {
+    FILE.get().is_some()
+}
+
 /// Where messages go.
 pub fn target() -> BorrowedFd<'static> {
     static STDERR: OnceLock<io::Stderr> = OnceLock::new();

@@ -71,8 +71,8 @@ impl OutputFile {
     ///
     /// # Errors
     /// Those of openat2(2).
-    pub fn append(&self, stop: &File) -> io::Result<File> {
-        self.open_with(Contents::Kept, Some(stop))
+    pub fn append(&self, stop: Option<&File>) -> io::Result<File> {
+        self.open_with(Contents::Kept, stop)
     }
 
     /// The directory that the file is in, to make others beside it.

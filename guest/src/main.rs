@@ -57,7 +57,7 @@ mod tsi;
 mod user;
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use mote_agent::instance::TerminalSize;
@@ -151,8 +151,8 @@ struct Running {
     stderr: File,
     /// The host's stream for its input, and where that goes.
     input: Option<(File, File)>,
-    /// The terminal that it runs on.
-    terminal: Option<File>,
+    /// The terminal that it runs on, and its programs' end: kept open, so that programs may close theirs and open it again.
+    terminal: Option<(File, OwnedFd)>,
 }
 
 fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
@@ -177,8 +177,9 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
         sys::resize_terminal(&master, cols, rows).map_err(setup("size the terminal"))?;
         let another = || master.try_clone().map_err(setup("duplicate the terminal"));
         let input = from_host.map(|from| Ok((from, another()?))).transpose()?;
-        let (stdout, terminal) = (another()?, Some(another()?));
+        let stdout = another()?;
         let Spawned { pid, held } = start([slave.as_fd(); 3])?;
+        let terminal = Some((master, slave));
         // All output is the terminal's: the stream for errors ends at once.
         return Ok(Running { pid, held, stdout, stderr, input, terminal });
     }

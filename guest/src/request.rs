@@ -22,6 +22,18 @@ use crate::{command, directory, sys, transfer};
 /// How much longer than a command may run a repeated request waits for its answer.
 const SLACK: Duration = Duration::from_secs(10);
 
+/// Signals that end no process that has no handler for them (signal(7)).
+const NOT_ENDING: [i32; 8] = [
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGSTOP,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGURG,
+    libc::SIGWINCH,
+];
+
 /// What is left to send to the client: bytes, or the text of an error; `None` if there is nobody to send it to.
 type Answer = Result<Option<Vec<u8>>, String>;
 
@@ -68,7 +80,11 @@ fn signal_main(instruction: &[u8], context: &Context<'_>) -> Answer {
     }
     // As the reference takes what is no number.
     let number = control::signal(instruction.trim_ascii_end(), control::SIGNAL_MAIN);
-    sys::signal(context.entrypoint, number.unwrap_or(libc::SIGTERM));
+    let number = number.unwrap_or(libc::SIGTERM);
+    let waits = context.held.is_some_and(|held| matches!(held.state(), Release::Waiting));
+    // As process 1 it gets no signal that it has no handler for, and one that waits has none.
+    let ends = waits && !NOT_ENDING.contains(&number);
+    sys::signal(context.entrypoint, if ends { libc::SIGKILL } else { number });
     Ok(Some(frame::encode(kind::CONTROL, control::SIGNAL_MAIN_ACK)))
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use mote_agent::protocol::{EntrypointEnd, FromGuest, FromHost, Mark};
@@ -52,8 +52,8 @@ pub struct Streams {
     pub outputs: [Pump; 2],
     /// Its input, if the host gives it one.
     pub input: Option<Pump>,
-    /// The terminal that it runs on.
-    pub terminal: Option<File>,
+    /// The terminal that it runs on, and its programs' end.
+    pub terminal: Option<(File, OwnedFd)>,
 }
 
 /// What phase the box is in.
@@ -221,7 +221,7 @@ impl<'a> Supervisor<'a> {
                     }
                 }
                 Received::Message(FromHost::Resize { cols, rows }) => {
-                    if let Some(terminal) = &self.streams.terminal {
+                    if let Some((terminal, _)) = &self.streams.terminal {
                         // It is open, so this cannot fail.
                         let _ = sys::resize_terminal(terminal, cols, rows);
                     }

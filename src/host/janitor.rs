@@ -385,7 +385,7 @@ fn serve(mote: &Mote, duties: &Duties<'_>, leftovers: &mut Leftovers) {
     }
     take_descriptors(mote, duties, leftovers);
     // Any number of requests that wait at once are one.
-    let mut bytes = [0; 64];
+    let mut bytes = [0; 3 * publisher::REQUEST_LEN];
     loop {
         let both = [Interest::read(&mote.requests), Interest::read(&mote.process)];
         let Ok([true, false]) = sys::poll(both, None) else { return };

@@ -22,8 +22,8 @@ use crate::virtio::vsock::mux::Mux;
 
 /// How long mote waits for the janitor, which answers without waiting, but may have to wait for a CPU.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
-/// Most addresses that one box listens on, each for up to two listeners here.
-const MAX_ADDRESSES: usize = 256;
+/// Most addresses by which clients of one box come.
+const MAX_ADDRESSES: usize = 512;
 /// Most messages about ports that cannot be published.
 const MAX_COMPLAINTS: usize = 16;
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
@@ -61,18 +61,18 @@ pub struct Publisher {
     answers: UnixStream,
     /// Of the last request.
     number: u8,
-    /// What the guest listens on, and what is published for it.
+    /// What is published, by its address here.
     addresses: HashMap<SocketAddr, Published>,
     complaints: usize,
 }
 
-/// What is published for one address.
+/// An address of this network namespace by which clients of the box come.
 #[derive(Debug)]
 struct Published {
-    /// How many of the guest's sockets listen there.
+    /// How many of the guest's sockets listen for those.
     sockets: usize,
-    /// The vsock device's numbers of the listeners.
-    listeners: Vec<usize>,
+    /// The vsock device's number of the listener; `None` if there is none to be had.
+    listener: Option<usize>,
 }
 
 impl Publisher {
@@ -91,30 +91,31 @@ impl Publisher {
         vsock: &mut Mux,
         watcher: &mut Watcher<'_, '_>,
     ) -> Result<()> {
-        if let Some(known) = self.addresses.get_mut(&address) {
-            known.sockets = if starts { known.sockets + 1 } else { known.sockets - 1 };
-            if known.sockets == 0
-                && let Some(published) = self.addresses.remove(&address)
-            {
-                for listener in published.listeners {
-                    vsock.stop_listening(listener, watcher);
+        for here in places(address).filter(|here| here.port() != 0) {
+            let has_room = self.addresses.len() < MAX_ADDRESSES;
+            match self.addresses.get_mut(&here) {
+                Some(known) if starts => known.sockets += 1,
+                Some(Published { sockets: 1, .. }) => {
+                    let gone =
+                        self.addresses.remove(&here).and_then(|published| published.listener);
+                    gone.into_iter().for_each(|listener| vsock.stop_listening(listener, watcher));
                 }
+                Some(known) => known.sockets -= 1,
+                None if starts && has_room => {
+                    let listener = match self.listen(here) {
+                        Ok(socket) => Some(vsock.listen(socket, here.port(), watcher)?),
+                        // This host has no IPv6, or there is no such address any more.
+                        Err(error) if here.is_ipv6() && is_without_address(&error) => None,
+                        Err(error) => {
+                            self.complain(here, &error);
+                            None
+                        }
+                    };
+                    self.addresses.insert(here, Published { sockets: 1, listener });
+                }
+                None => {}
             }
-            return Ok(());
         }
-        if !starts || address.port() == 0 || self.addresses.len() >= MAX_ADDRESSES {
-            return Ok(());
-        }
-        let mut listeners = Vec::new();
-        for here in places(address) {
-            match self.listen(here) {
-                Ok(socket) => listeners.push(vsock.listen(socket, address.port(), watcher)?),
-                // This host has no IPv6, or there is no such address any more.
-                Err(error) if here.is_ipv6() && is_without_address(&error) => {}
-                Err(error) => self.complain(here, &error),
-            }
-        }
-        self.addresses.insert(address, Published { sockets: 1, listeners });
         Ok(())
     }
 
@@ -161,10 +162,10 @@ impl Publisher {
 
 /// Where clients of a server can come from that listens on this address of the guest: a socket of IPv6 takes those of IPv4,
 /// too.
-fn places(address: SocketAddr) -> Vec<SocketAddr> {
+fn places(address: SocketAddr) -> impl Iterator<Item = SocketAddr> {
     let is_of_both = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     let of_ip4 = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
-    is_of_both.then_some(of_ip4).into_iter().chain([address]).collect()
+    is_of_both.then_some(of_ip4).into_iter().chain([address])
 }
 
 fn is_without_address(error: &io::Error) -> bool {

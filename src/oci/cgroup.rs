@@ -80,19 +80,28 @@ impl Cgroup {
         &self.dir
     }
 
-    /// Makes it, with these files written. One that is empty is a leftover, and is replaced.
+    /// Makes it, calls `made`, and writes these files. One that is empty is a leftover, and is replaced.
     ///
     /// # Errors
     /// The host has no cgroup v2 or lacks a controller, somebody else uses the cgroup, or this user may not make it.
-    pub fn create(&self, files: &[(String, String)]) -> Result<()> {
+    pub fn create(
+        &self,
+        files: &[(String, String)],
+        made: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         ensure!(
             mounts::is_cgroup2(Path::new(ROOT)),
             "{ROOT} is not cgroup v2, and mote-oci knows no other: boot the host with systemd.unified_cgroup_hierarchy=1, or run without cgroups (podman run --cgroups=disabled)"
         );
-        self.create_below(Path::new(ROOT), files)
+        self.create_below(Path::new(ROOT), files, made)
     }
 
-    fn create_below(&self, root: &Path, files: &[(String, String)]) -> Result<()> {
+    fn create_below(
+        &self,
+        root: &Path,
+        files: &[(String, String)],
+        made: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let dir = self.dir.display();
         let needed: BTreeSet<&str> =
             files.iter().filter_map(|(name, _)| Some(name.split_once('.')?.0)).collect();
@@ -115,7 +124,13 @@ impl Cgroup {
             }
             _ => fs::create_dir(&self.dir).with_context(|| format!("create the cgroup {dir}"))?,
         }
+        made()?;
         self.write_all(files)
+    }
+
+    /// Removes it if nobody is in it.
+    pub fn remove_if_empty(&self) {
+        let _ = fs::remove_dir(&self.dir);
     }
 
     /// Writes files of it.
@@ -345,10 +360,10 @@ mod tests {
         let root = fake_root("missing");
         let cgroup = Cgroup::of(root.join("b"));
         let files = [("memory.max".to_owned(), "1".to_owned())];
-        let error = cgroup.create_below(&root, &files).expect_err("no memory");
+        let error = cgroup.create_below(&root, &files, || Ok(())).expect_err("no memory");
         assert!(error.to_string().contains("has no \"memory\""), "{error:#}");
         assert!(!cgroup.dir.exists());
-        cgroup.create_below(&root, &[]).expect("created");
+        cgroup.create_below(&root, &[], || Ok(())).expect("created");
         assert_eq!(fs::read_to_string(root.join("cgroup.subtree_control")).expect("file"), "+pids");
         cgroup.remove().expect("removed");
         cgroup.remove().expect("gone is no error");

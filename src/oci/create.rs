@@ -137,7 +137,11 @@ fn prepare(
     let ram = config.resources.memory.map(|_| u64::from(config.memory_mib) << 20);
     let files = config.resources.files(ram);
     match container.cgroup() {
-        Some(cgroup) => cgroup.create(&files),
+        Some(cgroup) => cgroup.create(&files, || {
+            // What somebody else has made is never taken down, nor who is in it.
+            container.state.owns_cgroup = true;
+            container.save()
+        }),
         None if files.is_empty() => Ok(()),
         None => {
             let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();

@@ -58,8 +58,11 @@ pub fn remove(container: &Container) -> Result<()> {
         // Of a create that fails, it is a child; of others, somebody else's.
         let _ = process::ended(pid);
     }
-    if let Some(cgroup) = container.cgroup() {
-        cgroup.remove()?;
+    match container.cgroup() {
+        Some(cgroup) if container.state.owns_cgroup => cgroup.remove()?,
+        // Its create was killed before it could write down that it has made it.
+        Some(cgroup) => cgroup.remove_if_empty(),
+        None => {}
     }
     container.remove()
 }

@@ -103,7 +103,10 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
     }
     join_network(&config.network)?;
     if config.is_sandbox {
-        return become_pause(container);
+        if let Some(score) = config.process.oom_score_adj {
+            set_oom_score(score)?;
+        }
+        return become_pause(container, config);
     }
     confine::unshare(libc::CLONE_NEWNS)
         .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
@@ -128,7 +131,13 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
 }
 
 /// What a pod's sandbox is: see [`super::pause`].
-fn become_pause(container: &Container) -> Result<Never> {
+fn become_pause(container: &Container, config: &Config) -> Result<Never> {
+    // Those of the network are the namespace's; others are of a kernel that no box of the pod has.
+    for (name, value) in config.sysctls.iter().filter(|(name, _)| name.starts_with("net.")) {
+        let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+        fs::write(&path, value)
+            .with_context(|| format!("linux.sysctl.{name}: write {value} to {}", path.display()))?;
+    }
     if let Some(cgroup) = container.cgroup() {
         cgroup.join()?;
     }

@@ -16,6 +16,7 @@ use super::create::{create, read_config, why_ended};
 use super::resources::{Resources, with_overhead};
 use super::state::{Container, Status, Store};
 use super::{end, hooks, report};
+use crate::log;
 use crate::spec::json::Report;
 use crate::sys::container::send_signal;
 use crate::sys::{self, Interest, process};
@@ -173,8 +174,6 @@ fn send(container: &Container, signal: i32) -> Result<()> {
         match agent.ask(kind::CONTROL, &order, Some(left))? {
             Answer::Frame(kind::CONTROL, text) if text == control::SIGNAL_MAIN_ACK => return Ok(()),
             Answer::Ended => bail!("process already finished"),
-            // Before its start there is no program that could be told, only a box that waits.
-            Answer::Frame(..) if status != Status::Running => return end(),
             Answer::Frame(_, text) => {
                 bail!("container not running: {}", String::from_utf8_lossy(&text));
             }
@@ -228,7 +227,13 @@ pub fn delete(store: &Store, global: &Global, id: &str, force: bool) -> Result<(
 fn remove(container: &Container, config: &Config) -> Result<()> {
     end::remove(container)?;
     let state = container.to_json(Status::Stopped).to_string();
-    hooks::run(&config.hooks.poststop, &state)
+    // The specification: what is removed is removed, and the others run.
+    for hook in &config.hooks.poststop {
+        if let Err(error) = hooks::run(std::slice::from_ref(hook), &state) {
+            log::warn(&format!("{error:#}"));
+        }
+    }
+    Ok(())
 }
 
 /// Stops a container's time, or lets it go on.

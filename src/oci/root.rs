@@ -95,6 +95,9 @@ fn put(root: &File, bundle: &Path, bind: &Bind) -> Result<()> {
     Ok(mounts::attach(&tree, &at)?)
 }
 
+/// Size of a tmpfs of the host's for which nothing is asked: what engines and images have below /run fits.
+const DEFAULT_TMPFS_SIZE: &str = "64m";
+
 fn put_tmpfs(root: &File, tmpfs: &Tmpfs) -> Result<()> {
     let at = place(root, &tmpfs.destination, Kind::Directory)?;
     let mut options = Vec::new();
@@ -111,6 +114,10 @@ fn put_tmpfs(root: &File, tmpfs: &Tmpfs) -> Result<()> {
             (None, "noexec") => attributes.set |= libc::MOUNT_ATTR_NOEXEC,
             (None, _) => {}
         }
+    }
+    if !options.iter().any(|(name, _)| name == "size") {
+        // Else half of the host's memory.
+        options.push(("size".into(), DEFAULT_TMPFS_SIZE.into()));
     }
     let mount = mounts::new_tmpfs(&options, attributes).context("make a tmpfs")?;
     if copies {

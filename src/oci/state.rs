@@ -63,6 +63,9 @@ pub struct State {
     pub annotations: BTreeMap<String, String>,
     /// Its cgroup's directory, if it has one of its own.
     pub cgroup: Option<PathBuf>,
+    /// Whether its create has made that: nobody else is in it.
+    #[serde(default)]
+    pub owns_cgroup: bool,
     /// The directory of its sockets, if that is not its own.
     pub sockets: Option<PathBuf>,
     /// Its RAM.

@@ -109,10 +109,13 @@ fn check_sharing(spec: &Spec, report: &mut Report) {
         }
     }
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
-    // Who may not look at process 1 is in no position to make namespaces for others, either.
-    if spec.shares_loopback
-        && namespace("1").is_some_and(|of_host| Some(of_host) == namespace("self"))
-    {
+    let (of_host, own) = (namespace("1"), namespace("self"));
+    if spec.shares_loopback && of_host.is_none() {
+        report.error(
+            "loopback",
+            "is \"netns\", and this user may not look at /proc/1/ns/net to see that mote is not in the host's own; run mote as root, or leave it out",
+        );
+    } else if spec.shares_loopback && of_host == own {
         report.error(
             "loopback",
             "is \"netns\", but mote runs in the host's own network namespace, whose loopback is no box's; start mote in another (ip netns exec)",

@@ -800,7 +800,7 @@ static u32 flow_request(u64 *state, u8 *bytes)
     return one_in(state, 4) ? below(state, 20) : 20 + below(state, 64);
 }
 
-#define PROTOCOL_VERSION 5 /* VERSION in guest/src/protocol.rs */
+#define PROTOCOL_VERSION 6 /* VERSION in guest/src/protocol.rs */
 
 /* Messages of the control channel (guest/src/protocol.rs): proper ones, and none. Not the end. */
 static u32 control_message(u64 *state, u8 *bytes)

@@ -320,7 +320,7 @@ fn two_containers_share_a_network_namespace() {
     inside("addr add 10.77.0.9/24 dev d0");
     inside("link set d0 up");
     let joined = json!([{"type": "network", "path": format!("/run/netns/{namespace}")}]);
-    let serve = "mkdir /www; echo page >/www/page; httpd -p 80 -h /www; httpd -p 10.77.0.9:81 -h /www; \
+    let serve = "mkdir /www; echo page >/www/page; httpd -p 8080 -h /www; httpd -p 10.77.0.9:8081 -h /www; \
          exec sleep 10000";
     let server = Container::new(serve).with("/linux/namespaces", joined.clone());
     let made = server.make(&[]);
@@ -340,13 +340,13 @@ fn two_containers_share_a_network_namespace() {
             .expect("wget runs");
         String::from_utf8_lossy(&fetch.stdout) == "page\n"
     };
-    let servers = ["127.0.0.1:80", "10.77.0.9:80", "10.77.0.9:81"];
+    let servers = ["127.0.0.1:8080", "10.77.0.9:8080", "10.77.0.9:8081"];
     for to in servers {
         eventually("the server answers", || from_namespace(to));
     }
     let [first, second, third] = servers;
     let ask = format!(
-        "for to in {first} {second} {third} 127.0.0.1:82; do wget -qO- http://$to/page || echo refused; done"
+        "for to in {first} {second} {third} 127.0.0.1:8082; do wget -qO- http://$to/page || echo refused; done"
     );
     let ask = ask.as_str();
     let client = Container::new(ask).with("/linux/namespaces", joined);
@@ -356,7 +356,7 @@ fn two_containers_share_a_network_namespace() {
     client.done(&["delete"]);
     server.done(&["delete", "--force"]);
     drop(made.end());
-    assert!(!from_namespace("127.0.0.1:80"));
+    assert!(!from_namespace("127.0.0.1:8080"));
     ip(&format!("netns del {namespace}"));
     server.assert_nothing_left();
 }
@@ -371,10 +371,12 @@ fn a_pods_sandbox_is_no_box() {
     let pid = fs::read_to_string(sandbox.test.path("bundle/pid")).expect("there");
     let namespace = format!("/proc/{}/ns/net", pid.trim());
     let joined = json!([{"type": "network", "path": namespace}]);
-    let serve = "mkdir /www; echo page >/www/page; httpd -p 80 -h /www; exec sleep 10000";
-    let [server, client] =
-        [serve, "until wget -qO- http://127.0.0.1:80/page; do sleep 0.1; done; exit 8"]
-            .map(|script| Container::new(script).with("/linux/namespaces", joined.clone()));
+    let serve = "mkdir /www; echo page >/www/page; httpd -p 8080 -h /www; exec sleep 10000";
+    let [server, client] = [
+        serve,
+        "for i in $(seq 300); do wget -qO- http://127.0.0.1:8080/page && exit 8; sleep 0.1; done",
+    ]
+    .map(|script| Container::new(script).with("/linux/namespaces", joined.clone()));
     let serving = server.make(&[]);
     serving.start();
     let asking = client.make(&[]);

@@ -188,7 +188,7 @@ struct ConsoleLog {
 impl ConsoleLog {
     fn open(file: &OutputFile, limit_bytes: u64, stop: &File) -> Result<ConsoleLog> {
         let open = || {
-            let file = file.append(stop)?;
+            let file = file.append(Some(stop))?;
             let len = len_of_log(&file)?;
             Ok::<_, io::Error>(ConsoleLog { file, len, limit_bytes, failed: false })
         };

@@ -233,13 +233,16 @@ impl<'a> Relay<'a> {
     fn listens(&mut self, listens: Listens) {
         let Listens { address, starts } = listens;
         let servers = &mut self.shared.servers;
-        if !starts {
-            servers.remove(&address);
-        } else if !address.ip().is_loopback()
-            && !address.ip().is_unspecified()
-            && servers.len() < MAX_UNTOLD
-        {
-            servers.insert(address);
+        let is_single = !address.ip().is_loopback() && !address.ip().is_unspecified();
+        let has_room = servers.len() < MAX_UNTOLD;
+        match servers.get_mut(&address) {
+            Some(sockets) if starts => *sockets += 1,
+            Some(1) => drop(servers.remove(&address)),
+            Some(sockets) => *sockets -= 1,
+            None if starts && is_single && has_room => {
+                servers.insert(address, 1);
+            }
+            None => {}
         }
         // A box that changes its mind so often is not to cost memory.
         if self.untold.len() < MAX_UNTOLD {

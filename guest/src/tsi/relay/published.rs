@@ -261,7 +261,7 @@ impl Named {
         let next = match over {
             Place::Ip4 => Some(Place::Ip6),
             Place::Ip6 => {
-                let server = shared.servers.iter().find(|server| server.port() == port);
+                let server = shared.servers.keys().find(|server| server.port() == port);
                 server.map(|server| Place::Shared(server.ip()))
             }
             Place::Shared(_) => None,

@@ -1,7 +1,7 @@
 //! What all flows are served with: the epoll that watches their sockets, the BPF programs that know
 //! where they go, and the means to send packets to applications.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddr;
@@ -102,8 +102,9 @@ pub struct Shared {
     pub programs: Programs,
     /// To applications.
     pub injector: Injector,
-    /// Where programs of the box listen, but for all addresses and loopback's: on those that it shares with others.
-    pub servers: BTreeSet<SocketAddr>,
+    /// Where programs of the box listen, but for all addresses and loopback's: on those that it shares with others; and with
+    /// how many sockets.
+    pub servers: BTreeMap<SocketAddr, usize>,
     /// Room for one read, of [`SCRATCH_LEN`] bytes.
     pub scratch: Vec<u8>,
     epoll: Epoll,
@@ -122,7 +123,7 @@ impl Shared {
         Ok(Shared {
             programs,
             injector,
-            servers: BTreeSet::new(),
+            servers: BTreeMap::new(),
             scratch: vec![0; SCRATCH_LEN],
             epoll: Epoll::new()?,
             turns: VecDeque::new(),
