@@ -27,6 +27,7 @@ LONG = {
     "src/cgroup.rs": "creating, joining and removing one cgroup, against others who do the same",
     "src/client/cp.rs": "both directions of copying, each with its tests",
     "src/host/janitor.rs": "both ends of one line, and what is left at the end",
+    "src/oci/state.rs": "what outlives a command: one directory, and all that is read from it",
     "src/run.rs": "every event of a box's life, in one loop",
     "src/spec/mod.rs": "one struct and one parser for each object of the spec",
     "src/virtio/mmio.rs": "one register file: what its driver reads and writes, and how it goes on in another VM",
