@@ -7,11 +7,10 @@ use anyhow::{Context, anyhow};
 use mote_agent::exec::{
     self, ExecChunk, ExecExit, ExecOutput, ExecRequest, MAX_PAYLOAD, Stream, control, kind,
 };
-use mote_agent::frame::Frame;
 use mote_agent::instance::Process;
 use mote_agent::text::Text;
 
-use super::channel::{Channel, Reply, request};
+use super::channel::{Channel, request};
 use super::relay::{Output, Session, Stdio, relay};
 use super::stop::Stop;
 use super::target::Target;
@@ -94,40 +93,6 @@ impl Exec {
 
 /// What is called once, when a command runs.
 pub type OnStart<'a> = Option<&'a mut dyn FnMut()>;
-
-/// Has a box start its entrypoint, which waits for that (`entrypoint.start`).
-///
-/// # Errors
-/// The box cannot be reached, or the entrypoint cannot start: its agent's text.
-pub fn start(target: &Target) -> Result<(), Stop> {
-    instruct(target, control::START, control::START_ACK)
-}
-
-/// Sends a signal to a box's entrypoint (contract §4.3).
-///
-/// # Errors
-/// The box cannot be reached.
-pub fn signal_main(target: &Target, signal: i32) -> Result<(), Stop> {
-    let instruction = [control::SIGNAL_MAIN, signal.to_string().as_bytes()].concat();
-    instruct(target, &instruction, control::SIGNAL_MAIN_ACK)
-}
-
-/// Sends an instruction that is all that a connection is for.
-fn instruct(target: &Target, instruction: &[u8], expected: &[u8]) -> Result<(), Stop> {
-    knock(target)?;
-    let mut channel = target.connect()?;
-    channel.send(kind::CONTROL, instruction);
-    match channel.reply(None, None)? {
-        Reply::Frame(Frame { kind: kind::CONTROL, payload }) if payload == expected => Ok(()),
-        Reply::Frame(Frame { kind: kind::ERROR, payload }) => {
-            Err(Stop::Refused(anyhow!(String::from_utf8_lossy(&payload).into_owned())))
-        }
-        Reply::Frame(_) => Err(Stop::Failed(anyhow!("the box's answer makes no sense"))),
-        Reply::Closed | Reply::Late => {
-            Err(Stop::Failed(anyhow!("the box ended before it answered")))
-        }
-    }
-}
 
 /// The instruction to send a signal to a command's process group.
 pub fn signal_instruction(number: i32) -> Vec<u8> {

@@ -214,7 +214,8 @@ mod tests {
     #[test]
     fn a_terminal_is_raw_during_the_session_and_restored_after() {
         for ends_well in [true, false] {
-            let (keyboard, terminal) = sys::terminal::pseudo_terminal(132, 43).expect("made");
+            let (keyboard, terminal) =
+                sys::terminal::pseudo_terminal(TerminalSize { cols: 132, rows: 43 }).expect("made");
             let before = mode(&terminal);
             let (seen, cooked) = (terminal.try_clone().expect("cloned"), before.clone());
             let mut user = keyboard.try_clone().expect("cloned");

@@ -15,6 +15,7 @@ use anyhow::Result;
 use mote_agent::flow::Listens;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::host::sockets::BACKLOG;
 use crate::log;
 use crate::sys::{self, Interest};
 use crate::virtio::main_loop::Watcher;
@@ -26,8 +27,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const MAX_ADDRESSES: usize = 512;
 /// Most messages about ports that cannot be published.
 const MAX_COMPLAINTS: usize = 16;
-/// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
-const BACKLOG: i32 = 4096;
 
 /// Length of a request: its number, and the rest as [`Listens`] encodes it.
 pub(super) const REQUEST_LEN: usize = 20;

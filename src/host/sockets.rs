@@ -23,7 +23,7 @@ use crate::virtio::vsock::listeners::Listener;
 use crate::{log, sys};
 
 /// Clients that may wait to be accepted: Linux's own limit (`somaxconn`).
-const BACKLOG: i32 = 4096;
+pub(super) const BACKLOG: i32 = 4096;
 /// Why a socket cannot be bound if somebody listens on its path.
 const TAKEN: &str = "another process listens on it; is this box running already?";
 

@@ -1,7 +1,7 @@
 //! A container's terminal: made here, used by mote or by the relay of an exec, and shown by the engine, which gets the
 //! other side of it over its console socket.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use crate::sys::container;
-use crate::sys::terminal::TerminalSize;
+use crate::sys::terminal::{self, DEFAULT_SIZE, TerminalSize};
 
 /// Refuses a console socket without a terminal, and a terminal that nobody would see.
 ///
@@ -31,9 +31,9 @@ pub fn check(terminal: bool, socket: Option<&Path>, has_own: bool) -> Result<()>
 ///
 /// # Errors
 /// Nobody takes it.
-pub fn open(socket: &Path, size: Option<TerminalSize>) -> Result<OwnedFd> {
-    let TerminalSize { cols, rows } = size.unwrap_or(TerminalSize { cols: 80, rows: 24 });
-    let (master, slave) = container::open_terminal(cols, rows).context("make a terminal")?;
+pub fn open(socket: &Path, size: Option<TerminalSize>) -> Result<File> {
+    let made = terminal::pseudo_terminal(size.unwrap_or(DEFAULT_SIZE));
+    let (master, slave) = made.context("make a terminal")?;
     let name = container::terminal_path(&slave).context("name the terminal")?;
     let connected = UnixStream::connect(socket);
     let connected =
@@ -48,7 +48,7 @@ pub fn open(socket: &Path, size: Option<TerminalSize>) -> Result<OwnedFd> {
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn adopt(terminal: &OwnedFd) -> Result<()> {
+pub fn adopt(terminal: &File) -> Result<()> {
     container::take_terminal(terminal).context("take the terminal for this session")?;
     container::use_as_standard_streams(terminal).context("use the terminal as standard streams")
 }

@@ -102,19 +102,16 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         console::adopt(&console::open(socket, config.process.size)?)?;
     }
     join_network(&config.network)?;
+    if let Some(score) = config.process.oom_score_adj {
+        set_oom_score(score)?;
+    }
     if config.is_sandbox {
-        if let Some(score) = config.process.oom_score_adj {
-            set_oom_score(score)?;
-        }
         return become_pause(container, config);
     }
     confine::unshare(libc::CLONE_NEWNS)
         .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
     confine::detach_mounts().context("keep mounts apart from the host's")?;
     assemble(container, config)?;
-    if let Some(score) = config.process.oom_score_adj {
-        set_oom_score(score)?;
-    }
     let mut mote = Command::new(own_file());
     mote.arg0("mote").current_dir("/");
     for (option, file) in

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use crate::plan::capability;
 use crate::spec::json::{Json, Node, Object, Report};
+use crate::spec::process::Capabilities;
 use crate::sys::terminal::TerminalSize;
 
 /// A program to run in a box, and as whom.
@@ -51,21 +52,6 @@ impl Default for User {
     fn default() -> Self {
         User { uid: 0, gid: 0, umask: DEFAULT_UMASK, additional_gids: Vec::new() }
     }
-}
-
-/// The five sets of capabilities(7), by name (`CAP_CHOWN`).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Capabilities {
-    /// Which it can ever get.
-    pub bounding: Vec<String>,
-    /// Which count.
-    pub effective: Vec<String>,
-    /// Which programs that it executes may inherit.
-    pub inheritable: Vec<String>,
-    /// Which it may make count.
-    pub permitted: Vec<String>,
-    /// Which programs that it executes keep.
-    pub ambient: Vec<String>,
 }
 
 /// The limits that a box can have, by the names of getrlimit(2).

@@ -3,11 +3,10 @@
 
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
@@ -129,24 +128,6 @@ pub fn send_signal(process: &impl AsRawFd, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a new terminal: the side of keyboard and screen, and the side that programs use. Neither goes to programs
-/// that this process executes.
-///
-/// # Errors
-/// Those of openpty(3).
-pub fn open_terminal(cols: u16, rows: u16) -> io::Result<(OwnedFd, OwnedFd)> {
-    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
-    let (mut master, mut slave): (RawFd, RawFd) = (-1, -1);
-    // SAFETY: openpty writes two descriptors and reads a winsize; null asks for no name and for the usual settings.
-    check(unsafe {
-        libc::openpty(&mut master, &mut slave, ptr::null_mut(), ptr::null(), &raw const size)
-    })?;
-    let (master, slave) = (owned(master), owned(slave));
-    super::close_on_exec(&master)?;
-    super::close_on_exec(&slave)?;
-    Ok((master, slave))
-}
-
 /// Room for one control message with one descriptor (unix(7), `SCM_RIGHTS`).
 #[repr(C, align(8))]
 struct Rights([u8; 24]);
@@ -252,9 +233,4 @@ pub fn terminal_path(terminal: &impl AsRawFd) -> io::Result<std::path::PathBuf> 
 pub fn is_root() -> bool {
     // SAFETY: plain system call.
     unsafe { libc::geteuid() == 0 }
-}
-
-/// Sets the name of this process, of which the first 15 bytes count.
-pub fn name(name: &CStr) {
-    super::process::name(name);
 }

@@ -96,12 +96,12 @@ pub fn terminal_size(terminal: &impl AsRawFd) -> Option<TerminalSize> {
         .then_some(TerminalSize { cols: size.ws_col, rows: size.ws_row })
 }
 
-/// Both ends of a new pseudo-terminal: the side of keyboard and screen, and the side that programs use.
+/// Both ends of a new pseudo-terminal: the side of keyboard and screen, and the side that programs use. Neither goes to
+/// programs that this process executes.
 ///
 /// # Errors
 /// Those of openpty(3).
-#[cfg(test)]
-pub fn pseudo_terminal(cols: u16, rows: u16) -> io::Result<(std::fs::File, std::fs::File)> {
+pub fn pseudo_terminal(TerminalSize { cols, rows }: TerminalSize) -> io::Result<(File, File)> {
     let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
     let (mut master, mut slave) = (-1, -1);
     // SAFETY: openpty writes two descriptors and reads a winsize; null asks for no name and for the
@@ -115,5 +115,8 @@ pub fn pseudo_terminal(cols: u16, rows: u16) -> io::Result<(std::fs::File, std::
             &raw const size,
         )
     })?;
-    Ok((super::owned(master).into(), super::owned(slave).into()))
+    let (master, slave) = (super::owned(master), super::owned(slave));
+    super::close_on_exec(&master)?;
+    super::close_on_exec(&slave)?;
+    Ok((master.into(), slave.into()))
 }
