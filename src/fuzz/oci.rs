@@ -4,6 +4,7 @@
 use std::path::{Component, Path};
 
 use super::Input;
+use crate::oci::cgroup::Place;
 use crate::oci::config::{Circumstances, Config};
 use crate::oci::mounts::Mount;
 use crate::oci::process::Process;
@@ -15,7 +16,7 @@ use crate::spec::json::Report;
 
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
-    let given = Circumstances { cpus: input.u8().into(), systemd_cgroup: input.flag() };
+    let given = Circumstances { cpus: input.u8().into() };
     let Ok(text) = str::from_utf8(input.0) else { return };
     let mut report = Report::default();
     if let Ok(config) = Config::parse(text, given, &mut report)
@@ -65,7 +66,7 @@ fn look_at(config: &Config) {
             Mount::SharedMemory(_) => {}
         }
     }
-    if let Some(path) = &config.cgroup {
+    if let Some(Place::Path(path)) = &config.cgroup {
         assert!(is_safe(&Path::new("/").join(path)), "{path:?}");
     }
     check_files(&config.resources);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::systemd::Scope;
 use crate::spec::json::Node;
 use crate::sys::{mounts, process};
 
@@ -26,23 +27,25 @@ const STEP: Duration = Duration::from_millis(2);
 /// Controllers that every container's cgroup has, for the engine's statistics, where there are any.
 const USUAL: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
-/// Reads `linux.cgroupsPath`: a path from the root of cgroups on.
-pub fn read_path(node: &Node<'_>, systemd: bool) -> Option<Option<PathBuf>> {
+/// Where an engine wants a container's cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// At this path from the root of cgroups on, to be made.
+    Path(PathBuf),
+    /// Wherever systemd makes it.
+    Scope(Scope),
+}
+
+/// Reads `linux.cgroupsPath`: a path from the root of cgroups on, or `SLICE:PREFIX:NAME`.
+pub fn read_place(node: &Node<'_>) -> Option<Option<Place>> {
     let text = node.string()?;
-    let is_slice = !text.contains('/') && text.split(':').count() == 3;
-    if is_slice {
-        let advice =
-            "set cgroup_manager = \"cgroupfs\" (podman), or SystemdCgroup = false (containerd)";
-        node.error(format!(
-            "is \"{text}\", a scope of systemd's, which mote-oci cannot make yet; {advice}"
-        ));
-        return None;
-    }
-    if systemd && !text.is_empty() && !text.starts_with('/') {
-        node.error(format!(
-            "is \"{text}\", must be SLICE:PREFIX:NAME or a path, as --systemd-cgroup is given"
-        ));
-        return None;
+    match Scope::parse(&text) {
+        Some(Ok(scope)) => return Some(Some(Place::Scope(scope))),
+        Some(Err(problem)) => {
+            node.error(format!("is \"{text}\", {problem}"));
+            return None;
+        }
+        None => {}
     }
     let mut path = PathBuf::new();
     for component in Path::new(&text).components() {
@@ -55,7 +58,7 @@ pub fn read_path(node: &Node<'_>, systemd: bool) -> Option<Option<PathBuf>> {
             }
         }
     }
-    Some((!path.as_os_str().is_empty()).then_some(path))
+    Some((!path.as_os_str().is_empty()).then_some(Place::Path(path)))
 }
 
 /// A container's cgroup.
@@ -103,19 +106,11 @@ impl Cgroup {
         made: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let dir = self.dir.display();
-        let needed: BTreeSet<&str> =
-            files.iter().filter_map(|(name, _)| Some(name.split_once('.')?.0)).collect();
         let parent = self.dir.parent().unwrap_or(root);
         fs::create_dir_all(parent).with_context(|| {
             format!("create the cgroup {} (is this root, or is it delegated?)", parent.display())
         })?;
-        let below = parent.strip_prefix(root).unwrap_or(Path::new(""));
-        let mut on_the_way = root.to_owned();
-        offer(&on_the_way, &needed)?;
-        for name in below {
-            on_the_way.push(name);
-            offer(&on_the_way, &needed)?;
-        }
+        self.have_controllers(root, files, &USUAL)?;
         match fs::remove_dir(&self.dir) {
             Err(error) if error.kind() == ErrorKind::ResourceBusy => {
                 bail!(
@@ -126,6 +121,35 @@ impl Cgroup {
         }
         made()?;
         self.write_all(files)
+    }
+
+    /// Writes these files of a cgroup that somebody else has made.
+    ///
+    /// # Errors
+    /// The host lacks a controller, or refuses a value.
+    pub fn limit(&self, files: &[(String, String)]) -> Result<()> {
+        self.have_controllers(Path::new(ROOT), files, &[])?;
+        self.write_all(files)
+    }
+
+    /// Makes controllers available in it, by what is above it: those that these files are of, and `usual` ones as far as
+    /// they can be had.
+    fn have_controllers(
+        &self,
+        root: &Path,
+        files: &[(String, String)],
+        usual: &[&str],
+    ) -> Result<()> {
+        let needed: BTreeSet<&str> =
+            files.iter().filter_map(|(name, _)| Some(name.split_once('.')?.0)).collect();
+        let below = self.dir.parent().and_then(|parent| parent.strip_prefix(root).ok());
+        let mut on_the_way = root.to_owned();
+        offer(&on_the_way, &needed, usual)?;
+        for name in below.unwrap_or(Path::new("")) {
+            on_the_way.push(name);
+            offer(&on_the_way, &needed, usual)?;
+        }
+        Ok(())
     }
 
     /// Removes it if nobody is in it.
@@ -279,11 +303,12 @@ impl Cgroup {
 
 /// Makes controllers available in the children of a cgroup: those that are needed, and the usual ones as far as they
 /// can be had.
-fn offer(dir: &Path, needed: &BTreeSet<&str>) -> Result<()> {
+fn offer(dir: &Path, needed: &BTreeSet<&str>, usual: &[&str]) -> Result<()> {
     let read = |name| fs::read_to_string(dir.join(name)).unwrap_or_default();
     let (available, offered) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
     let listed = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
-    let usual = USUAL.into_iter().filter(|name| !needed.contains(name) && listed(&available, name));
+    let usual = usual.iter().copied();
+    let usual = usual.filter(|name| !needed.contains(name) && listed(&available, name));
     let wanted = needed.iter().copied().filter(|name| *name != "cgroup").map(|name| (name, true));
     for (controller, is_needed) in wanted.chain(usual.map(|name| (name, false))) {
         if listed(&offered, controller) {
@@ -319,31 +344,30 @@ mod tests {
     use super::*;
     use crate::spec::json::{Json, Object, Report};
 
-    fn read(text: &str, systemd: bool) -> Result<Option<PathBuf>, String> {
+    fn read(text: &str) -> Result<Option<Place>, String> {
         let json = Json::parse(&format!("{{\"p\":\"{text}\"}}")).expect("JSON");
         let report = RefCell::new(Report::default());
         let mut o = Object::root(&json, &report).expect("an object");
-        let path = o.nullable("p", |node| read_path(node, systemd));
+        let place = o.nullable("p", read_place);
         match report.into_inner().errors.pop() {
-            None => Ok(path.flatten()),
+            None => Ok(place.flatten()),
             Some(fault) => Err(fault.problem),
         }
     }
 
     #[test]
-    fn paths_stay_below_the_root() {
-        assert_eq!(
-            read("/libpod_parent/libpod-x", false),
-            Ok(Some("libpod_parent/libpod-x".into()))
+    fn places_are_paths_below_the_root_or_scopes() {
+        let path = |path: &str| Ok(Some(Place::Path(path.into())));
+        assert_eq!(read("/libpod_parent/libpod-x"), path("libpod_parent/libpod-x"));
+        assert_eq!(read("a/b"), path("a/b"));
+        assert_eq!((read(""), read("/")), (Ok(None), Ok(None)));
+        assert!(read("/a/../../b").expect_err("leads out").contains("\"..\""));
+        assert!(matches!(read("machine.slice:libpod:x"), Ok(Some(Place::Scope(_)))));
+        let error = read("machine:libpod:x").expect_err("no slice");
+        assert!(
+            error.starts_with("is \"machine:libpod:x\", whose \"machine\" is no slice"),
+            "{error}"
         );
-        assert_eq!(read("a/b", false), Ok(Some("a/b".into())));
-        assert_eq!(read("/a", true), Ok(Some("a".into())));
-        assert_eq!((read("", true), read("/", false)), (Ok(None), Ok(None)));
-        assert!(read("/a/../../b", false).expect_err("leads out").contains("\"..\""));
-        for systemd in [true, false] {
-            let error = read("machine.slice:libpod:x", systemd).expect_err("a scope");
-            assert!(error.contains("a scope of systemd's"), "{error}");
-        }
     }
 
     /// A directory that looks like a cgroup file system as far as plain files can.

@@ -12,11 +12,11 @@
 //! | `process` | the entrypoint; `apparmorProfile`, `selinuxLabel`: a warning; `scheduler`, `ioPriority`, `execCPUAffinity`: refused |
 //! | `hostname`, `domainname` | the guest's |
 //! | `hooks` | `prestart`, `createRuntime`, `poststart` and `poststop` run on the host; `createContainer` and `startContainer` are refused, since they would run inside |
-//! | `annotations` | kept for `state`; `mote.memory_mib` and `mote.vcpus` size a box without limits; those of a pod's sandbox make it no box ([`super::pause`]) |
+//! | `annotations` | kept for `state`; `mote.memory_mib` and `mote.vcpus` size a box without limits; `org.systemd.property.NAME` is a property of the unit that systemd makes; those of a pod's sandbox make it no box ([`super::pause`]) |
 //! | `linux.namespaces`, network | without a path a new one with loopback alone, with a path that one, without the item the host's |
 //! | `linux.namespaces`, user | refused, and so are `uidMappings` and `gidMappings` |
 //! | `linux.namespaces`, others | without effect; a warning, if one with a path was to be shared |
-//! | `linux.cgroupsPath`, `linux.resources` | a cgroup (v2) for mote, see [`super::resources`]; `resources.devices` has no effect |
+//! | `linux.cgroupsPath`, `linux.resources` | a cgroup (v2) for mote, see [`super::resources`], which systemd makes under `--systemd-cgroup`; `resources.devices` has no effect |
 //! | `linux.devices` | the standard ones are there anyway; others are refused, or a warning if there are more than 20, as engines write for `--privileged` |
 //! | `linux.sysctl` | the guest's |
 //! | `linux.maskedPaths`, `linux.readonlyPaths` | the guest's |
@@ -32,11 +32,12 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 
-use super::cgroup;
+use super::cgroup::{self, Place};
 use super::hooks::Hooks;
 use super::mounts::{self, Mounts};
 use super::process::Process;
 use super::resources::Resources;
+use super::systemd::{PROPERTY_ANNOTATION, Property};
 use crate::spec::json::{Json, Node, Object, Report};
 
 /// A container, as it is asked for.
@@ -62,8 +63,10 @@ pub struct Config {
     pub annotations: Vec<(String, String)>,
     /// The network that it is on.
     pub network: Network,
-    /// Its cgroup, from the root of cgroups on.
-    pub cgroup: Option<PathBuf>,
+    /// Where its cgroup is to be.
+    pub cgroup: Option<Place>,
+    /// Further properties of its unit, where systemd makes its cgroup.
+    pub unit_properties: Vec<Property>,
     /// Its limits.
     pub resources: Resources,
     /// Names and values.
@@ -95,8 +98,6 @@ pub enum Network {
 pub struct Circumstances {
     /// How many CPUs this process may use.
     pub cpus: u64,
-    /// Whether cgroups are systemd's to make.
-    pub systemd_cgroup: bool,
 }
 
 /// RAM of a box that is given no limit.
@@ -147,12 +148,13 @@ fn read_config(mut o: Object<'_>, given: Circumstances) -> Config {
     config.domainname = o.nullable("domainname", Node::string).filter(|name| !name.is_empty());
     config.hooks = o.nullable("hooks", Hooks::read).unwrap_or_default();
     let (annotations, asked) = o.nullable("annotations", read_annotations).unwrap_or_default();
+    config.unit_properties = asked.unit_properties;
     config.is_sandbox = SANDBOX.iter().any(|(name, value)| {
         annotations.iter().any(|(known, given)| known == name && given == value)
     });
     config.annotations = annotations;
     if let Some(node) = o.member("linux").filter(|node| !node.is_vacant()) {
-        read_linux(&node, given, &mut config);
+        read_linux(&node, &mut config);
     }
     for name in ["solaris", "windows", "vm", "zos", "freebsd"] {
         if let Some(node) = o.member(name).filter(|node| !node.is_vacant()) {
@@ -205,6 +207,7 @@ const SANDBOX: [(&str, &str); 2] = [
 struct Asked {
     memory_mib: Option<u32>,
     vcpus: Option<u64>,
+    unit_properties: Vec<Property>,
 }
 
 type Annotations = Vec<(String, String)>;
@@ -226,6 +229,13 @@ fn read_annotations(node: &Node<'_>) -> Option<(Annotations, Asked)> {
                 asked.memory_mib = number(u32::MAX.into()).and_then(|mib| u32::try_from(mib).ok());
             }
             "mote.vcpus" => asked.vcpus = number(MAX_VCPUS),
+            other if other.starts_with(PROPERTY_ANNOTATION) => {
+                let property = other.trim_start_matches(PROPERTY_ANNOTATION);
+                match Property::of_annotation(property, &value) {
+                    Ok(property) => asked.unit_properties.push(property),
+                    Err(problem) => node.error(problem),
+                }
+            }
             other if other.starts_with("mote.") => {
                 node.warn("is no annotation that mote-oci knows; there are mote.memory_mib and mote.vcpus");
             }
@@ -236,12 +246,11 @@ fn read_annotations(node: &Node<'_>) -> Option<(Annotations, Asked)> {
     Some((all, asked))
 }
 
-fn read_linux(node: &Node<'_>, given: Circumstances, config: &mut Config) {
+fn read_linux(node: &Node<'_>, config: &mut Config) {
     let Some(mut o) = node.object() else { return };
     config.network = o.nullable("namespaces", read_namespaces).unwrap_or_default();
     config.resources = o.nullable("resources", Resources::read).unwrap_or_default();
-    let path = |node: &Node<'_>| cgroup::read_path(node, given.systemd_cgroup);
-    config.cgroup = o.nullable("cgroupsPath", path).flatten();
+    config.cgroup = o.nullable("cgroupsPath", cgroup::read_place).flatten();
     o.nullable("devices", read_devices);
     config.sysctls = o.nullable("sysctl", read_sysctls).unwrap_or_default();
     config.masked_paths = o.nullable("maskedPaths", Node::strings).unwrap_or_default();

@@ -2,13 +2,14 @@
 
 use serde_json::{Value, json};
 
+use super::cgroup::Place;
 use super::config::{Circumstances, Config, Network};
 use super::mounts::Mount;
 use crate::spec::json::Report;
 
 fn parse(config: &Value) -> (Config, Report) {
     let mut report = Report::default();
-    let given = Circumstances { cpus: 4, systemd_cgroup: false };
+    let given = Circumstances { cpus: 4 };
     let config = Config::parse(&config.to_string(), given, &mut report).expect("an object");
     (config, report)
 }
@@ -58,7 +59,7 @@ fn what_podman_writes_is_understood() {
     assert_eq!(report.warnings.len(), 2, "{:?}", report.warnings);
     assert_eq!((config.memory_mib, config.vcpus), (256, 1));
     assert_eq!(config.network, Network::Joined("/run/netns/n".into()));
-    assert_eq!(config.cgroup, Some("libpod_parent/libpod-1".into()));
+    assert_eq!(config.cgroup, Some(Place::Path("libpod_parent/libpod-1".into())));
     assert_eq!(config.readonly_paths, ["/proc/sys", "/sys"]);
     assert_eq!(config.hooks.create.len(), 1);
     assert!(config.read_only_root && config.process.no_new_privileges);
@@ -194,7 +195,7 @@ fn what_a_box_cannot_be_is_refused_by_its_path() {
         ("/linux/namespaces/1", json!({"type": "pid"})),
         ("/linux/namespaces/2", json!({"type": "nonsense"})),
         ("/linux/devices/0", json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229})),
-        ("/linux/cgroupsPath", json!("machine.slice:libpod:1")),
+        ("/linux/cgroupsPath", json!("machine:libpod:1")),
         ("/annotations/mote.vcpus", json!("0")),
     ] {
         let mut config = whole();
@@ -235,7 +236,7 @@ fn a_box_without_limits_is_sized_by_annotations() {
 
 #[test]
 fn what_is_no_object_is_refused() {
-    let given = Circumstances { cpus: 1, systemd_cgroup: false };
+    let given = Circumstances { cpus: 1 };
     for text in ["", "[]", "null", "{", "5"] {
         assert!(Config::parse(text, given, &mut Report::default()).is_err(), "{text}");
     }

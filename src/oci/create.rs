@@ -17,11 +17,12 @@ use mote_agent::exec::kind;
 
 use super::agent::{Agent, Answer};
 use super::arguments::{self, Global};
-use super::cgroup::Cgroup;
+use super::cgroup::{Cgroup, Place};
 use super::config::{Circumstances, Config};
 use super::launch::{self, Launch};
 use super::report;
 use super::state::{Container, Lock, OCI_VERSION, State, Status, Store, write_whole};
+use super::systemd::Member;
 use super::{console, end, hooks, mounts, root, spec};
 use crate::spec::json::Report;
 use crate::sys;
@@ -36,11 +37,11 @@ const PID_FILE_MODE: u32 = 0o644;
 ///
 /// # Errors
 /// It cannot be read, or is wrong.
-pub fn read_config(path: &Path, systemd_cgroup: bool) -> Result<(Config, String, Vec<String>)> {
+pub fn read_config(path: &Path) -> Result<(Config, String, Vec<String>)> {
     let name = path.display();
     let text = fs::read_to_string(path).with_context(|| format!("read {name}"))?;
     let cpus = process::cpu_affinity().map_or(1, |cpus| cpus.len() as u64);
-    let given = Circumstances { cpus, systemd_cgroup };
+    let given = Circumstances { cpus };
     let mut report = Report::default();
     let config =
         Config::parse(&text, given, &mut report).map_err(|error| anyhow!("{name} {error}"))?;
@@ -68,8 +69,11 @@ pub fn create(
     let bundle = wanted.bundle.canonicalize();
     let bundle =
         bundle.with_context(|| format!("look at the bundle {}", wanted.bundle.display()))?;
-    let (mut config, text, warnings) =
-        read_config(&bundle.join("config.json"), global.systemd_cgroup)?;
+    let (mut config, text, warnings) = read_config(&bundle.join("config.json"))?;
+    ensure!(
+        global.systemd_cgroup || !matches!(config.cgroup, Some(Place::Scope(_))),
+        "linux.cgroupsPath names a scope of systemd's (SLICE:PREFIX:NAME), which is made with --systemd-cgroup only: give that, or a path"
+    );
     // What cannot be looked at cannot be mounted either, which says why.
     if let Ok(root) = fs::File::open(bundle.join(&config.root)) {
         mounts::decide_sides(&mut config.mounts.mounts, |path| {
@@ -88,7 +92,15 @@ pub fn create(
             bundle,
             created: report::now(),
             annotations: config.annotations.iter().cloned().collect(),
-            cgroup: config.cgroup.as_deref().map(|path| Cgroup::at(path).dir().to_owned()),
+            cgroup: match &config.cgroup {
+                Some(Place::Path(path)) => Some(Cgroup::at(path).dir().to_owned()),
+                // Nobody knows yet where that will be.
+                Some(Place::Scope(_)) | None => None,
+            },
+            scope: match &config.cgroup {
+                Some(Place::Scope(scope)) => Some(scope.unit().to_owned()),
+                Some(Place::Path(_)) | None => None,
+            },
             memory_mib: config.memory_mib,
             is_sandbox: config.is_sandbox,
             ..State::default()
@@ -96,6 +108,8 @@ pub fn create(
     );
     let mut make = || -> Result<()> {
         prepare(&mut container, &config, &text, &warnings)?;
+        // Until the container's process is in it.
+        let _member = make_cgroup(&mut container, &config)?;
         boot(&mut container, &config, wanted, in_foreground, &signals)?;
         let state = container.to_json(Status::Creating).to_string();
         hooks::run(&config.hooks.create, &state)?;
@@ -117,7 +131,7 @@ pub fn create(
     Ok((container, config, locked))
 }
 
-/// Makes everything that does not run: files, sockets' directory, cgroup.
+/// Makes everything that does not run: files and the sockets' directory.
 fn prepare(
     container: &mut Container,
     config: &Config,
@@ -134,15 +148,33 @@ fn prepare(
     container.write("log", &lines)?;
     let root = container.file("root");
     fs::create_dir(&root).with_context(|| format!("create {}", root.display()))?;
+    Ok(())
+}
+
+/// Makes its cgroup, with its limits. What is returned is in it, if it must not be empty.
+fn make_cgroup(container: &mut Container, config: &Config) -> Result<Option<Member>> {
     let ram = config.resources.memory.map(|_| u64::from(config.memory_mib) << 20);
     let files = config.resources.files(ram);
-    match container.cgroup() {
-        Some(cgroup) => cgroup.create(&files, || {
-            // What somebody else has made is never taken down, nor who is in it.
+    match &config.cgroup {
+        Some(Place::Path(path)) => {
+            let made = || {
+                // What somebody else has made is never taken down, nor who is in it.
+                container.state.owns_cgroup = true;
+                container.save()
+            };
+            Cgroup::at(path).create(&files, made).map(|()| None)
+        }
+        Some(Place::Scope(scope)) => {
+            let description = format!("mote-oci container {}", container.state.id);
+            let member = scope.start(&description, &config.unit_properties, &files)?;
+            let cgroup = Cgroup::at(&member.cgroup);
+            container.state.cgroup = Some(cgroup.dir().to_owned());
             container.state.owns_cgroup = true;
-            container.save()
-        }),
-        None if files.is_empty() => Ok(()),
+            container.save()?;
+            cgroup.limit(&files)?;
+            Ok(Some(member))
+        }
+        None if files.is_empty() => Ok(None),
         None => {
             let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
             bail!(

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use super::state::Container;
+use super::systemd;
 use crate::sys::container::send_signal;
 use crate::sys::process;
 use crate::sys::{self, Interest};
@@ -57,6 +58,9 @@ pub fn remove(container: &Container) -> Result<()> {
     if let Some(pid) = container.state.pid {
         // Of a create that fails, it is a child; of others, somebody else's.
         let _ = process::ended(pid);
+    }
+    if let Some(unit) = &container.state.scope {
+        systemd::end(unit);
     }
     match container.cgroup() {
         Some(cgroup) if container.state.owns_cgroup => cgroup.remove()?,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use mote_agent::instance;
 use mote_agent::text::Text;
 
-use super::arguments::{self, Global};
+use super::arguments;
 use super::create::read_config;
 use super::process::{Process, User};
 use super::state::{Container, Status, Store, write_whole};
@@ -32,7 +32,7 @@ const RUNS: &[u8] = b"+";
 ///
 /// # Errors
 /// The container does not run, or the program cannot be started.
-pub fn exec(store: &Store, global: &Global, wanted: &arguments::Exec) -> Result<u8> {
+pub fn exec(store: &Store, wanted: &arguments::Exec) -> Result<u8> {
     let container = store.find(&wanted.id)?;
     ensure!(
         !container.state.is_sandbox,
@@ -51,7 +51,7 @@ pub fn exec(store: &Store, global: &Global, wanted: &arguments::Exec) -> Result<
         "--preserve-fds is {}, and descriptors of the host cannot be passed into a box; leave it out",
         wanted.preserve_fds
     );
-    let task = task(&container, global, wanted)?;
+    let task = task(&container, wanted)?;
     let socket = wanted.console_socket.as_deref();
     console::check(task.process.terminal, socket, !wanted.detach)?;
     if !wanted.detach && socket.is_none() {
@@ -87,7 +87,7 @@ struct Task {
     cwd: Text,
 }
 
-fn task(container: &Container, global: &Global, wanted: &arguments::Exec) -> Result<Task> {
+fn task(container: &Container, wanted: &arguments::Exec) -> Result<Task> {
     let texts = |words: &[String]| words.iter().map(Text::from).collect::<Vec<_>>();
     let entries = |env: &[(String, String)]| {
         env.iter().map(|(name, value)| Text::from(format!("{name}={value}"))).collect::<Vec<_>>()
@@ -106,7 +106,7 @@ fn task(container: &Container, global: &Global, wanted: &arguments::Exec) -> Res
         return Ok(Task { process, args, env, cwd });
     }
     // What is not told is the container's own.
-    let config = read_config(&container.file("config.json"), global.systemd_cgroup)?.0;
+    let config = read_config(&container.file("config.json"))?.0;
     let mut process = Process { terminal: wanted.tty, ..config.process };
     if let Some(user) = &wanted.user {
         process.user = parse_user(user, process.user.umask)?;

@@ -115,7 +115,7 @@ pub fn features() -> String {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
             "capabilities": capabilities,
             "cgroup": {
-                "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false
+                "v1": false, "v2": true, "systemd": true, "systemdUser": true, "rdma": false
             },
             "seccomp": { "enabled": false },
             "apparmor": { "enabled": false },

@@ -15,7 +15,7 @@ use super::config::Config;
 use super::create::{create, read_config, why_ended};
 use super::resources::{Resources, with_overhead};
 use super::state::{Container, Status, Store};
-use super::{end, hooks, report};
+use super::{end, hooks, report, systemd};
 use crate::log;
 use crate::spec::json::Report;
 use crate::sys::container::send_signal;
@@ -30,7 +30,7 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// It is not there, runs already or has ended, or its program cannot be started.
-pub fn start(store: &Store, global: &Global, id: &str) -> Result<()> {
+pub fn start(store: &Store, id: &str) -> Result<()> {
     let (container, _locked) = store.find_locked(id)?;
     match container.status() {
         Status::Created => {}
@@ -40,7 +40,7 @@ pub fn start(store: &Store, global: &Global, id: &str) -> Result<()> {
             bail!("cannot start a container that is not complete: its create was broken off")
         }
     }
-    let config = read_config(&container.file("config.json"), global.systemd_cgroup)?.0;
+    let config = read_config(&container.file("config.json"))?.0;
     start_made(&container, &config)
 }
 
@@ -193,7 +193,7 @@ fn send(container: &Container, signal: i32) -> Result<()> {
 ///
 /// # Errors
 /// It is not there or runs, or something of it cannot be removed.
-pub fn delete(store: &Store, global: &Global, id: &str, force: bool) -> Result<()> {
+pub fn delete(store: &Store, id: &str, force: bool) -> Result<()> {
     if force {
         // A create that waits for a box holds the lock until the box answers or ends, and some boxes do neither.
         if let Some(process) = store.find(id).ok().and_then(|container| container.process()) {
@@ -201,7 +201,7 @@ pub fn delete(store: &Store, global: &Global, id: &str, force: bool) -> Result<(
             let _ = send_signal(&process, libc::SIGKILL);
         }
         let Some((container, _locked)) = store.find_leftover(id)? else { return Ok(()) };
-        let config = read_config(&container.file("config.json"), global.systemd_cgroup);
+        let config = read_config(&container.file("config.json"));
         return match config {
             Ok((config, ..)) => remove(&container, &config),
             // Nothing is known of hooks, and nothing must keep it.
@@ -217,7 +217,7 @@ pub fn delete(store: &Store, global: &Global, id: &str, force: bool) -> Result<(
             status.word()
         );
     }
-    let config = read_config(&container.file("config.json"), global.systemd_cgroup);
+    let config = read_config(&container.file("config.json"));
     match config {
         Ok((config, ..)) => remove(&container, &config),
         Err(_) => end::remove(&container),
@@ -286,7 +286,11 @@ pub fn update(store: &Store, id: &str, from: &Path) -> Result<()> {
     if let Some(wanted) = limits.memory {
         check_memory(wanted, container.state.memory_mib, cgroup.number("memory.current"))?;
     }
-    cgroup.write_all(&limits.files(limits.memory))?;
+    let files = limits.files(limits.memory);
+    if let Some(unit) = &container.state.scope {
+        systemd::update(unit, &files)?;
+    }
+    cgroup.write_all(&files)?;
     match limits.pids {
         // Without a process there is nothing to be limited any more.
         Some(pids) if !container.state.is_sandbox => {

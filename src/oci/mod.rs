@@ -31,6 +31,7 @@ pub mod resources;
 pub mod root;
 pub mod spec;
 pub mod state;
+pub mod systemd;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -84,13 +85,13 @@ fn execute(global: &Global, command: Command) -> Result<u8> {
         Command::Run { create, detach, keep } => {
             return lifecycle::run(&store, global, &create, detach, keep);
         }
-        Command::Exec(wanted) => return exec::exec(&store, global, &wanted),
-        Command::Start(id) => return lifecycle::start(&store, global, &id).map(|()| 0),
+        Command::Exec(wanted) => return exec::exec(&store, &wanted),
+        Command::Start(id) => return lifecycle::start(&store, &id).map(|()| 0),
         Command::Kill { id, signal, all } => {
             return lifecycle::kill(&store, &id, signal, all).map(|()| 0);
         }
         Command::Delete { id, force } => {
-            return lifecycle::delete(&store, global, &id, force).map(|()| 0);
+            return lifecycle::delete(&store, &id, force).map(|()| 0);
         }
         Command::Pause(id) => return lifecycle::freeze(&store, &id, true).map(|()| 0),
         Command::Resume(id) => return lifecycle::freeze(&store, &id, false).map(|()| 0),

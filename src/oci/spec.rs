@@ -136,7 +136,7 @@ mod tests {
             "linux":{"sysctl":{"net.core.somaxconn":"1"},"maskedPaths":["/proc/kcore"],
             "resources":{"pids":{"limit":7},"memory":{"limit":104857601},"cpu":{"quota":250000}}}}"#;
         let mut report = Report::default();
-        let given = Circumstances { cpus: 2, systemd_cgroup: false };
+        let given = Circumstances { cpus: 2 };
         let config = Config::parse(text, given, &mut report).expect("an object");
         assert_eq!(report.errors, []);
         let state = State { id: "x".into(), ..State::default() };

@@ -63,6 +63,9 @@ pub struct State {
     pub annotations: BTreeMap<String, String>,
     /// Its cgroup's directory, if it has one of its own.
     pub cgroup: Option<PathBuf>,
+    /// The unit of systemd's that the cgroup is.
+    #[serde(default)]
+    pub scope: Option<String>,
     /// Whether its create has made that: nobody else is in it.
     #[serde(default)]
     pub owns_cgroup: bool,

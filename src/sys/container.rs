@@ -229,6 +229,12 @@ pub fn terminal_path(terminal: &impl AsRawFd) -> io::Result<std::path::PathBuf> 
     std::fs::read_link(format!("/proc/self/fd/{}", terminal.as_raw_fd()))
 }
 
+/// Whether this process is root outside all user namespaces, as far as it can see (user_namespaces(7)).
+pub fn is_hosts_root() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    is_root() && map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 /// Whether this process is root.
 pub fn is_root() -> bool {
     // SAFETY: plain system call.

@@ -10,6 +10,7 @@ use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::ptr;
 use std::time::{Duration, Instant};
@@ -244,6 +245,16 @@ pub fn is_kernel_thread(pid: u32) -> bool {
     // include/linux/sched.h
     const PF_KTHREAD: u64 = 0x20_0000;
     Stat::of(pid).is_some_and(|stat| stat.flags & PF_KTHREAD != 0)
+}
+
+/// Where a process is in the hierarchy of cgroup v2, from its root on (cgroups(7)).
+///
+/// # Errors
+/// The process is gone, or there is no cgroup v2.
+pub fn cgroup(pid: u32) -> io::Result<PathBuf> {
+    let all = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let unified = all.lines().find_map(|line| line.strip_prefix("0::/"));
+    unified.map(PathBuf::from).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 /// What the kernel says of a process (proc_pid_stat(5)).
