@@ -32,8 +32,6 @@ use crate::virtio::devices::Devices;
 use crate::virtio::main_loop::{DeviceEvent, MainLoopDevice, Watcher};
 use crate::vm::{Served, Vm};
 
-/// The signals that ask mote to stop the box.
-const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 /// Further signals that are for an entrypoint which gets them all.
 const PASSED_ON: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
 /// How long the guest may take to stop: longer than the agent's own grace of 5 s, and well inside
@@ -87,7 +85,7 @@ impl Signals {
     /// The host refuses a descriptor for signals.
     pub fn block(plan: &Plan) -> Result<Signals> {
         let file = |signals: &[i32]| sys::signal_file(signals).context("watch for signals");
-        let mut stop = STOP_SIGNALS.to_vec();
+        let mut stop = sys::STOP_SIGNALS.to_vec();
         if plan.signals == SignalsTo::Entrypoint {
             stop.extend(PASSED_ON);
         }

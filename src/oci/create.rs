@@ -28,8 +28,6 @@ use crate::spec::json::Report;
 use crate::sys;
 use crate::sys::process;
 
-/// The signals that break a create off.
-const SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 /// Others may read a pid-file.
 const PID_FILE_MODE: u32 = 0o644;
 
@@ -81,7 +79,7 @@ pub fn create(
         });
     }
     console::check(config.process.terminal, wanted.console_socket.as_deref(), in_foreground)?;
-    let signals = sys::signal_file(&SIGNALS).context("take signals")?;
+    let signals = sys::signal_file(&sys::STOP_SIGNALS).context("take signals")?;
     let (dir, locked) = store.make(&wanted.id)?;
     let mut container = Container::new(
         dir,

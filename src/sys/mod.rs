@@ -243,6 +243,10 @@ pub fn standard_input() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
 }
 
+/// The signals that ask a process to end.
+pub const STOP_SIGNALS: [libc::c_int; 4] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
 /// Blocks these signals for the calling thread and those it starts, and returns a non-blocking
 /// descriptor to read them from.
 ///

@@ -45,7 +45,7 @@ pub fn helper(
         command.pre_exec(move || {
             // First: entering a new user namespace would undo that it ends with mote.
             prepare()?;
-            become_helper()?;
+            become_helper(&[])?;
             // The parent may have died before the line above took effect.
             if libc::getppid() as u32 != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
@@ -201,18 +201,21 @@ pub fn inherited_listener() -> io::Result<UnixListener> {
 }
 
 /// What a process that mote has started does first: ends with mote, is in a process group of its own, since a
-/// terminal's Ctrl-C must reach mote only, and gets the signals that mote has blocked.
+/// terminal's Ctrl-C must reach mote only, and gets the signals that mote has blocked, but for those `blocked` here.
 ///
 /// # Errors
 /// Those of prctl(2) and setpgid(2).
-pub fn become_helper() -> io::Result<()> {
+pub fn become_helper(blocked: &[libc::c_int]) -> io::Result<()> {
     end_with_parent()?;
     // SAFETY: plain system calls; an all-zero set is valid until it is emptied.
     unsafe {
         check(libc::setpgid(0, 0))?;
-        let mut none: libc::sigset_t = zeroed();
-        libc::sigemptyset(&mut none);
-        check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
+        let mut set: libc::sigset_t = zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in blocked {
+            libc::sigaddset(&mut set, *signal);
+        }
+        check(libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()))?;
     }
     Ok(())
 }

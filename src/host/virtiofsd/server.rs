@@ -140,7 +140,8 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     let Tasks { isolation, open_files, shares } = parse(arguments)
         .context("mote starts this itself, to serve shares, under the name virtiofsd")?;
     sys::process::name(c"virtiofsd");
-    sys::process::become_helper().context("become mote's helper")?;
+    // Who stops all processes of a box at once, as systemd does with a scope, must not take its files away first.
+    sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
     match &shares[..] {
         [(directory, read_only)] => {
             let confined =
@@ -163,7 +164,7 @@ fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, boo
                 // It is the starter's, whose descriptors are closed next.
                 std::mem::forget(report);
                 sys::process::keep_inherited(2 * index).context("keep what is this share's")?;
-                sys::process::become_helper().context("become mote's helper")?;
+                sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
                 show_as(isolation, open_files, directory, *read_only);
                 let confined = virtiofsd::confine_copy(directory, *read_only, open_files)?;
                 return serve_share(confined, *read_only);

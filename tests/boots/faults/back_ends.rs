@@ -120,6 +120,23 @@ fn hit_virtiofsd(test: &TestBox, signal: i32) {
 }
 
 #[test]
+fn who_stops_all_processes_of_a_box_does_not_take_its_files_away() {
+    let test = TestBox::streaming(
+        "trap 'cat /bin/busybox | wc -c >/said; exit 7' TERM; echo ready; while :; do sleep 0.1; done",
+    );
+    let started = test.ready();
+    // As systemd does with a scope, in no certain order.
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        hit_virtiofsd(&test, signal);
+    }
+    started.signal(libc::SIGTERM);
+    let ran = started.wait();
+    ran.assert_ended(7, "exited");
+    let said = fs::read_to_string(test.path("root/said")).expect("written");
+    assert!(said.trim().parse::<u64>().expect("a number") > 0);
+}
+
+#[test]
 fn a_virtiofsd_killed_under_load_ends_the_box() {
     let test = TestBox::streaming(
         "echo ready; while :; do dd if=/dev/zero of=/file bs=64k count=64 2>/dev/null; cat /file >/dev/null; done",
