@@ -64,6 +64,8 @@ musl-tools          /usr/bin/musl-gcc                    a static client with mu
 openssl             /usr/bin/openssl                     a certificate authority for the tests
 apache2-utils       /usr/bin/ab                          load on published ports
 passt               /usr/bin/passt                       the network that boxes with 'network' use
+systemd             /usr/bin/busctl                      makes cgroups of containers in the tests
+dbus                /usr/bin/dbus-daemon                 carries its calls
 groff-base          /usr/bin/groff                       reads the man pages
 zsh                 /usr/bin/zsh                         reads its completions
 fish                /usr/bin/fish                        the same, and completes with them

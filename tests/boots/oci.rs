@@ -14,8 +14,8 @@ use crate::common::{TestBox, eventually, mote};
 const ENGINE: &str = include_str!("python/engine.py");
 
 /// A container on a small image.
-struct Container {
-    test: TestBox,
+pub struct Container {
+    pub test: TestBox,
     config: Value,
 }
 
@@ -27,7 +27,7 @@ struct Made<'a> {
 
 impl Container {
     /// One that runs this shell script.
-    fn new(script: &str) -> Self {
+    pub fn new(script: &str) -> Self {
         let test = TestBox::busybox();
         fs::create_dir(test.path("bundle")).expect("made");
         let config = json!({
@@ -51,7 +51,7 @@ impl Container {
         Container { test, config }
     }
 
-    fn with(mut self, pointer: &str, value: Value) -> Self {
+    pub fn with(mut self, pointer: &str, value: Value) -> Self {
         let (parent, key) = pointer.rsplit_once('/').expect("a path");
         self.config.pointer_mut(parent).expect("there")[key] = value;
         self
@@ -81,10 +81,15 @@ impl Container {
         state["status"].clone()
     }
 
+    pub fn write_config(&self) {
+        let path = self.test.path("bundle/config.json");
+        fs::write(path, self.config.to_string()).expect("written");
+    }
+
     fn engine(&self, more: &[&str]) -> Child {
         let bundle = self.test.path("bundle");
         let _ = fs::remove_file(bundle.join("pid"));
-        fs::write(bundle.join("config.json"), self.config.to_string()).expect("written");
+        self.write_config();
         let mut engine = Command::new("python3");
         engine.args(["-c", ENGINE]).arg(mote()).arg(self.test.path("state"));
         engine.arg(name(&self.test)).arg(bundle).args(more);
@@ -116,7 +121,7 @@ impl Container {
         Path::new("/sys/fs/cgroup/mote-oci-test").join(name(&self.test))
     }
 
-    fn assert_nothing_left(&self) {
+    pub fn assert_nothing_left(&self) {
         let state = self.test.path("state");
         let left: Result<Vec<PathBuf>, _> =
             fs::read_dir(&state).map(|entries| entries.flatten().map(|e| e.path()).collect());
@@ -142,7 +147,7 @@ impl Made<'_> {
     }
 }
 
-fn name(test: &TestBox) -> String {
+pub fn name(test: &TestBox) -> String {
     test.dir.file_name().expect("a name").to_string_lossy().into_owned()
 }
 
@@ -406,8 +411,7 @@ fn inherited_descriptors_are_the_engines_alone() {
         "subprocess.Popen(create + [name])",
         "subprocess.Popen(create + [name], close_fds=False)",
     );
-    fs::write(container.test.path("bundle/config.json"), container.config.to_string())
-        .expect("written");
+    container.write_config();
     let child = Command::new("python3")
         .args(["-c", &engine])
         .arg(mote())
