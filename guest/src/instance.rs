@@ -258,6 +258,13 @@ pub enum Mount {
         /// Whether it gets what the image has at the path, before it is mounted there.
         copy_up: bool,
     },
+    /// A file or directory of the root file system in another place.
+    Bind {
+        /// Where it is, even if one of the kernel's file systems is mounted over it.
+        source: String,
+        /// The file or directory to mount it on, which is created when it is missing.
+        path: String,
+    },
 }
 
 /// One `setrlimit` call.

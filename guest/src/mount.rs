@@ -1,7 +1,7 @@
 //! The guest's mounts: the root share, the kernel file systems every program expects (contract §7.1), and
 //! those of the spec.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
@@ -60,12 +60,13 @@ const MOVED: [&str; 3] = ["/dev", "/proc", "/sys"];
 /// Devices that the kernel makes for root alone, and udev for everybody (`50-udev-default.rules`).
 const DEVICES_FOR_ALL: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/kvm"];
 
-/// Mounts the root share and makes it `/`, with the kernel file systems, which are mounted below the initramfs.
+/// Mounts the root share and makes it `/`, with the kernel file systems, which are mounted below the initramfs. Returns
+/// the sources of the spec's [`Mount::Bind`]s, in order, which cannot be named any more where those are mounted.
 ///
 /// # Errors
-/// If the host serves no such share, it cannot become the root directory, or it lacks a mount point and has no room for
-/// one.
-pub fn root() -> Result<(), String> {
+/// If the host serves no such share, it cannot become the root directory, it lacks a source, or it lacks a mount point
+/// and has no room for one.
+pub fn root(mounts: &[Mount]) -> Result<Vec<File>, String> {
     let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     // Afterwards they cannot be named any more.
     let below = MOVED.map(|target| Ok((target, files::open_place(target)?)));
@@ -80,13 +81,20 @@ pub fn root() -> Result<(), String> {
         .and_then(|()| sys::chroot("."))
         .and_then(|()| std::env::set_current_dir("/"))
         .map_err(failed("make the root share the root directory"))?;
+    let sources = mounts.iter().filter_map(|mount| match mount {
+        Mount::Bind { source, path } => Some(files::open_place(source).map_err(|e| {
+            format!("open {source} in the root file system, which is to be mounted on {path}: {e}")
+        })),
+        _ => None,
+    });
+    let sources = sources.collect::<Result<_, String>>()?;
     for (target, mount) in below {
         ensure_directory(target).map_err(|e| {
             format!("create the mount point {target} in the root file system (rootfs_path): {e}")
         })?;
         sys::move_mount(&mount, Path::new(target)).map_err(|e| format!("mount {target}: {e}"))?;
     }
-    Ok(())
+    Ok(sources)
 }
 
 /// Mounts the kernel file systems below the initramfs and makes the usual links in `/dev`.
@@ -139,11 +147,12 @@ pub fn kernel_file_systems_if_missing() {
     }
 }
 
-/// Mounts what the spec asks for; then the root is made read-only, if it shall be.
+/// Mounts what the spec asks for, with the `sources` from [`root`]; then the root is made read-only, if it shall be.
 ///
 /// # Errors
 /// If a mount point cannot be made, or the kernel refuses a mount or its options.
-pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
+pub fn of_the_spec(instance: &Instance, sources: Vec<File>) -> Result<(), String> {
+    let mut sources = sources.into_iter();
     for mount in &instance.mounts {
         match mount {
             Mount::Share { tag, path, read_only, copy_up: false } => {
@@ -166,6 +175,10 @@ pub fn of_the_spec(instance: &Instance) -> Result<(), String> {
                     .and_then(|()| sys::unmount(STAGING))
                     .and_then(|()| fs::remove_dir(STAGING))
                     .map_err(|e| format!("mount the file of {what} on {path}: {e}"))?;
+            }
+            Mount::Bind { source, path } => {
+                let Some(tree) = sources.next() else { continue };
+                bind(&tree, path).map_err(|e| format!("mount {source} on {path}: {e}"))?;
             }
             Mount::Tmpfs { path, options, copy_up: false } => {
                 let (flags, data) = split_options(options);
@@ -262,6 +275,15 @@ fn mount_file(path: &Path, read_only: bool) -> io::Result<()> {
         None if read_only => Err(io::ErrorKind::InvalidInput.into()),
         _ => Ok(()),
     }
+}
+
+/// Mounts a file or directory on one of its kind, which is made if need be.
+fn bind(tree: &File, path: &str) -> io::Result<()> {
+    if !tree.metadata()?.is_dir() {
+        return etc::mount_over(tree, Path::new(path)).map(drop);
+    }
+    fs::create_dir_all(path)?;
+    sys::mount_file_over(tree, Path::new(path))
 }
 
 fn make_read_only(mount_point: &str) -> io::Result<()> {

@@ -47,7 +47,7 @@ pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     let etc = instance.etc.iter().map(|(name, text)| Ok((name, Staged::new(name, text)?)));
     let etc = etc.collect::<Result<Vec<_>, String>>()?;
     let attest = instance.attestation.as_deref().map(Attest::stage).transpose()?;
-    mount::root()?;
+    let sources = mount::root(&instance.mounts)?;
     let root_mounted_ns = sys::monotonic_ns();
     let cgroup = BoxCgroup::set_up(instance.pids_limit)?;
     let resolv_conf = name_servers.provide()?;
@@ -65,7 +65,7 @@ pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     let needs = Needs { networking, datagrams, syn_retries, published };
     let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf, ready.programs)
         .map_err(|e| format!("start the process that carries connections: {e}"))?;
-    mount::of_the_spec(&instance)?;
+    mount::of_the_spec(&instance, sources)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
     if let Networking::Own(interface) = &instance.networking {

@@ -407,9 +407,20 @@ pub const MEMBERS: &[Member] = &[
         path: "guest_mounts",
         kind: "array",
         default: Some("[]"),
-        words: r#"file systems in the guest's memory: `{"type": "tmpfs", "destination", "options"}`"#,
+        words: r#"file systems in the guest's memory: `{"type": "tmpfs", "destination", "options"}`; or what the root file system has where the guest's /dev, /proc or /sys hide it: `{"type": "bind", "source", "destination"}`"#,
     },
-    Member { path: "guest_mounts[].type", kind: "string", default: None, words: r#"`"tmpfs"`"# },
+    Member {
+        path: "guest_mounts[].type",
+        kind: "string",
+        default: None,
+        words: r#"`"tmpfs"`, or `"bind"`"#,
+    },
+    Member {
+        path: "guest_mounts[].source",
+        kind: "path",
+        default: Some("null"),
+        words: "of a bind: a file or directory of the root file system, as that is before anything is mounted in the guest",
+    },
     Member {
         path: "guest_mounts[].destination",
         kind: "path",
@@ -420,7 +431,7 @@ pub const MEMBERS: &[Member] = &[
         path: "guest_mounts[].options",
         kind: "array",
         default: Some("[]"),
-        words: "as of mount(8), such as `size=64m`, `mode=1777`, `nosuid`; with `tmpcopyup` it gets what the image has there",
+        words: "of a tmpfs: as of mount(8), such as `size=64m`, `mode=1777`, `nosuid`; with `tmpcopyup` it gets what the image has there",
     },
     Member {
         path: "masked_paths",

@@ -205,7 +205,9 @@ fn whole_spec() -> Value {
             }
         },
         "hostname": null, "domainname": null, "sysctls": [],
-        "guest_mounts": [{"type": "tmpfs", "destination": "/t", "options": []}],
+        "guest_mounts": [
+            {"type": "tmpfs", "source": null, "destination": "/t", "options": []}
+        ],
         "masked_paths": [], "readonly_paths": [], "read_only_root": false, "signals": "stop",
         "publish": "listed", "loopback": "own"
     })

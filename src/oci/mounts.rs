@@ -6,7 +6,8 @@
 //! | bind | anywhere else | on the host, with its options; a directory or a single file |
 //! | bind | `/dev/shm` | a tmpfs of the guest as large as the host's there |
 //! | bind | `/proc`, `/sys`, `/sys/fs/cgroup`, `/dev/mqueue` | the guest's own |
-//! | bind | elsewhere in `/proc`, `/sys` and `/dev` | refused: the guest's own file systems would hide it |
+//! | bind | elsewhere below `/dev` | on the host in the image's own `/dev`, and from there into the guest's |
+//! | bind | `/dev`, and elsewhere in `/proc` and `/sys` | refused: the guest's own file systems would hide it |
 //! | tmpfs | `/dev` | the guest's own |
 //! | tmpfs | elsewhere | the guest's, with its options; on the host, if a later bind lies below it |
 //! | proc, sysfs, devpts, mqueue, cgroup | where they belong | the guest's own; `ro` makes it read-only |
@@ -223,7 +224,8 @@ fn read_bind(
     if path == SHARED_MEMORY {
         return Some(Read::Mount(Mount::SharedMemory(source.into())));
     }
-    if let Some(guests) = GUESTS.iter().find(|guests| destination.starts_with(guests)) {
+    let hides = |guests: &&&str| destination.starts_with(guests) && !is_below_dev(destination);
+    if let Some(guests) = GUESTS.iter().find(hides) {
         node.error(format!(
             "{path} lies in {guests}, where the guest's own file system would hide it; choose another destination"
         ));
@@ -233,6 +235,11 @@ fn read_bind(
         let (source, destination) = (source.into(), destination.into());
         Read::Mount(Mount::Bind(Bind { source, destination, extent, attributes, tree_attributes }))
     })
+}
+
+/// Whether a destination is below `/dev`, where what is mounted on the host is hidden until the guest mounts it again.
+pub fn is_below_dev(destination: &Path) -> bool {
+    destination.parent().is_some_and(|parent| parent.starts_with("/dev"))
 }
 
 /// Options that set or clear an attribute: name, bits to set, bits to clear.
@@ -421,7 +428,7 @@ mod tests {
     fn what_cannot_be_mounted_is_named() {
         let (_, report) = parsed(
             r#"[{"destination":"/","type":"bind","source":"/"},{"destination":"/x","type":"overlay"},
-            {"destination":"/dev/log","type":"bind","source":"/s"},{"destination":"/x","type":"bind"},
+            {"destination":"/proc/x","type":"bind","source":"/s"},{"destination":"/x","type":"bind"},
             {"destination":"/x","type":"bind","source":"/s","options":["idmap"]},{"type":"tmpfs"},
             {"destination":"/x","type":"bind","source":"/s","uidMappings":[{}]},
             {"destination":"/x","type":"tmpfs","options":["size=1,mode=0"]},{"destination":"/y","type":"proc"}, 5]"#,

@@ -12,6 +12,7 @@ use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -86,7 +87,12 @@ pub fn assemble(wanted: &Wanted<'_>) -> Result<()> {
 fn put(root: &File, bundle: &Path, bind: &Bind) -> Result<()> {
     let source = bundle.join(&bind.source);
     let tree = File::from(mounts::clone_mount(&source, bind.extent)?);
-    let kind = if tree.metadata()?.is_dir() { Kind::Directory } else { Kind::File };
+    let what = tree.metadata()?.file_type();
+    ensure!(
+        !what.is_char_device() && !what.is_block_device(),
+        "it is a device of the host, and a box has those of its own kernel alone; leave it out"
+    );
+    let kind = if what.is_dir() { Kind::Directory } else { Kind::File };
     mounts::set_attributes(&tree, bind.tree_attributes, true, bind.extent)?;
     if bind.attributes != Attributes::default() {
         mounts::set_attributes(&tree, bind.attributes, false, Extent::One)?;

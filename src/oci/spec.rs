@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::config::{Config, Network};
-use super::mounts::Mount;
+use super::mounts::{Mount, is_below_dev};
 use super::process::Process;
 use super::state::Container;
 use crate::sys::mounts::tmpfs_size;
@@ -100,6 +100,9 @@ fn guest_mounts(config: &Config) -> Vec<Value> {
             json!({"type": "tmpfs", "destination": tmpfs.destination, "options": tmpfs.options}),
         ),
         Mount::SharedMemory(source) => Some(shared_memory(source)),
+        Mount::Bind(bind) if is_below_dev(&bind.destination) => Some(json!({
+            "type": "bind", "source": bind.destination, "destination": bind.destination,
+        })),
         Mount::Tmpfs(_) | Mount::Bind(_) => None,
     });
     mounts.collect()

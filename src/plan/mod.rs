@@ -259,6 +259,9 @@ impl fmt::Display for Plan {
                 Mount::Tmpfs { path, options, .. } => {
                     writeln!(f, "mount      tmpfs on {path} {options}")?
                 }
+                Mount::Bind { source, path } => {
+                    writeln!(f, "mount      {source} of the root file system on {path}")?
+                }
             }
         }
         if *read_only_root {

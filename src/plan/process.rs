@@ -86,30 +86,41 @@ pub fn capability(name: &str) -> Option<usize> {
     CAPABILITIES.iter().position(|known| *known == name)
 }
 
-/// The file systems that the guest mounts for the spec.
+/// What the guest mounts for the spec.
 pub(super) fn mounts(spec: &Spec, report: &mut Report) -> Vec<Mount> {
     let planned = spec.guest_mounts.iter().enumerate().filter_map(|(index, mount)| {
-        let GuestMount { destination, options } = mount;
         let field = format!("guest_mounts[{index}]");
+        let (GuestMount::Tmpfs { destination, .. } | GuestMount::Bind { destination, .. }) = mount;
         check_path(&format!("{field}.destination"), destination, report);
         if Path::new(destination) == Path::new("/") {
             report.error(format!("{field}.destination"), "is the root directory; choose another");
             return None;
         }
-        for (number, option) in options.iter().enumerate() {
-            if option.contains(',') || option.contains('\0') {
-                report.error(
-                    format!("{field}.options[{number}]"),
-                    format!("is \"{option}\", must be one option"),
-                );
+        Some(match mount {
+            GuestMount::Bind { source, .. } => {
+                check_path(&format!("{field}.source"), source, report);
+                Mount::Bind { source: source.clone(), path: destination.clone() }
             }
-        }
-        let others: Vec<&str> =
-            options.iter().map(String::as_str).filter(|option| *option != COPY_UP).collect();
-        Some(Mount::Tmpfs {
-            path: destination.clone(),
-            options: others.join(","),
-            copy_up: others.len() < options.len(),
+            GuestMount::Tmpfs { options, .. } => {
+                for (number, option) in options.iter().enumerate() {
+                    if option.contains(',') || option.contains('\0') {
+                        report.error(
+                            format!("{field}.options[{number}]"),
+                            format!("is \"{option}\", must be one option"),
+                        );
+                    }
+                }
+                let others: Vec<&str> = options
+                    .iter()
+                    .map(String::as_str)
+                    .filter(|option| *option != COPY_UP)
+                    .collect();
+                Mount::Tmpfs {
+                    path: destination.clone(),
+                    options: others.join(","),
+                    copy_up: others.len() < options.len(),
+                }
+            }
         })
     });
     planned.collect()
@@ -177,7 +188,7 @@ mod tests {
 
     #[test]
     fn mounts_have_options() {
-        let mount = |destination: &str, options: &[&str]| GuestMount {
+        let mount = |destination: &str, options: &[&str]| GuestMount::Tmpfs {
             destination: destination.into(),
             options: options.iter().map(|option| option.to_string()).collect(),
         };
@@ -192,6 +203,21 @@ mod tests {
                 "guest_mounts[0].destination: is \"t\", must be an absolute path in the guest",
                 "guest_mounts[0].options[0]: is \"a,b\", must be one option",
             ]
+        );
+    }
+
+    #[test]
+    fn a_bind_has_a_source() {
+        let bind = |source: &str| GuestMount::Bind {
+            source: source.into(),
+            destination: "/dev/log".into(),
+        };
+        let planned = plan(|s| s.guest_mounts = vec![bind("/dev/log")]).expect("a plan");
+        let expected = Mount::Bind { source: "/dev/log".into(), path: "/dev/log".into() };
+        assert!(planned.instance.mounts.contains(&expected));
+        assert_eq!(
+            errors(|s| s.guest_mounts = vec![bind("x")]),
+            ["guest_mounts[0].source: is \"x\", must be an absolute path in the guest"]
         );
     }
 

@@ -243,8 +243,9 @@ fn read_spec(mut o: Object<'_>) -> Spec {
         hostname: o.nullable("hostname", Node::string),
         domainname: o.nullable("domainname", Node::string),
         sysctls: o.optional("sysctls", process::read_sysctls),
-        guest_mounts: o
-            .optional("guest_mounts", |n| n.array(process::read_guest_mount, Default::default)),
+        guest_mounts: o.optional("guest_mounts", |n| {
+            n.array(process::read_guest_mount, process::no_guest_mount)
+        }),
         masked_paths: o.optional("masked_paths", Node::strings),
         readonly_paths: o.optional("readonly_paths", Node::strings),
         read_only_root: o.nullable("read_only_root", Node::boolean).unwrap_or_default(),

@@ -47,13 +47,23 @@ pub struct Capabilities {
     pub ambient: Vec<String>,
 }
 
-/// A file system that the guest mounts.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct GuestMount {
-    /// Where.
-    pub destination: String,
-    /// Options of mount(8) and of tmpfs(5), and `tmpcopyup`.
-    pub options: Vec<String>,
+/// Something that the guest mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestMount {
+    /// A file system in its memory.
+    Tmpfs {
+        /// Where.
+        destination: String,
+        /// Options of mount(8) and of tmpfs(5), and `tmpcopyup`.
+        options: Vec<String>,
+    },
+    /// A file or directory of the root file system, in another place.
+    Bind {
+        /// Where it is, before the guest's own file systems are mounted.
+        source: String,
+        /// Where it is to be, once they are.
+        destination: String,
+    },
 }
 
 /// What a signal to mote is.
@@ -142,21 +152,42 @@ fn read_capabilities(node: &Node<'_>) -> Option<Capabilities> {
 
 pub(super) fn read_guest_mount(node: &Node<'_>) -> Option<GuestMount> {
     let mut o = node.object()?;
-    o.required("type", "\"tmpfs\"", |node| {
+    let kind = o.required("type", "\"tmpfs\" or \"bind\"", |node| {
         let kind = node.string()?;
-        if kind != "tmpfs" {
-            node.error(format!("is \"{kind}\", must be \"tmpfs\", the only one that mote mounts"));
+        if !["tmpfs", "bind"].contains(&kind.as_str()) {
+            node.error(format!("is \"{kind}\", must be \"tmpfs\" or \"bind\""));
         }
-        Some(())
+        Some(kind)
     });
-    let mount = GuestMount {
-        destination: o
-            .required("destination", "an absolute path in the guest", Node::string)
-            .unwrap_or_default(),
-        options: o.optional("options", Node::strings),
+    let destination = o
+        .required("destination", "an absolute path in the guest", Node::string)
+        .unwrap_or_default();
+    let source = o.nullable("source", Node::string);
+    let options = o.optional("options", Node::strings);
+    let mount = match (kind.as_deref(), source) {
+        (Some("bind"), source) => {
+            if source.is_none() {
+                node.error("has no source, a path in the root file system, which a bind needs");
+            }
+            if !options.is_empty() {
+                node.error("has options, which a bind has none of; leave them out");
+            }
+            GuestMount::Bind { source: source.unwrap_or_default(), destination }
+        }
+        (_, source) => {
+            if source.is_some() {
+                node.error("has a source, which is a bind's; leave it out");
+            }
+            GuestMount::Tmpfs { destination, options }
+        }
     };
     o.finish();
     Some(mount)
+}
+
+/// What stands for one that could not be read.
+pub(super) fn no_guest_mount() -> GuestMount {
+    GuestMount::Tmpfs { destination: String::new(), options: Vec::new() }
 }
 
 pub(super) fn read_sysctls(node: &Node<'_>) -> Option<Vec<(String, String)>> {

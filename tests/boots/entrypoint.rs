@@ -173,9 +173,11 @@ fn exact_ids_and_rights() {
 fn what_the_programs_see() {
     let script = "cat /proc/sys/kernel/hostname /proc/sys/kernel/domainname /proc/sys/net/core/somaxconn; \
          cat /proc/sys/kernel/version | wc -c; ls /etc | wc -l; ls -d /t; echo 2>&1 x >/proc/sys/net/core/somaxconn; \
-         echo 2>&1 x >/root-file; touch /t/file && ls /t; cat /etc/seen; mount | grep -c ' /proc '";
+         echo 2>&1 x >/root-file; touch /t/file && ls /t; cat /etc/seen /tools/tool; mount | grep -c ' /proc '";
     let test = TestBox::streaming(script);
     fs::write(test.path("root/etc/seen"), "of the image\n").expect("written");
+    fs::create_dir_all(test.path("root/dev/tools")).expect("made");
+    fs::write(test.path("root/dev/tools/tool"), "hidden\n").expect("written");
     let ran = test
         .with("hostname", json!("host"))
         .with("domainname", json!("domain"))
@@ -185,6 +187,7 @@ fn what_the_programs_see() {
             json!([
                 {"type": "tmpfs", "destination": "/t", "options": ["size=64k", "mode=1777"]},
                 {"type": "tmpfs", "destination": "/etc", "options": ["tmpcopyup"]},
+                {"type": "bind", "source": "/dev/tools", "destination": "/tools"},
             ]),
         )
         .with("masked_paths", json!(["/proc/sys/kernel/version", "/no/such"]))
@@ -194,7 +197,7 @@ fn what_the_programs_see() {
     let lines: Vec<&str> = ran.stdout.lines().collect();
     assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
     assert_eq!(lines[..4], ["host", "domain", "77", "0"], "{lines:?}");
-    for expected in ["/t", "file", "of the image"] {
+    for expected in ["/t", "file", "of the image", "hidden"] {
         assert!(lines.contains(&expected), "{expected}: {lines:?}");
     }
     assert_eq!(lines.iter().filter(|line| line.ends_with("Read-only file system")).count(), 2);

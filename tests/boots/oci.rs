@@ -236,19 +236,22 @@ fn what_cannot_run_is_told_by_create() {
 
 #[test]
 fn mounts_are_resolved_in_the_image() {
-    let script = "cat /link/file /data/file; echo x 2>&1 >/data/new; echo 2>&1 >/root-file; echo x >/tmpfs/x && ls /tmpfs";
+    let script = "cat /link/file /data/file; echo why >/dev/termination-log; echo x 2>&1 >/data/new; echo 2>&1 >/root-file; echo x >/tmpfs/x && ls /tmpfs";
     let container = Container::new(script);
     let (root, outside) = (container.test.path("root"), container.test.path("outside"));
     fs::create_dir(&outside).expect("made");
     // Where the image's link leads on the host, and in the image.
     symlink(&outside, root.join("link")).expect("made");
-    let [file, data] = ["a-file", "data"].map(|name| container.test.path(name));
+    let [file, data, log] = ["a-file", "data", "log"].map(|name| container.test.path(name));
     fs::write(&file, "of the host\n").expect("written");
+    fs::write(&log, "").expect("written");
     fs::create_dir(&data).expect("made");
     fs::write(data.join("file"), "data\n").expect("written");
     let mut mounts = container.config["mounts"].as_array().expect("an array").clone();
     mounts.extend([
         json!({"destination": "/link/file", "type": "bind", "source": file, "options": ["bind", "ro"]}),
+        // Where Kubernetes looks for a container's last words.
+        json!({"destination": "/dev/termination-log", "type": "bind", "source": log, "options": ["rbind", "rprivate", "rw"]}),
         json!({"destination": "/data", "type": "bind", "source": data, "options": ["rbind", "ro"]}),
         json!({"destination": "/tmpfs", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m"]}),
     ]);
@@ -260,6 +263,7 @@ fn mounts_are_resolved_in_the_image() {
     assert_eq!((code, &lines[..2]), (0, &["of the host", "data"][..]), "{output}");
     assert_eq!(lines.iter().filter(|line| line.ends_with("Read-only file system")).count(), 2);
     assert_eq!(lines.last(), Some(&"x"));
+    assert_eq!(fs::read_to_string(&log).expect("there"), "why\n");
     assert_eq!(
         fs::read_dir(&outside).expect("there").count(),
         0,

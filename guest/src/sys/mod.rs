@@ -150,7 +150,7 @@ pub fn set_realtime(ns: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Mounts an open file, whatever directory tree it is in, over the one at `target`, which is no
+/// Mounts an open file or directory, whatever tree it is in, over the one at `target`, which is no
 /// symbolic link (open_tree(2)).
 pub fn mount_file_over(file: &impl AsRawFd, target: &Path) -> io::Result<()> {
     // include/uapi/linux/mount.h
