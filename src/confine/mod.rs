@@ -116,7 +116,7 @@ impl Isolation {
     fn enter_namespaces(self, network: NetworkAccess) -> io::Result<()> {
         let Some(user) = self.user_namespace() else { return Ok(()) };
         // Sockets that are open already stay in the host's network: published ports, passt.
-        let network = if network.connects { 0 } else { libc::CLONE_NEWNET };
+        let network = if network.connects || network.stays { 0 } else { libc::CLONE_NEWNET };
         let others = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         confine::unshare(user | network | others)?;
         confine::enter_empty_root()

@@ -17,11 +17,13 @@ pub struct NetworkAccess {
     pub connects: bool,
     /// It sends to the clients of published UDP ports.
     pub answers: bool,
+    /// It uses neither, and yet stays in its network namespace, for those who join that by its process.
+    pub stays: bool,
 }
 
 impl NetworkAccess {
     /// It uses nothing.
-    pub const NONE: NetworkAccess = NetworkAccess { connects: false, answers: false };
+    pub const NONE: NetworkAccess = NetworkAccess { connects: false, answers: false, stays: false };
 }
 
 /// A kind of thread, by what it does.
@@ -52,16 +54,16 @@ pub enum ThreadKind {
 impl ThreadKind {
     fn program(self) -> BpfProgram {
         let bytes: &[u8] = match self {
-            ThreadKind::Main(NetworkAccess { connects: false, answers: false }) => {
+            ThreadKind::Main(NetworkAccess { connects: false, answers: false, .. }) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main.bpf"))
             }
-            ThreadKind::Main(NetworkAccess { connects: true, answers: false }) => {
+            ThreadKind::Main(NetworkAccess { connects: true, answers: false, .. }) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-outgoing.bpf"))
             }
-            ThreadKind::Main(NetworkAccess { connects: false, answers: true }) => {
+            ThreadKind::Main(NetworkAccess { connects: false, answers: true, .. }) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-answers.bpf"))
             }
-            ThreadKind::Main(NetworkAccess { connects: true, answers: true }) => {
+            ThreadKind::Main(NetworkAccess { connects: true, answers: true, .. }) => {
                 include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/main-outgoing-answers.bpf"))
             }
             ThreadKind::Vcpu => include_bytes!(concat!(env!("MOTE_BUILT_FILTERS"), "/vcpu.bpf")),
@@ -111,13 +113,16 @@ pub fn confine_thread(name: &str, kind: ThreadKind) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn main_that(connects: bool, answers: bool) -> ThreadKind {
+        ThreadKind::Main(NetworkAccess { connects, answers, stays: false })
+    }
+
     #[test]
     fn every_kind_has_a_program_that_ends_in_a_verdict() {
         // BPF_RET | BPF_K (include/uapi/linux/bpf_common.h).
         const RETURN: u16 = 0x06;
         let accesses = [(false, false), (false, true), (true, false), (true, true)];
-        let mains = accesses
-            .map(|(connects, answers)| ThreadKind::Main(NetworkAccess { connects, answers }));
+        let mains = accesses.map(|(connects, answers)| main_that(connects, answers));
         let helpers =
             [ThreadKind::Logs, ThreadKind::Switch, ThreadKind::Virtiofsd, ThreadKind::Maker];
         let starters = [ThreadKind::VirtiofsdStarter, ThreadKind::VirtiofsdStarted];
@@ -132,9 +137,7 @@ mod tests {
 
     #[test]
     fn a_box_with_a_network_of_its_own_may_do_less() {
-        let len = |connects, answers| {
-            ThreadKind::Main(NetworkAccess { connects, answers }).program().len()
-        };
+        let len = |connects, answers| main_that(connects, answers).program().len();
         assert!(len(false, false) < len(false, true));
         assert!(len(false, true) < len(true, false));
         assert!(len(true, false) < len(true, true));

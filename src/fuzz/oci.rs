@@ -71,7 +71,7 @@ fn look_at(config: &Config) {
     }
     check_files(&config.resources);
     assert!(config.memory_mib >= 64 && (1..=64).contains(&config.vcpus));
-    let text = spec::write(config, &Container::new("/r/x".into(), State::default()));
+    let text = spec::write(config, &Container::new("/r/x".into(), State::default()), None);
     let mut report = Report::default();
     Spec::parse(&text, &mut report).expect("a spec");
     assert_eq!(report.errors, []);

@@ -306,6 +306,12 @@ pub const MEMBERS: &[Member] = &[
         words: "the directory in which the boxes of one network meet, each with a socket named by its `mac_address`",
     },
     Member {
+        path: "network.joinable",
+        kind: "boolean",
+        default: Some("false"),
+        words: "whether mote stays in its network namespace, for those who join that by its process; without it, mote leaves it before the guest runs",
+    },
+    Member {
         path: "disable_tsi",
         kind: "boolean",
         default: Some("false"),

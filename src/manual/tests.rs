@@ -195,7 +195,8 @@ fn whole_spec() -> Value {
         "network": {
             "passt_socket_path": "/p", "ip_address": "10.0.0.2", "gateway": "10.0.0.1",
             "prefix_len": 24, "mac_address": [2, 0, 0, 0, 0, 1], "dns_servers": [],
-            "net_socket_fd": null, "net_proxy_fd": null, "bridge_socket_dir": null
+            "net_socket_fd": null, "net_proxy_fd": null, "bridge_socket_dir": null,
+            "joinable": false
         },
         "disable_tsi": false, "guest_agent": "mote", "egress": null, "tee_config": null,
         "process": {

@@ -12,7 +12,7 @@
 //! | `process` | the entrypoint; `apparmorProfile`, `selinuxLabel`: a warning; `scheduler`, `ioPriority`, `execCPUAffinity`: refused |
 //! | `hostname`, `domainname` | the guest's |
 //! | `hooks` | `prestart`, `createRuntime`, `poststart` and `poststop` run on the host; `createContainer` and `startContainer` are refused, since they would run inside |
-//! | `annotations` | kept for `state`; `mote.memory_mib` and `mote.vcpus` size a box without limits; `org.systemd.property.NAME` is a property of the unit that systemd makes; those of a pod's sandbox make it no box ([`super::pause`]) |
+//! | `annotations` | kept for `state`; `mote.memory_mib` and `mote.vcpus` size a box without limits; `mote.passt` gives it an interface ([`super::passt`]); `org.systemd.property.NAME` is a property of the unit that systemd makes; those of a pod's sandbox make it no box ([`super::pause`]) |
 //! | `linux.namespaces`, network | without a path a new one with loopback alone, with a path that one, without the item the host's |
 //! | `linux.namespaces`, user | refused, and so are `uidMappings` and `gidMappings` |
 //! | `linux.namespaces`, others | without effect; a warning, if one with a path was to be shared |
@@ -35,6 +35,7 @@ use std::path::PathBuf;
 use super::cgroup::{self, Place};
 use super::hooks::Hooks;
 use super::mounts::{self, Mounts};
+use super::passt::{self, Ports};
 use super::process::Process;
 use super::resources::Resources;
 use super::systemd::{PROPERTY_ANNOTATION, Property};
@@ -63,6 +64,8 @@ pub struct Config {
     pub annotations: Vec<(String, String)>,
     /// The network that it is on.
     pub network: Network,
+    /// The ports that its own interface has, if it is to have one.
+    pub passt: Option<Ports>,
     /// Where its cgroup is to be.
     pub cgroup: Option<Place>,
     /// Further properties of its unit, where systemd makes its cgroup.
@@ -149,6 +152,7 @@ fn read_config(mut o: Object<'_>, given: Circumstances) -> Config {
     config.hooks = o.nullable("hooks", Hooks::read).unwrap_or_default();
     let (annotations, asked) = o.nullable("annotations", read_annotations).unwrap_or_default();
     config.unit_properties = asked.unit_properties;
+    config.passt = asked.passt;
     config.is_sandbox = SANDBOX.iter().any(|(name, value)| {
         annotations.iter().any(|(known, given)| known == name && given == value)
     });
@@ -207,6 +211,7 @@ const SANDBOX: [(&str, &str); 2] = [
 struct Asked {
     memory_mib: Option<u32>,
     vcpus: Option<u64>,
+    passt: Option<Ports>,
     unit_properties: Vec<Property>,
 }
 
@@ -229,6 +234,10 @@ fn read_annotations(node: &Node<'_>) -> Option<(Annotations, Asked)> {
                 asked.memory_mib = number(u32::MAX.into()).and_then(|mib| u32::try_from(mib).ok());
             }
             "mote.vcpus" => asked.vcpus = number(MAX_VCPUS),
+            passt::ANNOTATION => match Ports::parse(&value) {
+                Ok(ports) => asked.passt = Some(ports),
+                Err(problem) => node.error(problem),
+            },
             other if other.starts_with(PROPERTY_ANNOTATION) => {
                 let property = other.trim_start_matches(PROPERTY_ANNOTATION);
                 match Property::of_annotation(property, &value) {
@@ -237,7 +246,7 @@ fn read_annotations(node: &Node<'_>) -> Option<(Annotations, Asked)> {
                 }
             }
             other if other.starts_with("mote.") => {
-                node.warn("is no annotation that mote-oci knows; there are mote.memory_mib and mote.vcpus");
+                node.warn("is no annotation that mote-oci knows; there are mote.memory_mib, mote.vcpus and mote.passt");
             }
             _ => {}
         }

@@ -23,7 +23,7 @@ use super::launch::{self, Launch};
 use super::report;
 use super::state::{Container, Lock, OCI_VERSION, State, Status, Store, write_whole};
 use super::systemd::Member;
-use super::{console, end, hooks, mounts, root, spec};
+use super::{console, end, hooks, mounts, root};
 use crate::spec::json::Report;
 use crate::sys;
 use crate::sys::process;
@@ -105,7 +105,7 @@ pub fn create(
         },
     );
     let mut make = || -> Result<()> {
-        prepare(&mut container, &config, &text, &warnings)?;
+        prepare(&mut container, &text, &warnings)?;
         // Until the container's process is in it.
         let _member = make_cgroup(&mut container, &config)?;
         boot(&mut container, &config, wanted, in_foreground, &signals)?;
@@ -130,18 +130,12 @@ pub fn create(
 }
 
 /// Makes everything that does not run: files and the sockets' directory.
-fn prepare(
-    container: &mut Container,
-    config: &Config,
-    text: &str,
-    warnings: &[String],
-) -> Result<()> {
+fn prepare(container: &mut Container, text: &str, warnings: &[String]) -> Result<()> {
     container.choose_sockets()?;
     // First of all, so that what is made from here on is found again.
     container.save()?;
     container.make_sockets()?;
     container.write("config.json", text)?;
-    container.write("spec.json", &spec::write(config, container))?;
     let lines: String = warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
     container.write("log", &lines)?;
     let root = container.file("root");

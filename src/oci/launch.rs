@@ -16,6 +16,7 @@ use super::mounts::Mount;
 use super::pause;
 use super::root::{self, Wanted};
 use super::state::Container;
+use super::{passt, spec};
 use crate::sys::confine;
 use crate::sys::container;
 
@@ -112,6 +113,10 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
     confine::detach_mounts().context("keep mounts apart from the host's")?;
     assemble(container, config)?;
+    let network = config.passt.as_ref().map(|ports| {
+        passt::start(ports, container.cgroup().as_ref(), resolv_conf(config, container).as_deref())
+    });
+    container.write("spec.json", &spec::write(config, container, network.transpose()?))?;
     let mut mote = Command::new(own_file());
     mote.arg0("mote").current_dir("/");
     for (option, file) in
@@ -125,6 +130,16 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         mote.arg("--cgroup").arg(cgroup.dir());
     }
     Err(mote.exec()).context("execute mote's own file")
+}
+
+/// The file that an engine has for the container's `/etc/resolv.conf`.
+fn resolv_conf(config: &Config, container: &Container) -> Option<PathBuf> {
+    config.mounts.mounts.iter().find_map(|mount| match mount {
+        Mount::Bind(bind) if bind.destination == Path::new("/etc/resolv.conf") => {
+            Some(container.state.bundle.join(&bind.source))
+        }
+        _ => None,
+    })
 }
 
 /// What a pod's sandbox is: see [`super::pause`].

@@ -24,6 +24,7 @@ pub mod inspect;
 pub mod launch;
 pub mod lifecycle;
 pub mod mounts;
+pub mod passt;
 pub mod pause;
 pub mod process;
 pub mod report;

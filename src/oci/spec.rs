@@ -16,8 +16,8 @@ use crate::sys::mounts::tmpfs_size;
 /// engines have it by default).
 const DEFAULT_SHARED_MEMORY: u64 = 64 << 20;
 
-/// The spec's text.
-pub fn write(config: &Config, container: &Container) -> String {
+/// The spec's text. The box has this `network`, if it is to have one of its own.
+pub fn write(config: &Config, container: &Container, network: Option<Value>) -> String {
     let process = &config.process;
     let (program, args) =
         process.args.split_first().map_or(("", &[][..]), |(program, args)| (program, args));
@@ -45,7 +45,6 @@ pub fn write(config: &Config, container: &Container) -> String {
         "masked_paths": config.masked_paths,
         "readonly_paths": config.readonly_paths,
         "signals": "entrypoint",
-        "publish": "listeners",
         "resource_limits": { "ulimits": process.ulimits },
     });
     for (name, value) in [("hostname", &config.hostname), ("domainname", &config.domainname)] {
@@ -53,9 +52,15 @@ pub fn write(config: &Config, container: &Container) -> String {
             spec[name] = json!(value);
         }
     }
-    // Its loopback is the namespace's, which it may share with others of a pod; the host's is nobody's.
-    if !is_hosts(&config.network) {
-        spec["loopback"] = json!("netns");
+    match network {
+        Some(network) => spec["network"] = network,
+        None => {
+            spec["publish"] = json!("listeners");
+            // Its loopback is the namespace's, which it may share with others of a pod; the host's is nobody's.
+            if !is_hosts(&config.network) {
+                spec["loopback"] = json!("netns");
+            }
+        }
     }
     if let Some(Some(pids)) = config.resources.pids {
         spec["resource_limits"]["pids_limit"] = json!(pids);
@@ -143,7 +148,7 @@ mod tests {
         let config = Config::parse(text, given, &mut report).expect("an object");
         assert_eq!(report.errors, []);
         let state = State { id: "x".into(), ..State::default() };
-        let spec = write(&config, &Container::new("/s/x".into(), state));
+        let spec = write(&config, &Container::new("/s/x".into(), state), None);
         let json: Value = serde_json::from_str(&spec).expect("JSON");
         assert_eq!((&json["vcpus"], &json["memory_mib"]), (&json!(2), &json!(101)));
         assert_eq!(json["rootfs_path"], "/s/x/root");

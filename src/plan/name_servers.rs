@@ -67,6 +67,7 @@ mod tests {
             bridge_socket_dir: None,
             networks_json: None,
             network_name: None,
+            joinable: false,
         });
         let variable = variable.map(|value| ("A3S_NET_DNS".to_owned(), value.to_owned()));
         spec.entrypoint.env.extend(variable);

@@ -33,6 +33,8 @@ pub struct Network {
     pub policy: Policy,
     /// The way to the other boxes of the network, if there is one.
     pub switch: Option<Switch>,
+    /// Whether mote stays in its network namespace.
+    pub joinable: bool,
 }
 
 /// How to reach passt.
@@ -65,7 +67,7 @@ impl Network {
         }
         let passt = plan_passt(network, report);
         let switch = switch::plan(network, report);
-        Network { passt, mac_address: mac, interface, policy, switch }
+        Network { passt, mac_address: mac, interface, policy, switch, joinable: network.joinable }
     }
 }
 

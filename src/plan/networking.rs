@@ -92,7 +92,11 @@ impl Networking {
 
     /// What mote itself uses of the host's network while it runs the guest, which has these ports.
     pub fn access(&self, ports: &[PublishedPort]) -> NetworkAccess {
-        NetworkAccess { connects: matches!(self, Networking::Hosts(_)), answers: has_udp(ports) }
+        NetworkAccess {
+            connects: matches!(self, Networking::Hosts(_)),
+            answers: has_udp(ports),
+            stays: self.own().is_some_and(|network| network.joinable),
+        }
     }
 }
 

@@ -160,6 +160,7 @@ mod tests {
             bridge_socket_dir: None,
             networks_json: Some(path.clone()),
             network_name: name.map(Into::into),
+            joinable: false,
         };
         let mut report = Report::default();
         let rules = super::plan(&network, &network.dns_servers, &mut report);

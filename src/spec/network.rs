@@ -30,6 +30,8 @@ pub struct Network {
     pub networks_json: Option<PathBuf>,
     /// This network's name there.
     pub network_name: Option<String>,
+    /// Whether mote stays in its network namespace, in which others look for the box.
+    pub joinable: bool,
 }
 
 pub(super) fn read(node: &Node<'_>) -> Option<Network> {
@@ -50,6 +52,7 @@ pub(super) fn read(node: &Node<'_>) -> Option<Network> {
         bridge_socket_dir: o.nullable("bridge_socket_dir", path),
         networks_json: o.nullable("networks_json", path),
         network_name: o.nullable("network_name", Node::string),
+        joinable: o.nullable("joinable", Node::boolean).unwrap_or_default(),
     };
     o.refuse("net_stats_path");
     o.finish();

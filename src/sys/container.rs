@@ -72,6 +72,16 @@ pub fn close_all_on_exec() -> io::Result<()> {
     Ok(())
 }
 
+/// Keeps a descriptor open in the program that this process executes next.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn keep_on_exec(file: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) })?;
+    Ok(())
+}
+
 /// Lets all signals through that this process has blocked.
 ///
 /// # Errors

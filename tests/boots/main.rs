@@ -36,6 +36,7 @@ mod loopback;
 mod memory;
 mod network;
 mod oci;
+mod oci_passt;
 mod oci_systemd;
 mod out_of_memory;
 mod outcomes;

@@ -20,7 +20,7 @@ pub struct Container {
 }
 
 /// A container that has been made, with the engine's process beside it.
-struct Made<'a> {
+pub struct Made<'a> {
     container: &'a Container,
     engine: Child,
 }
@@ -28,13 +28,17 @@ struct Made<'a> {
 impl Container {
     /// One that runs this shell script.
     pub fn new(script: &str) -> Self {
-        let test = TestBox::busybox();
+        Self::on(TestBox::busybox(), script)
+    }
+
+    /// The same on the root file system of this box.
+    pub fn on(test: TestBox, script: &str) -> Self {
         fs::create_dir(test.path("bundle")).expect("made");
         let config = json!({
             "ociVersion": "1.0.2",
             "root": {"path": test.path("root")},
             "process": {
-                "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin"],
+                "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin:/usr/bin"],
                 "args": ["sh", "-c", script],
                 "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
             },
@@ -64,12 +68,12 @@ impl Container {
         command
     }
 
-    fn run(&self, words: &[&str]) -> Output {
+    pub fn run(&self, words: &[&str]) -> Output {
         self.command(words).arg(name(&self.test)).output().expect("mote runs")
     }
 
     /// The same, which must succeed; what it has printed.
-    fn done(&self, words: &[&str]) -> String {
+    pub fn done(&self, words: &[&str]) -> String {
         let output = self.run(words);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
@@ -98,7 +102,7 @@ impl Container {
     }
 
     /// Makes it, and waits until it is made.
-    fn make(&self, more: &[&str]) -> Made<'_> {
+    pub fn make(&self, more: &[&str]) -> Made<'_> {
         let mut made = Made { container: self, engine: self.engine(more) };
         let pid_file = self.test.path("bundle/pid");
         eventually("it is made", || pid_file.exists());
@@ -107,7 +111,7 @@ impl Container {
     }
 
     /// The error with which it cannot be made.
-    fn refused(&self) -> String {
+    pub fn refused(&self) -> String {
         let output = self.engine(&[]).wait_with_output().expect("ends");
         assert_eq!(output.status.code(), Some(1));
         let log = fs::read_to_string(self.test.path("bundle/log")).expect("a log");
@@ -134,12 +138,12 @@ impl Container {
 }
 
 impl Made<'_> {
-    fn start(&self) {
+    pub fn start(&self) {
         self.container.done(&["start"]);
     }
 
     /// Its exit code, and what it has written.
-    fn end(mut self) -> (i32, String) {
+    pub fn end(mut self) -> (i32, String) {
         drop(self.engine.stdin.take());
         let output = self.engine.wait_with_output().expect("ends");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
