@@ -25,6 +25,7 @@ MANY_LINES = 500
 LONG = {
     "guest/src/exec.rs": "one protocol: what a client sends to the exec socket, and what it gets",
     "src/cgroup.rs": "creating, joining and removing one cgroup, against others who do the same",
+    "src/manual/members.rs": "one table: a row for each member of the spec",
     "src/client/cp.rs": "both directions of copying, each with its tests",
     "src/host/janitor.rs": "both ends of one line, and what is left at the end",
     "src/oci/state.rs": "what outlives a command: one directory, and all that is read from it",
