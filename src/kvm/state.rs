@@ -72,15 +72,16 @@ impl MachineState {
     /// KVM refuses something.
     pub fn read(kvm: &Kvm, vm: &VmFd, vcpus: &[VcpuFd], cpuid: &CpuId) -> Result<MachineState> {
         let first = vcpus.first().context("there is no vCPU")?;
-        let clock = vm.get_clock().context("read the VM's clock")?;
+        let read_clock = || vm.get_clock().context("read the VM's clock");
+        let (tsc, clock) = at_one_moment(first, |_| read_clock())?;
         let tsc = if clock.flags & KVM_CLOCK_HOST_TSC == 0 {
-            tsc(first)
+            tsc
         } else {
             let offset = sys::vcpu::tsc_offset(first);
             offset
                 .map(|offset| clock.host_tsc.wrapping_add(offset))
-                .context("read the offset of the time stamp counter")
-        }?;
+                .context("read the offset of the time stamp counter")?
+        };
         let known = kvm.get_msr_index_list().context("list the MSRs that KVM knows")?;
         let fresh = vcpu::create(vm, vcpus.len() as u8, cpuid).context("for comparison")?;
         let state = |vcpu| VcpuState::read(vcpu, &fresh, known.as_slice());
@@ -133,11 +134,39 @@ impl MachineState {
         }
         // Last: what vCPUs were told before starts anew from here. The counters run since they were set.
         let khz = first.get_tsc_khz().context("read the rate of the time stamp counter")?;
-        let counted = u128::from(tsc(first)?.wrapping_sub(self.tsc));
-        let passed_ns = counted.saturating_mul(1_000_000) / u128::from(khz.max(1));
-        let clock_ns = self.clock_ns.saturating_add(u64::try_from(passed_ns).unwrap_or(0));
-        let clock = kvm_clock_data { clock: clock_ns, ..Default::default() };
-        vm.set_clock(&clock).context("set the VM's clock")
+        at_one_moment(first, |tsc| {
+            let counted = u128::from(tsc.wrapping_sub(self.tsc));
+            let passed_ns = counted.saturating_mul(1_000_000) / u128::from(khz.max(1));
+            let clock_ns = self.clock_ns.saturating_add(u64::try_from(passed_ns).unwrap_or(0));
+            let clock = kvm_clock_data { clock: clock_ns, ..Default::default() };
+            vm.set_clock(&clock).context("set the VM's clock")
+        })?;
+        Ok(())
+    }
+}
+
+/// How far apart two reads of the counter may be that count as one moment, in milliseconds. The guest's kernel takes its
+/// counter for unstable if its clock differs by some 60.
+const MOMENT_MS: u64 = 1;
+/// How often to try for one, on a host where others run meanwhile.
+const MOMENT_ATTEMPTS: usize = 20;
+
+/// Does something with the VM's clock at the moment of a read of the counter, whose value it gets. It is done again if the
+/// host has taken this thread's processor away meanwhile.
+fn at_one_moment<T>(
+    vcpu: &VcpuFd,
+    mut with_clock: impl FnMut(u64) -> Result<T>,
+) -> Result<(u64, T)> {
+    let khz = vcpu.get_tsc_khz().context("read the rate of the time stamp counter")?;
+    let most = u64::from(khz).saturating_mul(MOMENT_MS);
+    let mut attempt = 1;
+    loop {
+        let before = tsc(vcpu)?;
+        let done = with_clock(before)?;
+        if tsc(vcpu)?.wrapping_sub(before) <= most || attempt == MOMENT_ATTEMPTS {
+            return Ok((before, done));
+        }
+        attempt += 1;
     }
 }
 
