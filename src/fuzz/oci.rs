@@ -9,7 +9,7 @@ use crate::oci::config::{Circumstances, Config};
 use crate::oci::mounts::Mount;
 use crate::oci::process::Process;
 use crate::oci::resources::Resources;
-use crate::oci::spec;
+use crate::oci::spec::{self, Inside};
 use crate::oci::state::{Container, State};
 use crate::spec::Spec;
 use crate::spec::json::Report;
@@ -71,7 +71,8 @@ fn look_at(config: &Config) {
     }
     check_files(&config.resources);
     assert!(config.memory_mib >= 64 && (1..=64).contains(&config.vcpus));
-    let text = spec::write(config, &Container::new("/r/x".into(), State::default()), None);
+    let text =
+        spec::write(config, &Container::new("/r/x".into(), State::default()), Inside::default());
     let mut report = Report::default();
     Spec::parse(&text, &mut report).expect("a spec");
     assert_eq!(report.errors, []);

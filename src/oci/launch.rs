@@ -13,10 +13,11 @@ use anyhow::{Context, Result, bail, ensure};
 use super::config::{Config, Network};
 use super::console;
 use super::mounts::Mount;
+use super::passt;
 use super::pause;
 use super::root::{self, Wanted};
+use super::spec::{self, Inside};
 use super::state::Container;
-use super::{passt, spec};
 use crate::sys::confine;
 use crate::sys::container;
 
@@ -116,7 +117,8 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
     let network = config.passt.as_ref().map(|ports| {
         passt::start(ports, container.cgroup().as_ref(), resolv_conf(config, container).as_deref())
     });
-    container.write("spec.json", &spec::write(config, container, network.transpose()?))?;
+    let inside = Inside { network: network.transpose()?, sysctls: sysctls_of(&config.network) };
+    container.write("spec.json", &spec::write(config, container, inside))?;
     let mut mote = Command::new(own_file());
     mote.arg0("mote").current_dir("/");
     for (option, file) in
@@ -130,6 +132,23 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         mote.arg("--cgroup").arg(cgroup.dir());
     }
     Err(mote.exec()).context("execute mote's own file")
+}
+
+/// Settings of a network namespace that are about the sockets in it, and what Linux has them be.
+const SOCKET_SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "1024"), ("net.core.somaxconn", "4096")];
+
+/// Those of a namespace that somebody else has set up, a pod's sandbox say, and whose sockets are the box's.
+fn sysctls_of(network: &Network) -> Vec<(String, String)> {
+    let changed = |(name, usual): (&str, &str)| {
+        let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+        let value = fs::read_to_string(path).ok()?.trim().to_owned();
+        (value != usual).then(|| (name.to_owned(), value))
+    };
+    match network {
+        Network::Joined(_) => SOCKET_SYSCTLS.into_iter().filter_map(changed).collect(),
+        Network::Hosts | Network::New => Vec::new(),
+    }
 }
 
 /// The file that an engine has for the container's `/etc/resolv.conf`.

@@ -16,11 +16,22 @@ use crate::sys::mounts::tmpfs_size;
 /// engines have it by default).
 const DEFAULT_SHARED_MEMORY: u64 = 64 << 20;
 
-/// The spec's text. The box has this `network`, if it is to have one of its own.
-pub fn write(config: &Config, container: &Container, network: Option<Value>) -> String {
+/// What is only known in a container's network namespace.
+#[derive(Debug, Default)]
+pub struct Inside {
+    /// The spec's `network`, if the box is to have one of its own.
+    pub network: Option<Value>,
+    /// The namespace's own settings, as far as they hold for a box's sockets.
+    pub sysctls: Vec<(String, String)>,
+}
+
+/// The spec's text.
+pub fn write(config: &Config, container: &Container, inside: Inside) -> String {
     let process = &config.process;
     let (program, args) =
         process.args.split_first().map_or(("", &[][..]), |(program, args)| (program, args));
+    // The container's own last.
+    let sysctls = [inside.sysctls, config.sysctls.clone()].concat();
     let mut spec = json!({
         "box_id": container.state.id,
         "vcpus": config.vcpus,
@@ -40,7 +51,7 @@ pub fn write(config: &Config, container: &Container, network: Option<Value>) -> 
             "pid1": true,
         },
         "process": write_process(process),
-        "sysctls": config.sysctls,
+        "sysctls": sysctls,
         "guest_mounts": guest_mounts(config),
         "masked_paths": config.masked_paths,
         "readonly_paths": config.readonly_paths,
@@ -52,7 +63,7 @@ pub fn write(config: &Config, container: &Container, network: Option<Value>) -> 
             spec[name] = json!(value);
         }
     }
-    match network {
+    match inside.network {
         Some(network) => spec["network"] = network,
         None => {
             spec["publish"] = json!("listeners");
@@ -148,7 +159,7 @@ mod tests {
         let config = Config::parse(text, given, &mut report).expect("an object");
         assert_eq!(report.errors, []);
         let state = State { id: "x".into(), ..State::default() };
-        let spec = write(&config, &Container::new("/s/x".into(), state), None);
+        let spec = write(&config, &Container::new("/s/x".into(), state), Inside::default());
         let json: Value = serde_json::from_str(&spec).expect("JSON");
         assert_eq!((&json["vcpus"], &json["memory_mib"]), (&json!(2), &json!(101)));
         assert_eq!(json["rootfs_path"], "/s/x/root");

@@ -332,6 +332,8 @@ fn two_containers_share_a_network_namespace() {
     inside("link add d0 type dummy");
     inside("addr add 10.77.0.9/24 dev d0");
     inside("link set d0 up");
+    let setting = "net.ipv4.ip_unprivileged_port_start";
+    ip(&format!("netns exec {namespace} busybox sysctl -q -w {setting}=80"));
     let joined = json!([{"type": "network", "path": format!("/run/netns/{namespace}")}]);
     let serve = "mkdir /www; echo page >/www/page; httpd -p 8080 -h /www; httpd -p 10.77.0.9:8081 -h /www; \
          exec sleep 10000";
@@ -359,13 +361,14 @@ fn two_containers_share_a_network_namespace() {
     }
     let [first, second, third] = servers;
     let ask = format!(
-        "for to in {first} {second} {third} 127.0.0.1:8082; do wget -qO- http://$to/page || echo refused; done"
+        "for to in {first} {second} {third} 127.0.0.1:8082; do wget -qO- http://$to/page || echo refused; done; \
+         sysctl -n {setting}"
     );
     let ask = ask.as_str();
     let client = Container::new(ask).with("/linux/namespaces", joined);
     let asking = client.make(&[]);
     asking.start();
-    assert_eq!(asking.end(), (0, "page\npage\npage\nrefused\n".into()));
+    assert_eq!(asking.end(), (0, "page\npage\npage\nrefused\n80\n".into()));
     client.done(&["delete"]);
     server.done(&["delete", "--force"]);
     drop(made.end());
