@@ -124,7 +124,7 @@ def main():
         runs.put_into_readme(f"make {NAME}", text(results, here))
     print(text(results, here))
     if failed:
-        sys.exit(f"{NAME}: failed twice, and not in these figures: {', '.join(failed)}")
+        sys.exit(f"{NAME}: failed each time, and not in these figures: {', '.join(failed)}")
 
 
 main()

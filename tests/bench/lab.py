@@ -20,10 +20,12 @@ NO_VECTORS = ",-xsave,-avx,-avx2,-f16c,-fma,-aes,-pclmulqdq,-sha-ni"
 MEMORY = "6G"
 # A halted lab may miss the interrupt that it waits for (tests/lab/lab.sh says why); another one, of a byte for its serial
 # port, wakes it. No run takes that long by itself.
-NUDGE_AFTER_S = 25
-# What that does not help is ended, and a new lab goes on where it was.
-SILENCE_LIMIT_S = 120
-ATTEMPTS = 5
+NUDGE_AFTER_S = 20
+# What that does not help is ended, and a new lab goes on behind it.
+SILENCE_LIMIT_S = 90
+# So is a command in which a guest spins: each virtual second of that takes a minute.
+COMMAND_LIMIT_S = 900
+ATTEMPTS = 3
 
 # The order in which they can be loaded. Those that the kernel has built in are not there.
 MODULES = ["irqbypass", "ccp", "kvm", "kvm-amd", "vhost_iotlb", "vhost", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock"]
@@ -111,18 +113,24 @@ class Lab:
 
     def run(self, commands, extra=(), plugin=None):
         """Runs shell commands, each of which prints lines, the last of them with `RUN` or `FAIL` first. Yields all
-        lines. When the lab hangs, a new one repeats the command that it hung in."""
-        done, attempts = 0, 0
+        lines. A command in which the lab hangs has failed, and a new lab goes on after it: one that began with the same
+        command would go the same way to where the last one hung."""
+        done, in_vain = 0, 0
         while done < len(commands):
+            begun = False
             for line in self.boot(commands[done:], plugin, extra):
+                begun = begun or line.startswith(("LAB kernel", "RUN ", "FAIL "))
                 if line.startswith(("RUN ", "FAIL ")):
                     done += 1
                 yield line
-            if done < len(commands):
-                attempts += 1
-                if attempts == ATTEMPTS:
-                    raise RuntimeError(f"the lab hung or died {ATTEMPTS} times, at last in: {commands[done]}")
-                print(f"bench: the lab hung or died; a new one goes on with run {done + 1} of {len(commands)}", flush=True)
+            if done == len(commands):
+                return
+            in_vain = 0 if begun else in_vain + 1
+            if in_vain == ATTEMPTS:
+                raise RuntimeError(f"the lab did not start {ATTEMPTS} times")
+            if begun:
+                done += 1
+                yield f"FAIL the lab hung or died in: {commands[done - 1]}"
 
     def boot(self, commands, plugin, extra):
         plan = self.work / "plan"
@@ -151,13 +159,15 @@ class Lab:
 
 
 def lines_of(process):
-    """The lines of a process's output, until it ends or is silent for too long. Its errors are shown at its end."""
+    """The lines of a process's output, until it ends, or is silent or without a result for too long. Its errors are shown at
+    its end."""
     rest, last, errors = b"", time.monotonic(), b""
+    result = last
     streams = {process.stdout.fileno(), process.stderr.fileno()}
     while streams:
         ready, _, _ = select.select(list(streams), [], [], 1)
         silence = time.monotonic() - last
-        if silence > SILENCE_LIMIT_S:
+        if silence > SILENCE_LIMIT_S or time.monotonic() - result > COMMAND_LIMIT_S:
             return
         if not ready and silence > NUDGE_AFTER_S:
             os.write(process.stdin.fileno(), b"\n")
@@ -170,6 +180,8 @@ def lines_of(process):
             else:
                 last = time.monotonic()
                 *whole, rest = (rest + data).split(b"\n")
+                if any(line.startswith((b"RUN ", b"FAIL ")) for line in whole):
+                    result = last
                 yield from (line.decode(errors="replace").rstrip("\r") for line in whole)
     said = [line for line in errors.decode(errors="replace").splitlines() if "TCG doesn't support" not in line]
     if said:

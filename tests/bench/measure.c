@@ -47,7 +47,6 @@
 #define EXITS "/sys/kernel/debug/kvm/exits"
 #define OUTPUT "/tmp/mote-bench-vmm.log"
 enum {
-    LIMIT_S = 90,
     LONG_LIMIT_S = 600,
     /* Between two figures. */
     FIGURE_LIMIT_S = 10,
@@ -63,7 +62,7 @@ enum {
 };
 
 static const char *label, *mode;
-static int limit_s = LIMIT_S;
+static int limit_s = START_LIMIT_S;
 static pid_t vmms[MOST_BOXES];
 static int boxes;
 static bool vmm_ended;

@@ -65,14 +65,14 @@ class Bench:
         measured, failed = runs.run_cases(self.name, self.build, [Case(self, row) for row in self.rows] * rounds, counted, vectors=False)
         results = {case.row: values for case, values in measured.items()}
         if len(results) < len(self.rows):
-            sys.exit(f"{self.name}: failed twice: {', '.join(failed)}")
+            sys.exit(f"{self.name}: failed each time: {', '.join(failed)}")
         here = report.environment(counted, ["qemu-virtiofs"])
         text = self.text(results, here)
         if not options.keep:
             runs.save(self.saved, here, [{"row": row, "values": values} for row, values in results.items()])
             runs.put_into_readme(f"make {self.name}", text)
         print(text)
-        return f"{self.name}: failed twice, and not in these figures: {', '.join(failed)}" if failed else 0
+        return f"{self.name}: failed each time, and not in these figures: {', '.join(failed)}" if failed else 0
 
     def text(self, results, here):
         runs_each = min(map(len, results.values()))

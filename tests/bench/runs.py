@@ -16,6 +16,12 @@ from vmms import ROWS, Stage
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 GCC = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s"]
+# Until a guest has started and ended. Emulation now and then delivers an interrupt to one that has them off (seen: a handler
+# of its kernel's that is interrupted by itself, and waits for its own lock), which then spins for ever: that takes a minute
+# for each virtual second, of which no run needs more than a half.
+START_LIMIT_S, COUNTED_START_LIMIT_S = 90, 3
+# Of what has failed.
+REPETITIONS = 3
 # What mote and init.c mount things on, and what the runs need.
 ROOT_DIRECTORIES = ("dev", "proc", "sys", "tmp", "run", "etc", "mote", "share")
 
@@ -33,7 +39,8 @@ def build(stage, rows):
     """What every benchmark has: measure.c, the VMMs of these rows, the kernel, and a root with an /init for peers."""
     directory = stage.directory
     (directory / "bin").mkdir(parents=True)
-    compile_static("measure", directory / "bin/measure", "-lpthread")
+    limit_s = COUNTED_START_LIMIT_S if stage.counted else START_LIMIT_S
+    compile_static("measure", directory / "bin/measure", "-lpthread", f"-DSTART_LIMIT_S={limit_s}")
     (directory / "root").mkdir()
     compile_bare("init", directory / "root/init")
     for name in ROOT_DIRECTORIES:
@@ -78,8 +85,9 @@ def work_directory():
     return tempfile.TemporaryDirectory(prefix="mote-bench.", dir="/run" if os.geteuid() == 0 else None)
 
 
-def run_cases(name, build_all, cases, counted, vectors=True):
-    """Builds, and runs all cases, those that fail once more. Returns the results of each, and what has failed twice."""
+def run_cases(name, build_all, cases, counted, vectors=True, programs=()):
+    """Builds, and runs all cases, those that fail some times more. They need QEMU if their row says so, and these programs of this
+    system. Returns the results of each, and what has failed each time."""
     prepare(name, counted)
     with work_directory() as work:
         work = pathlib.Path(work)
@@ -126,11 +134,15 @@ def measure(name, cases, stage, run):
     # Nested virtualisation under emulation is not always right.
     failed = []
     for case in again:
-        for line in run([case.command(stage)]):
-            if line.startswith("FAIL "):
-                failed.append(f"{case.label} {case.mode}")
-            if line.startswith("RUN "):
-                results.setdefault(case, []).append(parse(line)[2])
+        for _ in range(REPETITIONS):
+            # Twice, since the first run in a new lab fills its page cache.
+            last = [line for line in run([case.command(stage)] * 2) if line.startswith(("RUN ", "FAIL "))][-1]
+            print(f"{name}: repeated: {last}", flush=True)
+            if last.startswith("RUN "):
+                results.setdefault(case, []).append(parse(last)[2])
+                break
+        else:
+            failed.append(f"{case.label} {case.mode} ({last})")
     return results, failed
 
 
