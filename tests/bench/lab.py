@@ -28,7 +28,8 @@ COMMAND_LIMIT_S = 900
 ATTEMPTS = 3
 
 # The order in which they can be loaded. Those that the kernel has built in are not there.
-MODULES = ["irqbypass", "ccp", "kvm", "kvm-amd", "vhost_iotlb", "vhost", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock"]
+MODULES = ["irqbypass", "ccp", "kvm", "kvm-amd", "vhost_iotlb", "vhost", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock",
+           "dummy"]
 
 INIT = """#!/bin/busybox sh
 # A VMM's sandbox needs a root that can be unmounted, which an initramfs cannot: everything moves to a tmpfs.
@@ -55,6 +56,8 @@ for module in MODULES; do [ ! -e /modules/$module.ko ] || insmod /modules/$modul
 # Else KVM_CREATE_VM sleeps 11 ms on kernels before 6.13, for one more cgroup migration of KVM's own thread.
 mount -t cgroup2 -o favordynmods cgroup2 /sys/fs/cgroup
 ip link set lo up
+# passt takes the network of the interface that leads elsewhere.
+ip link add outside type dummy && ip link set outside up && ip address add 198.51.100.1/24 dev outside && ip route add default dev outside
 echo LAB kernel $(uname -r)
 . /plan
 echo LAB end

@@ -156,14 +156,22 @@ def memory_table(results, rows):
     return table(["memory while idle, MiB", "processes", "threads", "RSS", "PSS", "anonymous", "page tables", "the guest's own"], lines)
 
 
+def by_shares(results, row):
+    """The entrypoint by the number of shares, as words."""
+    machines = sorted({(machine.shares, machine.network) for name, machine, mode in results.runs if name == row and mode == "start"})
+    figures = [(results.median(row, "entrypoint", Machine(shares=shares, network=network)), shares, " and a network" * network)
+               for shares, network in machines]
+    return ", ".join(f"{number(figure)} with {shares}{network}" for figure, shares, network in figures)
+
+
 def mote_line(results, unit):
-    shares = sorted({machine.shares for row, machine, mode in results.runs if row == "mote" and mode == "start"})
-    by_shares = ", ".join(f"{number(results.median('mote', 'entrypoint', Machine(shares=count)))} with {count}" for count in shares)
     answered = results.median("mote", "exec_answered", IDLE, "exec")
     if answered is None:
         return ""
-    return (f"By the number of shares, mote's entrypoint runs after {by_shares} {unit}. The first `mote exec`, started together "
-            f"with the box, has its answer after {number(answered)} {unit}.")
+    template = by_shares(results, "mote-template")
+    from_template = f", and from a template after {template}" if template else ""
+    return (f"By the number of shares, mote's entrypoint runs after {by_shares(results, 'mote')} {unit}{from_template}. "
+            f"The first `mote exec`, started together with the box, has its answer after {number(answered)} {unit}.")
 
 
 def where(here, counted="Million instructions", timed="Milliseconds"):

@@ -99,7 +99,8 @@ def run_cases(name, build_all, cases, counted, vectors=True, programs=()):
         if not counted:
             return measure(name, cases, stage, run_here)
         lab = Lab(work, vectors)
-        lab.pack(stage.directory, [pathlib.Path("/usr/bin/qemu-system-x86_64")] if any("qemu" in case.row for case in cases) else [])
+        qemu = ["/usr/bin/qemu-system-x86_64"] if any("qemu" in case.row for case in cases) else []
+        lab.pack(stage.directory, [pathlib.Path(program) for program in (*qemu, *programs)])
         return measure(name, cases, stage, lab.run)
 
 

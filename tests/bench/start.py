@@ -26,6 +26,9 @@ from vmms import ROWS, Machine, Stage, to_init
 MEMORY_MIB = [128, 256, 512, 1024, 4096]
 VCPUS = [1, 2]
 SHARES = [1, 4, 12]
+# Beside them, the most that a box has by a template.
+MANY = [Machine(shares=12), Machine(shares=12, network=True)]
+PASST = "/usr/bin/passt"
 # Runs of one row: of the first table, and of each point of a sweep. One more comes first and does not count: it
 # fills the page cache.
 ROUNDS, SWEEP_ROUNDS = 7, 3
@@ -43,7 +46,7 @@ class Case:
 
     @property
     def label(self):
-        return f"{self.row}@{self.machine.memory_mib}@{self.machine.vcpus}@{self.machine.shares}"
+        return f"{self.row}@{self.machine.memory_mib}@{self.machine.vcpus}@{self.machine.shares}{'@network' * self.machine.network}"
 
     def command(self, stage):
         row = ROWS[self.row]
@@ -73,6 +76,7 @@ def build(stage):
     runs.compile_bare("entrypoint", directory / "root/entrypoint")
     archive(directory / "root", directory / "initramfs")
     subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-d", directory / "root", directory / "root.ext4", DISK], stdout=subprocess.DEVNULL, check=True)
+    runs.compile_static("snapshot", directory / "bin/snapshot")
     if ROWS["libkrun"].is_there():
         subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", directory / "bin/libkrun", runs.HERE / "libkrun.c"], check=True)
 
@@ -89,6 +93,8 @@ def plan(rows, rounds, sweep_rounds):
     if "mote" in rows:
         sweep += [Case("mote", Machine(shares=shares)) for shares in SHARES if shares != 1]
         answers = [Case("mote", idle, "exec")]
+    if "mote-template" in rows:
+        sweep += [Case("mote-template", machine) for machine in MANY]
     once = [Case(name, plain, "exits") for name in rows] + [Case(name, idle, "memory") for name in rows]
     return compared + compared * rounds + (sweep + answers) * (sweep_rounds + 1) + parallel * (sweep_rounds + 2) + once
 
@@ -139,13 +145,13 @@ def main():
     if options.profile:
         return print(profiled("mote-template" if options.rows == "mote-template" else "mote"))
     counted = not runs.here_is_kvm()
-    results, failed = runs.run_cases("bench", build, plan(rows, options.rounds, options.sweep_rounds), counted)
+    results, failed = runs.run_cases("bench", build, plan(rows, options.rounds, options.sweep_rounds), counted, programs=[PASST])
     here = report.environment(counted, rows)
     if not options.keep:
         report.write(results, rows, here)
     print(report.report(results, rows, here))
     if failed:
-        sys.exit(f"bench: failed twice, and not in these figures: {', '.join(failed)}")
+        sys.exit(f"bench: failed each time, and not in these figures: {', '.join(failed)}")
 
 
 main()

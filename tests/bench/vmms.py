@@ -12,6 +12,11 @@ COMMAND_LINE = ("console=ttyS0 panic=-1 noreplace-smp swiotlb=noforce cgroup_no_
                 "dummy.numdummies=0 quiet rdinit=/init")
 RESET_BY_KEYBOARD = "reboot=k,force"
 RESET_BY_TRIPLE_FAULT = "reboot=t"
+# Tells init.c to wait for one.
+SNAPSHOT = "snapshot=1"
+# Of a box that has a network.
+PASST_SOCKET = "passt/socket"
+NETWORK = {"ip_address": "10.77.0.2", "gateway": "10.77.0.1", "prefix_len": 24, "mac_address": [2, 66, 10, 77, 0, 2], "dns_servers": []}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Machine:
     shares: int = 1
     # The entrypoint sleeps rather than ends.
     idle: bool = False
+    # An interface on passt, which only mote's rows have.
+    network: bool = False
 
     def command_line(self, reset, *more):
         words = [COMMAND_LINE, reset, *more]
@@ -67,25 +74,36 @@ def floor(stage, machine):
 def mote_spec(stage, machine):
     shares = [{"tag": f"share{number}", "host_path": stage.path("share"), "read_only": False}
               for number in range(1, machine.shares)]
+    network = {"passt_socket_path": stage.path(PASST_SOCKET), **NETWORK} if machine.network else None
     return {
         "box_id": "bench", "vcpus": machine.vcpus, "memory_mib": machine.memory_mib, "rootfs_path": stage.path("root"),
-        "exec_socket_path": stage.path("exec.sock"), "fs_mounts": shares, "workdir": "/",
+        "exec_socket_path": stage.path("exec.sock"), "fs_mounts": shares, "workdir": "/", "network": network,
         "entrypoint": {"executable": "/entrypoint", "args": ["stay"] if machine.idle else [], "env": []},
     }
 
 
+def passt(stage):
+    """What is done before a run with a network: a passt that listens, and ends with the box. It gives up root, and its
+    socket's directory is open to who it is then."""
+    socket = stage.path(PASST_SOCKET)
+    return [["mkdir", "-p", "-m", "777", os.path.dirname(socket)], ["rm", "-f", socket],
+            ["passt", "--one-off", "--quiet", "--log-file", f"{socket}.log", "--runas", "65534", "--socket", socket, "--address", NETWORK["ip_address"],
+             "--netmask", NETWORK["prefix_len"], "--gateway", NETWORK["gateway"], "--ipv4-only"]]
+
+
 def mote(stage, machine, **environment):
     spec = mote_spec(stage, machine)
-    name = f"mote-{machine.memory_mib}-{machine.vcpus}-{machine.shares}{'-idle' * machine.idle}.json"
+    name = f"mote-{machine.memory_mib}-{machine.vcpus}-{machine.shares}{'-idle' * machine.idle}{'-network' * machine.network}.json"
     environment = {"MOTE_TEMPLATES": "off"} | environment
-    return Run([stage.path("bin/mote"), "--config-file", stage.write(name, spec)], environment)
+    return Run([stage.path("bin/mote"), "--config-file", stage.write(name, spec)], environment,
+               prepare=passt(stage) if machine.network else [])
 
 
 def mote_from_template(stage, machine):
     directory = stage.path("templates")
     run = mote(stage, machine, MOTE_TEMPLATES=directory)
     # Made once: afterwards it is there.
-    run.prepare = [["env", f"MOTE_TEMPLATES={directory}", stage.path("bin/mote"), "template", *run.command[1:]]]
+    run.prepare += [["env", f"MOTE_TEMPLATES={directory}", stage.path("bin/mote"), "template", *run.command[1:]]]
     return run
 
 
@@ -109,17 +127,31 @@ def firecracker(stage, machine, *append, **more):
     config |= more
     if config["drives"]:
         del config["boot-source"]["initrd_path"]
-    name = f"firecracker-{machine.memory_mib}-{machine.vcpus}{'-devices' * bool(more)}{'-idle' * machine.idle}.json"
+    kind = f"{'-devices' * bool(more)}{'-snapshot' * (SNAPSHOT in append)}{'-idle' * machine.idle}"
+    name = f"firecracker-{machine.memory_mib}-{machine.vcpus}{kind}.json"
     return Run([stage.path("bin/firecracker"), "--no-api", "--id", "bench", "--level", "Error", "--config-file", stage.write(name, config)])
 
 
-def firecracker_with_devices(stage, machine):
+def firecracker_with_devices(stage, machine, *append):
     """What a box has under mote, as far as Firecracker has it: vsock, entropy, and a root that is not in memory."""
     socket, disk = stage.path("firecracker.vsock"), stage.path("root.run")
     run = firecracker(
-        stage, machine, "init=/init", entropy={}, vsock={"guest_cid": 3, "uds_path": socket},
+        stage, machine, "init=/init", *append, entropy={}, vsock={"guest_cid": 3, "uds_path": socket},
         drives=[{"drive_id": "root", "path_on_host": disk, "is_root_device": True, "is_read_only": False}])
     run.prepare = [["rm", "-f", socket], ["cp", stage.path("root.ext4"), disk]]
+    return run
+
+
+def firecracker_from_snapshot(stage, machine):
+    """As with devices, but of a snapshot, in which init has made its mounts and waits to be told to go on."""
+    name = f"firecracker{'-idle' * machine.idle}"
+    api, socket, disk = (stage.path(file) for file in ("firecracker.api", "firecracker.vsock", "root.run"))
+    config = firecracker_with_devices(stage, machine, SNAPSHOT).command[-1]
+    run = Run([stage.path("bin/snapshot"), "restore", stage.path("bin/firecracker"), api, stage.path(f"{name}.state"),
+               stage.path(f"{name}.memory"), socket])
+    clean = [["rm", "-f", api, socket], ["cp", stage.path("root.ext4"), disk]]
+    # Made once: afterwards it is there. What the guest has in memory of the disk is true of each copy.
+    run.prepare = [*clean, [run.command[0], "make", *run.command[2:6], config], *clean]
     return run
 
 
@@ -191,6 +223,8 @@ ROWS = {
     "firecracker": Row("Firecracker, no devices", firecracker, "initramfs", "firecracker", "MOTE_BENCH_FIRECRACKER"),
     "firecracker-devices": Row("Firecracker + vsock + rng", firecracker_with_devices, "ext4 on virtio-blk", "firecracker",
                                "MOTE_BENCH_FIRECRACKER", swept=True),
+    "firecracker-snapshot": Row("Firecracker + vsock + rng, from a snapshot", firecracker_from_snapshot, "ext4 on virtio-blk", "firecracker",
+                                "MOTE_BENCH_FIRECRACKER"),
     "cloud-hypervisor": Row("Cloud Hypervisor, no devices", cloud_hypervisor, "initramfs", "cloud-hypervisor",
                             "MOTE_BENCH_CLOUD_HYPERVISOR"),
     "libkrun": Row("libkrun, its usual devices", libkrun, "initramfs", "libkrun.so", "MOTE_BENCH_LIBKRUN"),
