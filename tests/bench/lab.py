@@ -12,18 +12,21 @@ import shutil
 import subprocess
 import time
 
+HERE = pathlib.Path(__file__).resolve().parent
 # Without CMPXCHG16B, which is not always right under emulation (tests/lab/lab.sh). XSAVE stays: Firecracker wants it.
 CPU = "EPYC,+svm,+npt,+invtsc,-cx16"
 # For guests whose programs have a C library, which uses vector registers where it finds them: nested emulation mixes them up, since it
 # does not intercept XSETBV, and such guests spin for ever (tests/lab/lab.sh).
 NO_VECTORS = ",-xsave,-avx,-avx2,-f16c,-fma,-aes,-pclmulqdq,-sha-ni"
 MEMORY = "6G"
+# A copy of QEMU (tests/lab/qemu.py) does not find it by itself.
+FIRMWARE = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
 # A halted lab may miss the interrupt that it waits for (tests/lab/lab.sh says why); another one, of a byte for its serial
 # port, wakes it. No run takes that long by itself.
 NUDGE_AFTER_S = 20
 # What that does not help is ended, and a new lab goes on behind it.
 SILENCE_LIMIT_S = 90
-# So is a command in which a guest spins: each virtual second of that takes a minute.
+# So is a command that has no result: each virtual second of a guest that spins takes a minute.
 COMMAND_LIMIT_S = 900
 ATTEMPTS = 3
 
@@ -73,6 +76,7 @@ class Lab:
         self.cpu = CPU if vectors else CPU + NO_VECTORS
         self.root = work / "lab"
         self.kernel = newest_kernel()
+        self.qemu = subprocess.run([HERE.parent / "lab/qemu.py"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
     def pack(self, stage, programs):
         """Makes the image: `stage` as /bench, and programs of this system, by their paths, with their libraries."""
@@ -145,7 +149,7 @@ class Lab:
             for part in ("lab.cpio", "plan.cpio"):
                 initrd.write((self.work / part).read_bytes())
         command = [
-            "nice", "-n", "5", "qemu-system-x86_64", "-M", "microvm,auto-kernel-cmdline=off", "-accel", "tcg",
+            "nice", "-n", "5", self.qemu, *FIRMWARE, "-M", "microvm,auto-kernel-cmdline=off", "-accel", "tcg",
             "-icount", "shift=0,sleep=off", "-cpu", self.cpu, "-m", MEMORY, "-kernel", str(self.kernel),
             "-initrd", str(self.work / "initrd"), "-append",
             "console=ttyS0 quiet loglevel=1 tsc=reliable clocksource=tsc mitigations=off audit=0 panic=-1 reboot=t "

@@ -16,9 +16,8 @@ from vmms import ROWS, Stage
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 GCC = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s"]
-# Until a guest has started and ended. Emulation now and then delivers an interrupt to one that has them off (seen: a handler
-# of its kernel's that is interrupted by itself, and waits for its own lock), which then spins for ever: that takes a minute
-# for each virtual second, of which no run needs more than a half.
+# Until a guest has started and ended. One that spins for ever (tests/lab/qemu.py says why they did) takes a minute of
+# emulation for each virtual second, of which no run needs more than a half.
 START_LIMIT_S, COUNTED_START_LIMIT_S = 90, 3
 # Of what has failed.
 REPETITIONS = 3

@@ -19,6 +19,7 @@ die() { echo "lab: $*" >&2; exit 1; }
 virtiofsd=$("$(dirname "$0")/../../resources/tools.sh" virtiofsd)
 kernel=$(find /boot -name 'vmlinuz-*-cloud-amd64' | sort -V | tail -n 1)
 [ -n "$kernel" ] || die "no cloud kernel in /boot; run 'make tools'"
+qemu=$("$(dirname "$0")/qemu.py")
 
 # A third of this machine's memory, since two labs may run at a time; enough for a 6 GiB guest where
 # there is that much.
@@ -83,8 +84,8 @@ start_lab() {
     ln -sf "$virtiofsd" "$work/bin/virtiofsd"
     export PATH=$work/bin:$(dirname "$vng"):$PATH
     exec "$@" "$vng" --run "$kernel" \
-        --disable-kvm --disable-microvm --cpus $cpus --memory "${memory_mib}M" \
-        --rwdir="$shared" --qemu-opts="-cpu $cpu $serial" --exec "bash $work/command"
+        --qemu "$qemu" --disable-kvm --disable-microvm --cpus $cpus --memory "${memory_mib}M" \
+        --rwdir="$shared" --qemu-opts="-L /usr/share/qemu -L /usr/share/seabios -cpu $cpu $serial" --exec "bash $work/command"
 }
 
 if [ $# -eq 0 ]; then
