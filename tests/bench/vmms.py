@@ -223,7 +223,7 @@ ROWS = {
     "firecracker": Row("Firecracker, no devices", firecracker, "initramfs", "firecracker", "MOTE_BENCH_FIRECRACKER"),
     "firecracker-devices": Row("Firecracker + vsock + rng", firecracker_with_devices, "ext4 on virtio-blk", "firecracker",
                                "MOTE_BENCH_FIRECRACKER", swept=True),
-    "firecracker-snapshot": Row("Firecracker + vsock + rng, from a snapshot", firecracker_from_snapshot, "ext4 on virtio-blk", "firecracker",
+    "firecracker-snapshot": Row("Firecracker from a snapshot", firecracker_from_snapshot, "ext4 on virtio-blk", "firecracker",
                                 "MOTE_BENCH_FIRECRACKER"),
     "cloud-hypervisor": Row("Cloud Hypervisor, no devices", cloud_hypervisor, "initramfs", "cloud-hypervisor",
                             "MOTE_BENCH_CLOUD_HYPERVISOR"),
