@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use serde_json::json;
 
 use super::cgroup::Cgroup;
 use crate::sys;
-use crate::sys::container;
+use crate::sys::confine::Identity;
 use crate::sys::process;
 
 /// The version of the runtime specification that states are of.
@@ -38,6 +38,8 @@ pub const OCI_VERSION: &str = "1.0.2";
 const MAX_ID: usize = 255;
 /// How long another command may hold a container's lock: a create takes as long as a box's start.
 const LOCK_LIMIT: Duration = Duration::from_secs(60);
+/// The host's short-lived files.
+const RUN: &str = "/run";
 /// Longest path of a Unix socket.
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -163,7 +165,7 @@ impl Store {
         let mut private = DirBuilder::new();
         private.mode(0o700);
         private.recursive(true).create(&self.root).with_context(|| {
-            format!("create {root}, where containers' states are (--root names another directory)")
+            format!("create {root}, where containers' states are (--root or XDG_RUNTIME_DIR names another directory)")
         })?;
         let dir = self.dir(id);
         match private.recursive(false).create(&dir) {
@@ -415,15 +417,18 @@ pub fn write_whole(path: &Path, text: &str, mode: u32) -> Result<()> {
     write().with_context(|| format!("write {}", path.display()))
 }
 
-/// Where a user's short-lived files are: `/run`, or what stands for it without root.
+/// Where a user's short-lived files are: `/run`, if that is this user's, else `XDG_RUNTIME_DIR`, which the root of a user
+/// namespace has from the host's user.
 pub fn runtime_directory() -> PathBuf {
-    if container::is_root() {
-        return PathBuf::from("/run");
+    let user = Identity::own().user();
+    if fs::metadata(RUN).is_ok_and(|run| run.uid() == user) {
+        return PathBuf::from(RUN);
     }
     std::env::var_os("XDG_RUNTIME_DIR")
         .map(PathBuf::from)
         .filter(|path| path.is_absolute())
-        .unwrap_or_else(std::env::temp_dir)
+        // As pam_systemd(8) has it; what others may write to would be no place for states.
+        .unwrap_or_else(|| PathBuf::from(format!("{RUN}/user/{user}")))
 }
 
 #[cfg(test)]

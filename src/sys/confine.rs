@@ -42,9 +42,9 @@ impl Identity {
         unsafe { Identity { user: libc::geteuid(), group: libc::getegid() } }
     }
 
-    /// Whether this is its user.
-    pub fn is_user(self, user: u32) -> bool {
-        self.user == user
+    /// Its user.
+    pub fn user(self) -> u32 {
+        self.user
     }
 
     /// Keeps it in the user namespace that this process has just entered.

@@ -246,7 +246,7 @@ pub fn is_hosts_root() -> bool {
 }
 
 /// Whether this process is root.
-pub fn is_root() -> bool {
+fn is_root() -> bool {
     // SAFETY: plain system call.
     unsafe { libc::geteuid() == 0 }
 }

@@ -64,7 +64,7 @@ impl Cache {
         };
         let metadata = directory.metadata().context("look at the cache's directory")?;
         let place = path.display();
-        ensure!(Identity::own().is_user(metadata.uid()), "{place} belongs to another user");
+        ensure!(Identity::own().user() == metadata.uid(), "{place} belongs to another user");
         let mode = metadata.mode() & 0o7777;
         ensure!(
             mode & 0o077 == 0,
@@ -240,7 +240,7 @@ impl Begun<'_> {
 fn is_own(file: &File) -> Result<()> {
     let metadata = file.metadata().context("look at the file")?;
     ensure!(metadata.is_file(), "it is no regular file");
-    ensure!(Identity::own().is_user(metadata.uid()), "it belongs to another user");
+    ensure!(Identity::own().user() == metadata.uid(), "it belongs to another user");
     let mode = metadata.mode() & 0o7777;
     ensure!(mode & 0o077 == 0, "it has mode {mode:o}, and must be its owner's alone (600)");
     Ok(())
