@@ -14,6 +14,7 @@ use crate::policy::Policy;
 use crate::policy::rules::Rules;
 use crate::spec::Spec;
 use crate::spec::json::Report;
+use crate::sys::container;
 
 /// How the box reaches the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,21 +113,28 @@ fn check_sharing(spec: &Spec, report: &mut Report) {
             );
         }
     }
+    if spec.shares_loopback {
+        check_namespace(report);
+    }
+    if spec.publish_listeners && spec.port_map.iter().any(|port| port.ends_with("/udp")) {
+        report.error("publish", "is \"listeners\", which does not go with UDP ports in port_map; leave out one of the two");
+    }
+}
+
+/// Checks that the network namespace which mote is in, and shares with the box, is not the host's own.
+fn check_namespace(report: &mut Report) {
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
     let (of_host, own) = (namespace("1"), namespace("self"));
-    if spec.shares_loopback && of_host.is_none() {
-        report.error(
-            "loopback",
-            "is \"netns\", and this user may not look at /proc/1/ns/net to see that mote is not in the host's own; run mote as root, or leave it out",
-        );
-    } else if spec.shares_loopback && of_host == own {
+    if of_host.is_some() && of_host == own {
         report.error(
             "loopback",
             "is \"netns\", but mote runs in the host's own network namespace, whose loopback is no box's; start mote in another (ip netns exec)",
         );
-    }
-    if spec.publish_listeners && spec.port_map.iter().any(|port| port.ends_with("/udp")) {
-        report.error("publish", "is \"listeners\", which does not go with UDP ports in port_map; leave out one of the two");
+    } else if of_host.is_none() && !container::network_is_of_a_user().unwrap_or_default() {
+        report.error(
+            "loopback",
+            "is \"netns\", and this user may not look at /proc/1/ns/net to see that mote is not in the host's own; run mote as root, or in a network namespace of a user's (unshare --user --net), or leave it out",
+        );
     }
 }
 

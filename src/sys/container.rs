@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
@@ -104,6 +105,21 @@ pub fn join_network(namespace: &File) -> io::Result<()> {
     // SAFETY: plain system call on an open descriptor.
     check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) })?;
     Ok(())
+}
+
+/// Whether this process's network namespace belongs to a user namespace that somebody has made (ioctl_ns(2)), and so is not
+/// the host's own network.
+///
+/// # Errors
+/// Those of the ioctl: EPERM if it belongs to a user namespace around this process's.
+pub fn network_is_of_a_user() -> io::Result<bool> {
+    // include/uapi/linux/nsfs.h; PROC_USER_INIT_INO of include/linux/proc_ns.h.
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    const HOSTS_USERS: u64 = 0xefff_fffd;
+    let network = File::open("/proc/self/ns/net")?;
+    // SAFETY: plain system call on an open descriptor; the command has no argument.
+    let owner = owned(check(unsafe { libc::ioctl(network.as_raw_fd(), NS_GET_USERNS) })?);
+    Ok(File::from(owner).metadata()?.ino() != HOSTS_USERS)
 }
 
 /// Brings up the loopback interface of this process's network namespace (netdevice(7)).
