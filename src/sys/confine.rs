@@ -336,8 +336,11 @@ pub fn drop_groups() -> io::Result<()> {
         return Ok(());
     }
     // SAFETY: plain system call; an empty list needs no pointer.
-    check(unsafe { libc::setgroups(0, ptr::null()) })?;
-    Ok(())
+    match check(unsafe { libc::setgroups(0, ptr::null()) }) {
+        // Whoever has made this user namespace had to deny it that (user_namespaces(7), "/proc/PID/setgroups").
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
+        set => set.map(drop),
+    }
 }
 
 /// Keeps other processes of this user from reading this one's memory, and the kernel from dumping it.
