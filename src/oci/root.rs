@@ -86,16 +86,24 @@ pub fn assemble(wanted: &Wanted<'_>) -> Result<()> {
 
 fn put(root: &File, bundle: &Path, bind: &Bind) -> Result<()> {
     let source = bundle.join(&bind.source);
-    let tree = File::from(mounts::clone_mount(&source, bind.extent)?);
+    let (tree, extent, own_extent) = match mounts::clone_mount(&source, bind.extent) {
+        // In a user namespace, what the host has mounted below is not to be uncovered (mount_namespaces(7)): all of it
+        // comes, and what is said of the mount holds for all of it.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            (mounts::clone_mount(&source, Extent::Tree)?, Extent::Tree, Extent::Tree)
+        }
+        tree => (tree?, bind.extent, Extent::One),
+    };
+    let tree = File::from(tree);
     let what = tree.metadata()?.file_type();
     ensure!(
         !what.is_char_device() && !what.is_block_device(),
         "it is a device of the host, and a box has those of its own kernel alone; leave it out"
     );
     let kind = if what.is_dir() { Kind::Directory } else { Kind::File };
-    mounts::set_attributes(&tree, bind.tree_attributes, true, bind.extent)?;
+    mounts::change_as_permitted(&tree, bind.tree_attributes, true, extent)?;
     if bind.attributes != Attributes::default() {
-        mounts::set_attributes(&tree, bind.attributes, false, Extent::One)?;
+        mounts::change_as_permitted(&tree, bind.attributes, false, own_extent)?;
     }
     let at = place(root, &bind.destination, kind)?;
     Ok(mounts::attach(&tree, &at)?)

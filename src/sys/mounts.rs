@@ -106,6 +106,38 @@ pub fn set_attributes(
     Ok(())
 }
 
+/// Changes a mount's attributes as [`set_attributes`] does, but that what the host has forbidden of it stays so in a user
+/// namespace, whose root may not permit it again (mount_namespaces(7)).
+///
+/// # Errors
+/// Those of mount_setattr(2).
+pub fn change_as_permitted(
+    mount: &impl AsRawFd,
+    attributes: Attributes,
+    is_private: bool,
+    extent: Extent,
+) -> io::Result<()> {
+    const TIMES: u64 = libc::MOUNT_ATTR__ATIME | libc::MOUNT_ATTR_NODIRATIME;
+    let is_refused = |set: &io::Result<()>| matches!(set, Err(error) if error.raw_os_error() == Some(libc::EPERM));
+    let all = set_attributes(mount, attributes, is_private, extent);
+    if !is_refused(&all) {
+        return all;
+    }
+    // To forbid more can always be done, and is not optional.
+    let forbidden = Attributes { set: attributes.set & !TIMES, clear: 0 };
+    set_attributes(mount, forbidden, is_private, extent)?;
+    let cleared = (0..u64::BITS).map(|bit| attributes.clear & !TIMES & 1 << bit);
+    let cleared = cleared.filter(|bit| *bit != 0).map(|bit| Attributes { set: 0, clear: bit });
+    let times = Attributes { set: attributes.set & TIMES, clear: attributes.clear & TIMES };
+    for one in cleared.chain([times]) {
+        let set = set_attributes(mount, one, false, extent);
+        if !is_refused(&set) {
+            set?;
+        }
+    }
+    Ok(())
+}
+
 /// Puts a mount that is not mounted anywhere over the file or directory that `place` is.
 ///
 /// # Errors
