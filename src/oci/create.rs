@@ -166,13 +166,14 @@ fn make_cgroup(container: &mut Container, config: &Config) -> Result<Option<Memb
             cgroup.limit(&files)?;
             Ok(Some(member))
         }
-        None if files.is_empty() => Ok(None),
         None => {
-            let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
-            bail!(
-                "linux.resources asks for limits ({}), which need a cgroup: give linux.cgroupsPath, or no limits",
+            let names = config.resources.beyond_a_box(config.vcpus);
+            ensure!(
+                names.is_empty(),
+                "linux.resources asks for limits ({}), which need a cgroup: give linux.cgroupsPath (podman: cgroup_manager = \"systemd\"), or only limits of memory, processes and whole CPUs",
                 names.join(", ")
-            )
+            );
+            Ok(None)
         }
     }
 }

@@ -67,6 +67,22 @@ impl Resources {
         self.quota?.map(|quota| quota.div_ceil(period).max(1))
     }
 
+    /// Which of these limits take a cgroup, by the names of its files. A box with so many virtual CPUs keeps the others by
+    /// itself: its memory is its RAM, its kernel counts its processes, and it has no more CPU time than its CPUs.
+    pub fn beyond_a_box(&self, vcpus: u8) -> Vec<String> {
+        let period = self.period.unwrap_or(DEFAULT_PERIOD_US);
+        let most = u64::from(vcpus).saturating_mul(period);
+        let is_whole = self.quota.flatten().is_none_or(|quota| quota >= most);
+        let names = self.files(None).into_iter().map(|(name, _)| name);
+        let is_beyond = |name: &String| match name.as_str() {
+            // Without a file for its memory, which its RAM is in place of.
+            "memory.swap.max" | "pids.max" => false,
+            "cpu.max" => !is_whole,
+            _ => true,
+        };
+        names.filter(is_beyond).collect()
+    }
+
     /// The files of a cgroup and their values; `ram` is the box's, if its memory is limited.
     pub fn files(&self, ram: Option<u64>) -> Vec<(String, String)> {
         let or_max = |limit: Option<u64>| limit.map_or("max".into(), |limit| limit.to_string());
@@ -311,6 +327,18 @@ mod tests {
         assert_eq!(report.errors, []);
         let ram = resources.memory.map(|bytes| bytes.next_multiple_of(1 << 20));
         resources.files(ram).iter().map(|(name, value)| format!("{name}={value}")).collect()
+    }
+
+    #[test]
+    fn a_box_keeps_some_limits_by_itself() {
+        let beyond = |text, vcpus| parsed(text).0.beyond_a_box(vcpus);
+        let own = r#"{"memory":{"limit":134217728,"swap":268435456},"cpu":{"quota":200000},"pids":{"limit":9}}"#;
+        assert_eq!(beyond(own, 2), [""; 0]);
+        // Of a host with fewer CPUs.
+        assert_eq!(beyond(own, 1), [""; 0]);
+        assert_eq!(beyond(r#"{"cpu":{"quota":-1,"period":100000}}"#, 1), [""; 0]);
+        let others = r#"{"memory":{"limit":134217728,"reservation":9},"cpu":{"quota":150000,"shares":9,"cpus":"0"}}"#;
+        assert_eq!(beyond(others, 2), ["memory.low", "cpu.weight", "cpu.max", "cpuset.cpus"]);
     }
 
     #[test]
