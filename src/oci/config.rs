@@ -33,6 +33,7 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 
 use super::cgroup::{self, Place};
+use super::devices;
 use super::hooks::Hooks;
 use super::mounts::{self, Mounts};
 use super::passt::{self, Ports};
@@ -109,21 +110,6 @@ const DEFAULT_MEMORY_MIB: u32 = 512;
 const MIN_MEMORY_MIB: u32 = 64;
 /// The most virtual CPUs of a box.
 const MAX_VCPUS: u64 = 64;
-/// How many devices an engine asks for because it asks for all of them.
-const MANY_DEVICES: usize = 20;
-
-/// Devices that every box has (runtime specification, "Default Devices").
-const STANDARD_DEVICES: [&str; 8] = [
-    "/dev/null",
-    "/dev/zero",
-    "/dev/full",
-    "/dev/random",
-    "/dev/urandom",
-    "/dev/tty",
-    "/dev/console",
-    "/dev/ptmx",
-];
-
 impl Config {
     /// Parses the text. What is wrong with its members is added to `report`: with errors there, the config is of no
     /// use.
@@ -331,25 +317,17 @@ fn read_namespaces(node: &Node<'_>) -> Option<Network> {
 }
 
 fn read_devices(node: &Node<'_>) -> Option<()> {
-    let items = node.items()?;
-    let are_many = items.len() > MANY_DEVICES;
-    if are_many {
-        node.warn("are all of the host's devices, of which a box gets none");
-    }
-    for item in items {
+    let mut all = Vec::new();
+    for item in node.items()? {
         let Some(mut o) = item.object() else { continue };
         let path = o.required("path", "the device's path in the container", Node::string);
         for name in ["type", "major", "minor", "fileMode", "uid", "gid"] {
             o.member(name);
         }
         o.finish();
-        let Some(path) = path else { continue };
-        if !are_many && !STANDARD_DEVICES.contains(&path.as_str()) {
-            item.error(format!(
-                "{path} is a device of the host, and a box has those of its own kernel alone; leave it out"
-            ));
-        }
+        all.extend(path.map(|path| (item, path)));
     }
+    devices::judge(node, &all);
     Some(())
 }
 

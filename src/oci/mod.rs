@@ -4,7 +4,7 @@
 //! system, and becomes `mote --config-file` in a child process. What a box can do is mote's; what a container has on the
 //! host (its state, its cgroup, its mounts, its place in a network namespace) is here.
 //!
-//! [`config`] reads what an engine asks for, with [`process`], [`resources`], [`mounts`] and [`hooks`]; [`spec`] writes
+//! [`config`] reads what an engine asks for, with [`process`], [`resources`], [`mounts`], [`devices`] and [`hooks`]; [`spec`] writes
 //! what mote runs; [`state`] is what outlives a command; [`create`] makes a container, whose process [`launch`] starts
 //! on a file system from [`root`], or which is a pod's [`pause`]; [`lifecycle`], [`exec`] and [`inspect`] are the other commands.
 
@@ -17,6 +17,7 @@ mod config_tests;
 pub mod console;
 pub mod copy_up;
 pub mod create;
+pub mod devices;
 pub mod end;
 pub mod exec;
 pub mod hooks;

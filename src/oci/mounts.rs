@@ -6,6 +6,7 @@
 //! | bind | anywhere else | on the host, with its options; a directory or a single file |
 //! | bind | `/dev/shm` | a tmpfs of the guest as large as the host's there |
 //! | bind | `/proc`, `/sys`, `/sys/fs/cgroup`, `/dev/mqueue` | the guest's own |
+//! | bind | of the host's `/dev/X` on `/dev/X` | as a device that is asked for, see [`super::devices`] |
 //! | bind | elsewhere below `/dev` | on the host in the image's own `/dev`, and from there into the guest's |
 //! | bind | `/dev`, and elsewhere in `/proc` and `/sys` | refused: the guest's own file systems would hide it |
 //! | tmpfs | `/dev` | the guest's own |
@@ -16,6 +17,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use super::devices;
 use crate::spec::json::Node;
 use crate::sys::mounts::{Attributes, Extent};
 
@@ -74,6 +76,9 @@ const STAND_INS: [&str; 4] = ["/proc", "/sys", "/sys/fs/cgroup", "/dev/mqueue"];
 
 const SHARED_MEMORY: &str = "/dev/shm";
 
+/// What may be in a host's `/dev` and is no device.
+const NO_DEVICES: [&str; 3] = [SHARED_MEMORY, "/dev/hugepages", "/dev/log"];
+
 /// The options that are known, for `features`.
 pub fn known_options() -> Vec<String> {
     let attributes =
@@ -87,15 +92,18 @@ pub fn known_options() -> Vec<String> {
 /// Reads the array.
 pub fn read(node: &Node<'_>) -> Option<Mounts> {
     let mut all = Mounts::default();
+    let mut devices = Vec::new();
     for item in node.items()? {
         if let Some(what) = item.read(read_mount) {
             match what {
                 Read::Mount(mount) => all.mounts.push(mount),
                 Read::Guests { destination, read_only: true } => all.read_only.push(destination),
                 Read::Guests { .. } => {}
+                Read::Device(path) => devices.push((item, path)),
             }
         }
     }
+    devices::judge(node, &devices);
     decide_sides(&mut all.mounts, Path::to_owned);
     Some(all)
 }
@@ -128,6 +136,8 @@ enum Read {
         destination: String,
         read_only: bool,
     },
+    /// A device of the host.
+    Device(String),
 }
 
 fn read_mount(node: &Node<'_>) -> Option<Read> {
@@ -223,6 +233,13 @@ fn read_bind(
     }
     if path == SHARED_MEMORY {
         return Some(Read::Mount(Mount::SharedMemory(source.into())));
+    }
+    let is_none = |path: &&str| destination.starts_with(path);
+    if is_below_dev(destination)
+        && destination == Path::new(&source)
+        && !NO_DEVICES.iter().any(is_none)
+    {
+        return Some(Read::Device(source));
     }
     let hides = |guests: &&&str| destination.starts_with(guests) && !is_below_dev(destination);
     if let Some(guests) = GUESTS.iter().find(hides) {
@@ -422,6 +439,23 @@ mod tests {
         assert_eq!(on_host.collect::<Vec<_>>(), [true, false]);
         let Mount::Tmpfs(run) = &mounts.mounts[0] else { panic!("{mounts:?}") };
         assert_eq!(run.options, ["nodev", "size=1m", "tmpcopyup"]);
+    }
+
+    #[test]
+    fn devices_of_the_host_are_no_mounts() {
+        let item = |name: &str| {
+            format!(
+                r#"{{"destination":"/dev/{name}","type":"bind","source":"/dev/{name}","options":["rbind"]}}"#
+            )
+        };
+        let (mounts, report) = parsed(&format!("[{},{}]", item("null"), item("fuse")));
+        assert_eq!(mounts.mounts, []);
+        let [fault] = &report.errors[..] else { panic!("{:?}", report.errors) };
+        assert_eq!(fault.path, "mounts[1]");
+        assert!(fault.problem.starts_with("/dev/fuse is a device of the host"), "{fault}");
+        let all: Vec<String> = (0..21).map(|number| item(&format!("d{number}"))).collect();
+        let (mounts, report) = parsed(&format!("[{}]", all.join(",")));
+        assert_eq!((mounts.mounts.len(), report.errors.len(), report.warnings.len()), (0, 0, 1));
     }
 
     #[test]
