@@ -94,6 +94,9 @@ fn run(launch: Launch<'_>, mut gone: PipeReader, mut faults: PipeWriter) -> u8 {
 /// Nothing: what a process that goes on as another program returns.
 enum Never {}
 
+/// What to do about namespaces that cannot be made.
+const NEEDS_ROOT: &str = "it takes root, the host's or that of a user namespace: run this by podman, which makes one for a user, or below \"podman unshare\"";
+
 fn become_mote(launch: Launch<'_>) -> Result<Never> {
     let Launch { container, config, console_socket, in_foreground } = launch;
     container::unblock_signals().context("let signals through")?;
@@ -111,7 +114,7 @@ fn become_mote(launch: Launch<'_>) -> Result<Never> {
         return become_pause(container, config);
     }
     confine::unshare(libc::CLONE_NEWNS)
-        .context("make a mount namespace (mote-oci needs CAP_SYS_ADMIN: run it as root)")?;
+        .with_context(|| format!("make a mount namespace ({NEEDS_ROOT})"))?;
     confine::detach_mounts().context("keep mounts apart from the host's")?;
     assemble(container, config)?;
     let network = config.passt.as_ref().map(|ports| {
@@ -190,17 +193,28 @@ fn join_network(network: &Network) -> Result<()> {
     match network {
         Network::Hosts => Ok(()),
         Network::New => {
-            confine::unshare(libc::CLONE_NEWNET).context("make a network namespace")?;
+            confine::unshare(libc::CLONE_NEWNET)
+                .with_context(|| format!("make a network namespace ({NEEDS_ROOT})"))?;
             container::raise_loopback().context("bring up loopback")
         }
         Network::Joined(path) => {
             let path_text = path.display();
             let namespace = File::open(path)
                 .with_context(|| format!("open the network namespace {path_text}"))?;
+            if is_own_network(&namespace) {
+                // That of a user who may not enter it: the host's.
+                return Ok(());
+            }
             container::join_network(&namespace)
                 .with_context(|| format!("join the network namespace {path_text}"))
         }
     }
+}
+
+fn is_own_network(namespace: &File) -> bool {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let own = fs::metadata("/proc/self/ns/net").map(identity).ok();
+    own.is_some() && namespace.metadata().map(identity).ok() == own
 }
 
 fn assemble(container: &Container, config: &Config) -> Result<()> {

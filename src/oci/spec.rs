@@ -79,6 +79,9 @@ pub fn write(config: &Config, container: &Container, inside: Inside) -> String {
     spec.to_string()
 }
 
+/// The network namespace of this process.
+const OWN_NETWORK: &str = "/proc/self/ns/net";
+
 /// Whether a container is on the host's own network.
 fn is_hosts(network: &Network) -> bool {
     let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
@@ -87,7 +90,10 @@ fn is_hosts(network: &Network) -> bool {
         Network::New => false,
         Network::Joined(path) => {
             let joined = identity(path);
-            joined.is_some() && joined == identity(Path::new("/proc/1/ns/net"))
+            // Who may not look at the host's is on it as a rule.
+            let hosts =
+                ["/proc/1/ns/net", OWN_NETWORK].iter().find_map(|file| identity(Path::new(file)));
+            joined.is_some() && joined == hosts
         }
     }
 }
