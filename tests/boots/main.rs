@@ -37,6 +37,7 @@ mod memory;
 mod network;
 mod oci;
 mod oci_passt;
+mod oci_rootless;
 mod oci_systemd;
 mod out_of_memory;
 mod outcomes;

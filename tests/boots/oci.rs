@@ -16,13 +16,15 @@ const ENGINE: &str = include_str!("python/engine.py");
 /// A container on a small image.
 pub struct Container {
     pub test: TestBox,
-    config: Value,
+    pub config: Value,
+    /// What runs the runtime's commands and the engine, if not the test itself.
+    pub within: Vec<String>,
 }
 
 /// A container that has been made, with the engine's process beside it.
 pub struct Made<'a> {
     container: &'a Container,
-    engine: Child,
+    pub engine: Child,
 }
 
 impl Container {
@@ -52,7 +54,24 @@ impl Container {
                 "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "mount"}],
             },
         });
-        Container { test, config }
+        Container { test, config, within: Vec::new() }
+    }
+
+    /// A program, by whatever runs it for this container.
+    fn program(&self, program: &Path) -> Command {
+        match self.within.split_first() {
+            None => Command::new(program),
+            Some((first, words)) => {
+                let mut command = Command::new(first);
+                command.args(words).arg(program);
+                command
+            }
+        }
+    }
+
+    /// mote's file, where whoever runs it finds it.
+    fn binary(&self) -> PathBuf {
+        if self.within.is_empty() { mote() } else { self.test.path("mote") }
     }
 
     pub fn with(mut self, pointer: &str, value: Value) -> Self {
@@ -63,7 +82,7 @@ impl Container {
 
     /// A command of the runtime's, with the container's name behind it.
     fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(mote());
+        let mut command = self.program(&self.binary());
         command.args(["oci", "--root"]).arg(self.test.path("state")).args(words);
         command
     }
@@ -94,8 +113,8 @@ impl Container {
         let bundle = self.test.path("bundle");
         let _ = fs::remove_file(bundle.join("pid"));
         self.write_config();
-        let mut engine = Command::new("python3");
-        engine.args(["-c", ENGINE]).arg(mote()).arg(self.test.path("state"));
+        let mut engine = self.program(Path::new("python3"));
+        engine.args(["-c", ENGINE]).arg(self.binary()).arg(self.test.path("state"));
         engine.arg(name(&self.test)).arg(bundle).args(more);
         engine.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         engine.spawn().expect("python runs")

@@ -328,14 +328,12 @@ fn the_sandbox_can_be_left_out_aloud() {
 }
 
 /// A user of the group that owns /dev/kvm.
-const USER: u32 = 4711;
+pub const USER: u32 = 4711;
 
 /// A command that runs the box as [`USER`], with or without the right to make namespaces.
 pub fn unprivileged(test: &TestBox, namespaces: bool) -> Command {
-    // A place from which the user may execute the binary.
-    let binary = test.path("mote");
-    executable(&binary, &fs::read(mote()).expect("the binary"));
-    let words = words_of_user(test, namespaces);
+    let binary = give_to_user(test);
+    let words = words_of_user(namespaces);
     let mut command = Command::new(&words[0]);
     command
         .args(&words[1..])
@@ -345,9 +343,8 @@ pub fn unprivileged(test: &TestBox, namespaces: bool) -> Command {
     command
 }
 
-/// Gives the box's directory to [`USER`], and returns words in front of a command that run it as that
-/// user, with or without the right to make namespaces.
-fn words_of_user(test: &TestBox, namespaces: bool) -> Vec<String> {
+/// Gives the box's directory to [`USER`], with mote's file, which the user may not execute elsewhere. Returns that.
+pub fn give_to_user(test: &TestBox) -> PathBuf {
     fn give(path: &Path) {
         chown(path, Some(USER), Some(USER))
             .or_else(|_| std::os::unix::fs::lchown(path, Some(USER), Some(USER)))
@@ -358,12 +355,20 @@ fn words_of_user(test: &TestBox, namespaces: bool) -> Vec<String> {
             }
         }
     }
+    let binary = test.path("mote");
+    executable(&binary, &fs::read(mote()).expect("the binary"));
     give(&test.dir);
     let kvm = fs::metadata("/dev/kvm").expect("the device");
     if kvm.mode() & 0o60 != 0o60 {
         // The lab has not set the device's mode; on a booted host it is this.
         fs::set_permissions("/dev/kvm", fs::Permissions::from_mode(0o660)).expect("mode");
     }
+    binary
+}
+
+/// Words in front of a command that run it as [`USER`], with or without the right to make namespaces.
+pub fn words_of_user(namespaces: bool) -> Vec<String> {
+    let kvm = fs::metadata("/dev/kvm").expect("the device");
     let mut words = vec![
         "setpriv".into(),
         format!("--reuid={USER}"),
