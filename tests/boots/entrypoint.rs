@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use crate::client::{Client, run};
-use crate::common::{TestBox, eventually};
+use crate::commands::exec;
+use crate::common::TestBox;
 
 /// A frame of the exec protocol that is an instruction, one that refuses, and one that only asks who is there.
 const CONTROL: u8 = 2;
@@ -114,8 +115,10 @@ fn a_held_entrypoint_waits_for_its_start() {
         client.send(kind, payload);
         client.receive()
     };
-    let socket = test.path("sock/exec.sock");
-    eventually("the guest answers", || socket.exists() && ask(HEARTBEAT, b"").is_some());
+    // While the guest boots, nobody answers, and a question may be thrown away.
+    let waited = exec(&test, &["--wait", "60"], &["true"]).status().expect("mote runs");
+    assert!(waited.success());
+    assert!(ask(HEARTBEAT, b"").is_some());
     // Commands run, and see that nothing does yet but the process that is to become it.
     assert_ne!(run(&test, &["cat", "/proc/1/comm"]).stdout, "sh\n");
     assert_eq!(ask(CONTROL, b"start-entrypoint"), Some((CONTROL, b"start-entrypoint-ack".into())));
