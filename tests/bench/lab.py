@@ -121,7 +121,7 @@ class Lab:
     def run(self, commands, extra=(), plugin=None):
         """Runs shell commands, each of which prints lines, the last of them with `RUN` or `FAIL` first. Yields all
         lines. A command in which the lab hangs has failed, and a new lab goes on after it: one that began with the same
-        command would go the same way to where the last one hung."""
+        command might go the same way to where the last one hung."""
         done, in_vain = 0, 0
         while done < len(commands):
             begun = False
