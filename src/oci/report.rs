@@ -61,7 +61,8 @@ fn line(format: Format, level: &str, message: &str, time: &str) -> String {
     }
 }
 
-/// The words of an error that engines know, where mote's own differ: podman and containerd look for runc's.
+/// The words of an error that engines know, where mote's own differ: podman, its tests and containerd look for runc's,
+/// which are `exec: "x": permission denied`.
 pub fn in_engines_words(code: Option<u8>, message: &str) -> String {
     let has = |words: &str| message.to_ascii_lowercase().contains(words);
     match code {
@@ -70,7 +71,7 @@ pub fn in_engines_words(code: Option<u8>, message: &str) -> String {
         {
             format!("{message}: no such file or directory")
         }
-        Some(126) if !has("permission denied") => format!("{message}: permission denied"),
+        Some(126) if !has("permission denied") => format!("exec: {message}: permission denied"),
         _ => message.to_owned(),
     }
 }
@@ -104,7 +105,7 @@ mod tests {
         for (code, message, expected) in [
             (Some(127), "x is not there", "x is not there: no such file or directory"),
             (Some(127), "x: No such file or directory", "x: No such file or directory"),
-            (Some(126), "x is a directory", "x is a directory: permission denied"),
+            (Some(126), "x is a directory", "exec: x is a directory: permission denied"),
             (Some(125), "x", "x"),
             (None, "x", "x"),
         ] {
