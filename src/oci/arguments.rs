@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use anyhow::anyhow;
 use lexopt::prelude::*;
 use lexopt::{Parser, ValueExt};
 
@@ -149,12 +150,11 @@ pub struct Exec {
 ///
 /// # Errors
 /// What is wrong, for one line. The options that were read before that are good for telling it.
-pub fn parse(
-    arguments: impl IntoIterator<Item = OsString>,
-) -> (Global, Result<Command, lexopt::Error>) {
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> (Global, anyhow::Result<Command>) {
     let mut global = Global::default();
     let command = parse_with(&mut global, Parser::from_args(arguments));
-    (global, command)
+    // Its text has its cause in it already.
+    (global, command.map_err(|error| anyhow!("{error}")))
 }
 
 fn parse_with(global: &mut Global, mut parser: Parser) -> Result<Command, lexopt::Error> {
@@ -384,7 +384,7 @@ mod tests {
 
     fn parsed(line: &str) -> (Global, Result<Command, String>) {
         let (global, command) = parse(line.split_whitespace().map(OsString::from));
-        (global, command.map_err(|error| error.to_string()))
+        (global, command.map_err(|error| format!("{error:#}")))
     }
 
     fn command(line: &str) -> Result<Command, String> {
@@ -493,5 +493,6 @@ mod tests {
         ] {
             assert!(command(line).is_err(), "{line}");
         }
+        assert_eq!(command("start"), Err("give the container's id".into()));
     }
 }
