@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 # not named here are one more group, the first, so a new module runs without being entered anywhere.
 long=(tsi:: oci:: guest::,commands:: containers::,features:: attestation:: hostile:: faults::back_ends:: passt:: lifecycle::,entrypoint::
     faults::host::,faults::ends::,faults::callers:: inits::,switch:: datagrams:: limits:: ports:: exec::,terminal::
-    outcomes::,shares::,sockets:: published_udp::,logs:: requests::,egress::,bad_input::)
+    outcomes::,shares::,sockets:: oci_passt::,oci_rootless::,oci_systemd:: published_udp::,logs:: requests::,egress::,bad_input::)
 cold=(cold=features::,outcomes::,shares::,memory::)
 
 MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
