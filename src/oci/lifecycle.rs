@@ -356,7 +356,7 @@ mod tests {
         check_memory(256 * MIB, 512, Some(300 * MIB)).expect("down, with the overhead");
         let error = check_memory(513 * MIB, 512, None).expect_err("up");
         assert!(error.to_string().contains("cannot grow"), "{error}");
-        let error = check_memory(128 * MIB, 512, Some(300 * MIB)).expect_err("in use");
-        assert!(error.to_string().ends_with("takes 314572800 now"), "{error}");
+        let error = check_memory(128 * MIB, 512, Some(400 * MIB)).expect_err("in use");
+        assert!(error.to_string().ends_with("takes 419430400 now"), "{error}");
     }
 }

@@ -138,7 +138,7 @@ fn systemd_makes_a_containers_scope() {
     assert_eq!(show("TimeoutStopUSec"), "30s\n");
     let cgroup = systemd.cgroup.join("mote.slice/mote-test.slice").join(&unit);
     let limit = |file: &str| fs::read_to_string(cgroup.join(file)).expect("there");
-    let overhead = (64 << 20) + (128 << 20) / 128;
+    let overhead = (64 << 20) + (128 << 20) + (128 << 20) / 128;
     assert_eq!(limit("memory.max"), format!("{}\n", (128 << 20) + overhead));
     assert_eq!(show("MemoryMax"), limit("memory.max"));
     assert_eq!(show("TasksMax"), limit("pids.max"));
