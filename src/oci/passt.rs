@@ -65,10 +65,9 @@ impl Ports {
     }
 }
 
-/// An interface of this process's network namespace, the one by which the rest of the world is reached.
+/// The addresses of the interface by which this process's network namespace reaches the rest of the world.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Interface {
-    name: String,
     address: Ipv4Addr,
     prefix_len: u8,
     gateway: Ipv4Addr,
@@ -127,6 +126,7 @@ fn run(ports: &Ports, cgroup: Option<&Cgroup>, socket: &UnixStream) -> Result<()
     Ok(())
 }
 
+/// Runs it in a cgroup, which this process enters.
 fn run_in(ports: &Ports, cgroup: Option<&Cgroup>, socket: &UnixStream) -> Result<()> {
     cgroup.map_or(Ok(()), Cgroup::join)?;
     container::keep_on_exec(socket).context("hand passt its socket")?;
@@ -176,7 +176,6 @@ impl Interface {
         });
         let mut in_subnet = addresses.filter(|ip| ip.to_bits() & near.mask == near.destination);
         Some(Interface {
-            name: default.interface.to_owned(),
             address: in_subnet.next()?,
             prefix_len: near.mask.leading_ones() as u8,
             gateway: Ipv4Addr::from_bits(default.gateway),
@@ -233,7 +232,6 @@ mod tests {
             .map(|ip| ip.parse().expect("an address"));
         let interface = Interface::find(&format!("{head}{other}{default}{subnet}"), &own);
         let expected = Interface {
-            name: "eth0".into(),
             address: Ipv4Addr::new(10, 88, 0, 5),
             prefix_len: 16,
             gateway: Ipv4Addr::new(10, 88, 0, 1),
