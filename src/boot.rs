@@ -200,7 +200,7 @@ fn write_boot_params(guest: &Guest<'_>, ram: &GuestRam, initramfs: Initramfs) ->
     .map_err(|e| anyhow!("write the boot parameters: {e}"))
 }
 
-/// RAM that the kernel may use: without the MP table's page and the legacy hole.
+/// RAM that the kernel may use: without the MP table's and the seed's pages and the legacy hole.
 fn e820(memory_bytes: u64) -> Vec<boot_e820_entry> {
     let ram = |addr, size| boot_e820_entry { addr, size, r#type: E820_RAM };
     let mut map = vec![ram(0, layout::MP_TABLE)];
@@ -276,7 +276,7 @@ fn write_mp_table(ram: &GuestRam, vcpus: u8) -> Result<()> {
     table.extend([0; 4]);
     table.extend(entries.concat());
     table[7] = checksum(&table);
-    if table.len() as u64 > layout::MP_POINTER - layout::MP_TABLE {
+    if table.len() as u64 > layout::SETUP_DATA - layout::MP_TABLE {
         bail!("{vcpus} processors do not fit");
     }
     ram.write_slice(&table, GuestAddress(layout::MP_TABLE))?;

@@ -4,7 +4,7 @@
 //! 0x0000_0000 ┌──────────────────────────────┐
 //!             │ boot parameters, page tables │ written by `boot`, read once by the kernel
 //! 0x0009_e000 ├──────────────────────────────┤
-//!             │ MP table                     │ CPUs and interrupt pins; not RAM in the e820 map
+//!             │ MP table, random seed        │ read once too; not RAM in the e820 map
 //! 0x000a_0000 ├──────────────────────────────┤
 //!             │ (nothing)                    │
 //! 0x0010_0000 ├──────────────────────────────┤
@@ -43,10 +43,11 @@ pub const SELF_TEST: u64 = 0x1_0000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Longest command line with its terminator (x86 `COMMAND_LINE_SIZE`).
 pub const COMMAND_LINE_LEN: usize = 2048;
-/// `setup_data` list.
-pub const SETUP_DATA: u64 = 0x3_0000;
-/// MP configuration table; up to 64 CPUs, one IO-APIC and 24 pins take 1.6 KiB.
+/// MP configuration table; up to 64 CPUs, one IO-APIC and 24 pins take 1.6 KiB. RAM that the kernel may use ends here.
 pub const MP_TABLE: u64 = 0x9_e000;
+/// `setup_data` list. In RAM that the kernel may use it would be two more entries of its memory map, which it walks for each
+/// entry of its page tables: half a million instructions of a start.
+pub const SETUP_DATA: u64 = 0x9_f000;
 /// MP floating pointer, in the last KiB of base memory where the kernel looks for it.
 pub const MP_POINTER: u64 = 0x9_fc00;
 /// End of base memory.
@@ -85,8 +86,9 @@ const FIRST_DEVICE_IRQ: u32 = 5;
 const _: () = {
     assert!(BOOT_PARAMS + 0x1000 <= BOOT_STACK);
     assert!(PD + 0x1000 <= SELF_TEST && SELF_TEST + 0x1000 <= COMMAND_LINE);
-    assert!(COMMAND_LINE + COMMAND_LINE_LEN as u64 <= SETUP_DATA);
-    assert!(MP_TABLE + 44 + 20 * MAX_VCPUS as u64 + 8 * (IRQ_PINS as u64 + 4) <= MP_POINTER);
+    assert!(COMMAND_LINE + COMMAND_LINE_LEN as u64 <= MP_TABLE);
+    assert!(MP_TABLE + 44 + 20 * MAX_VCPUS as u64 + 8 * (IRQ_PINS as u64 + 4) <= SETUP_DATA);
+    assert!(SETUP_DATA + 0x100 <= MP_POINTER);
     assert!(LITTLE_RAM <= MMIO);
     assert!(MMIO + (MAX_SHARES as u64 + 8) * MMIO_PAGE < IO_APIC as u64);
 };
