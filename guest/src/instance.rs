@@ -264,6 +264,8 @@ pub enum Mount {
         source: String,
         /// The file or directory to mount it on, which is created when it is missing.
         path: String,
+        /// Comma-separated options of mount(8) that are flags.
+        options: String,
     },
 }
 

@@ -4,7 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mote_agent::attestation;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG};
@@ -82,7 +82,7 @@ pub fn root(mounts: &[Mount]) -> Result<Vec<File>, String> {
         .and_then(|()| std::env::set_current_dir("/"))
         .map_err(failed("make the root share the root directory"))?;
     let sources = mounts.iter().filter_map(|mount| match mount {
-        Mount::Bind { source, path } => Some(files::open_place(source).map_err(|e| {
+        Mount::Bind { source, path, .. } => Some(open_source(source).map_err(|e| {
             format!("open {source} in the root file system, which is to be mounted on {path}: {e}")
         })),
         _ => None,
@@ -95,6 +95,16 @@ pub fn root(mounts: &[Mount]) -> Result<Vec<File>, String> {
         sys::move_mount(&mount, Path::new(target)).map_err(|e| format!("mount {target}: {e}"))?;
     }
     Ok(sources)
+}
+
+/// Opens what a bind is of. What the host has mounted on a directory of a share becomes a mount here when something
+/// enters that, which opening a place does only of a directory.
+fn open_source(path: &str) -> io::Result<File> {
+    let place = libc::O_PATH | libc::O_DIRECTORY;
+    match OpenOptions::new().read(true).custom_flags(place).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => files::open_place(path),
+        other => other,
+    }
 }
 
 /// Mounts the kernel file systems below the initramfs and makes the usual links in `/dev`.
@@ -176,9 +186,9 @@ pub fn of_the_spec(instance: &Instance, sources: Vec<File>) -> Result<(), String
                     .and_then(|()| fs::remove_dir(STAGING))
                     .map_err(|e| format!("mount the file of {what} on {path}: {e}"))?;
             }
-            Mount::Bind { source, path } => {
+            Mount::Bind { source, path, options } => {
                 let Some(tree) = sources.next() else { continue };
-                bind(&tree, path).map_err(|e| format!("mount {source} on {path}: {e}"))?;
+                bind(&tree, path, options).map_err(|e| format!("mount {source} on {path}: {e}"))?;
             }
             Mount::Tmpfs { path, options, copy_up: false } => {
                 let (flags, data) = split_options(options);
@@ -278,16 +288,27 @@ fn mount_file(path: &Path, read_only: bool) -> io::Result<()> {
 }
 
 /// Mounts a file or directory on one of its kind, which is made if need be.
-fn bind(tree: &File, path: &str) -> io::Result<()> {
-    if !tree.metadata()?.is_dir() {
-        return etc::mount_over(tree, Path::new(path)).map(drop);
+fn bind(tree: &File, path: &str, options: &str) -> io::Result<()> {
+    let mut target = PathBuf::from(path);
+    if tree.metadata()?.is_dir() {
+        fs::create_dir_all(path)?;
+        sys::mount_file_over(tree, &target)?;
+    } else {
+        target = etc::mount_over(tree, &target)?;
     }
-    fs::create_dir_all(path)?;
-    sys::mount_file_over(tree, Path::new(path))
+    match split_options(options) {
+        (0, _) => Ok(()),
+        (flags, _) => limit(target.to_str().ok_or(io::ErrorKind::InvalidInput)?, flags),
+    }
 }
 
 fn make_read_only(mount_point: &str) -> io::Result<()> {
-    sys::mount("", mount_point, "", libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY, "")
+    limit(mount_point, libc::MS_RDONLY)
+}
+
+/// Gives a mount these flags, and no others.
+fn limit(mount_point: &str, flags: libc::c_ulong) -> io::Result<()> {
+    sys::mount("", mount_point, "", libc::MS_REMOUNT | libc::MS_BIND | flags, "")
 }
 
 /// Mounts something of the spec's, which errors call `what`, on a directory that is made if need be.
@@ -312,8 +333,11 @@ fn make_mount_point(path: &str, what: &str) -> Result<(), String> {
         .map_err(|e| format!("create the mount point {path} for {what}: {e}"))
 }
 
+/// include/uapi/linux/mount.h
+const MS_NOSYMFOLLOW: libc::c_ulong = 256;
+
 /// Options of mount(8) that are flags of mount(2), and whether they set or clear them.
-const FLAG_OPTIONS: [(&str, libc::c_ulong, bool); 12] = [
+const FLAG_OPTIONS: [(&str, libc::c_ulong, bool); 13] = [
     ("ro", libc::MS_RDONLY, true),
     ("rw", libc::MS_RDONLY, false),
     ("noexec", libc::MS_NOEXEC, true),
@@ -322,6 +346,7 @@ const FLAG_OPTIONS: [(&str, libc::c_ulong, bool); 12] = [
     ("suid", libc::MS_NOSUID, false),
     ("nodev", libc::MS_NODEV, true),
     ("dev", libc::MS_NODEV, false),
+    ("nosymfollow", MS_NOSYMFOLLOW, true),
     ("noatime", libc::MS_NOATIME, true),
     ("relatime", libc::MS_RELATIME, true),
     ("sync", libc::MS_SYNCHRONOUS, true),

@@ -413,7 +413,7 @@ pub const MEMBERS: &[Member] = &[
         path: "guest_mounts",
         kind: "array",
         default: Some("[]"),
-        words: r#"file systems in the guest's memory: `{"type": "tmpfs", "destination", "options"}`; or what the root file system has where the guest's /dev, /proc or /sys hide it: `{"type": "bind", "source", "destination"}`"#,
+        words: r#"file systems in the guest's memory: `{"type": "tmpfs", "destination", "options"}`; or what the root file system has, once more, with options that the guest's kernel heeds, or where the guest's /dev, /proc or /sys hide it: `{"type": "bind", "source", "destination", "options"}`"#,
     },
     Member {
         path: "guest_mounts[].type",
@@ -437,7 +437,7 @@ pub const MEMBERS: &[Member] = &[
         path: "guest_mounts[].options",
         kind: "array",
         default: Some("[]"),
-        words: "of a tmpfs: as of mount(8), such as `size=64m`, `mode=1777`, `nosuid`; with `tmpcopyup` it gets what the image has there",
+        words: "as of mount(8). Of a tmpfs such as `size=64m`, `mode=1777`, `nosuid`; with `tmpcopyup` it gets what the image has there. Of a bind `ro`, `nosuid`, `nodev`, `noexec`, `nosymfollow`",
     },
     Member {
         path: "masked_paths",

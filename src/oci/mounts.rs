@@ -3,7 +3,7 @@
 //!
 //! | type | destination | what becomes of it |
 //! |---|---|---|
-//! | bind | anywhere else | on the host, with its options; a directory or a single file |
+//! | bind | anywhere else | on the host, with its options; a directory or a single file. Options that the guest's kernel has to heed, such as `noexec`: there, too |
 //! | bind | `/dev/shm` | a tmpfs of the guest as large as the host's there |
 //! | bind | `/proc`, `/sys`, `/sys/fs/cgroup`, `/dev/mqueue` | the guest's own |
 //! | bind | of the host's `/dev/X` on `/dev/X` | as a device that is asked for, see [`super::devices`] |
@@ -18,6 +18,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use super::devices;
+use crate::plan::BIND_OPTIONS;
 use crate::spec::json::Node;
 use crate::sys::mounts::{Attributes, Extent};
 
@@ -56,6 +57,23 @@ pub struct Tmpfs {
     pub options: Vec<String>,
     /// Whether it is made on the host: something else is mounted below it.
     pub on_host: bool,
+}
+
+impl Bind {
+    /// The options that the guest's kernel heeds.
+    pub fn guest_options(&self) -> Vec<&'static str> {
+        let set = self.attributes.set | self.tree_attributes.set;
+        let of_bind = ATTRIBUTES.iter().filter(|(name, ..)| BIND_OPTIONS.contains(name));
+        of_bind.filter(|(_, bit, _)| set & bit != 0).map(|(name, ..)| *name).collect()
+    }
+}
+
+impl Tmpfs {
+    /// Those that the guest's kernel heeds of one that is on the host.
+    pub fn guest_options(&self) -> Vec<&str> {
+        let options = self.options.iter().map(String::as_str);
+        options.filter(|option| BIND_OPTIONS.contains(option)).collect()
+    }
 }
 
 /// All of them.
@@ -422,6 +440,8 @@ mod tests {
         assert_eq!(first.tree_attributes.set, libc::MOUNT_ATTR_RDONLY);
         assert_eq!((second.destination.to_str(), second.extent), (Some("/d"), Extent::One));
         assert_eq!(second.attributes, Attributes { set: 0, clear: libc::MOUNT_ATTR_RDONLY });
+        assert_eq!(first.guest_options(), ["ro", "nosuid"]);
+        assert_eq!(second.guest_options(), [""; 0]);
     }
 
     #[test]
@@ -439,6 +459,7 @@ mod tests {
         assert_eq!(on_host.collect::<Vec<_>>(), [true, false]);
         let Mount::Tmpfs(run) = &mounts.mounts[0] else { panic!("{mounts:?}") };
         assert_eq!(run.options, ["nodev", "size=1m", "tmpcopyup"]);
+        assert_eq!(run.guest_options(), ["nodev"]);
     }
 
     #[test]

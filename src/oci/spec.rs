@@ -122,12 +122,16 @@ fn guest_mounts(config: &Config) -> Vec<Value> {
             json!({"type": "tmpfs", "destination": tmpfs.destination, "options": tmpfs.options}),
         ),
         Mount::SharedMemory(source) => Some(shared_memory(source)),
-        Mount::Bind(bind) if is_below_dev(&bind.destination) => Some(json!({
-            "type": "bind", "source": bind.destination, "destination": bind.destination,
-        })),
-        Mount::Tmpfs(_) | Mount::Bind(_) => None,
+        Mount::Tmpfs(tmpfs) => on_itself(&tmpfs.destination, tmpfs.guest_options()),
+        Mount::Bind(bind) => on_itself(&bind.destination, bind.guest_options()),
     });
     mounts.collect()
+}
+
+/// What the host has mounted there, once more: where the guest would not see it, or with options that its kernel has to heed.
+fn on_itself(path: &Path, options: Vec<&str>) -> Option<Value> {
+    (!options.is_empty() || is_below_dev(path))
+        .then(|| json!({"type": "bind", "source": path, "destination": path, "options": options}))
 }
 
 fn shared_memory(source: &Path) -> Value {

@@ -51,7 +51,7 @@ pub use networking::Networking;
 pub use output::{ConsoleFile, Output};
 pub use paths::MAX_SOCKET_PATH;
 pub use ports::PublishedPort;
-pub use process::capability;
+pub use process::{BIND_OPTIONS, capability};
 pub use security::CAPABILITIES;
 pub use shares::{Share, guests_directories};
 pub use sockets::HostSocket;
@@ -259,8 +259,8 @@ impl fmt::Display for Plan {
                 Mount::Tmpfs { path, options, .. } => {
                     writeln!(f, "mount      tmpfs on {path} {options}")?
                 }
-                Mount::Bind { source, path } => {
-                    writeln!(f, "mount      {source} of the root file system on {path}")?
+                Mount::Bind { source, path, options } => {
+                    writeln!(f, "mount      {source} of the root file system on {path} {options}")?
                 }
             }
         }

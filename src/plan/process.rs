@@ -13,6 +13,9 @@ use crate::sys::terminal::{self, DEFAULT_SIZE};
 
 /// The option of engines by which a tmpfs gets what the image has where it is mounted.
 const COPY_UP: &str = "tmpcopyup";
+
+/// Options that a mount of `guest_mounts` with the type `bind` may have: what the guest's kernel refuses there.
+pub const BIND_OPTIONS: [&str; 5] = ["ro", "nosuid", "nodev", "noexec", "nosymfollow"];
 /// Longest NIS domain name (setdomainname(2)).
 const MAX_DOMAINNAME: usize = 64;
 /// All mode bits of permissions.
@@ -97,9 +100,18 @@ pub(super) fn mounts(spec: &Spec, report: &mut Report) -> Vec<Mount> {
             return None;
         }
         Some(match mount {
-            GuestMount::Bind { source, .. } => {
+            GuestMount::Bind { source, options, .. } => {
                 check_path(&format!("{field}.source"), source, report);
-                Mount::Bind { source: source.clone(), path: destination.clone() }
+                for (number, option) in options.iter().enumerate() {
+                    if !BIND_OPTIONS.contains(&option.as_str()) {
+                        report.error(
+                            format!("{field}.options[{number}]"),
+                            format!("is \"{option}\", must be one of {}", BIND_OPTIONS.join(", ")),
+                        );
+                    }
+                }
+                let options = options.join(",");
+                Mount::Bind { source: source.clone(), path: destination.clone(), options }
             }
             GuestMount::Tmpfs { options, .. } => {
                 for (number, option) in options.iter().enumerate() {
@@ -208,16 +220,24 @@ mod tests {
 
     #[test]
     fn a_bind_has_a_source() {
-        let bind = |source: &str| GuestMount::Bind {
+        let bind = |source: &str, options: &[&str]| GuestMount::Bind {
             source: source.into(),
             destination: "/dev/log".into(),
+            options: options.iter().map(|option| option.to_string()).collect(),
         };
-        let planned = plan(|s| s.guest_mounts = vec![bind("/dev/log")]).expect("a plan");
-        let expected = Mount::Bind { source: "/dev/log".into(), path: "/dev/log".into() };
-        assert!(planned.instance.mounts.contains(&expected));
+        let planned = plan(|s| s.guest_mounts = vec![bind("/dev/log", &["ro", "noexec"])]);
+        let expected = Mount::Bind {
+            source: "/dev/log".into(),
+            path: "/dev/log".into(),
+            options: "ro,noexec".into(),
+        };
+        assert!(planned.expect("a plan").instance.mounts.contains(&expected));
         assert_eq!(
-            errors(|s| s.guest_mounts = vec![bind("x")]),
-            ["guest_mounts[0].source: is \"x\", must be an absolute path in the guest"]
+            errors(|s| s.guest_mounts = vec![bind("x", &["size=1m"])]),
+            [
+                "guest_mounts[0].source: is \"x\", must be an absolute path in the guest",
+                "guest_mounts[0].options[0]: is \"size=1m\", must be one of ro, nosuid, nodev, noexec, nosymfollow"
+            ]
         );
     }
 

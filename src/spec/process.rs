@@ -63,6 +63,8 @@ pub enum GuestMount {
         source: String,
         /// Where it is to be, once they are.
         destination: String,
+        /// Options of mount(8) that a bind may have.
+        options: Vec<String>,
     },
 }
 
@@ -169,10 +171,7 @@ pub(super) fn read_guest_mount(node: &Node<'_>) -> Option<GuestMount> {
             if source.is_none() {
                 node.error("has no source, a path in the root file system, which a bind needs");
             }
-            if !options.is_empty() {
-                node.error("has options, which a bind has none of; leave them out");
-            }
-            GuestMount::Bind { source: source.unwrap_or_default(), destination }
+            GuestMount::Bind { source: source.unwrap_or_default(), destination, options }
         }
         (_, source) => {
             if source.is_some() {

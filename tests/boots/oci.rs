@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -292,6 +292,43 @@ fn mounts_are_resolved_in_the_image() {
         0,
         "the link was followed on the host"
     );
+    container.done(&["delete"]);
+    container.assert_nothing_left();
+}
+
+#[test]
+fn the_guests_kernel_heeds_what_a_mount_forbids() {
+    let script = "exec 2>&1; cat /limited/inner/file; /limited/program; cat /limited/link; \
+        for at in /limited /once-tmpfs; do grep \" $at \" /proc/mounts | tail -n 1 | cut -d' ' -f4; done";
+    let container = Container::new(script);
+    let [limited, inner] = ["limited", "inner"].map(|name| container.test.path(name));
+    fs::create_dir_all(limited.join("inner")).expect("made");
+    fs::create_dir(&inner).expect("made");
+    fs::write(inner.join("file"), "of the inner one\n").expect("written");
+    let program = limited.join("program");
+    fs::write(&program, "#!/bin/sh\necho ran\n").expect("written");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("set");
+    symlink("program", limited.join("link")).expect("made");
+    let mut mounts = container.config["mounts"].as_array().expect("an array").clone();
+    mounts.extend([
+        json!({"destination": "/limited", "type": "bind", "source": limited,
+            "options": ["rbind", "nosuid", "nodev", "noexec", "nosymfollow"]}),
+        json!({"destination": "/limited/inner", "type": "bind", "source": inner, "options": ["rbind"]}),
+        json!({"destination": "/once-tmpfs", "type": "tmpfs", "source": "tmpfs", "options": ["noexec", "size=1m"]}),
+        // For it the tmpfs is made on the host.
+        json!({"destination": "/once-tmpfs/program", "type": "bind", "source": program, "options": ["bind"]}),
+    ]);
+    let container = container.with("/mounts", json!(mounts));
+    let made = container.make(&[]);
+    made.start();
+    let (_, output) = made.end();
+    let lines: Vec<&str> = output.lines().collect();
+    let [inner, program, link, limited, tmpfs] = lines[..] else { panic!("{output}") };
+    assert_eq!(inner, "of the inner one");
+    assert!(program.ends_with("Permission denied"), "{output}");
+    assert!(link.ends_with("Too many levels of symbolic links"), "{output}");
+    assert_eq!(limited, "rw,nosuid,nodev,noexec,relatime,nosymfollow");
+    assert_eq!(tmpfs, "rw,noexec,relatime");
     container.done(&["delete"]);
     container.assert_nothing_left();
 }
