@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::systemd::Scope;
 use crate::spec::json::Node;
-use crate::sys::{mounts, process};
+use crate::sys::{mounts, process, stat};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -207,7 +207,7 @@ impl Cgroup {
     /// It is gone.
     pub fn processes(&self) -> Result<Vec<u32>> {
         let mut all = self.members()?;
-        all.retain(|pid| !process::is_kernel_thread(*pid));
+        all.retain(|pid| !stat::is_kernel_thread(*pid));
         Ok(all)
     }
 
@@ -221,7 +221,7 @@ impl Cgroup {
     /// whoever makes the VM (virt/kvm/kvm_main.c, `kvm_vm_worker_thread`, before Linux 6.14), and cannot freeze it: with
     /// it a cgroup never becomes frozen as a whole (kernel/cgroup/freezer.c).
     fn put_kernel_threads_out(&self) -> Result<()> {
-        for pid in self.members()?.into_iter().filter(|pid| process::is_kernel_thread(*pid)) {
+        for pid in self.members()?.into_iter().filter(|pid| stat::is_kernel_thread(*pid)) {
             let root = Cgroup::of(ROOT.into());
             // One that has ended is out, and who may not move it finds that freezing takes too long.
             let _ = root.write("cgroup.procs", &pid.to_string());

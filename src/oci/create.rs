@@ -26,7 +26,7 @@ use super::systemd::Member;
 use super::{console, end, hooks, mounts, root};
 use crate::spec::json::Report;
 use crate::sys;
-use crate::sys::process;
+use crate::sys::{process, stat};
 
 /// Others may read a pid-file.
 const PID_FILE_MODE: u32 = 0o644;
@@ -189,7 +189,7 @@ fn boot(
     let console_socket = wanted.console_socket.as_deref();
     let waiting = launch::start(Launch { container, config, console_socket, in_foreground })?;
     container.state.pid = Some(waiting.pid);
-    container.state.start_time = process::start_time(waiting.pid).unwrap_or_default();
+    container.state.start_time = stat::start_time(waiting.pid).unwrap_or_default();
     container.save()?;
     let process = process::process_file(waiting.pid).context("watch the container's process")?;
     waiting.go()?;

@@ -29,7 +29,7 @@ use serde_json::json;
 use super::cgroup::Cgroup;
 use crate::sys;
 use crate::sys::confine::Identity;
-use crate::sys::process;
+use crate::sys::{process, stat};
 
 /// The version of the runtime specification that states are of.
 pub const OCI_VERSION: &str = "1.0.2";
@@ -356,7 +356,7 @@ impl Container {
         let pid = self.state.pid?;
         let file = process::process_file(pid).ok()?;
         // In this order: the file stands for whoever has the number now.
-        (process::start_time(pid) == Some(self.state.start_time)).then_some(file)
+        (stat::start_time(pid) == Some(self.state.start_time)).then_some(file)
     }
 
     /// What it is doing.
@@ -476,7 +476,7 @@ mod tests {
         assert_eq!(container.status(), Status::Creating);
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("starts");
         container.state.pid = Some(child.id());
-        container.state.start_time = process::start_time(child.id()).expect("runs");
+        container.state.start_time = stat::start_time(child.id()).expect("runs");
         assert_eq!(container.status(), Status::Creating);
         container.mark("ready").expect("marked");
         assert_eq!(container.status(), Status::Created);

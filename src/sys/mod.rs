@@ -25,6 +25,7 @@ pub mod mounts;
 pub mod process;
 pub mod routes;
 pub mod socket;
+pub mod stat;
 pub mod tee;
 pub mod terminal;
 pub mod vcpu;
