@@ -403,8 +403,9 @@ fn connect_shares(
     stop: &File,
     ram: &GuestRam,
 ) -> Result<(Vec<Virtiofsd>, Vec<Fs>)> {
+    let pids: Vec<u32> = backends.iter().map(Virtiofsd::pid).collect();
     let shares = plan.shares.iter().zip(&mut backends);
-    let devices = virtiofsd::talk_in_time(connections, stop, |connections| {
+    let devices = virtiofsd::talk_in_time(connections, &pids, stop, |connections| {
         let connected = shares.zip(connections).map(|((share, backend), connection)| {
             Fs::connect(&share.tag, connection, ram).with_context(|| backend.describe_end())
         });

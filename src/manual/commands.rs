@@ -203,7 +203,7 @@ pub const ENDS: &[[&str; 3]] = &[
     ],
     [
         "125",
-        "mote could not start the box: spec, host, a back-end that did not come up within 10 s",
+        "mote could not start the box: spec, host, a back-end that did not come up (10 s, and up to 2 min while it is at work)",
         "`not-started`",
     ],
     [

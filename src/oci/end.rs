@@ -12,8 +12,8 @@ use crate::sys::container::send_signal;
 use crate::sys::process;
 use crate::sys::{self, Interest};
 
-/// How long a process may take to end that was killed.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a process may take to end that was killed: the kernel frees a box's memory then, perhaps that of a hundred at once.
+const KILL_LIMIT: Duration = Duration::from_secs(60);
 
 /// What mote writes to `--outcome`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

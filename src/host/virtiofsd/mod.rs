@@ -23,10 +23,14 @@ use mote_agent::instance::ROOT_TAG;
 
 use crate::confine::Isolation;
 use crate::plan::Share;
-use crate::sys::{self, Interest};
+use crate::sys::{self, Interest, stat};
 
-/// How long all virtiofsd processes of a box may take together until they have answered.
+/// How long all virtiofsd processes of a box may take together until they have answered, or a part of that.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often that, as long as one of them or mote is at work: they share the host's CPUs, perhaps with a hundred boxes that
+/// start at the same time.
+const ANSWER_LIMITS_AT_WORK: usize = 12;
 
 /// Least bytes of memory that each file costs a Linux guest (an inode of FUSE and a directory entry).
 /// virtiofsd keeps every file open that the guest knows. The guest's memory limits how many those can be;
@@ -154,6 +158,11 @@ impl Virtiofsd {
         self.processes().for_each(sys::process::kill_process);
     }
 
+    /// The number of the process that was started.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// A descriptor that is readable when virtiofsd has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
@@ -224,19 +233,35 @@ fn describe(share: &Share) -> String {
     }
 }
 
-/// Runs `talk` on connections to back-ends that may hang. After `ANSWER_LIMIT`, or when `stop` is
-/// readable, the connections are shut down, so that every wait on them fails. A time-out on the sockets
+/// Waits until something is ready, for as long as these processes may take to answer. Says what is.
+fn wait_in_time<const N: usize>(
+    interests: [Interest<'_>; N],
+    pids: &[u32],
+) -> io::Result<[bool; N]> {
+    for _ in 1..ANSWER_LIMITS_AT_WORK {
+        let ready = sys::poll(interests, Some(ANSWER_LIMIT))?;
+        if ready.contains(&true) || !pids.iter().any(|pid| stat::is_at_work(*pid)) {
+            return Ok(ready);
+        }
+    }
+    sys::poll(interests, Some(ANSWER_LIMIT))
+}
+
+/// Runs `talk` on connections to back-ends that may hang, which are these processes. When they have taken too long, or `stop`
+/// is readable, the connections are shut down, so that every wait on them fails. A time-out on the sockets
 /// would not do: the vhost crate takes it for an interruption and goes on waiting.
 ///
 /// # Errors
 /// `talk` fails, or has taken too long, or mote was told to stop.
 pub fn talk_in_time<T>(
     connections: Vec<UnixStream>,
+    back_ends: &[u32],
     stop: &File,
     talk: impl FnOnce(Vec<UnixStream>) -> Result<T>,
 ) -> Result<T> {
     let clones = connections.iter().map(UnixStream::try_clone).collect::<io::Result<Vec<_>>>();
     let watched = clones.context("duplicate the vhost-user connections")?;
+    let pids = [back_ends, &[std::process::id()]].concat();
     // `talking` is closed when `talk` has returned.
     let (talking, over) = UnixStream::pair().context("create a socket pair")?;
     thread::scope(|scope| {
@@ -244,7 +269,7 @@ pub fn talk_in_time<T>(
             .name("answer-limit".into())
             .spawn_scoped(scope, move || {
                 let ends = [Interest::read(&over), Interest::read(stop)];
-                let in_time = matches!(sys::poll(ends, Some(ANSWER_LIMIT)), Ok([true, _]));
+                let in_time = matches!(wait_in_time(ends, &pids), Ok([true, _]));
                 if !in_time {
                     for connection in &watched {
                         // Fails only if the back-end has closed it already.

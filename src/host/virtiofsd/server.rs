@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::{ANSWER_LIMIT, Started, Task};
+use super::{Started, Task, wait_in_time};
 use crate::confine::Isolation;
 use crate::confine::virtiofsd::{self, Confined};
 use crate::sys::{self, Interest, arguments};
@@ -69,7 +69,7 @@ pub(super) fn start_several(
         virtiofsd::capabilities(writable.read_only),
     )?;
     drop(reporting);
-    let numbers = read_numbers(&mut OwnedFd::from(report).into(), tasks.len());
+    let numbers = read_numbers(&mut OwnedFd::from(report).into(), starter, tasks.len());
     if numbers.is_err() {
         sys::process::kill_process(&ended);
     }
@@ -96,10 +96,10 @@ pub(super) fn start_several(
 }
 
 /// The numbers of the processes that the starter has become.
-fn read_numbers(report: &mut File, count: usize) -> Result<Vec<u32>> {
+fn read_numbers(report: &mut File, starter: u32, count: usize) -> Result<Vec<u32>> {
     let mut numbers = Vec::new();
     for _ in 0..count {
-        let in_time = sys::poll([Interest::read(&*report)], Some(ANSWER_LIMIT))?;
+        let in_time = wait_in_time([Interest::read(&*report)], &[starter])?;
         ensure!(in_time == [true], "virtiofsd took too long to start");
         let mut number = [0; 4];
         report.read_exact(&mut number).context("virtiofsd did not start")?;
