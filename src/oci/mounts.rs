@@ -3,7 +3,7 @@
 //!
 //! | type | destination | what becomes of it |
 //! |---|---|---|
-//! | bind | anywhere else | on the host, with its options; a directory or a single file. Options that the guest's kernel has to heed, such as `noexec`: there, too |
+//! | bind | anywhere else | on the host, with its options; a directory or a single file. A directory, and what has options that the guest's kernel has to heed, such as `noexec`: there, too |
 //! | bind | `/dev/shm` | a tmpfs of the guest as large as the host's there |
 //! | bind | `/proc`, `/sys`, `/sys/fs/cgroup`, `/dev/mqueue` | the guest's own |
 //! | bind | of the host's `/dev/X` on `/dev/X` | as a device that is asked for, see [`super::devices`] |

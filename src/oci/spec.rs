@@ -52,7 +52,7 @@ pub fn write(config: &Config, container: &Container, inside: Inside) -> String {
         },
         "process": write_process(process),
         "sysctls": sysctls,
-        "guest_mounts": guest_mounts(config),
+        "guest_mounts": guest_mounts(config, &container.state.bundle),
         "masked_paths": config.masked_paths,
         "readonly_paths": config.readonly_paths,
         "signals": "entrypoint",
@@ -116,22 +116,27 @@ fn write_process(process: &Process) -> Value {
     })
 }
 
-fn guest_mounts(config: &Config) -> Vec<Value> {
+fn guest_mounts(config: &Config, bundle: &Path) -> Vec<Value> {
     let mounts = config.mounts.mounts.iter().filter_map(|mount| match mount {
         Mount::Tmpfs(tmpfs) if !tmpfs.on_host => Some(
             json!({"type": "tmpfs", "destination": tmpfs.destination, "options": tmpfs.options}),
         ),
         Mount::SharedMemory(source) => Some(shared_memory(source)),
-        Mount::Tmpfs(tmpfs) => on_itself(&tmpfs.destination, tmpfs.guest_options()),
-        Mount::Bind(bind) => on_itself(&bind.destination, bind.guest_options()),
+        Mount::Tmpfs(tmpfs) => Some(on_itself(&tmpfs.destination, tmpfs.guest_options())),
+        Mount::Bind(bind) => {
+            let options = bind.guest_options();
+            let is_guests = !options.is_empty() || is_below_dev(&bind.destination);
+            // Images' programs look whether somebody has mounted a directory for their data.
+            (is_guests || bundle.join(&bind.source).is_dir())
+                .then(|| on_itself(&bind.destination, options))
+        }
     });
     mounts.collect()
 }
 
-/// What the host has mounted there, once more: where the guest would not see it, or with options that its kernel has to heed.
-fn on_itself(path: &Path, options: Vec<&str>) -> Option<Value> {
-    (!options.is_empty() || is_below_dev(path))
-        .then(|| json!({"type": "bind", "source": path, "destination": path, "options": options}))
+/// What the host has mounted there, once more: so that the guest sees it, or a mount, or that its kernel heeds the options.
+fn on_itself(path: &Path, options: Vec<&str>) -> Value {
+    json!({"type": "bind", "source": path, "destination": path, "options": options})
 }
 
 fn shared_memory(source: &Path) -> Value {

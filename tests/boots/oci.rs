@@ -299,7 +299,7 @@ fn mounts_are_resolved_in_the_image() {
 #[test]
 fn the_guests_kernel_heeds_what_a_mount_forbids() {
     let script = "exec 2>&1; cat /limited/inner/file; /limited/program; cat /limited/link; \
-        for at in /limited /once-tmpfs; do grep \" $at \" /proc/mounts | tail -n 1 | cut -d' ' -f4; done";
+        for at in /limited /limited/inner /once-tmpfs; do grep \" $at \" /proc/mounts | tail -n 1 | cut -d' ' -f4; done";
     let container = Container::new(script);
     let [limited, inner] = ["limited", "inner"].map(|name| container.test.path(name));
     fs::create_dir_all(limited.join("inner")).expect("made");
@@ -323,11 +323,12 @@ fn the_guests_kernel_heeds_what_a_mount_forbids() {
     made.start();
     let (_, output) = made.end();
     let lines: Vec<&str> = output.lines().collect();
-    let [inner, program, link, limited, tmpfs] = lines[..] else { panic!("{output}") };
+    let [inner, program, link, limited, unlimited, tmpfs] = lines[..] else { panic!("{output}") };
     assert_eq!(inner, "of the inner one");
     assert!(program.ends_with("Permission denied"), "{output}");
     assert!(link.ends_with("Too many levels of symbolic links"), "{output}");
     assert_eq!(limited, "rw,nosuid,nodev,noexec,relatime,nosymfollow");
+    assert_eq!(unlimited, "rw,relatime");
     assert_eq!(tmpfs, "rw,noexec,relatime");
     container.done(&["delete"]);
     container.assert_nothing_left();
