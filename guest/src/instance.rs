@@ -26,6 +26,8 @@ pub struct Instance {
     pub mounts: Vec<Mount>,
     /// Whether the root file system becomes read-only once everything is mounted.
     pub read_only_root: bool,
+    /// Which of the kernel's devices are in `/dev` beside those that every program expects; `None` is all.
+    pub devices: Option<Vec<String>>,
     /// Most processes in the box.
     pub pids_limit: Option<u64>,
     /// Resource limits of every program, in the order they are set; a later entry for a resource

@@ -32,6 +32,7 @@ mod cgroup;
 mod command;
 mod connection;
 mod copy;
+mod devices;
 mod directory;
 mod etc;
 mod host;
@@ -175,6 +176,9 @@ fn start_entrypoint(prepared: &Prepared) -> Result<Running, EntrypointEnd> {
     if let Some(TerminalSize { cols, rows }) = instance.start.terminal {
         let (master, slave) = sys::open_terminal().map_err(setup("open the terminal"))?;
         sys::resize_terminal(&master, cols, rows).map_err(setup("size the terminal"))?;
+        if instance.devices.is_some() {
+            devices::console(&slave).map_err(setup("make the console the terminal"))?;
+        }
         let another = || master.try_clone().map_err(setup("duplicate the terminal"));
         let input = from_host.map(|from| Ok((from, another()?))).transpose()?;
         let stdout = another()?;

@@ -10,6 +10,7 @@ use mote_agent::attestation;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG};
 
 use crate::copy;
+use crate::devices;
 use crate::etc;
 use crate::sys::{self, files};
 
@@ -125,14 +126,9 @@ pub fn kernel_file_systems() -> Result<(), String> {
             _ => {}
         }
     }
-    for (link, target) in [
-        ("/dev/core", "/proc/kcore"),
-        ("/dev/fd", "/proc/self/fd"),
-        ("/dev/stdin", "/proc/self/fd/0"),
-        ("/dev/stdout", "/proc/self/fd/1"),
-        ("/dev/stderr", "/proc/self/fd/2"),
-    ] {
-        symlink(target, link).map_err(|e| format!("create the link {link}: {e}"))?;
+    for (link, target) in devices::LINKS {
+        symlink(target, Path::new("/dev").join(link))
+            .map_err(|e| format!("create the link /dev/{link}: {e}"))?;
     }
     Ok(())
 }
@@ -160,8 +156,11 @@ pub fn kernel_file_systems_if_missing() {
 /// Mounts what the spec asks for, with the `sources` from [`root`]; then the root is made read-only, if it shall be.
 ///
 /// # Errors
-/// If a mount point cannot be made, or the kernel refuses a mount or its options.
+/// If a mount point cannot be made, the kernel refuses a mount or its options, or has no such device.
 pub fn of_the_spec(instance: &Instance, sources: Vec<File>) -> Result<(), String> {
+    if let Some(more) = &instance.devices {
+        devices::limit(more)?;
+    }
     let mut sources = sources.into_iter();
     for mount in &instance.mounts {
         match mount {

@@ -440,6 +440,12 @@ pub const MEMBERS: &[Member] = &[
         words: "as of mount(8). Of a tmpfs such as `size=64m`, `mode=1777`, `nosuid`; with `tmpcopyup` it gets what the image has there. Of a bind `ro`, `nosuid`, `nodev`, `noexec`, `nosymfollow`",
     },
     Member {
+        path: "devices",
+        kind: "array",
+        default: Some("null"),
+        words: r#"the guest's `/dev` has only the devices that every program expects (`null`, `zero`, `full`, `random`, `urandom`, `tty`, `ptmx`, with a terminal `console`), and those named here, such as `["/dev/fuse", "/dev/net/tun"]`; `null` is all that its kernel has"#,
+    },
+    Member {
         path: "masked_paths",
         kind: "array",
         default: Some("[]"),

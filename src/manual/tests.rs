@@ -209,7 +209,7 @@ fn whole_spec() -> Value {
         "guest_mounts": [
             {"type": "tmpfs", "source": null, "destination": "/t", "options": []}
         ],
-        "masked_paths": [], "readonly_paths": [], "read_only_root": false, "signals": "stop",
+        "devices": null, "masked_paths": [], "readonly_paths": [], "read_only_root": false, "signals": "stop",
         "publish": "listed", "loopback": "own"
     })
 }

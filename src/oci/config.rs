@@ -17,7 +17,7 @@
 //! | `linux.namespaces`, user | refused, and so are `uidMappings` and `gidMappings` |
 //! | `linux.namespaces`, others | without effect; a warning, if one with a path was to be shared |
 //! | `linux.cgroupsPath`, `linux.resources` | a cgroup (v2) for mote, see [`super::resources`], which systemd makes under `--systemd-cgroup`; `resources.devices` has no effect |
-//! | `linux.devices` | the standard ones are there anyway; others are refused, or a warning if there are more than 20, as engines write for `--privileged` |
+//! | `linux.devices` | the standard ones are there anyway; `/dev/fuse` and `/dev/net/tun` are the guest's own; others are refused. More than 20, as engines write for `--privileged`, are a warning, and all of the guest's |
 //! | `linux.sysctl` | the guest's |
 //! | `linux.maskedPaths`, `linux.readonlyPaths` | the guest's |
 //! | `linux.seccomp` | a warning: the profile is not applied; capabilities and `noNewPrivileges` are |
@@ -33,7 +33,7 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 
 use super::cgroup::{self, Place};
-use super::devices;
+use super::devices::{self, Devices};
 use super::hooks::Hooks;
 use super::mounts::{self, Mounts};
 use super::passt::{self, Ports};
@@ -51,6 +51,8 @@ pub struct Config {
     pub read_only_root: bool,
     /// What is mounted below it.
     pub mounts: Mounts,
+    /// What it has of the guest's devices.
+    pub devices: Devices,
     /// The program to run.
     pub process: Process,
     /// The guest's host name, if given.
@@ -225,7 +227,7 @@ fn read_annotations(node: &Node<'_>) -> Option<(Annotations, Asked)> {
                 Err(problem) => node.error(problem),
             },
             other if other.starts_with(PROPERTY_ANNOTATION) => {
-                let property = other.trim_start_matches(PROPERTY_ANNOTATION);
+                let property = &other[PROPERTY_ANNOTATION.len()..];
                 match Property::of_annotation(property, &value) {
                     Ok(property) => asked.unit_properties.push(property),
                     Err(problem) => node.error(problem),
@@ -246,7 +248,8 @@ fn read_linux(node: &Node<'_>, config: &mut Config) {
     config.network = o.nullable("namespaces", read_namespaces).unwrap_or_default();
     config.resources = o.nullable("resources", Resources::read).unwrap_or_default();
     config.cgroup = o.nullable("cgroupsPath", cgroup::read_place).flatten();
-    o.nullable("devices", read_devices);
+    let devices = o.nullable("devices", read_devices).unwrap_or_default();
+    config.devices = devices.and(std::mem::take(&mut config.mounts.devices));
     config.sysctls = o.nullable("sysctl", read_sysctls).unwrap_or_default();
     config.masked_paths = o.nullable("maskedPaths", Node::strings).unwrap_or_default();
     config.readonly_paths = o.nullable("readonlyPaths", Node::strings).unwrap_or_default();
@@ -316,7 +319,7 @@ fn read_namespaces(node: &Node<'_>) -> Option<Network> {
     Some(network)
 }
 
-fn read_devices(node: &Node<'_>) -> Option<()> {
+fn read_devices(node: &Node<'_>) -> Option<Devices> {
     let mut all = Vec::new();
     for item in node.items()? {
         let Some(mut o) = item.object() else { continue };
@@ -327,8 +330,7 @@ fn read_devices(node: &Node<'_>) -> Option<()> {
         o.finish();
         all.extend(path.map(|path| (item, path)));
     }
-    devices::judge(node, &all);
-    Some(())
+    Some(devices::judge(node, &all))
 }
 
 fn read_sysctls(node: &Node<'_>) -> Option<Vec<(String, String)>> {

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::cgroup::Place;
 use super::config::{Circumstances, Config, Network};
+use super::devices::Devices;
 use super::mounts::Mount;
 use crate::spec::json::Report;
 
@@ -194,7 +195,7 @@ fn what_a_box_cannot_be_is_refused_by_its_path() {
         ("/linux/namespaces/0", json!({"type": "user"})),
         ("/linux/namespaces/1", json!({"type": "pid"})),
         ("/linux/namespaces/2", json!({"type": "nonsense"})),
-        ("/linux/devices/0", json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229})),
+        ("/linux/devices/0", json!({"path": "/dev/sda", "type": "b", "major": 8, "minor": 0})),
         ("/linux/cgroupsPath", json!("machine:libpod:1")),
         ("/annotations/mote.vcpus", json!("0")),
     ] {
@@ -215,9 +216,11 @@ fn all_devices_of_a_privileged_container_are_no_error() {
     let mut config = whole();
     let device = |number| json!({"path": format!("/dev/tty{number}"), "type": "c", "major": 4, "minor": number});
     config["linux"]["devices"] = (0..117).map(device).collect();
-    let (_, report) = parse(&config);
-    assert_eq!(report.errors, []);
+    let (read, report) = parse(&config);
+    assert_eq!((report.errors, read.devices), (vec![], Devices::All));
     assert!(report.warnings.iter().any(|fault| fault.path == "linux.devices"));
+    config["linux"]["devices"] = json!([{"path": "/dev/net/tun"}]);
+    assert_eq!(parse(&config).0.devices, Devices::Standard(vec!["/dev/net/tun".into()]));
 }
 
 #[test]

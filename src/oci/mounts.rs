@@ -9,7 +9,7 @@
 //! | bind | of the host's `/dev/X` on `/dev/X` | as a device that is asked for, see [`super::devices`] |
 //! | bind | elsewhere below `/dev` | on the host in the image's own `/dev`, and from there into the guest's |
 //! | bind | `/dev`, and elsewhere in `/proc` and `/sys` | refused: the guest's own file systems would hide it |
-//! | tmpfs | `/dev` | the guest's own |
+//! | tmpfs | `/dev` | the guest's own, see [`super::devices`] |
 //! | tmpfs | elsewhere | the guest's, with its options; on the host, if a later bind lies below it |
 //! | proc, sysfs, devpts, mqueue, cgroup | where they belong | the guest's own; `ro` makes it read-only |
 //!
@@ -17,7 +17,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::devices;
+use super::devices::{self, Devices};
 use crate::plan::BIND_OPTIONS;
 use crate::spec::json::Node;
 use crate::sys::mounts::{Attributes, Extent};
@@ -83,6 +83,8 @@ pub struct Mounts {
     pub mounts: Vec<Mount>,
     /// File systems of the guest's own that are to be read-only.
     pub read_only: Vec<String>,
+    /// What is had of its devices because it was bound.
+    pub devices: Devices,
 }
 
 /// Directories whose file systems are the guest's own.
@@ -121,7 +123,7 @@ pub fn read(node: &Node<'_>) -> Option<Mounts> {
             }
         }
     }
-    devices::judge(node, &devices);
+    all.devices = devices::judge(node, &devices);
     decide_sides(&mut all.mounts, Path::to_owned);
     Some(all)
 }
@@ -469,14 +471,17 @@ mod tests {
                 r#"{{"destination":"/dev/{name}","type":"bind","source":"/dev/{name}","options":["rbind"]}}"#
             )
         };
-        let (mounts, report) = parsed(&format!("[{},{}]", item("null"), item("fuse")));
+        let all = [item("null"), item("fuse"), item("sda")].join(",");
+        let (mounts, report) = parsed(&format!("[{all}]"));
         assert_eq!(mounts.mounts, []);
+        assert_eq!(mounts.devices, Devices::Standard(vec!["/dev/fuse".into()]));
         let [fault] = &report.errors[..] else { panic!("{:?}", report.errors) };
-        assert_eq!(fault.path, "mounts[1]");
-        assert!(fault.problem.starts_with("/dev/fuse is a device of the host"), "{fault}");
+        assert_eq!(fault.path, "mounts[2]");
+        assert!(fault.problem.starts_with("/dev/sda is a device of the host"), "{fault}");
         let all: Vec<String> = (0..21).map(|number| item(&format!("d{number}"))).collect();
         let (mounts, report) = parsed(&format!("[{}]", all.join(",")));
         assert_eq!((mounts.mounts.len(), report.errors.len(), report.warnings.len()), (0, 0, 1));
+        assert_eq!(mounts.devices, Devices::All);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::config::{Config, Network};
+use super::devices::Devices;
 use super::mounts::{Mount, is_below_dev};
 use super::process::Process;
 use super::state::Container;
@@ -53,6 +54,10 @@ pub fn write(config: &Config, container: &Container, inside: Inside) -> String {
         "process": write_process(process),
         "sysctls": sysctls,
         "guest_mounts": guest_mounts(config, &container.state.bundle),
+        "devices": match &config.devices {
+            Devices::All => Value::Null,
+            Devices::Standard(more) => json!(more),
+        },
         "masked_paths": config.masked_paths,
         "readonly_paths": config.readonly_paths,
         "signals": "entrypoint",

@@ -123,6 +123,7 @@ pub(super) fn plan(
         hostname: hostname.into(),
         mounts,
         read_only_root: read_only_root || spec.read_only_root,
+        devices: spec.devices.clone(),
         pids_limit: spec.resource_limits.pids_limit,
         rlimits: limits::plan_rlimits(&spec.resource_limits, report),
         entrypoint,

@@ -192,6 +192,7 @@ impl fmt::Display for Plan {
             hostname,
             mounts,
             read_only_root,
+            devices,
             pids_limit,
             rlimits,
             entrypoint,
@@ -263,6 +264,9 @@ impl fmt::Display for Plan {
                     writeln!(f, "mount      {source} of the root file system on {path} {options}")?
                 }
             }
+        }
+        if let Some(more) = devices {
+            writeln!(f, "devices    the standard ones {}", more.join(" "))?;
         }
         if *read_only_root {
             writeln!(f, "mount      / is made read-only")?;

@@ -147,6 +147,15 @@ pub(super) fn check(spec: &Spec, report: &mut Report) {
             check_path(&format!("{field}[{index}]"), path, report);
         }
     }
+    for (index, path) in spec.devices.iter().flatten().enumerate() {
+        let name = path.strip_prefix("/dev/").unwrap_or_default();
+        if name.is_empty() || name.contains("..") || name.contains('\0') {
+            report.error(
+                format!("devices[{index}]"),
+                format!("is \"{path}\", must be a device of the guest's kernel, like /dev/fuse"),
+            );
+        }
+    }
     if let Some(name) = spec.domainname.as_ref()
         && (name.len() > MAX_DOMAINNAME || name.contains('\0'))
     {

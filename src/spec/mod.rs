@@ -72,6 +72,8 @@ pub struct Spec {
     pub sysctls: Vec<(String, String)>,
     /// File systems that the guest mounts.
     pub guest_mounts: Vec<GuestMount>,
+    /// Which devices are in the guest's `/dev` beside those that every program expects; `None` is all that its kernel has.
+    pub devices: Option<Vec<String>>,
     /// Paths that the box's programs find empty.
     pub masked_paths: Vec<String>,
     /// Paths that they cannot change.
@@ -246,6 +248,7 @@ fn read_spec(mut o: Object<'_>) -> Spec {
         guest_mounts: o.optional("guest_mounts", |n| {
             n.array(process::read_guest_mount, process::no_guest_mount)
         }),
+        devices: o.nullable("devices", Node::strings),
         masked_paths: o.optional("masked_paths", Node::strings),
         readonly_paths: o.optional("readonly_paths", Node::strings),
         read_only_root: o.nullable("read_only_root", Node::boolean).unwrap_or_default(),

@@ -207,6 +207,13 @@ fn what_the_programs_see() {
 }
 
 #[test]
+fn a_device_that_the_kernel_lacks_is_named() {
+    let ran = TestBox::streaming("exit 0").with("devices", json!(["/dev/fuse", "/dev/nope"])).run();
+    assert_eq!(ran.code, 125, "{}", ran.stderr);
+    assert!(ran.stderr.contains("devices: give the box /dev/nope: "), "{}", ran.stderr);
+}
+
+#[test]
 fn signals_are_the_entrypoints_where_the_spec_says_so() {
     let script = "trap 'echo term' TERM; trap 'echo hup' HUP; trap 'exit 9' USR2; echo ready; \
          while :; do sleep 0.1; done";

@@ -224,8 +224,8 @@ fn input_output_and_an_end_of_its_own() {
 
 #[test]
 fn a_terminal_has_the_engines_size() {
-    let container = Container::new("stty size; read line; echo line $line; exit 4")
-        .with("/process/terminal", json!(true));
+    let script = "stty size; read line; echo line $line >/dev/console; exit 4";
+    let container = Container::new(script).with("/process/terminal", json!(true));
     let mut made = container.make(&["terminal"]);
     made.start();
     let stdin = made.engine.stdin.as_mut().expect("a pipe");
@@ -234,6 +234,26 @@ fn a_terminal_has_the_engines_size() {
     assert_eq!(output.status.code(), Some(4));
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(shown.contains("31 91\r\n") && shown.contains("line hi\r\n"), "{shown}");
+    container.done(&["delete"]);
+    container.assert_nothing_left();
+}
+
+#[test]
+fn a_container_has_the_standard_devices_and_what_it_asks_for() {
+    let script =
+        "cd /dev; echo *; stat -c '%n %F %t:%T %a' null net/tun; readlink ptmx; echo x >null";
+    let standard =
+        "core fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero";
+    let mut listed: Vec<&str> = standard.split(' ').chain(["net"]).collect();
+    listed.sort();
+    let tun = json!([{"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200}]);
+    let container = Container::new(script).with("/linux/devices", tun);
+    let made = container.make(&[]);
+    made.start();
+    let (code, output) = made.end();
+    let devices =
+        "null character special file 1:3 666\nnet/tun character special file a:c8 666\npts/ptmx";
+    assert_eq!((code, output.trim()), (0, &*format!("{}\n{devices}", listed.join(" "))));
     container.done(&["delete"]);
     container.assert_nothing_left();
 }

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::ptr;
 
 use super::{c_string, check, owned};
@@ -43,6 +44,13 @@ pub fn memory_directory(bytes: u64, files: u64) -> io::Result<File> {
 /// Opens a place in the tree, whatever is there: not to read it, but to have it when its name leads elsewhere.
 pub fn open_place(path: &str) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)
+}
+
+/// Makes the file of a device (mknod(2)).
+pub fn make_device(path: &Path, mode: u32, device: u64) -> io::Result<()> {
+    let path = c_string(path)?;
+    // SAFETY: `path` is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::mknod(path.as_ptr(), mode, device) }).map(drop)
 }
 
 /// Opens a file below an open directory for reading.
