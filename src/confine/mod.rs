@@ -35,6 +35,7 @@ use landlock::{
 
 use crate::log;
 use crate::sys;
+use crate::sys::capabilities;
 use crate::sys::confine::{self, Namespaces, Resource};
 use crate::sys::directory::Directory;
 pub use seccomp::{NetworkAccess, ThreadKind};
@@ -85,7 +86,7 @@ impl Isolation {
         let permitted = |isolation: Isolation| {
             confine::succeeds_in_child(|| isolation.enter_namespaces(network))
         };
-        if confine::is_administrator() && permitted(Isolation::Namespaces) {
+        if capabilities::is_administrator() && permitted(Isolation::Namespaces) {
             Isolation::Namespaces
         } else if permitted(Isolation::UserNamespaces) {
             Isolation::UserNamespaces
@@ -194,7 +195,7 @@ impl Sandbox {
             );
         }
         confine::no_new_privileges().context("forgo new privileges")?;
-        confine::drop_capabilities_but(0).context("drop all capabilities")?;
+        capabilities::drop_all_but(0).context("drop all capabilities")?;
         confine::hide_memory().context("keep mote's memory from others")
     }
 
@@ -308,7 +309,7 @@ fn give_up_the_rest(
 ) -> Result<()> {
     restrict_to(directory, NetworkAccess::NONE).context("restrict it by Landlock")?;
     confine::no_new_privileges().context("forgo new privileges")?;
-    confine::drop_capabilities_but(0).context("drop all capabilities")?;
+    capabilities::drop_all_but(0).context("drop all capabilities")?;
     seccomp::confine_thread(name, kind)
 }
 

@@ -29,7 +29,8 @@ use landlock::{
 };
 
 use super::{Isolation, ThreadKind, seccomp, sudden_end};
-use crate::sys::confine::{self, Capabilities, Namespaces};
+use crate::sys::capabilities::{self, Capabilities};
+use crate::sys::confine::{self, Namespaces};
 
 /// What is left of the host to a virtiofsd that is confined.
 #[derive(Debug)]
@@ -50,16 +51,19 @@ pub fn namespaces(isolation: Isolation) -> Namespaces {
 /// The capabilities that it is started with in a user namespace of its own: what it serves with, and what
 /// `confine_virtiofsd` takes.
 pub fn capabilities(read_only: bool) -> Capabilities {
-    served_with(read_only) | confine::SYS_ADMIN | confine::SYS_CHROOT
+    served_with(read_only) | capabilities::SYS_ADMIN | capabilities::SYS_CHROOT
 }
 
 /// The capabilities that the guest's file operations take, as the host's root.
 fn served_with(read_only: bool) -> Capabilities {
     if read_only {
-        return confine::DAC_OVERRIDE;
+        return capabilities::DAC_OVERRIDE;
     }
-    let owner = confine::CHOWN | confine::DAC_OVERRIDE | confine::FOWNER | confine::FSETID;
-    owner | confine::SETGID | confine::SETUID | confine::SETFCAP
+    let owner = capabilities::CHOWN
+        | capabilities::DAC_OVERRIDE
+        | capabilities::FOWNER
+        | capabilities::FSETID;
+    owner | capabilities::SETGID | capabilities::SETUID | capabilities::SETFCAP
 }
 
 /// Confines this process, mote's own virtiofsd, which has one thread and was started in [`namespaces`].
@@ -82,7 +86,7 @@ pub fn confine_virtiofsd(
             landlock_rules(directory, read_only, &[])?.restrict_self()?;
         }
         confine::drop_groups().context("give up other groups")?;
-        if confine::may_chroot() {
+        if capabilities::may_chroot() {
             let share = File::open(directory).context("open the share")?;
             confine::enter_directory(&share).context("enter the share")?;
             confine::make_root().context("make the share the root")?;
@@ -93,7 +97,7 @@ pub fn confine_virtiofsd(
     };
     if isolation != Isolation::Off {
         confine::no_new_privileges().context("forgo new privileges")?;
-        confine::drop_capabilities_but(served_with(read_only)).context("drop capabilities")?;
+        capabilities::drop_all_but(served_with(read_only)).context("drop capabilities")?;
         seccomp::confine_thread("virtiofsd", ThreadKind::Virtiofsd)?;
     }
     Ok(Confined { directory, descriptors, open_files })
@@ -123,7 +127,7 @@ pub fn confine_copy(
     open_files: u64,
 ) -> Result<Confined<'static>> {
     let descriptors = enter_share(directory, read_only)?;
-    confine::drop_capabilities_but(served_with(read_only)).context("drop capabilities")?;
+    capabilities::drop_all_but(served_with(read_only)).context("drop capabilities")?;
     seccomp::confine_thread("virtiofsd", ThreadKind::VirtiofsdStarted)?;
     Ok(Confined { directory: Path::new("/"), descriptors, open_files })
 }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use crate::sys::confine;
+use crate::sys::{capabilities, confine};
 use crate::{log, sys};
 
 /// The name of the program under which mote's file is this.
@@ -34,7 +34,7 @@ fn wait() -> Result<()> {
     confine::unshare(libc::CLONE_NEWNS)
         .and_then(|()| confine::enter_empty_root())
         .and_then(|()| confine::drop_groups())
-        .and_then(|()| confine::drop_capabilities_but(0))
+        .and_then(|()| capabilities::drop_all_but(0))
         .and_then(|()| confine::no_new_privileges())
         .context("give up the host's files and privileges")?;
     while sys::next_signal(&signals).is_none() {

@@ -293,7 +293,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::sys::confine;
+    use crate::sys::{capabilities, confine};
 
     /// A root file system, a directory of the host's beside it, and a place to assemble.
     struct Scratch(PathBuf);
@@ -370,7 +370,7 @@ mod tests {
     /// Does the work in a mount namespace of its own. Users other than root cannot have one so simply, and the rest
     /// of the test's assertions are of root's alone.
     fn apart(work: impl FnOnce() -> Result<()>) {
-        if !confine::is_administrator() {
+        if !capabilities::is_administrator() {
             return println!("skipped: needs CAP_SYS_ADMIN");
         }
         let done = confine::succeeds_in_child(|| {

@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub mod arguments;
+pub mod capabilities;
 pub mod confine;
 pub mod container;
 pub mod directory;

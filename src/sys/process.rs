@@ -15,7 +15,8 @@ use std::process::{Command, ExitStatus};
 use std::ptr;
 use std::time::{Duration, Instant};
 
-use super::confine::{self, Capabilities, Namespaces};
+use super::capabilities::{self, Capabilities};
+use super::confine::{self, Namespaces};
 use super::{check, owned};
 
 /// A descriptor that becomes readable when the process ends.
@@ -94,7 +95,7 @@ pub fn start_again(
     let error = (|| {
         if namespaces & libc::CLONE_NEWUSER != 0 {
             user.map()?;
-            confine::keep_through_exec(capabilities)?;
+            capabilities::keep_through_exec(capabilities)?;
         }
         for (from, to) in [(nothing.as_fd(), 0), (nothing.as_fd(), 1), (stderr, 2)] {
             // SAFETY: plain system call on an open descriptor; nothing owns the standard streams.

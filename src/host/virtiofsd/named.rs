@@ -14,7 +14,7 @@ use mote_virtiofsd::ATTRIBUTES;
 
 use super::{Started, Task};
 use crate::confine::{Isolation, virtiofsd};
-use crate::sys::{self, confine};
+use crate::sys::{self, capabilities, confine};
 
 /// Starts it. It finds the listening socket as its descriptor [`sys::process::INHERITED_FD`].
 ///
@@ -84,7 +84,7 @@ fn restriction(
 fn own_sandbox(isolation: Isolation) -> Option<&'static str> {
     match isolation {
         Isolation::Namespaces | Isolation::UserNamespaces | Isolation::Off => None,
-        _ if confine::may_chroot() => Some("--sandbox=chroot"),
+        _ if capabilities::may_chroot() => Some("--sandbox=chroot"),
         _ => Some("--sandbox=none"),
     }
 }
