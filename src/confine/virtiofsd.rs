@@ -112,6 +112,8 @@ pub fn confine_starter(isolation: Isolation, open_files: u64) -> Result<u64> {
     let open_files = limit_resources(open_files)?;
     leave_groups_and_network(isolation)?;
     confine::no_new_privileges().context("forgo new privileges")?;
+    // No more than what serves a share that is not read-only.
+    capabilities::bound(served_with(false));
     seccomp::confine_thread("virtiofsd", ThreadKind::VirtiofsdStarter)?;
     Ok(open_files)
 }
@@ -127,7 +129,7 @@ pub fn confine_copy(
     open_files: u64,
 ) -> Result<Confined<'static>> {
     let descriptors = enter_share(directory, read_only)?;
-    capabilities::drop_all_but(served_with(read_only)).context("drop capabilities")?;
+    capabilities::keep(served_with(read_only)).context("drop capabilities")?;
     seccomp::confine_thread("virtiofsd", ThreadKind::VirtiofsdStarted)?;
     Ok(Confined { directory: Path::new("/"), descriptors, open_files })
 }

@@ -95,18 +95,32 @@ pub fn may_chroot() -> bool {
 /// # Errors
 /// Those of prctl(2) and capset(2).
 pub fn drop_all_but(kept: Capabilities) -> io::Result<()> {
-    let own = effective();
-    if own & SETPCAP != 0 {
-        for capability in 0.. {
-            if capability < Capabilities::BITS && kept & 1 << capability != 0 {
-                continue;
-            }
-            // SAFETY: plain system call; a number beyond the last capability is refused.
-            if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
-                break;
-            }
+    bound(kept);
+    keep(kept)
+}
+
+/// Gives up all but those `kept` in programs executed later, if this process may.
+pub fn bound(kept: Capabilities) {
+    if effective() & SETPCAP == 0 {
+        return;
+    }
+    for capability in 0.. {
+        if capability < Capabilities::BITS && kept & 1 << capability != 0 {
+            continue;
+        }
+        // SAFETY: plain system call; a number beyond the last capability is refused.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            break;
         }
     }
+}
+
+/// Gives up all but those `kept` now, for this process alone.
+///
+/// # Errors
+/// Those of prctl(2) and capset(2).
+pub fn keep(kept: Capabilities) -> io::Result<()> {
+    let own = effective();
     // SAFETY: plain system call.
     check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) })?;
     let kept = own & kept;
