@@ -41,7 +41,8 @@ fn big_file(path: &Path) {
         state ^= state << 17;
         state.to_le_bytes()
     });
-    let bytes: Vec<u8> = words.take(100_000_000 / 8).flatten().collect();
+    // More than any buffer or frame holds.
+    let bytes: Vec<u8> = words.take(24_000_000 / 8).flatten().collect();
     fs::write(path, bytes).expect("written");
 }
 
@@ -133,7 +134,7 @@ fn bytes_that_are_no_text_reach_the_guest_as_they_are() {
 }
 
 #[test]
-fn a_hundred_megabytes_cross_in_each_direction() {
+fn many_megabytes_cross_in_each_direction() {
     let (test, started) = TestBox::busybox().idle();
     let (root, out) = (test.path("root/big"), test.path("out/big"));
     big_file(&root);
