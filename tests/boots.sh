@@ -13,9 +13,11 @@ cd "$(dirname "$0")/.."
 
 # The modules that take long, the longest first; a comma joins several to one group. All modules that are
 # not named here are one more group, the first, so a new module runs without being entered anywhere.
-long=(tsi:: oci:: guest::,commands:: containers::,features:: attestation:: hostile:: faults::back_ends:: passt:: lifecycle::,entrypoint::
-    faults::host::,faults::ends::,faults::callers:: inits::,switch:: datagrams:: limits:: ports:: exec::,terminal::
-    outcomes::,shares::,sockets:: oci_passt::,oci_rootless::,oci_systemd:: published_udp::,logs:: requests::,egress::,bad_input::)
+long=(tsi:: requests::,egress::,bad_input:: attestation:: ports:: oci:: hostile::
+    faults::host::,faults::ends::,faults::callers:: guest::,commands:: published_udp::,logs:: inits::,switch:: passt::,oci_passt::
+    datagrams:: outcomes::,shares::,sockets:: lifecycle::,entrypoint:: containers::,features:: faults::back_ends::
+    oci_rootless::,oci_systemd:: limits:: exec::,terminal::)
+# As long as the first of them.
 cold=(cold=features::,outcomes::,shares::,memory::)
 
 MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
@@ -39,7 +41,7 @@ if [ $# = 0 ]; then
     gone=$(comm -13 <(echo "$modules") <(in_lines "${long[@]}"))
     [ -z "$gone" ] || { echo "boots: there is no such module with tests:" $gone >&2; exit 1; }
     others=$(comm -23 <(echo "$modules") <(in_lines "${long[@]}") | paste -sd ,)
-    set -- ${others:+"$others"} "${long[@]}" "${cold[@]}"
+    set -- ${others:+"$others"} "${cold[@]}" "${long[@]}"
 fi
 
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/lab/with-kvm.sh
