@@ -78,6 +78,14 @@ impl Directory {
         self.open_with(name, libc::O_RDWR | libc::O_CREAT)
     }
 
+    /// A file to read and to write anywhere in it, if it is there.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn write_there(&self, name: &str) -> io::Result<File> {
+        self.open_with(name, libc::O_RDWR)
+    }
+
     /// A file to append to and to read, which is created, mode 0600, if it is not there.
     ///
     /// # Errors

@@ -1,15 +1,16 @@
 //! The directory with a user's templates.
 //!
 //! A file there has its key's hash for a name: `.template` behind it when it is whole, `.new` while it is being made, under
-//! a lock, and `.failed`, empty, if making it or starting from it has failed. A template gets its name when it is
+//! a lock, and `.failed`, empty, if making it or starting from it has failed. `.checked` says of a template since when nobody has
+//! changed it, if its pages had their checksum then; each start changes that file's time. A template gets its name when it is
 //! complete, so a process that is killed leaves nothing that could be used, and the lock that it held is gone with it.
 //!
 //! Whoever can write here decides what runs in the user's boxes before their own programs do. So the directory must be
 //! the user's own and nobody else's, and so must each file.
 
 use std::fs::{DirBuilder, File};
-use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -32,6 +33,7 @@ const FAILURE_LIFE: Duration = Duration::from_secs(3600);
 const WHOLE: &str = "template";
 const NEW: &str = "new";
 const FAILED: &str = "failed";
+const CHECKED: &str = "checked";
 
 /// A user's templates.
 #[derive(Debug)]
@@ -101,8 +103,10 @@ impl Cache {
         };
         let usable = is_own(&file).and_then(|()| Template::read(file, memory_bytes));
         match usable {
-            Ok(template) if template.key() == key => {
-                template.touch();
+            Ok(mut template) if template.key() == key => {
+                if self.is_checked(&name, &template) {
+                    template.believe();
+                }
                 Found::Whole(Box::new(template))
             }
             Ok(_) => Found::Unusable(anyhow!("{name}.{WHOLE} is for another key")),
@@ -117,6 +121,30 @@ impl Cache {
     pub fn whole(&self, key: &[u8], memory_bytes: u64) -> Option<(PathBuf, u64)> {
         let Found::Whole(template) = self.find(key, memory_bytes) else { return None };
         Some((self.path.join(format!("{}.{WHOLE}", key::name(key))), template.file_len()))
+    }
+
+    /// Whether a template's pages were whole when it was as it is. Notes that it is used now.
+    fn is_checked(&self, name: &str, template: &Template) -> bool {
+        let look = || {
+            let mut noted = Vec::new();
+            let mut file = self.directory.write_there(&format!("{name}.{CHECKED}"))?;
+            file.read_to_end(&mut noted)?;
+            file.set_modified(SystemTime::now())?;
+            Ok::<_, io::Error>(template.stamp()?.is_some_and(|stamp| noted == stamp))
+        };
+        look().unwrap_or(false)
+    }
+
+    /// Notes that the pages of the template with this key are whole. If that cannot be, they are checked again.
+    pub fn checked(&self, key: &[u8], template: &Template) {
+        let note = |stamp| {
+            let file = self.directory.write(&format!("{}.{CHECKED}", key::name(key)))?;
+            file.set_len(0)?;
+            file.write_all_at(stamp, 0)
+        };
+        if let Ok(Some(stamp)) = template.stamp() {
+            let _ = note(&stamp);
+        }
     }
 
     fn has_failed(&self, name: &str) -> bool {
@@ -169,9 +197,12 @@ impl Cache {
     fn templates(&self) -> Vec<(SystemTime, u64, String)> {
         let names = self.directory.names().unwrap_or_default();
         let whole = names.into_iter().filter(|name| name.ends_with(&format!(".{WHOLE}")));
+        let look = |name: &str| self.directory.read(name)?.metadata();
         let looked = whole.filter_map(|name| {
-            let metadata = self.directory.read(&name).and_then(|file| file.metadata()).ok()?;
-            Some((metadata.modified().ok()?, metadata.len(), name))
+            let metadata = look(&name).ok()?;
+            let used = look(&with_suffix(&name, CHECKED)).and_then(|note| note.modified());
+            let made = metadata.modified().ok()?;
+            Some((used.map_or(made, |used| used.max(made)), metadata.len(), name))
         });
         let mut templates: Vec<_> = looked.collect();
         templates.sort();
@@ -192,6 +223,8 @@ impl Cache {
             let is_left_over = if name.ends_with(&format!(".{NEW}")) {
                 let file = self.directory.write(&name);
                 file.is_ok_and(|file| file.try_lock().is_ok() && self.is(&name, &file))
+            } else if name.ends_with(&format!(".{CHECKED}")) {
+                self.directory.read(&with_suffix(&name, WHOLE)).is_err()
             } else {
                 name.strip_suffix(&format!(".{FAILED}")).is_some_and(|name| !self.has_failed(name))
             };
@@ -235,6 +268,11 @@ impl Begun<'_> {
     pub fn abandon(self) {
         let _ = self.cache.directory.remove(&format!("{}.{NEW}", self.name));
     }
+}
+
+/// The name of the file that is beside this one with another suffix.
+fn with_suffix(name: &str, suffix: &str) -> String {
+    format!("{}.{suffix}", name.rsplit_once('.').map_or(name, |(name, _)| name))
 }
 
 fn is_own(file: &File) -> Result<()> {

@@ -8,11 +8,12 @@
 //! ```
 //!
 //! What is read is checked before it is used: lengths and addresses whoever wrote the file, and checksums because disks,
-//! and processes that are killed, make mistakes.
+//! and processes that are killed, make mistakes. That of the pages once for as long as nobody changes the file ([`super::cache`]).
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
-use std::time::SystemTime;
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use mote_agent::mailbox;
@@ -102,7 +103,12 @@ pub struct Template {
     file: File,
     pages_start: u64,
     len: u64,
+    /// Whether its pages had that checksum when it was last written to or later.
+    is_checked: bool,
 }
+
+/// Length of [`Template::stamp`].
+pub const STAMP_LEN: usize = 56;
 
 impl Template {
     /// Writes a template. Until the last byte is written, nothing takes it for one.
@@ -153,7 +159,40 @@ impl Template {
         ensure!(checksum(&bytes) == head_sum, "its state is damaged");
         let head: Head = postcard::from_bytes(&bytes).context("decode its state")?;
         head.check(memory_bytes, pages)?;
-        Ok(Template { head, sum, file, pages_start: pages_start as u64, len })
+        let pages_start = pages_start as u64;
+        Ok(Template { head, sum, file, pages_start, len, is_checked: false })
+    }
+
+    /// Which file it is and when it was changed: its device, inode and length, and two of its times, of which nobody can set
+    /// one. `None` if that was just now: one more change could have the same time.
+    ///
+    /// # Errors
+    /// The file cannot be looked at.
+    pub fn stamp(&self) -> io::Result<Option<[u8; STAMP_LEN]>> {
+        /// Above the resolution of any file system's times.
+        const CLEAR: Duration = Duration::from_secs(2);
+        let of = self.file.metadata()?;
+        let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(of.ctime().max(0) as u64);
+        if !changed.elapsed().is_ok_and(|age| age > CLEAR) {
+            return Ok(None);
+        }
+        let times = [of.mtime(), of.mtime_nsec(), of.ctime(), of.ctime_nsec()].map(|n| n as u64);
+        let words = [of.dev(), of.ino(), of.len(), times[0], times[1], times[2], times[3]];
+        let mut stamp = [0; STAMP_LEN];
+        for (bytes, word) in stamp.chunks_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        Ok(Some(stamp))
+    }
+
+    /// Takes its pages for whole: it was not changed since they were.
+    pub fn believe(&mut self) {
+        self.is_checked = true;
+    }
+
+    /// Whether they are taken for that.
+    pub fn is_checked(&self) -> bool {
+        self.is_checked
     }
 
     /// What it was made for: an encoded [`super::Key`].
@@ -166,7 +205,8 @@ impl Template {
     /// # Errors
     /// They cannot be read, or are damaged.
     pub fn fill(&self, ram: &GuestRam) -> Result<()> {
-        memory::fill(ram, &self.head.extents, self.pages()?, self.sum)
+        let expected = (!self.is_checked).then_some(self.sum);
+        memory::fill(ram, &self.head.extents, self.pages()?, expected)
     }
 
     /// Where it has something in the guest's RAM: addresses and lengths.
@@ -180,11 +220,6 @@ impl Template {
     fn pages(&self) -> Result<&File> {
         (&self.file).seek(SeekFrom::Start(self.pages_start)).context("find its pages")?;
         Ok(&self.file)
-    }
-
-    /// Notes that it was used now. A file system that refuses that forgets it earlier.
-    pub fn touch(&self) {
-        let _ = self.file.set_modified(SystemTime::now());
     }
 
     /// How many bytes its file has.

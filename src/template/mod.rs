@@ -163,8 +163,10 @@ impl Found {
     /// Something does not fit: the VM and its RAM are of no use then.
     pub fn restore(&self, to: &Machine, instance: &[u8], more: usize) -> Result<Resumed> {
         let restored = self.template.restore(to, instance, more);
-        if restored.is_err() {
-            self.cache.failed(&self.key);
+        match restored {
+            Err(_) => self.cache.failed(&self.key),
+            Ok(_) if !self.template.is_checked() => self.cache.checked(&self.key, &self.template),
+            Ok(_) => {}
         }
         restored.context("start from the template")
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -227,6 +227,28 @@ fn what_is_not_a_whole_template_of_this_users_is_not_used() {
     mode(&templates.0, 0o777);
     assert_boots(&test, "has mode 777");
     mode(&templates.0, 0o700);
+}
+
+#[test]
+fn what_was_found_whole_is_checked_again_when_somebody_has_changed_it() {
+    let templates = Templates::new();
+    let test = templates.busybox("echo fine; exit 7");
+    let file = templates.make(&test);
+    let used = || assert_used(&test.run());
+    // One that was written just now could be written once more at the same time.
+    eventually("its pages are noted to be whole", || {
+        used();
+        !templates.files("checked").is_empty()
+    });
+    used();
+    let written = fs::metadata(&file).and_then(|metadata| metadata.modified()).expect("a time");
+    let template = fs::File::options().read(true).write(true).open(&file).expect("opened");
+    let mut byte = [0];
+    let middle = template.metadata().expect("there").len() / 2;
+    template.read_exact_at(&mut byte, middle).expect("read");
+    template.write_all_at(&[byte[0] ^ 4], middle).expect("written");
+    template.set_modified(written).expect("set");
+    assert_boots(&test, "not those that were written");
 }
 
 #[test]
