@@ -102,8 +102,8 @@ def mote(stage, machine, **environment):
 def mote_from_template(stage, machine):
     directory = stage.path("templates")
     run = mote(stage, machine, MOTE_TEMPLATES=directory)
-    # Made once: afterwards it is there.
-    run.prepare += [["env", f"MOTE_TEMPLATES={directory}", stage.path("bin/mote"), "template", *run.command[1:]]]
+    # Made once: afterwards it is there. A start looks through one that is younger than two seconds, and through none twice.
+    run.prepare += [["env", f"MOTE_TEMPLATES={directory}", stage.path("bin/mote"), "template", *run.command[1:]], ["sleep", 3]]
     return run
 
 

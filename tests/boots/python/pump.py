@@ -1,11 +1,11 @@
-"""Sends 64 MiB and receives as many at once; then each end says what it has received, as a digest.
+"""Sends 24 MiB and receives as many at once; then each end says what it has received, as a digest.
 
     pump.py connect ADDRESS PORT
     pump.py serve ADDRESS PORT [FILE]     takes one connection; FILE appears when it listens"""
 
 import hashlib, pathlib, random, socket, sys, threading
 
-MIB = 64
+MIB = 24
 
 
 def pump(conn, is_client):
