@@ -4,7 +4,7 @@
 use std::path::{Component, Path};
 
 use super::Input;
-use crate::oci::cgroup::Place;
+use crate::oci::cgroup::Placement;
 use crate::oci::config::{Circumstances, Config};
 use crate::oci::mounts::Mount;
 use crate::oci::process::Process;
@@ -66,7 +66,7 @@ fn look_at(config: &Config) {
             Mount::SharedMemory(_) => {}
         }
     }
-    if let Some(Place::Path(path)) = &config.cgroup {
+    if let Some(Placement::Path(path)) = &config.cgroup {
         assert!(is_safe(&Path::new("/").join(path)), "{path:?}");
     }
     check_files(&config.resources);

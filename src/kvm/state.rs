@@ -73,7 +73,7 @@ impl MachineState {
     pub fn read(kvm: &Kvm, vm: &VmFd, vcpus: &[VcpuFd], cpuid: &CpuId) -> Result<MachineState> {
         let first = vcpus.first().context("there is no vCPU")?;
         let read_clock = || vm.get_clock().context("read the VM's clock");
-        let (tsc, clock) = at_one_moment(first, |_| read_clock())?;
+        let (tsc, clock) = at_one_moment(first, |_, _| read_clock())?;
         let tsc = if clock.flags & KVM_CLOCK_HOST_TSC == 0 {
             tsc
         } else {
@@ -133,8 +133,7 @@ impl MachineState {
             state.write(vcpu, offset)?;
         }
         // Last: what vCPUs were told before starts anew from here. The counters run since they were set.
-        let khz = first.get_tsc_khz().context("read the rate of the time stamp counter")?;
-        at_one_moment(first, |tsc| {
+        at_one_moment(first, |tsc, khz| {
             let counted = u128::from(tsc.wrapping_sub(self.tsc));
             let passed_ns = counted.saturating_mul(1_000_000) / u128::from(khz.max(1));
             let clock_ns = self.clock_ns.saturating_add(u64::try_from(passed_ns).unwrap_or(0));
@@ -151,18 +150,18 @@ const MOMENT_MS: u64 = 1;
 /// How often to try for one, on a host where others run meanwhile.
 const MOMENT_ATTEMPTS: usize = 20;
 
-/// Does something with the VM's clock at the moment of a read of the counter, whose value it gets. It is done again if the
+/// Does something with the VM's clock at the moment of a read of the counter, whose value and rate it gets. It is done again if the
 /// host has taken this thread's processor away meanwhile.
 fn at_one_moment<T>(
     vcpu: &VcpuFd,
-    mut with_clock: impl FnMut(u64) -> Result<T>,
+    mut with_clock: impl FnMut(u64, u32) -> Result<T>,
 ) -> Result<(u64, T)> {
     let khz = vcpu.get_tsc_khz().context("read the rate of the time stamp counter")?;
     let most = u64::from(khz).saturating_mul(MOMENT_MS);
     let mut attempt = 1;
     loop {
         let before = tsc(vcpu)?;
-        let done = with_clock(before)?;
+        let done = with_clock(before, khz)?;
         if tsc(vcpu)?.wrapping_sub(before) <= most || attempt == MOMENT_ATTEMPTS {
             return Ok((before, done));
         }

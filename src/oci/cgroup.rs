@@ -29,7 +29,7 @@ const USUAL: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// Where an engine wants a container's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum Placement {
     /// At this path from the root of cgroups on, to be made.
     Path(PathBuf),
     /// Wherever systemd makes it.
@@ -37,10 +37,10 @@ pub enum Place {
 }
 
 /// Reads `linux.cgroupsPath`: a path from the root of cgroups on, or `SLICE:PREFIX:NAME`.
-pub fn read_place(node: &Node<'_>) -> Option<Option<Place>> {
+pub fn read_placement(node: &Node<'_>) -> Option<Option<Placement>> {
     let text = node.string()?;
     match Scope::parse(&text) {
-        Some(Ok(scope)) => return Some(Some(Place::Scope(scope))),
+        Some(Ok(scope)) => return Some(Some(Placement::Scope(scope))),
         Some(Err(problem)) => {
             node.error(format!("is \"{text}\", {problem}"));
             return None;
@@ -58,7 +58,7 @@ pub fn read_place(node: &Node<'_>) -> Option<Option<Place>> {
             }
         }
     }
-    Some((!path.as_os_str().is_empty()).then_some(Place::Path(path)))
+    Some((!path.as_os_str().is_empty()).then_some(Placement::Path(path)))
 }
 
 /// A container's cgroup.
@@ -344,11 +344,11 @@ mod tests {
     use super::*;
     use crate::spec::json::{Json, Object, Report};
 
-    fn read(text: &str) -> Result<Option<Place>, String> {
+    fn read(text: &str) -> Result<Option<Placement>, String> {
         let json = Json::parse(&format!("{{\"p\":\"{text}\"}}")).expect("JSON");
         let report = RefCell::new(Report::default());
         let mut o = Object::root(&json, &report).expect("an object");
-        let place = o.nullable("p", read_place);
+        let place = o.nullable("p", read_placement);
         match report.into_inner().errors.pop() {
             None => Ok(place.flatten()),
             Some(fault) => Err(fault.problem),
@@ -357,12 +357,12 @@ mod tests {
 
     #[test]
     fn places_are_paths_below_the_root_or_scopes() {
-        let path = |path: &str| Ok(Some(Place::Path(path.into())));
+        let path = |path: &str| Ok(Some(Placement::Path(path.into())));
         assert_eq!(read("/libpod_parent/libpod-x"), path("libpod_parent/libpod-x"));
         assert_eq!(read("a/b"), path("a/b"));
         assert_eq!((read(""), read("/")), (Ok(None), Ok(None)));
         assert!(read("/a/../../b").expect_err("leads out").contains("\"..\""));
-        assert!(matches!(read("machine.slice:libpod:x"), Ok(Some(Place::Scope(_)))));
+        assert!(matches!(read("machine.slice:libpod:x"), Ok(Some(Placement::Scope(_)))));
         let error = read("machine:libpod:x").expect_err("no slice");
         assert!(
             error.starts_with("is \"machine:libpod:x\", whose \"machine\" is no slice"),

@@ -32,7 +32,7 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 
-use super::cgroup::{self, Place};
+use super::cgroup::{self, Placement};
 use super::devices::{self, Devices};
 use super::hooks::Hooks;
 use super::mounts::{self, Mounts};
@@ -70,7 +70,7 @@ pub struct Config {
     /// The ports that its own interface has, if it is to have one.
     pub passt: Option<Ports>,
     /// Where its cgroup is to be.
-    pub cgroup: Option<Place>,
+    pub cgroup: Option<Placement>,
     /// Further properties of its unit, where systemd makes its cgroup.
     pub unit_properties: Vec<Property>,
     /// Its limits.
@@ -247,7 +247,7 @@ fn read_linux(node: &Node<'_>, config: &mut Config) {
     let Some(mut o) = node.object() else { return };
     config.network = o.nullable("namespaces", read_namespaces).unwrap_or_default();
     config.resources = o.nullable("resources", Resources::read).unwrap_or_default();
-    config.cgroup = o.nullable("cgroupsPath", cgroup::read_place).flatten();
+    config.cgroup = o.nullable("cgroupsPath", cgroup::read_placement).flatten();
     let devices = o.nullable("devices", read_devices).unwrap_or_default();
     config.devices = devices.and(std::mem::take(&mut config.mounts.devices));
     config.sysctls = o.nullable("sysctl", read_sysctls).unwrap_or_default();

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::cgroup::Place;
+use super::cgroup::Placement;
 use super::config::{Circumstances, Config, Network};
 use super::devices::Devices;
 use super::mounts::Mount;
@@ -60,7 +60,7 @@ fn what_podman_writes_is_understood() {
     assert_eq!(report.warnings.len(), 2, "{:?}", report.warnings);
     assert_eq!((config.memory_mib, config.vcpus), (256, 1));
     assert_eq!(config.network, Network::Joined("/run/netns/n".into()));
-    assert_eq!(config.cgroup, Some(Place::Path("libpod_parent/libpod-1".into())));
+    assert_eq!(config.cgroup, Some(Placement::Path("libpod_parent/libpod-1".into())));
     assert_eq!(config.readonly_paths, ["/proc/sys", "/sys"]);
     assert_eq!(config.hooks.create.len(), 1);
     assert!(config.read_only_root && config.process.no_new_privileges);

@@ -17,7 +17,7 @@ use mote_agent::exec::kind;
 
 use super::agent::{Agent, Answer};
 use super::arguments::{self, Global};
-use super::cgroup::{Cgroup, Place};
+use super::cgroup::{Cgroup, Placement};
 use super::config::{Circumstances, Config};
 use super::launch::{self, Launch};
 use super::report;
@@ -69,7 +69,7 @@ pub fn create(
         bundle.with_context(|| format!("look at the bundle {}", wanted.bundle.display()))?;
     let (mut config, text, warnings) = read_config(&bundle.join("config.json"))?;
     ensure!(
-        global.systemd_cgroup || !matches!(config.cgroup, Some(Place::Scope(_))),
+        global.systemd_cgroup || !matches!(config.cgroup, Some(Placement::Scope(_))),
         "linux.cgroupsPath names a scope of systemd's (SLICE:PREFIX:NAME), which is made with --systemd-cgroup only: give that, or a path"
     );
     // What cannot be looked at cannot be mounted either, which says why.
@@ -91,13 +91,13 @@ pub fn create(
             created: report::now(),
             annotations: config.annotations.iter().cloned().collect(),
             cgroup: match &config.cgroup {
-                Some(Place::Path(path)) => Some(Cgroup::at(path).dir().to_owned()),
+                Some(Placement::Path(path)) => Some(Cgroup::at(path).dir().to_owned()),
                 // Nobody knows yet where that will be.
-                Some(Place::Scope(_)) | None => None,
+                Some(Placement::Scope(_)) | None => None,
             },
             scope: match &config.cgroup {
-                Some(Place::Scope(scope)) => Some(scope.unit().to_owned()),
-                Some(Place::Path(_)) | None => None,
+                Some(Placement::Scope(scope)) => Some(scope.unit().to_owned()),
+                Some(Placement::Path(_)) | None => None,
             },
             memory_mib: config.memory_mib,
             is_sandbox: config.is_sandbox,
@@ -148,7 +148,7 @@ fn make_cgroup(container: &mut Container, config: &Config) -> Result<Option<Memb
     let ram = config.resources.memory.map(|_| u64::from(config.memory_mib) << 20);
     let files = config.resources.files(ram);
     match &config.cgroup {
-        Some(Place::Path(path)) => {
+        Some(Placement::Path(path)) => {
             let made = || {
                 // What somebody else has made is never taken down, nor who is in it.
                 container.state.owns_cgroup = true;
@@ -156,7 +156,7 @@ fn make_cgroup(container: &mut Container, config: &Config) -> Result<Option<Memb
             };
             Cgroup::at(path).create(&files, made).map(|()| None)
         }
-        Some(Place::Scope(scope)) => {
+        Some(Placement::Scope(scope)) => {
             let description = format!("mote-oci container {}", container.state.id);
             let member = scope.start(&description, &config.unit_properties, &files)?;
             let cgroup = Cgroup::at(&member.cgroup);
