@@ -9,14 +9,14 @@
 //! the user's own and nobody else's, and so must each file.
 
 use std::fs::{DirBuilder, File};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::file::Template;
+use super::file::{STAMP_LEN, Template};
 use super::key;
 use crate::sys;
 use crate::sys::confine::Identity;
@@ -126,9 +126,9 @@ impl Cache {
     /// Whether a template's pages were whole when it was as it is. Notes that it is used now.
     fn is_checked(&self, name: &str, template: &Template) -> bool {
         let look = || {
-            let mut noted = Vec::new();
-            let mut file = self.directory.write_there(&format!("{name}.{CHECKED}"))?;
-            file.read_to_end(&mut noted)?;
+            let mut noted = [0; STAMP_LEN];
+            let file = self.directory.write_there(&format!("{name}.{CHECKED}"))?;
+            file.read_exact_at(&mut noted, 0)?;
             file.set_modified(SystemTime::now())?;
             Ok::<_, io::Error>(template.stamp()?.is_some_and(|stamp| noted == stamp))
         };
@@ -139,7 +139,6 @@ impl Cache {
     pub fn checked(&self, key: &[u8], template: &Template) {
         let note = |stamp| {
             let file = self.directory.write(&format!("{}.{CHECKED}", key::name(key)))?;
-            file.set_len(0)?;
             file.write_all_at(stamp, 0)
         };
         if let Ok(Some(stamp)) = template.stamp() {
