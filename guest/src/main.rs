@@ -12,6 +12,7 @@
 //! - [`sys::net`], [`sys::files`], [`sys::bpf`], [`sys::ring_buffer`], [`sys::mailbox`]: those of networking, some about
 //!   files, BPF's, and those of a guest that becomes another
 //! - [`etc`], [`copy`]: files in the place of the image's; what the image has, copied into volumes
+//! - [`devices`]: a `/dev` that has few of the kernel's devices
 //! - [`cgroup`], [`mount`], [`network`], [`resolv`]: what the box is given before anything runs in it
 //! - [`user`], [`seccomp`], [`spawn`]: who a program runs as, what it is refused, how it starts
 //! - [`launch`]: starting a program, from all of these

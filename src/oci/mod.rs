@@ -25,6 +25,8 @@ pub mod inspect;
 pub mod launch;
 pub mod lifecycle;
 pub mod mounts;
+#[cfg(test)]
+mod mounts_tests;
 pub mod passt;
 pub mod pause;
 pub mod process;
