@@ -31,7 +31,7 @@ pub type GuestRam = GuestMemoryMmap<()>;
 /// Size of a page.
 const PAGE: u64 = 4096;
 /// Size of a huge page on x86-64.
-const HUGE_PAGE: u64 = 2 << 20;
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Creates and maps the guest's RAM.
 ///

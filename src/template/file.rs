@@ -383,6 +383,11 @@ mod tests {
         let restored = restored(&bytes).expect("whole");
         restored.read_slice(&mut is, GuestAddress(0)).expect("read");
         assert!(was == is);
+        let (mut template, again) = (template, self::ram());
+        template.believe();
+        template.fill(&again).expect("filled");
+        again.read_slice(&mut is, GuestAddress(0)).expect("read");
+        assert!(was == is);
     }
 
     #[test]
