@@ -162,12 +162,13 @@ fn chain(table: &[u8]) -> Chain {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{CWD, FileType, Mode};
     use std::path::PathBuf;
-    use std::process::Command;
     use std::sync::atomic::{AtomicU32, Ordering};
     use std::thread;
 
-    /// A directory whose files are pipes, so that each read and each write meets the kernel's half.
+    /// A directory whose files are pipes, so that each read and each write meets the kernel's half. Nothing here starts a
+    /// program: until that had replaced the copy of this process, it would be the other end of any pipe that is open.
     fn tsm() -> PathBuf {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -176,8 +177,8 @@ mod tests {
         let entry = directory.join(ENTRY);
         fs::create_dir_all(&entry).expect("directory");
         for name in ["provider", "generation", "inblob", "outblob", "auxblob"] {
-            let made = Command::new("mkfifo").arg(entry.join(name)).status().expect("mkfifo runs");
-            assert!(made.success());
+            let (kind, mode) = (FileType::Fifo, Mode::RUSR | Mode::WUSR);
+            rustix::fs::mknodat(CWD, entry.join(name), kind, mode, 0).expect("a pipe");
         }
         directory
     }
