@@ -17,8 +17,8 @@ long=(tsi:: requests::,egress::,bad_input:: attestation:: ports:: oci:: hostile:
     faults::host::,faults::ends::,faults::callers:: guest::,commands:: published_udp::,logs:: inits::,switch:: passt::,oci_passt::
     datagrams:: outcomes::,shares::,sockets:: lifecycle::,entrypoint:: containers::,features:: faults::back_ends::
     oci_rootless::,oci_systemd:: limits:: exec::,terminal::)
-# As long as the first of them.
-cold=(cold=features::,outcomes::,shares::,memory::)
+# Of middling length.
+cold=(cold=features::,shares::,memory::)
 
 MOTE_TEST_DEBIAN="$(tests/rootfs.sh)"
 MOTE_TEST_CONTAINERS="$(tests/rootfs.sh containers)"
