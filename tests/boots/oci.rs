@@ -397,6 +397,36 @@ fn a_killed_create_leaves_what_delete_removes() {
 }
 
 #[test]
+fn containers_that_are_made_and_deleted_at_once_leave_nothing() {
+    // For a closer look: MOTE_TEST_AT_ONCE=100.
+    let count =
+        std::env::var("MOTE_TEST_AT_ONCE").map_or(4, |text| text.parse().expect("a number"));
+    let container = || {
+        let limit = json!({"limit": 64 << 20});
+        Container::new("sleep 1000").with("/linux/resources/memory", limit)
+    };
+    let containers: Vec<Container> = (0..count).map(|_| container()).collect();
+    let engines: Vec<Child> = containers.iter().map(|container| container.engine(&[])).collect();
+    for container in &containers {
+        let pid_file = container.test.path("bundle/pid");
+        eventually("it is made", || pid_file.exists());
+        assert_eq!(container.status(), "created");
+    }
+    let delete = |container: &Container| {
+        let name = name(&container.test);
+        container.command(&["delete", "--force"]).arg(name).spawn().expect("mote runs")
+    };
+    let deletes: Vec<Child> = containers.iter().map(delete).collect();
+    for mut process in deletes {
+        assert!(process.wait().expect("ends").success());
+    }
+    for mut engine in engines {
+        engine.wait().expect("ends");
+    }
+    containers.iter().for_each(Container::assert_nothing_left);
+}
+
+#[test]
 fn two_containers_share_a_network_namespace() {
     let namespace = format!("mote-{}", std::process::id());
     let ip = |words: &str| {
