@@ -56,7 +56,11 @@ fn copy(device: &str) -> io::Result<()> {
     if let Some(parent) = target.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
     }
-    files::make_device(&target, metadata.mode(), metadata.rdev())?;
+    match files::make_device(&target, metadata.mode(), metadata.rdev()) {
+        // Named twice, or a standard one.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        made => made?,
+    }
     // Whatever the umask is.
     fs::set_permissions(&target, Permissions::from_mode(metadata.mode() & 0o7777))
 }

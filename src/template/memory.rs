@@ -145,9 +145,13 @@ fn fill_by_halves(ram: &GuestRam, extents: &[Extent], mut file: &File) -> Result
         return copy(&first, file).and_then(|()| copy(&second, file));
     };
     thread::scope(|scope| {
-        let helper = scope.spawn(|| copy(&second, &another));
+        let helper = thread::Builder::new().spawn_scoped(scope, || copy(&second, &another));
         let copied = copy(&first, file);
-        let helped = helper.join().unwrap_or_else(|_| bail!("the second thread died"));
+        let helped = match helper {
+            Ok(helper) => helper.join().unwrap_or_else(|_| bail!("the second thread died")),
+            // The host has no room for one more.
+            Err(_) => copy(&second, &another),
+        };
         copied.and(helped)
     })
 }

@@ -208,6 +208,9 @@ fn what_the_programs_see() {
 
 #[test]
 fn a_device_that_the_kernel_lacks_is_named() {
+    let twice = json!(["/dev/fuse", "/dev/null", "/dev/fuse"]);
+    let ran = TestBox::streaming("test -c /dev/fuse && exit 7").with("devices", twice).run();
+    assert_eq!(ran.code, 7, "{}", ran.stderr);
     let ran = TestBox::streaming("exit 0").with("devices", json!(["/dev/fuse", "/dev/nope"])).run();
     assert_eq!(ran.code, 125, "{}", ran.stderr);
     assert!(ran.stderr.contains("devices: give the box /dev/nope: "), "{}", ran.stderr);
