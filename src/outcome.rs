@@ -7,7 +7,7 @@
 //! | 127 | the entrypoint was not found |
 //! | 126 | the entrypoint is not executable |
 //! | 125 | mote or the guest could not start it: spec, host, back-end, set-up |
-//! | 124 | a back-end process died while the guest ran |
+//! | 124 | a back-end process died after the box's file systems were mounted |
 //! | 123 | the guest kernel panicked or crashed |
 //! | 122 | the guest ended without an exit status |
 //! | 121 | stopped hard: a second signal, or the grace was over |
@@ -50,7 +50,7 @@ pub enum Outcome {
     NotStarted(anyhow::Error),
     /// The box is to be protected from its host, by what the host or mote lacks.
     TeeUnavailable(String),
-    /// A back-end process died while the guest ran (`on_backend_end` in `run.rs`).
+    /// A back-end process died after the box's file systems were mounted (`on_backend_end` in `run.rs`).
     BackendDied(String),
     /// The guest kernel panicked or crashed.
     GuestCrashed(String),

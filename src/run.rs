@@ -19,6 +19,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Mark};
 
 use crate::confine::Sandbox;
+use crate::host::virtiofsd::{READY_LIMIT, Virtiofsd};
 use crate::kvm::vcpu::Exit;
 use crate::log;
 use crate::outcome::{Outcome, Record};
@@ -127,6 +128,7 @@ pub fn run(
         clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
         decoder: Decoder::default(),
         guest_clock: None,
+        backends_due: None,
         late_due: None,
         streams_done: 0,
         stop: None,
@@ -176,6 +178,8 @@ struct MainLoop<'a> {
     decoder: Decoder,
     /// None before the agent's hello.
     guest_clock: Option<GuestClock>,
+    /// When all back-ends must be ready, if they have been asked for something and are not.
+    backends_due: Option<Instant>,
     /// When the guest is told of late devices; `None` before the entrypoint's start, and afterwards.
     late_due: Option<Instant>,
     streams_done: u64,
@@ -270,7 +274,7 @@ impl MainLoop<'_> {
         let devices = self.served.devices.iter().filter_map(MainLoopDevice::next_deadline);
         let deadlines =
             self.stop.as_ref().map(StopRequest::limit).into_iter().chain(limit).chain(devices);
-        let deadlines = deadlines.chain(self.late_due);
+        let deadlines = deadlines.chain(self.late_due).chain(self.backends_due);
         let Some(next) = deadlines.min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
@@ -297,6 +301,13 @@ impl MainLoop<'_> {
                 ),
                 ops,
             );
+        }
+        if self.backends_due.is_some_and(|due| now >= due) {
+            self.backends_due = None;
+            if let Some(late) = self.served.backends.iter_mut().find(|one| !one.is_ready()) {
+                let end = late.describe_end();
+                self.fail(Outcome::NotStarted(anyhow::Error::msg(end)));
+            }
         }
         if self.late_due.is_some_and(|due| now >= due) {
             self.late_due = None;
@@ -594,8 +605,30 @@ impl MainLoop<'_> {
         // The descriptor stays readable, so it is not watched any more.
         let _ = ops.remove(Events::empty(&backend.ended()));
         let end = backend.describe_end();
+        // What the agent has said before: it says hello when the file systems are mounted.
+        self.read_control(ops);
+        let outcome = if self.guest_clock.is_some() {
+            Outcome::BackendDied(end)
+        } else {
+            Outcome::NotStarted(anyhow::Error::msg(end))
+        };
         // If the entrypoint's end has been reported, this does not change the outcome.
-        self.end_vm(Outcome::BackendDied(end), ops);
+        self.end_vm(outcome, ops);
+    }
+
+    /// The guest has asked a back-end for something, or is about to: now it must get ready.
+    fn on_backend_asked(&mut self, index: usize, ops: &mut EventOps<'_>) {
+        // The requests that follow are the back-end's alone.
+        if let Some(asked) = self.served.backends.get(index).and_then(Virtiofsd::asked) {
+            let _ = ops.remove(Events::empty(asked));
+        }
+        self.expect_backends();
+    }
+
+    fn expect_backends(&mut self) {
+        if !self.served.backends.iter().all(Virtiofsd::is_ready) {
+            self.backends_due.get_or_insert(Instant::now() + READY_LIMIT);
+        }
     }
 }
 
@@ -632,6 +665,13 @@ impl MutEventSubscriber for MainLoop<'_> {
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
             let (fd, token) = (backend.stderr().as_raw_fd(), Token::BackendStderr(index as u32));
             registered = registered.and_then(|()| Ok(watch(ops, fd, token)?));
+            if let Some(asked) = backend.asked() {
+                let token = Token::BackendAsked(index as u32);
+                registered = registered.and_then(|()| Ok(watch(ops, asked.as_raw_fd(), token)?));
+            }
+        }
+        if self.served.backends.iter().any(|backend| backend.asked().is_none()) {
+            self.expect_backends();
         }
         if let Err(error) = registered {
             self.fail(Outcome::NotStarted(error.context("set up the main loop")));
@@ -657,6 +697,7 @@ impl MutEventSubscriber for MainLoop<'_> {
             }
             Token::OutputDone => self.streams_done += self.served.output_done.read().unwrap_or(0),
             Token::Backend(index) => self.on_backend_end(index as usize, ops),
+            Token::BackendAsked(index) => self.on_backend_asked(index as usize, ops),
             Token::BackendStderr(index) => {
                 if let Some(backend) = self.served.backends.get_mut(index as usize)
                     && !backend.listen()

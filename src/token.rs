@@ -21,6 +21,8 @@ pub enum Token {
     OutputDone,
     /// The back-end of this number has ended.
     Backend(u32),
+    /// The back-end of this number has been asked for something.
+    BackendAsked(u32),
     /// The back-end of this number has written to its standard error.
     BackendStderr(u32),
     /// Something that a device watches.
@@ -53,6 +55,7 @@ impl Token {
             Token::Backend(index) => (7, index),
             Token::BackendStderr(index) => (8, index),
             Token::Resized => (9, 0),
+            Token::BackendAsked(index) => (10, index),
             Token::Device { device, source } => (FIRST_DEVICE + u32::from(device), source),
         };
         kind << INDEX_BITS | index & Token::MAX_INDEX
@@ -72,6 +75,7 @@ impl Token {
             7 => Token::Backend(index),
             8 => Token::BackendStderr(index),
             9 => Token::Resized,
+            10 => Token::BackendAsked(index),
             kind => {
                 let device = kind.checked_sub(FIRST_DEVICE)? as u8;
                 Token::Device { device, source: index }
@@ -97,6 +101,7 @@ mod tests {
             Token::OutputDone,
             Token::Backend(7),
             Token::BackendStderr(8),
+            Token::BackendAsked(9),
             Token::Device { device: 0, source: 0 },
             Token::Device { device: 127, source: Token::MAX_INDEX },
         ] {

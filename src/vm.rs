@@ -149,7 +149,7 @@ impl Vm {
             }
             _ => None,
         };
-        let (backends, connections) = spawn_backends(plan)?;
+        let (mut backends, connections) = spawn_backends(plan)?;
         timeline.mark("backends_spawned");
 
         // The agent's streams: each is a socket pair, and the vsock device has one end of it.
@@ -194,14 +194,13 @@ impl Vm {
         };
         let mut forwarders = (0..).zip(devices.iter()).map(forwarder);
         let mut front_ends: Vec<_> = forwarders.by_ref().take(Devices::OF_EVERY_BOX).collect();
-        let (mut backends, shares) = connect_shares(plan, backends, connections, stop, &ram)?;
+        let shares = connect_shares(plan, &mut backends, connections, stop, &ram)?;
         let mut shares = shares.into_iter().map(|share| Box::new(share) as Box<dyn VirtioDevice>);
         front_ends.extend(shares.next());
         front_ends.extend(forwarders.chain(shares));
         // Last: a guest that starts from a template starts all that come before them at once.
         front_ends.sort_by_key(|device| device.is_late());
-        for backend in &mut backends {
-            backend.find_server();
+        for backend in &backends {
             janitor.kill_at_end(backend.processes())?;
         }
         timeline.mark("backends_connected");
@@ -395,21 +394,31 @@ fn ready_to_run(
     Ok((machine, None))
 }
 
-/// Makes a virtio-fs device per share. If a back-end has ended, the error quotes its own message.
+/// Makes a virtio-fs device per share. A virtiofsd that the user has named is waited for: if it has ended, the error quotes its
+/// own message. mote's own gets ready while the guest boots.
 fn connect_shares(
     plan: &Plan,
-    mut backends: Vec<Virtiofsd>,
+    backends: &mut [Virtiofsd],
     connections: Vec<UnixStream>,
     stop: &File,
     ram: &GuestRam,
-) -> Result<(Vec<Virtiofsd>, Vec<Fs>)> {
+) -> Result<Vec<Fs>> {
     let pids: Vec<u32> = backends.iter().map(Virtiofsd::pid).collect();
-    let shares = plan.shares.iter().zip(&mut backends);
-    let devices = virtiofsd::talk_in_time(connections, &pids, stop, |connections| {
+    let shares = plan.shares.iter().zip(backends);
+    if plan.virtiofsd.is_none() {
         let connected = shares.zip(connections).map(|((share, backend), connection)| {
-            Fs::connect(&share.tag, connection, ram).with_context(|| backend.describe_end())
+            let asked = backend.asked().map(EventFd::try_clone).transpose()?;
+            Fs::new(&share.tag, connection, ram, asked)
         });
-        connected.collect::<Result<Vec<_>>>()
-    })?;
-    Ok((backends, devices))
+        return connected.collect();
+    }
+    virtiofsd::talk_in_time(connections, &pids, stop, |connections| {
+        let connected = shares.zip(connections).map(|((share, backend), connection)| {
+            let negotiated = Fs::negotiate(&share.tag, connection, ram);
+            let device = negotiated.with_context(|| backend.describe_end())?;
+            backend.has_answered();
+            Ok(device)
+        });
+        connected.collect()
+    })
 }

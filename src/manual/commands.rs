@@ -203,7 +203,7 @@ pub const ENDS: &[[&str; 3]] = &[
     ],
     [
         "125",
-        "mote could not start the box: spec, host, a back-end that did not come up (10 s, and up to 2 min while it is at work)",
+        "mote could not start the box: spec, host, a back-end that did not come up (10 s, and up to 2 min while it is at work) or died before the box had its file systems",
         "`not-started`",
     ],
     [
@@ -211,7 +211,7 @@ pub const ENDS: &[[&str; 3]] = &[
         "the box is to be a confidential VM (`tee_config`), which mote does not run",
         "`tee-unavailable`",
     ],
-    ["124", "a back-end (virtiofsd) died while the guest ran", "`backend-died`"],
+    ["124", "a back-end (virtiofsd) died after that", "`backend-died`"],
     ["123", "the guest kernel panicked or crashed", "`guest-crashed`"],
     ["122", "the guest ended without an exit status", "`no-status`"],
     ["121", "stopped hard", "`stopped`"],

@@ -75,7 +75,7 @@ const ENVIRONMENT: &CStr = c"RUST_MIN_STACK=1048576";
 /// Those of clone(2). If the child cannot go on, it says why on `stderr`, and ends.
 pub fn start_again(
     arguments: &[CString],
-    inherited: &[BorrowedFd<'_>],
+    inherited: &[&dyn AsRawFd],
     stderr: BorrowedFd<'_>,
     namespaces: Namespaces,
     capabilities: Capabilities,
@@ -132,7 +132,7 @@ fn hand_on(fd: RawFd) -> io::Result<()> {
 }
 
 /// Gives descriptors the numbers from [`INHERITED_FD`] on, and has them stay open on exec.
-fn hand_all_on(inherited: &[BorrowedFd<'_>]) -> io::Result<()> {
+fn hand_all_on(inherited: &[&dyn AsRawFd]) -> io::Result<()> {
     if let [one] = inherited {
         return hand_on(one.as_raw_fd());
     }
@@ -184,8 +184,8 @@ pub fn keep_inherited(place: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// The pipe that this process was started with at this place among its descriptors. Must be called once for each.
-pub fn inherited_pipe(place: usize) -> File {
+/// The file that this process was started with at this place among its descriptors. Must be called once for each.
+pub fn inherited_file(place: usize) -> File {
     // SAFETY: by this function's contract nobody owns the number; a file that is not open fails when it is used.
     unsafe { File::from_raw_fd(INHERITED_FD + place as RawFd) }
 }
@@ -414,6 +414,11 @@ pub fn cpu_affinity() -> io::Result<BTreeSet<u16>> {
         check(libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set))?;
         Ok((0..MAX_CPUS).filter(|&cpu| libc::CPU_ISSET(cpu.into(), &set)).collect())
     }
+}
+
+/// Whether two threads of this process can run at the same time.
+pub fn has_several_cpus() -> bool {
+    cpu_affinity().is_ok_and(|cpus| cpus.len() > 1)
 }
 
 /// Limits the calling thread, and what it starts, to these CPUs below [`MAX_CPUS`]

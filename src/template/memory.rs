@@ -134,8 +134,7 @@ fn fill_by_halves(ram: &GuestRam, extents: &[Extent], mut file: &File) -> Result
         })
     };
     let (first, second) = halves(extents);
-    let has_cpus = process::cpu_affinity().is_ok_and(|cpus| cpus.len() > 1);
-    let another = has_cpus.then(|| {
+    let another = process::has_several_cpus().then(|| {
         let len: u64 = first.iter().map(|extent| extent.len).sum();
         // With a position of its own.
         let mut another = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;

@@ -95,6 +95,11 @@ pub trait VirtioDevice: Send + std::fmt::Debug {
     fn is_late(&self) -> bool {
         false
     }
+    /// What is to be written when the driver has made buffers available in this queue, if the device has an own descriptor
+    /// for that. Asked for once.
+    fn take_kick(&mut self, _queue: usize) -> Option<EventFd> {
+        None
+    }
     /// Takes over the queues.
     ///
     /// # Errors

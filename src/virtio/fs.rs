@@ -6,11 +6,12 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::vhost_user::{Error as Broken, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
 use crate::virtio::device::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
@@ -20,6 +21,8 @@ use crate::virtio::main_loop::Properties;
 pub const MAX_TAG: usize = 36;
 /// The high-priority queue (FORGET, INTERRUPT) and one request queue.
 const QUEUE_SIZES: [u16; 2] = [64, 256];
+/// The request queue's index. The other one is not used before there are answers from this.
+const REQUESTS: usize = 1;
 /// What is offered to the driver, if the back-end has it.
 const FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
 
@@ -35,7 +38,12 @@ pub struct Fs {
     config: Vec<u8>,
     features: u64,
     connection: Connection,
-    queues_in_use: bool,
+    /// Whether protocol features are agreed on: then each queue is enabled by a message, and else all are from the start.
+    has_protocol_features: bool,
+    /// Where the driver announces its requests, if the back-end waits for that already.
+    asked: Option<EventFd>,
+    /// Where requests are announced while the back-end has the queues.
+    in_use: Option<EventFd>,
 }
 
 /// The vhost crate's front-end has no `Debug`.
@@ -48,11 +56,39 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Fs {
-    /// Negotiates with the back-end, and waits until it has answered.
+    /// The front-end of a back-end that has everything, mote's own, and may not be ready yet: it is asked for no answer. What
+    /// it is told waits in the socket, and the driver's requests in their queue. They are announced at `asked`, if that is
+    /// what the back-end waits for.
+    ///
+    /// # Errors
+    /// The host refuses to pass the memory on.
+    pub fn new(
+        tag: &str,
+        connection: UnixStream,
+        ram: &GuestRam,
+        asked: Option<EventFd>,
+    ) -> Result<Self> {
+        let frontend = Frontend::from_stream(connection, QUEUE_SIZES.len() as u64);
+        let set_up = || {
+            frontend.set_owner()?;
+            frontend.set_mem_table(&regions(ram)?).map(drop)
+        };
+        unless_gone(set_up())?;
+        Ok(Fs {
+            config: config_space(tag),
+            features: FEATURES,
+            connection: Connection(frontend),
+            has_protocol_features: false,
+            asked,
+            in_use: None,
+        })
+    }
+
+    /// Negotiates with a back-end that may have less, and waits until it has answered.
     ///
     /// # Errors
     /// The back-end does not answer, or lacks a feature.
-    pub fn connect(tag: &str, connection: UnixStream, ram: &GuestRam) -> Result<Self> {
+    pub fn negotiate(tag: &str, connection: UnixStream, ram: &GuestRam) -> Result<Self> {
         let mut frontend = Frontend::from_stream(connection, QUEUE_SIZES.len() as u64);
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         frontend.set_owner().map_err(protocol)?;
@@ -67,19 +103,68 @@ impl Fs {
         let protocol_offered = frontend.get_protocol_features().map_err(protocol)?;
         let wanted = VhostUserProtocolFeatures::MQ;
         frontend.set_protocol_features(protocol_offered & wanted).map_err(protocol)?;
-        let regions = ram
-            .iter()
-            .map(VhostUserMemoryRegionInfo::from_guest_region)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(protocol)?;
+        let regions = regions(ram).map_err(protocol)?;
         frontend.set_mem_table(&regions).map_err(protocol)?;
 
         Ok(Fs {
             config: config_space(tag),
             features: offered & FEATURES,
             connection: Connection(frontend),
-            queues_in_use: false,
+            has_protocol_features: true,
+            asked: None,
+            in_use: None,
         })
+    }
+
+    fn hand_over(&mut self, activation: &Activation) -> Result<()> {
+        let Activation { ram, features, queues, interrupt, .. } = activation;
+        let frontend = &mut self.connection.0;
+        let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let more = if self.has_protocol_features { protocol_bit } else { 0 };
+        unless_gone(frontend.set_features(features | more))?;
+        let host_address = |guest: u64| {
+            let address = ram.get_host_address(GuestAddress(guest));
+            address.map(|a| a as u64).context("a queue is outside guest memory")
+        };
+        for (index, ready) in queues.iter().enumerate() {
+            let queue = &ready.queue;
+            let config = VringConfigData {
+                queue_max_size: queue.max_size(),
+                queue_size: queue.size(),
+                flags: 0,
+                desc_table_addr: host_address(queue.desc_table())?,
+                used_ring_addr: host_address(queue.used_ring())?,
+                avail_ring_addr: host_address(queue.avail_ring())?,
+                log_addr: None,
+            };
+            let mut set_up = || {
+                frontend.set_vring_num(index, queue.size())?;
+                frontend.set_vring_addr(index, &config)?;
+                frontend.set_vring_base(index, 0)?;
+                frontend.set_vring_call(index, interrupt)?;
+                frontend.set_vring_kick(index, &ready.kick)?;
+                if self.has_protocol_features {
+                    frontend.set_vring_enable(index, true)?;
+                }
+                Ok(())
+            };
+            unless_gone(set_up())?;
+        }
+        Ok(())
+    }
+}
+
+fn regions(ram: &GuestRam) -> Result<Vec<VhostUserMemoryRegionInfo>, vhost::Error> {
+    ram.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect()
+}
+
+/// That a back-end has ended is no error here: the main loop sees its end, and says what it was.
+fn unless_gone(told: Result<(), vhost::Error>) -> Result<()> {
+    match told {
+        Err(vhost::Error::VhostUserProtocol(Broken::SocketBroken(_) | Broken::Disconnected)) => {
+            Ok(())
+        }
+        told => told.map_err(protocol),
     }
 }
 
@@ -112,42 +197,21 @@ impl VirtioDevice for Fs {
         &self.config
     }
 
+    fn take_kick(&mut self, queue: usize) -> Option<EventFd> {
+        self.asked.take_if(|_| queue == REQUESTS)
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        let Activation { ram, features, queues, interrupt, .. } = activation;
-        let frontend = &mut self.connection.0;
-        let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        frontend.set_features(features | protocol_bit).map_err(protocol)?;
-        let host_address = |guest: u64| {
-            let address = ram.get_host_address(GuestAddress(guest));
-            address.map(|a| a as u64).context("a queue is outside guest memory")
-        };
-        // Set before anything can fail, so that reset stops every queue that was enabled.
-        self.queues_in_use = true;
-        for (index, ready) in queues.iter().enumerate() {
-            let queue = &ready.queue;
-            let config = VringConfigData {
-                queue_max_size: queue.max_size(),
-                queue_size: queue.size(),
-                flags: 0,
-                desc_table_addr: host_address(queue.desc_table())?,
-                used_ring_addr: host_address(queue.used_ring())?,
-                avail_ring_addr: host_address(queue.avail_ring())?,
-                log_addr: None,
-            };
-            frontend.set_vring_num(index, queue.size()).map_err(protocol)?;
-            frontend.set_vring_addr(index, &config).map_err(protocol)?;
-            frontend.set_vring_base(index, 0).map_err(protocol)?;
-            frontend.set_vring_call(index, &interrupt).map_err(protocol)?;
-            frontend.set_vring_kick(index, &ready.kick).map_err(protocol)?;
-            frontend.set_vring_enable(index, true).map_err(protocol)?;
-        }
-        Ok(())
+        let requests = activation.queues.get(REQUESTS).context("there is no request queue")?;
+        // Set before anything can fail, so that reset stops every queue that was handed over.
+        self.in_use = Some(requests.kick.try_clone().context("duplicate an eventfd")?);
+        self.hand_over(&activation)
     }
 
     fn reset(&mut self) {
-        if !std::mem::take(&mut self.queues_in_use) {
-            return;
-        }
+        let Some(requests) = self.in_use.take() else { return };
+        // One that has not been asked for anything yet answers only then.
+        let _ = requests.write(1);
         for index in 0..QUEUE_SIZES.len() {
             // GET_VRING_BASE stops the queue. If it fails, the back-end has died, and the main loop
             // notices that itself.

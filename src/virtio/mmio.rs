@@ -11,6 +11,8 @@
 //! is lost, because the driver acknowledges before it reads the configuration: it reads every change
 //! that was announced before.
 
+use std::sync::atomic::Ordering;
+
 use anyhow::{Context, Result, bail, ensure};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use serde::{Deserialize, Serialize};
@@ -187,12 +189,14 @@ impl MmioDevice {
     }
 
     pub(crate) fn new(
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         page: RegisterPage,
         ram: &GuestRam,
     ) -> Result<Self> {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).context("create an eventfd");
-        let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect::<Result<_>>()?;
+        let kicks = (0..device.queue_sizes().len())
+            .map(|queue| device.take_kick(queue).map_or_else(eventfd, Ok))
+            .collect::<Result<_>>()?;
         let state = State::new(device.queue_sizes())?;
         show_id(&page, if device.is_late() { PLACEHOLDER } else { device.id() });
         let set = |register: u32, value| page.set(register.into(), value);
@@ -255,7 +259,7 @@ impl MmioDevice {
         Ok(())
     }
 
-    /// Goes on from these registers: the device takes its queues over, and is told to look at them.
+    /// Goes on from these registers: the device takes its queues over, and is told of those that have buffers.
     ///
     /// # Errors
     /// As for [`MmioDevice::check`], or the device cannot start.
@@ -264,8 +268,11 @@ impl MmioDevice {
         self.state = State::from(self.device.queue_sizes(), registers)?;
         self.show_state();
         self.activate()?;
-        for kick in &self.kicks {
-            kick.write(1).context("have the device look at its queues")?;
+        for (queue, kick) in self.state.queues.iter().zip(&self.kicks) {
+            let made_available = queue.avail_idx(&self.ram, Ordering::Acquire);
+            if made_available.context("look at a queue")?.0 != 0 {
+                kick.write(1).context("have the device look at a queue")?;
+            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 mod unchanged;
 
 use std::fs::File;
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,21 +50,25 @@ pub struct Share {
     pub clock: fn() -> Duration,
 }
 
-/// Serves a share to the one client that connects, until that goes. Errors that the library only logs go to stderr, a
-/// line each.
+/// Serves a share to the one client that connects, until that goes. Says when it can: what the client has sent before that
+/// waits in the socket. Errors that the library only logs go to stderr, a line each.
 ///
 /// # Errors
 /// The directory cannot be served, or the client breaks the protocol: a text for people.
-pub fn serve(listener: UnixListener, share: Share) -> Result<(), String> {
+pub fn serve(
+    listener: UnixListener,
+    share: Share,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), String> {
     // Fails only if there is a logger, which mote has none of.
     let _ = log::set_logger(&Stderr).map(|()| log::set_max_level(log::LevelFilter::Error));
     let (read_only, clock) = (share.read_only, share.clock);
     let config = config(share)?;
-    let failed = |error: std::io::Error| format!("serve the directory: {error}");
+    let failed = |error: io::Error| format!("serve the directory: {error}");
     if read_only {
-        run(Unchanged::new(PassthroughFsRo::new(config).map_err(failed)?, clock), listener)
+        run(Unchanged::new(PassthroughFsRo::new(config).map_err(failed)?, clock), listener, ready)
     } else {
-        run(Unchanged::new(PassthroughFs::new(config).map_err(failed)?, clock), listener)
+        run(Unchanged::new(PassthroughFs::new(config).map_err(failed)?, clock), listener, ready)
     }
 }
 
@@ -94,7 +99,11 @@ fn config(share: Share) -> Result<Config, String> {
     })
 }
 
-fn run<F>(file_system: F, listener: UnixListener) -> Result<(), String>
+fn run<F>(
+    file_system: F,
+    listener: UnixListener,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), String>
 where
     F: FileSystem + SerializableFileSystem + Send + Sync + 'static,
 {
@@ -104,6 +113,7 @@ where
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("virtiofsd".into(), Arc::new(backend), memory)
         .map_err(|e| format!("set up vhost-user: {e}"))?;
+    ready().map_err(|e| format!("say that the share can be served: {e}"))?;
     daemon.start(&mut Listener::from(listener)).map_err(|e| format!("take the client: {e}"))?;
     match daemon.wait() {
         Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => Ok(()),

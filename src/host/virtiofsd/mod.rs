@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use mote_agent::instance::ROOT_TAG;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::confine::Isolation;
 use crate::plan::Share;
@@ -30,7 +31,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// How often that, as long as one of them or mote is at work: they share the host's CPUs, perhaps with a hundred boxes that
 /// start at the same time.
-const ANSWER_LIMITS_AT_WORK: usize = 12;
+const ANSWER_LIMITS_AT_WORK: u32 = 12;
+
+/// How long mote's own may take to get ready while the guest runs.
+pub const READY_LIMIT: Duration = ANSWER_LIMIT.saturating_mul(ANSWER_LIMITS_AT_WORK);
 
 /// Least bytes of memory that each file costs a Linux guest (an inode of FUSE and a directory entry).
 /// virtiofsd keeps every file open that the guest knows. The guest's memory limits how many those can be;
@@ -81,12 +85,19 @@ pub struct Virtiofsd {
     stderr: File,
     /// The last bytes that it wrote there.
     said: Vec<u8>,
+    /// Whether it has said, or shown, that it can serve.
+    is_ready: bool,
+    /// Readable when there is work for it, of one that gets ready only then.
+    asked: Option<EventFd>,
 }
 
 impl Virtiofsd {
     /// Starts the daemons of a box's shares, mote's own or the program that is `named`, for a guest with this much memory.
     /// Returns each with its vhost-user connection, which it may not have accepted yet. Must be called while there is one
     /// thread.
+    ///
+    /// mote's own gets ready while the guest boots, where there are CPUs for both. Where there is one, the guest goes first,
+    /// and the daemon gets ready when it is asked for something.
     ///
     /// # Errors
     /// The program cannot be started, or the host cannot confine it.
@@ -110,31 +121,46 @@ impl Virtiofsd {
         let (listeners, connections): (Vec<_>, Vec<_>) =
             sockets.context("create the vhost-user sockets")?.into_iter().unzip();
         let listeners: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
-        let started = match named {
+        let started: Vec<(Started, Option<EventFd>)> = match named {
             None if tasks.len() > 1 && isolation.user_namespace().is_some() => {
-                server::start_several(&tasks, &listeners).context("start virtiofsd")?
+                let several = server::start_several(&tasks, &listeners);
+                let several = several.context("start virtiofsd")?.into_iter();
+                several.map(|started| (started, None)).collect()
             }
-            _ => {
-                let each = tasks.iter().zip(&listeners).map(|(task, listener)| match named {
-                    Some(program) => named::start(program, task, *listener),
-                    None => server::start(task, *listener).context("start virtiofsd"),
+            None => {
+                let guest_goes_first = !sys::process::has_several_cpus();
+                let each = tasks.iter().zip(&listeners).map(|(task, listener)| {
+                    let asked = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+                    if !guest_goes_first {
+                        asked.write(1)?;
+                    }
+                    let started = server::start(task, *listener, &asked)?;
+                    Ok((started, Some(asked)))
                 });
+                each.collect::<Result<_>>().context("start virtiofsd")?
+            }
+            Some(program) => {
+                let each = tasks
+                    .iter()
+                    .zip(&listeners)
+                    .map(|(task, listener)| Ok((named::start(program, task, *listener)?, None)));
                 each.collect::<Result<_>>()?
             }
         };
-        let daemons = started.into_iter().zip(shares).map(|(started, share)| {
+        let daemons = started.into_iter().zip(shares).map(|((started, asked), share)| {
             let Started { pid, stderr, ended } = started;
             sys::set_nonblocking(&stderr).context("prepare virtiofsd's standard error")?;
-            let share = describe(share);
-            Ok(Virtiofsd { pid, ended, server: None, share, stderr, said: Vec::new() })
+            let (share, said, is_ready) = (describe(share), Vec::new(), false);
+            Ok(Virtiofsd { pid, ended, server: None, share, stderr, said, is_ready, asked })
         });
         let daemons = daemons.collect::<Result<Vec<_>>>()?;
         Ok(daemons.into_iter().zip(connections).collect())
     }
 
-    /// Looks for a child that serves the guest in its place. Must be called when virtiofsd has answered, before the
-    /// guest runs: then the child exists, and cannot have been attacked yet.
-    pub fn find_server(&mut self) {
+    /// Notes that a named one has answered, and looks for a child of its that serves the guest in its place. Must be called
+    /// before the guest runs: the child exists, and cannot have been attacked yet.
+    pub fn has_answered(&mut self) {
+        self.is_ready = true;
         let pid = self.pid;
         // If the kernel has no such list, only virtiofsd itself can end its child.
         let children = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
@@ -163,6 +189,16 @@ impl Virtiofsd {
         self.pid
     }
 
+    /// What is readable once there is work for it, if it gets ready only then: what its guest's requests are announced by.
+    pub fn asked(&self) -> Option<&EventFd> {
+        self.asked.as_ref()
+    }
+
+    /// Whether it has said that it can serve: mote's own says so.
+    pub fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
     /// A descriptor that is readable when virtiofsd has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
@@ -181,7 +217,12 @@ impl Virtiofsd {
         for _ in 0..16 {
             match self.stderr.read(&mut bytes) {
                 Ok(0) => return false,
-                Ok(read) => self.said.extend(&bytes[..read]),
+                Ok(read) => {
+                    let said = &bytes[..read];
+                    let words = said.strip_prefix(&[server::READY]).filter(|_| !self.is_ready);
+                    self.is_ready |= words.is_some();
+                    self.said.extend(words.unwrap_or(said));
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
             }

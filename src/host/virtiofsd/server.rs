@@ -1,17 +1,18 @@
 //! mote's own virtiofsd: mote's file, executed again under that name, which is `main`'s second way to go. Its arguments
-//! are what all shares have in common, and then two for each share. With one share it serves it; with several it
-//! becomes a process for each, since most of a start is the same for all: the program's own, the network namespace, the
-//! filter.
+//! are what all shares have in common, and then two for each share. With one share it serves it, and gets ready when it is
+//! asked for something; with several it becomes a process for each, since most of a start is the same for all: the
+//! program's own, the network namespace, the filter.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{Started, Task, wait_in_time};
 use crate::confine::Isolation;
@@ -25,21 +26,25 @@ pub const NAME: &str = "virtiofsd";
 /// open that the guest knows.
 const DESCRIPTORS: u16 = 4096;
 
+/// What it writes to its standard error when it can serve, before any words.
+pub(super) const READY: u8 = 0;
+
 const READ_ONLY: &str = "read-only";
 const READ_WRITE: &str = "read-write";
 
-/// Starts it, with the listening socket.
+/// Starts it, with the listening socket. It does nothing before `asked` is readable.
 ///
 /// # Errors
 /// The host permits no such process, or no pipe.
-pub(super) fn start(task: &Task<'_>, listener: BorrowedFd<'_>) -> Result<Started> {
+pub(super) fn start(task: &Task<'_>, listener: BorrowedFd<'_>, asked: &EventFd) -> Result<Started> {
     let (stderr, theirs) = std::io::pipe().context("make a pipe")?;
     let arguments = words(std::slice::from_ref(task))?;
     let namespaces = virtiofsd::namespaces(task.isolation);
     let capabilities = virtiofsd::capabilities(task.read_only);
     let theirs = theirs.as_fd();
+    let inherited: [&dyn AsRawFd; 2] = [&listener, asked];
     let (pid, ended) =
-        sys::process::start_again(&arguments, &[listener], theirs, namespaces, capabilities)?;
+        sys::process::start_again(&arguments, &inherited, theirs, namespaces, capabilities)?;
     Ok(Started { pid, stderr: OwnedFd::from(stderr).into(), ended })
 }
 
@@ -57,8 +62,9 @@ pub(super) fn start_several(
     let (stderrs, theirs): (Vec<_>, Vec<_>) = pipes.context("make a pipe")?.into_iter().unzip();
     let (report, reporting) = std::io::pipe().context("make a pipe")?;
     // As `become_several` takes them over.
-    let pairs = listeners.iter().zip(&theirs).flat_map(|(socket, pipe)| [*socket, pipe.as_fd()]);
-    let inherited: Vec<_> = pairs.chain([reporting.as_fd()]).collect();
+    let pairs = listeners.iter().zip(&theirs);
+    let pairs = pairs.flat_map(|(socket, pipe)| [socket as &dyn AsRawFd, pipe]);
+    let inherited: Vec<_> = pairs.chain([&reporting as &dyn AsRawFd]).collect();
     let stderr = theirs.first().context("there is a share")?.as_fd();
     let writable = tasks.iter().find(|task| !task.read_only).unwrap_or(first);
     let (starter, ended) = sys::process::start_again(
@@ -144,6 +150,9 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
     match &shares[..] {
         [(directory, read_only)] => {
+            let asked = sys::process::inherited_file(1);
+            sys::poll([Interest::read(&asked)], None).context("wait until there is work")?;
+            drop(asked);
             let confined =
                 virtiofsd::confine_virtiofsd(isolation, directory, *read_only, open_files)?;
             serve_share(confined, *read_only)
@@ -156,7 +165,7 @@ fn serve(arguments: &[OsString]) -> Result<()> {
 fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, bool)]) -> Result<()> {
     let open_files = virtiofsd::confine_starter(isolation, open_files)?;
     // For each share the listening socket and the pipe for errors; then the pipe for the numbers.
-    let mut report = sys::process::inherited_pipe(2 * shares.len());
+    let mut report = sys::process::inherited_file(2 * shares.len());
     for (index, (directory, read_only)) in shares.iter().enumerate() {
         match sys::process::copy_beside(libc::CLONE_NEWPID).context("make a process for a share")? {
             Some(number) => report.write_all(&number.to_ne_bytes()).context("tell mote")?,
@@ -194,7 +203,8 @@ fn serve_share(confined: Confined<'_>, read_only: bool) -> Result<()> {
     sys::process::reserve_descriptors(DESCRIPTORS);
     let clock = sys::file_clock;
     let share = mote_virtiofsd::Share { directory, read_only, descriptors, open_files, clock };
-    mote_virtiofsd::serve(listener, share).map_err(|error| anyhow!(error))
+    let ready = || std::io::stderr().write_all(&[READY]);
+    mote_virtiofsd::serve(listener, share, ready).map_err(|error| anyhow!(error))
 }
 
 /// What the arguments say.

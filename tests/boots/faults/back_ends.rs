@@ -63,11 +63,24 @@ fn a_virtiofsd_killed_while_the_guest_boots_is_named() {
     for kind in [SET_MEM_TABLE, SET_VRING_NUM] {
         let test = TestBox::streaming("exit 0");
         let ran = test.run_by(&mut on_back_end(&test, &dies_at(kind, "SIGKILL")));
-        ran.assert_ended(124, "backend-died");
+        ran.assert_ended(125, "not-started");
         let last = ran.stderr.lines().last().unwrap_or_default();
         assert!(last.starts_with("mote: virtiofsd for the root file system ("), "{}", ran.stderr);
         assert!(last.ends_with("ended (signal: 9 (SIGKILL))"), "{}", ran.stderr);
     }
+}
+
+#[test]
+fn motes_own_virtiofsd_killed_at_its_start_is_named() {
+    let test = TestBox::streaming("echo ran");
+    let started = test.start();
+    // It gets ready while the guest boots, or when that asks for its first file.
+    eventually("it is started", || !virtiofsd_of(&test.dir).is_empty());
+    hit_virtiofsd(&test, libc::SIGKILL);
+    let root = format!("virtiofsd for the root file system ({}", test.path("root").display());
+    let ran = started.wait();
+    ran.assert_not_started(&[&root, "ended (signal: 9 (SIGKILL))"]);
+    assert_eq!(ran.outcome["kind"], "not-started");
 }
 
 #[test]
