@@ -14,6 +14,9 @@ use serde_json::Value;
 
 #[path = "../src/cpio.rs"]
 mod cpio;
+#[allow(dead_code, reason = "the program uses what this does not")]
+#[path = "../src/layout.rs"]
+mod layout;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -22,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "guest",
         "Cargo.lock",
         "src/cpio.rs",
+        "src/layout.rs",
         "resources/build.rs",
         "resources/kernel.sh",
         "resources/kernel.config",
@@ -34,8 +38,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
 
     let kernel = out.join("vmlinux");
-    fs::write(&kernel, packed_kernel(&fs::read(path_from(&root, "kernel.sh")?)?)?)?;
+    let cold_text = out.join("cold-text");
+    let packed = packed_kernel(&fs::read(path_from(&root, "kernel.sh")?)?)?;
+    fs::write(&kernel, packed.elf)?;
+    fs::write(&cold_text, packed.cold_text)?;
     println!("cargo::rustc-env=MOTE_BUILT_KERNEL={}", kernel.display());
+    println!("cargo::rustc-env=MOTE_BUILT_COLD_TEXT={}", cold_text.display());
 
     let initramfs = out.join("initramfs.cpio");
     fs::write(&initramfs, initramfs_of(&build_guest(&root, &out, "mote-agent")?))?;
@@ -285,11 +293,18 @@ fn path_from(root: &Path, script: &str) -> Result<String, Box<dyn Error>> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// A kernel without the pages that hold nothing, nearly half of the file: zeros, which guest memory has
-/// already, and the filling behind code that has huge pages to itself (`int3`, ALIGN_ENTRY_TEXT_BEGIN and
-/// _END in arch/x86/kernel/vmlinux.lds.S), where nothing jumps to. Each run of other pages becomes a segment
-/// of its own.
-fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
+/// A kernel in two parts.
+struct PackedKernel {
+    /// A vmlinux without the other part.
+    elf: Vec<u8>,
+    /// What is in [`layout::COLD_TEXT`].
+    cold_text: Vec<u8>,
+}
+
+/// A kernel without the pages that hold nothing: zeros, which guest memory has already, and the filling behind code
+/// (`int3`, the end of .text in arch/x86/kernel/vmlinux.lds.S), where nothing jumps to. Each run of other pages becomes a
+/// segment of its own.
+fn packed_kernel(elf: &[u8]) -> Result<PackedKernel, Box<dyn Error>> {
     // Elf64_Ehdr and Elf64_Phdr (elf(5)): offsets of the fields used here.
     const HEADER_LEN: usize = 64;
     const E_PHOFF: usize = 32;
@@ -309,6 +324,8 @@ fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
         Ok(u64::from_le_bytes(bytes.try_into()?) as usize)
     };
 
+    let cold = layout::COLD_TEXT.start as usize..layout::COLD_TEXT.end as usize;
+    let mut cold_text = vec![INT3; cold.len()];
     // (physical address, file range, size in memory) of each piece.
     let mut pieces = Vec::new();
     let count = usize::from(u16::from_le_bytes([elf[E_PHNUM], elf[E_PHNUM + 1]]));
@@ -322,10 +339,16 @@ fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
         let data = elf.get(offset..offset + file_len).ok_or("the kernel image is cut short")?;
         let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
         for (page, bytes) in data.chunks(PAGE).enumerate() {
+            let start = page * PAGE;
+            if let Some(at) = (paddr + start).checked_sub(cold.start)
+                && let Some(place) = cold_text.get_mut(at..at + bytes.len())
+            {
+                place.copy_from_slice(bytes);
+                continue;
+            }
             if [0, INT3].iter().any(|filling| bytes.iter().all(|byte| byte == filling)) {
                 continue;
             }
-            let start = page * PAGE;
             match runs.last_mut() {
                 Some(run) if run.end == start => run.end = start + bytes.len(),
                 _ => runs.push(start..start + bytes.len()),
@@ -360,7 +383,7 @@ fn packed_kernel(elf: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
         packed.resize(packed.len().next_multiple_of(PAGE), 0);
         packed.extend(&elf[range]);
     }
-    Ok(packed)
+    Ok(PackedKernel { elf: packed, cold_text })
 }
 
 /// Builds a program of the guest's, and returns it. Each by a call of its own: what one needs of a crate would

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the guest kernel from Debian's linux-source-6.12, without four lines of it, with one changed and the patches
+# Builds the guest kernel from Debian's linux-source-6.12, without five lines of it, with two changed and the patches
 # of resources/kernel, and resources/kernel.config, and prints the path of the stripped vmlinux. The result is kept in
 # the user's cache under a hash of everything that decides its bytes (source package, patches, fragment, this script,
 # compiler), so that each machine builds it once, whatever the number of checkouts.
@@ -19,7 +19,7 @@ key=$({
     dpkg-query -W -f '${Version}\n' linux-source-6.12
     gcc -dumpfullversion
     ld --version | head -n 1
-    cat "$here/kernel.config" "$here/kernel.sh" "$here"/kernel/*.patch
+    cat "$here/kernel.config" "$here/kernel.sh" "$here"/kernel/*
 } | sha256sum | cut -c1-16)
 image=$cache/vmlinux-$key
 
@@ -34,9 +34,9 @@ if [ ! -s "$image" ]; then
     tar -xf "$source_tar" -C "$work"
     tree=$(echo "$work"/linux-source-*)
     # What every start would pay for and nobody uses here: the files of /sys/kernel/slab and of
-    # /sys/module/*/parameters, a filter for PTP packets, which only drivers of network cards ask for, and emptying an
-    # IO-APIC that KVM has made empty. There are no options for them, and a word of the command line costs as much as it
-    # saves.
+    # /sys/module/*/parameters, a filter for PTP packets, which only drivers of network cards ask for, emptying an
+    # IO-APIC that KVM has made empty, and a look for the ROMs of cards in 48 pages where there are none. There are no
+    # options for them, and a word of the command line costs as much as it saves.
     leave_out() { # FILE LINE
         grep -qxF -- "$2" "$tree/$1" || die "$1 has no line '$2'"
         grep -vxF -- "$2" "$tree/$1" >"$work/edited"
@@ -46,6 +46,7 @@ if [ ! -s "$image" ]; then
     leave_out kernel/params.c 'late_initcall(param_sysfs_builtin_init);'
     leave_out net/socket.c $'\tptp_classifier_init();'
     leave_out arch/x86/kernel/apic/io_apic.c $'\tclear_IO_APIC();'
+    leave_out arch/x86/kernel/setup.c $'\tx86_init.resources.probe_roms();'
     # Where compiled BPF programs lie together: the first of them has it filled, and mapped page by page, to put some
     # 10 KiB there. Of 2 MiB, that costs each start and the host's memory for as long as a box lives. More programs have
     # more such places; a filter for seccomp(2), of 4,096 instructions at most, still has room in one.
@@ -62,6 +63,12 @@ if [ ! -s "$image" ]; then
         patch --directory="$tree" --strip=1 --fuzz=0 --silent <"$change" >>"$build_log" 2>&1 ||
             die "$change does not apply; see $build_log"
     done
+    # The functions that boxes run, for cold-text.patch. GCC has those that it splits off as unlikely in sections of their own.
+    {
+        echo 'SECTIONS { .text..used : {'
+        sed -E '/^#/d; s/^(.*)\.cold(\.[0-9]+)?$/unlikely.\1/; s/.*/*(.text.&)/' "$here/kernel/used-functions"
+        echo '} }'
+    } >"$tree/scripts/used-text.lds"
     # Fixed identity: two builds of the same inputs give the same bytes.
     export KBUILD_BUILD_TIMESTAMP='2026-01-01 00:00:00 UTC' KBUILD_BUILD_USER=mote KBUILD_BUILD_HOST=mote
     kmake() { make -C "$tree" O="$work/out" "$@" >>"$build_log" 2>&1 || die "'make $*' failed; see $build_log"; }
@@ -75,7 +82,10 @@ if [ ! -s "$image" ]; then
     done <"$here/kernel.config")
     [ -z "$lost" ] || die "Kconfig did not take these lines of kernel.config: $(echo $lost)"
 
-    kmake -j"$(nproc)" vmlinux
+    kmake -j"$(nproc)" KCFLAGS=-ffunction-sections vmlinux
+    # The start of mote's layout::COLD_TEXT is the text's, and this is its end.
+    used=$(nm "$work/out/vmlinux" | awk '$3 == "__used_text_start" { print $1 }')
+    [ "$used" = ffffffff80800000 ] || die "used functions start at $used, and not 6 MiB behind the text's start: see src/layout.rs"
     strip -o "$image.tmp" "$work/out/vmlinux"
     mv "$image.tmp" "$image"
     say "built $image"

@@ -7,8 +7,8 @@
 //!             │ MP table, random seed        │ read once too; not RAM in the e820 map
 //! 0x000a_0000 ├──────────────────────────────┤
 //!             │ (nothing)                    │
-//! 0x0010_0000 ├──────────────────────────────┤
-//!             │ RAM: kernel from 2 MiB,      │
+//! 0x0020_0000 ├──────────────────────────────┤
+//!             │ RAM: kernel from 2 MiB,      │ its first 6 MiB a file's
 //!             │ then the initramfs           │
 //! 0x8000_0000 ├──────────────────────────────┤ or less
 //!             │ (nothing)                    │
@@ -19,6 +19,8 @@
 //!             │ the rest of RAM              │
 //!             └──────────────────────────────┘
 //! ```
+
+use std::ops::Range;
 
 /// Most virtual CPUs: the kernel is built for 64 and the MP table's APIC ids are 8 bits wide.
 pub const MAX_VCPUS: u8 = 64;
@@ -52,8 +54,12 @@ pub const SETUP_DATA: u64 = 0x9_f000;
 pub const MP_POINTER: u64 = 0x9_fc00;
 /// End of base memory.
 pub const BASE_MEMORY_END: u64 = 0xa_0000;
-/// Start of memory above the legacy hole.
-pub const HIGH_MEMORY: u64 = 0x10_0000;
+/// Start of memory above the legacy hole, as far as the kernel learns of it. The few pages below that are used are no huge
+/// page, which the host would clear for them, and in the MiB before the kernel there would be hundreds.
+pub const HIGH_MEMORY: u64 = 0x20_0000;
+/// What boxes hardly run of the built-in kernel's text: whole huge pages, which are mapped from mote's own file
+/// (`resources/kernel/cold-text.patch`; `resources/kernel.sh` checks the end).
+pub const COLD_TEXT: Range<u64> = 0x20_0000..0x80_0000;
 
 /// First byte that is not RAM below 4 GiB; virtio-mmio pages start here.
 pub const MMIO: u64 = 0xd000_0000;

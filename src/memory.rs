@@ -1,6 +1,6 @@
 //! Guest RAM and the register pages, and the KVM memory slots that show them to the guest.
 //!
-//! All RAM is one memory file, and vhost-user back-ends map the same file. What is mapped here
+//! All RAM but the kernel's cold text is one memory file, and vhost-user back-ends map the same file. What is mapped here
 //! stays mapped until the process ends, because KVM and the vCPU threads use it until then.
 
 #![allow(unsafe_code, reason = "maps memory and hands its addresses to KVM")]
@@ -24,6 +24,7 @@ use vm_memory::{
 
 use crate::layout::{self, RamRange};
 use crate::sys;
+use crate::sys::file_part::FilePart;
 
 /// Guest RAM. Cloning shares it.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -68,6 +69,11 @@ fn map_region(file: &Arc<File>, range: RamRange) -> Result<GuestRegionMmap<()>> 
     let RamRange { start, len, offset } = range;
     let address = map_aligned(file, len, offset)
         .with_context(|| format!("map {} MiB of guest memory", len >> 20))?;
+    let low = layout::HIGH_MEMORY.saturating_sub(start).min(len);
+    if low > 0 {
+        // SAFETY: advice on the start of the mapping just made. Who refuses it clears one page more.
+        unsafe { libc::madvise(address.cast(), low as usize, libc::MADV_NOHUGEPAGE) };
+    }
     // SAFETY: `map_aligned` has just mapped `len` bytes at `address`, and nothing ever unmaps them.
     let builder = unsafe { MmapRegionBuilder::new(len as usize).with_raw_mmap_pointer(address) };
     let region = builder
@@ -110,6 +116,57 @@ fn map_aligned(file: &File, len: u64, offset: u64) -> io::Result<*mut u8> {
     // or ignores it, and then the guest runs on small pages.
     unsafe { libc::madvise(aligned, len as usize, libc::MADV_HUGEPAGE) };
     Ok(aligned.cast())
+}
+
+/// How a guest has what is in [`layout::COLD_TEXT`] of the built-in kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ColdText {
+    /// Mapped from mote's own file: all boxes have the same memory for it, and a page that a guest writes to becomes its
+    /// own. Back-ends see zeros there: no buffer is in a kernel's text.
+    Shared(&'static [u8]),
+    /// Copied into its RAM.
+    Own(&'static [u8]),
+}
+
+/// Has the guest's RAM begin with this. RAM that ends before stays as it is, and is too small for the kernel.
+///
+/// # Errors
+/// mote's own file cannot be opened or mapped.
+pub fn put_cold_text(ram: &GuestRam, text: ColdText) -> Result<()> {
+    let (ColdText::Shared(bytes) | ColdText::Own(bytes)) = text;
+    let start = GuestAddress(layout::COLD_TEXT.start);
+    if !ram.check_range(start, bytes.len()) {
+        return Ok(());
+    }
+    let mut part =
+        FilePart::of_program(bytes).context("open this program's own file, /proc/self/exe")?;
+    match text {
+        ColdText::Shared(_) => map_text(ram, start, &part),
+        ColdText::Own(_) => ram
+            .read_exact_volatile_from(start, &mut part, bytes.len())
+            .context("copy the guest kernel's text"),
+    }
+}
+
+fn map_text(ram: &GuestRam, start: GuestAddress, part: &FilePart) -> Result<()> {
+    let ((file, offset), len) = (part.place(), part.len() as usize);
+    let place = ram.get_slice(start, len)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: `get_slice` has checked that these bytes are of one region, which stays mapped until the process ends, and so
+    // does what takes their place. Nobody uses them yet.
+    let mapped = unsafe {
+        libc::mmap(
+            place.ptr_guard_mut().as_ptr().cast(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            file.as_raw_fd(),
+            offset as libc::off_t,
+        )
+    };
+    let error = io::Error::last_os_error();
+    ensure!(mapped != libc::MAP_FAILED, "map the guest kernel's text: {error}");
+    Ok(())
 }
 
 /// Gives the VM its RAM. Returns the number of the first free slot.
@@ -360,6 +417,35 @@ impl Checksum {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::cold_text;
+    use crate::sys::holes::next_data;
+
+    #[test]
+    fn cold_text_is_in_place_and_a_guests_writes_are_its_own() {
+        let text = cold_text();
+        let start = GuestAddress(layout::COLD_TEXT.start);
+        assert_eq!(text.len() as u64, layout::COLD_TEXT.end - layout::COLD_TEXT.start);
+        assert_ne!(text[..4096], [0; 4096]);
+        for how in [ColdText::Shared(text), ColdText::Own(text)] {
+            let [changed, other] = [(), ()].map(|()| {
+                let ram = create_ram(16 << 20).expect("RAM");
+                put_cold_text(&ram, how).expect("put there");
+                ram
+            });
+            changed.write_obj(!text[0], start).expect("written");
+            let mut read = vec![0; text.len()];
+            other.read_slice(&mut read, start).expect("read");
+            assert!(read == text);
+            changed.read_slice(&mut read, start).expect("read");
+            assert!(read[0] == !text[0] && read[1..] == text[1..]);
+            let region = other.iter().next().expect("one");
+            let data = next_data(region.file_offset().expect("a file").file(), start.0);
+            let is_in_file = data.expect("looked").is_some_and(|data| data.start == start.0);
+            assert_eq!(is_in_file, how == ColdText::Own(text));
+        }
+        put_cold_text(&create_ram(4 << 20).expect("RAM"), ColdText::Shared(text))
+            .expect("left out");
+    }
 
     #[test]
     fn a_checksum_is_the_same_whichever_way_and_notices_any_bit() {

@@ -350,7 +350,7 @@ fn ready_to_run(
     let cpuids = kvm::cpuids(kvm, plan.vcpus)?;
     let instance =
         serde_json::to_vec(&plan.instance).context("encode the instance configuration")?;
-    let empty = || Machine::new(kvm, plan.memory_bytes, &cpuids);
+    let empty = || Machine::new(kvm, plan.memory_bytes, plan.cold_text(), &cpuids);
     let mut machine = empty()?;
     timeline.mark("memory_ready");
     let more = devices.saturating_sub(template::device_count() + late);

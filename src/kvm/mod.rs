@@ -15,7 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::layout;
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, ColdText, GuestRam};
 
 /// The device file.
 pub const DEVICE: &str = "/dev/kvm";
@@ -118,7 +118,7 @@ pub fn cpuids(kvm: &Kvm, count: u8) -> Result<Vec<CpuId>> {
 pub struct Machine {
     /// The VM itself.
     pub vm: VmFd,
-    /// Its RAM, all zeros.
+    /// Its RAM, all zeros but for the built-in kernel's cold text.
     pub ram: GuestRam,
     /// The first memory slot that is free.
     pub free_slot: u32,
@@ -127,13 +127,19 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes one with this much RAM and a vCPU for each CPUID.
+    /// Makes one with this much RAM and a vCPU for each CPUID, for the built-in kernel if it has this as its cold text.
     ///
     /// # Errors
     /// KVM refuses, or the host has no memory for it.
-    pub fn new(kvm: &Kvm, memory_bytes: u64, cpuids: &[CpuId]) -> Result<Machine> {
+    pub fn new(
+        kvm: &Kvm,
+        memory_bytes: u64,
+        cold_text: Option<ColdText>,
+        cpuids: &[CpuId],
+    ) -> Result<Machine> {
         let vm = create_vm(kvm)?;
         let ram = memory::create_ram(memory_bytes)?;
+        cold_text.map_or(Ok(()), |text| memory::put_cold_text(&ram, text))?;
         let free_slot = memory::add_ram(&vm, &ram)?;
         let vcpus = (0..).zip(cpuids).map(|(index, cpuid)| vcpu::create(&vm, index, cpuid));
         let vcpus = vcpus.collect::<Result<_>>()?;

@@ -165,7 +165,7 @@ pub const VERBS: &[Verb] = &[
 pub const ABOUT: &str = "mote runs one sandbox as one KVM virtual machine. It is one static binary: give it an `InstanceSpec` (JSON), and it boots its own Linux kernel on a directory of yours, runs the entrypoint, passes its output on, and exits with its exit code.";
 
 /// What mote finds outside the spec.
-pub const ENVIRONMENT: &str = "mote needs `/dev/kvm` (being in group `kvm` is enough) and nothing else: the guest's kernel and agent, and virtiofsd, which serves its file systems, are in its one file. `MOTE_DEBUG=1` shows all kernel messages; `MOTE_KERNEL`, `MOTE_INITRAMFS` and `MOTE_VIRTIOFSD` (1.13 or newer) name others to use instead; `MOTE_TEMPLATES` names the directory of the templates that boxes start from (`~/.cache/mote/templates`), or `off`; `MOTE_NO_SANDBOX=1` leaves mote unconfined, for debugging it.";
+pub const ENVIRONMENT: &str = "mote needs `/dev/kvm` (being in group `kvm` is enough) and nothing else: the guest's kernel and agent, and virtiofsd, which serves its file systems, are in its one file. `MOTE_DEBUG=1` shows all kernel messages; `MOTE_KERNEL`, `MOTE_INITRAMFS` and `MOTE_VIRTIOFSD` (1.13 or newer) name others to use instead; `MOTE_TEMPLATES` names the directory of the templates that boxes start from (`~/.cache/mote/templates`), or `off`; `MOTE_OWN_TEXT=1` gives a box memory of its own for all of its kernel's text; `MOTE_NO_SANDBOX=1` leaves mote unconfined, for debugging it.";
 
 /// What is to be known of the files that a run writes.
 pub const REPORTS: &str = "`--outcome` and `--timeline` files are created at the start, mode 0600: an outcome that stays empty says that mote was killed. A FIFO must have a reader within 5 s.";

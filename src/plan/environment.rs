@@ -20,6 +20,8 @@ pub struct Environment {
     /// `XDG_CACHE_HOME`, or `.cache` in `HOME`: where the user's programs keep what they can make again (XDG Base
     /// Directory Specification).
     pub cache: Option<PathBuf>,
+    /// `MOTE_OWN_TEXT`: no memory for the guest kernel's text that other boxes have as well.
+    pub own_text: bool,
     /// `MOTE_DEBUG`: all kernel messages.
     pub debug: bool,
     /// `MOTE_NO_SANDBOX`: no confinement, for debugging mote.
@@ -42,6 +44,7 @@ impl Environment {
             cache: path("XDG_CACHE_HOME")
                 .or_else(|| path("HOME").map(|home| home.join(".cache")))
                 .filter(|path| path.is_absolute()),
+            own_text: path("MOTE_OWN_TEXT").is_some(),
             debug: path("MOTE_DEBUG").is_some(),
             no_sandbox: path("MOTE_NO_SANDBOX").is_some(),
             timeline: path("MOTE_TIMELINE"),

@@ -9,17 +9,23 @@ use anyhow::{Context, Result};
 use crate::spec::json::Report;
 use crate::sys::file_part::FilePart;
 
-/// Page-aligned, so that reading into guest memory starts on a page of the page cache.
+/// Page-aligned, so that reading into guest memory starts on a page of the page cache, and that it can be mapped.
 #[repr(C, align(4096))]
 struct PageAligned<T: ?Sized>(T);
 
 static KERNEL: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_KERNEL")));
+static COLD_TEXT: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_COLD_TEXT")));
 static INITRAMFS: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_INITRAMFS")));
 static ATTEST: &PageAligned<[u8]> = &PageAligned(*include_bytes!(env!("MOTE_BUILT_ATTEST")));
 
 /// A second archive, with the attestation server, for boxes that have one.
 pub fn attest() -> Image {
     Image::BuiltIn(&ATTEST.0)
+}
+
+/// What the built-in kernel has in [`COLD_TEXT`](crate::layout::COLD_TEXT).
+pub fn cold_text() -> &'static [u8] {
+    &COLD_TEXT.0
 }
 
 /// What is built in, or a file in its place.
@@ -32,7 +38,7 @@ pub enum Image {
 }
 
 impl Image {
-    /// The built-in kernel, an uncompressed ELF vmlinux.
+    /// The built-in kernel, an uncompressed ELF vmlinux without its [`cold_text`].
     pub fn kernel() -> Image {
         Image::BuiltIn(&KERNEL.0)
     }

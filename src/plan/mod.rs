@@ -43,7 +43,7 @@ use mote_agent::flow::Protocol;
 use mote_agent::instance::{Instance, Mount, ROOT_TAG, Rlimit};
 
 pub use environment::{Environment, virtiofsd};
-pub use image::{Image, attest};
+pub use image::{Image, attest, cold_text};
 pub use init_files::StatusFile;
 pub use logs::{JsonFile, LogDriver, Logs, Syslog};
 pub use network::{Network, PasstSocket};
@@ -64,6 +64,7 @@ use guest_init::GuestInit;
 use crate::cgroup::Cgroup;
 use crate::confine::{Isolation, Sandbox};
 use crate::cpuset::CpuSet;
+use crate::memory::ColdText;
 use crate::resolv_conf;
 use crate::spec::Spec;
 use crate::spec::json::Report;
@@ -110,6 +111,8 @@ pub struct Plan {
     pub virtiofsd: Option<PathBuf>,
     /// Where the templates are that it may start from.
     pub templates: Templates,
+    /// Whether it has no memory for the built-in kernel's text that other boxes have as well.
+    pub own_text: bool,
     /// Whether the kernel prints all its messages.
     pub debug: bool,
     /// How mote is confined.
@@ -117,6 +120,12 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// What the kernel has as its cold text, if it is the built-in one.
+    pub fn cold_text(&self) -> Option<ColdText> {
+        let how = if self.own_text { ColdText::Own } else { ColdText::Shared };
+        matches!(self.kernel, Image::BuiltIn(_)).then(|| how(cold_text()))
+    }
+
     /// Checks a spec against this host and adds what is wrong to `report`, which has what was wrong at
     /// reading. Returns `None` if there are errors.
     pub fn new(spec: &Spec, environment: &Environment, report: &mut Report) -> Option<Plan> {
@@ -180,6 +189,7 @@ impl Plan {
             initramfs: initramfs?,
             virtiofsd,
             templates,
+            own_text: environment.own_text,
             debug: environment.debug,
             sandbox,
         })

@@ -45,6 +45,11 @@ impl FilePart {
         Ok(FilePart { file, start, len: bytes.len() as u64 })
     }
 
+    /// The file, and where in it the part starts.
+    pub fn place(&self) -> (&File, u64) {
+        (&self.file, self.start)
+    }
+
     /// How many bytes it has.
     pub fn len(&self) -> u64 {
         self.len

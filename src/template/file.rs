@@ -322,7 +322,7 @@ mod tests {
             let at = 0x20_0000 + number as u64 * PAGE_LEN;
             ram.write_slice(&page, GuestAddress(at)).expect("written");
         }
-        let kept = memory::look_through(&ram).expect("looked through");
+        let kept = memory::look_through(&ram, &[]).expect("looked through");
         let extent = |start, pages| Extent { start, len: pages * PAGE_LEN };
         assert_eq!(kept.extents, [extent(0x3000, 2), extent(0x10_0000, 1)]);
         let serial = SerialState { interrupt_enable: 5, in_buffer: vec![7], ..Default::default() };

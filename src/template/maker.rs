@@ -39,8 +39,8 @@ use crate::console::{self, KernelLog, PanicMessage, Sink};
 use crate::kvm::state::MachineState;
 use crate::kvm::{self, Machine, self_test, vcpu};
 use crate::layout;
-use crate::memory::{GuestRam, RegisterPages};
-use crate::plan::Image;
+use crate::memory::{ColdText, GuestRam, RegisterPages};
+use crate::plan::{self, Image};
 use crate::sys::{self, Interest};
 use crate::virtio::mmio::{self, MmioDevice};
 
@@ -198,7 +198,7 @@ fn write(shape: &Shape, key: &[u8], file: &File) -> Result<()> {
     sandbox.enter(&[])?;
     let (vm, vcpus) = vm.run(sandbox)?;
     let machine = MachineState::read(&vm.kvm, &vm.fd, &vcpus, &vm.cpuid)?;
-    let kept = pages::look_through(&vm.ram)?;
+    let kept = pages::look_through(&vm.ram, plan::cold_text())?;
     let (serial, registers) = vm.bus.registers();
     let head = Head::new(key.to_vec(), machine, serial, registers, kept);
     Template::write(&head, &vm.ram, file)
@@ -229,7 +229,12 @@ impl TemplateVm {
     fn build(shape: &Shape) -> Result<TemplateVm> {
         let kvm = kvm::open()?;
         let cpuids = kvm::cpuids(&kvm, shape.vcpus)?;
-        let machine = Machine::new(&kvm, shape.memory_bytes, &cpuids)?;
+        let machine = Machine::new(
+            &kvm,
+            shape.memory_bytes,
+            Some(ColdText::Shared(plan::cold_text())),
+            &cpuids,
+        )?;
         let Machine { vm: fd, ram, free_slot, vcpus } = machine;
         let (Some(first), Some(cpuid)) = (vcpus.first(), cpuids.into_iter().next()) else {
             bail!("a VM needs a vCPU");

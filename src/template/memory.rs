@@ -10,6 +10,7 @@ use mote_agent::mailbox;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::layout;
 use crate::memory::{Checksum, GuestRam, HUGE_PAGE};
 use crate::sys::holes::next_data;
 use crate::sys::process;
@@ -38,14 +39,23 @@ pub struct Kept {
     pub mailbox: Vec<u64>,
 }
 
-/// Looks through a guest's RAM, which nobody writes to meanwhile.
+/// Looks through a guest's RAM, which nobody writes to meanwhile, and which began with this cold text.
 ///
 /// # Errors
 /// The memory file cannot be looked through, or there is not exactly one mailbox.
-pub fn look_through(ram: &GuestRam) -> Result<Kept> {
+pub fn look_through(ram: &GuestRam, cold_text: &[u8]) -> Result<Kept> {
     let mut kept = Kept::default();
     let mut mailbox = vec![None; mailbox::PAGES];
     let mut page = [0; PAGE_LEN as usize];
+    // A guest that starts from the template has the text as well: only what was patched is to keep.
+    let mut addresses = Vec::new();
+    let cold_pages = (layout::COLD_TEXT.start..).step_by(PAGE_LEN as usize);
+    for (address, bytes) in cold_pages.zip(cold_text.chunks(PAGE_LEN as usize)) {
+        ram.read_slice(&mut page, GuestAddress(address)).context("read a page of text")?;
+        if page != *bytes {
+            addresses.push(address);
+        }
+    }
     for region in ram.iter() {
         let backing = region.file_offset().context("RAM is no file")?;
         let (base, end) = (backing.start(), backing.start() + region.len());
@@ -60,12 +70,14 @@ pub fn look_through(ram: &GuestRam) -> Result<Kept> {
                     ensure!(mailbox[number].is_none(), "there are two mailboxes");
                     mailbox[number] = Some(address);
                 } else if page.iter().any(|byte| *byte != 0) {
-                    kept.add(address);
+                    addresses.push(address);
                 }
             }
             from = data.end;
         }
     }
+    addresses.sort_unstable();
+    addresses.into_iter().for_each(|address| kept.add(address));
     let mailbox = mailbox.into_iter().collect::<Option<_>>().context("there is no mailbox")?;
     Ok(Kept { mailbox, ..kept })
 }
@@ -179,6 +191,28 @@ fn halves(extents: &[Extent]) -> (Vec<Extent>, Vec<Extent>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::{self, ColdText};
+    use crate::plan;
+
+    #[test]
+    fn of_cold_text_what_was_patched_is_kept() {
+        let text = plan::cold_text();
+        let ram = memory::create_ram(32 << 20).expect("RAM");
+        memory::put_cold_text(&ram, ColdText::Shared(text)).expect("put there");
+        for number in 0..mailbox::PAGES {
+            let mut page = [0; mailbox::PAGE_LEN];
+            mailbox::mark(&mut page, number);
+            let at = layout::COLD_TEXT.end + number as u64 * PAGE_LEN;
+            ram.write_slice(&page, GuestAddress(at)).expect("written");
+        }
+        let patched = layout::COLD_TEXT.start + 5 * PAGE_LEN;
+        ram.write_obj(!text[5 * PAGE_LEN as usize + 7], GuestAddress(patched + 7))
+            .expect("written");
+        ram.write_obj(1u8, GuestAddress(0x1000)).expect("written");
+        let kept = look_through(&ram, text).expect("looked through");
+        let page = |start| Extent { start, len: PAGE_LEN };
+        assert_eq!(kept.extents, [page(0x1000), page(patched)]);
+    }
 
     #[test]
     fn halves_are_parted_between_huge_pages() {

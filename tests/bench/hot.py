@@ -54,6 +54,9 @@ class Symbols:
         self.addresses = [address for address, _ in pairs]
         self.names = [name for _, name in pairs]
 
+    def address(self, name):
+        return self.addresses[self.names.index(name)]
+
     def name(self, address):
         place = bisect.bisect_right(self.addresses, address) - 1
         return self.names[place] if place >= 0 else f"{address:#x}"

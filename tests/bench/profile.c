@@ -8,6 +8,9 @@
  * A file has a line for each block of code: "SPACE ADDRESS INSTRUCTIONS", SPACE being "guest", for code between VMRUN and
  * the exit, or the page tables' address.
  *
+ * With stores=START-END, two addresses, the file also has those between them that the guest has written to, by 16 bytes, as
+ * lines of the space "stores".
+ *
  * A block counts whole, even if an exception ends it early: some tenths of a percent are counted that were not executed. */
 
 #include "mark.h"
@@ -28,6 +31,11 @@ enum qemu_plugin_cb_flags {
     QEMU_PLUGIN_CB_R_REGS,
     QEMU_PLUGIN_CB_RW_REGS
 };
+enum qemu_plugin_mem_rw {
+    QEMU_PLUGIN_MEM_R = 1,
+    QEMU_PLUGIN_MEM_W
+};
+typedef uint32_t qemu_plugin_meminfo_t;
 typedef struct {
     uint8_t *data;
     unsigned len;
@@ -55,6 +63,9 @@ void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb, qemu_plugin
                                           enum qemu_plugin_cb_flags flags, void *userdata);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, qemu_plugin_vcpu_udata_cb_t cb,
                                             enum qemu_plugin_cb_flags flags, void *userdata);
+typedef void (*qemu_plugin_vcpu_mem_cb_t)(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t address, void *userdata);
+void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn, qemu_plugin_vcpu_mem_cb_t cb,
+                                      enum qemu_plugin_cb_flags flags, enum qemu_plugin_mem_rw rw, void *userdata);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
 uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t idx);
@@ -91,6 +102,9 @@ static struct block *blocks[BUCKETS];
 static uint64_t after_vmrun;
 static bool vmrun_seen = true;
 static const char *out = "profile";
+/* The guest's stores: a byte for each 16. */
+static uint64_t stores_start, stores_end;
+static bool *stored;
 
 static const char *const register_names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
                                                "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
@@ -130,6 +144,9 @@ static void write_counts(const char *name)
                     fprintf(file, " %" PRIx64 " %" PRIu64 "\n", block->address,
                             count->executions * block->instructions);
                 }
+    for (uint64_t address = stores_start; address < stores_end; address += 16)
+        if (stored[(address - stores_start) / 16])
+            fprintf(file, "stores %" PRIx64 " 1\n", address);
     fclose(file);
 }
 
@@ -139,7 +156,16 @@ static void start_counting(void)
         for (struct block *block = blocks[i]; block; block = block->next)
             for (struct count *count = block->counts; count; count = count->next)
                 count->executions = 0;
+    if (stored)
+        memset(stored, 0, (stores_end - stores_start) / 16);
     vmrun_seen = false;
+}
+
+static void on_store(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t address, void *userdata)
+{
+    (void)vcpu, (void)info, (void)userdata;
+    if (current == &guest && address >= stores_start && address < stores_end)
+        stored[(address - stores_start) / 16] = true;
 }
 
 static void on_block(unsigned vcpu, void *userdata)
@@ -228,6 +254,8 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
                                          block_at(qemu_plugin_tb_vaddr(tb), instructions));
     for (size_t i = 0; i < instructions; i++) {
         struct qemu_plugin_insn *instruction = qemu_plugin_tb_get_insn(tb, i);
+        if (stored)
+            qemu_plugin_register_vcpu_mem_cb(instruction, on_store, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W, NULL);
         uint8_t code[16] = {0};
         size_t length = qemu_plugin_insn_data(instruction, code, sizeof code);
         /* A REX prefix, whose lowest bit is the register's highest. */
@@ -266,6 +294,8 @@ EXPORTED int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, i
     for (int i = 0; i < argc; i++)
         if (!strncmp(argv[i], "out=", 4))
             out = strdup(argv[i] + 4);
+        else if (sscanf(argv[i], "stores=%" SCNx64 "-%" SCNx64, &stores_start, &stores_end) == 2)
+            stored = calloc((stores_end - stores_start) / 16 + 1, sizeof *stored);
     qemu_plugin_register_vcpu_init_cb(id, on_vcpu);
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
     return 0;

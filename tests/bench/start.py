@@ -154,4 +154,5 @@ def main():
         sys.exit(f"bench: failed each time, and not in these figures: {', '.join(failed)}")
 
 
-main()
+if __name__ == "__main__":
+    main()

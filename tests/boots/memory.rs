@@ -128,3 +128,28 @@ fn what_a_box_has_freed_goes_back_to_the_host() {
     }
     started.stop();
 }
+
+/// Whether a box has text of its kernel mapped from mote's file, which it would change in memory of its own only.
+fn shares_text(pid: u32) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
+    maps.lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let ends = fields[0].split_once('-').expect("a range");
+        let [start, end] = [ends.0, ends.1].map(|end| u64::from_str_radix(end, 16).expect("hex"));
+        // Of the program itself, nothing as long is writable.
+        end - start >= 4 << 20 && fields[1] == "rw-p" && fields[4] != "0"
+    })
+}
+
+#[test]
+fn text_of_its_kernel_is_in_memory_of_all_boxes_unless_it_is_to_have_its_own() {
+    for templates in ["off", "/dev/shm/mote-templates-of-tests"] {
+        for own in ["", "1"] {
+            let started = TestBox::streaming("echo ready; exec sleep 1000")
+                .with_variable("MOTE_TEMPLATES", templates)
+                .with_variable("MOTE_OWN_TEXT", own)
+                .ready();
+            assert_eq!(shares_text(started.pid()), own.is_empty(), "{templates} {own}");
+        }
+    }
+}
