@@ -43,7 +43,7 @@ pub const FALLBACK: u32 = 5089;
 pub const LONE_SERVER: u32 = 4090;
 /// The guest's credit in bytes, unless a test says otherwise.
 pub const GUEST_ALLOC: u32 = 256 * 1024;
-/// Entries of a ring, as in `QUEUE_SIZES`.
+/// Entries of a ring: those of the larger queue in `QUEUE_SIZES`.
 pub const RING: u16 = 256;
 /// `VIRTIO_VSOCK_SHUTDOWN_*`.
 pub const RECEIVE: u32 = 1;

@@ -36,7 +36,7 @@ use crate::virtio::main_loop::{MainLoopDevice, Properties, Watcher};
 use crate::virtio::queue::{Chain, ServedQueue};
 
 /// Receive, transmit, event.
-const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+const QUEUE_SIZES: [u16; 3] = [128, 256, 16];
 /// Clients of published ports are accepted while there are fewer flows than this: they must not use up
 /// the flows that the box itself needs.
 const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
