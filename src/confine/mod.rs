@@ -151,6 +151,9 @@ const THREAD_END_LIMIT: Duration = Duration::from_millis(500);
 /// broken into mote can take from the host, beside the box's own.
 const ADDRESS_SPACE_ROOM: u64 = 1 << 30;
 
+/// Of a thread's stack: less than a huge page, which the host would clear and give it whole.
+const STACK_LEN: usize = 1 << 20;
+
 /// How a box is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sandbox {
@@ -244,7 +247,7 @@ impl Sandbox {
         ready: Sender<Result<()>>,
         work: impl FnOnce() + Send + 'static,
     ) -> Result<()> {
-        let started = thread::Builder::new().name(name.clone());
+        let started = thread::Builder::new().name(name.clone()).stack_size(STACK_LEN);
         started
             .spawn(move || {
                 let confined = self.confine(&thread_name(), kind);

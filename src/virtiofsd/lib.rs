@@ -4,7 +4,7 @@
 mod unchanged;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,7 +131,8 @@ impl log::Log for Stderr {
 
     fn log(&self, record: &log::Record<'_>) {
         if self.enabled(record.metadata()) {
-            eprintln!("{}", record.args());
+            // Nobody reads it if mote is gone.
+            let _ = writeln!(io::stderr(), "{}", record.args());
         }
     }
 

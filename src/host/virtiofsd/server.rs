@@ -136,7 +136,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     match serve(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error:#}");
+            // Nobody reads it if mote is gone.
+            let _ = writeln!(std::io::stderr(), "{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -150,14 +151,27 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
     match &shares[..] {
         [(directory, read_only)] => {
-            let asked = sys::process::inherited_file(1);
-            sys::poll([Interest::read(&asked)], None).context("wait until there is work")?;
-            drop(asked);
+            wait_until_asked()?;
             let confined =
                 virtiofsd::confine_virtiofsd(isolation, directory, *read_only, open_files)?;
             serve_share(confined, *read_only)
         }
         _ => become_several(isolation, open_files, &shares),
+    }
+}
+
+/// Waits until there is work, or mote is gone: it may have ended before this process was to end with it.
+fn wait_until_asked() -> Result<()> {
+    let (asked, stderr) = (sys::process::inherited_file(1), std::io::stderr());
+    loop {
+        match sys::poll([Interest::read(&asked), Interest::read(&stderr)], None) {
+            Ok([true, _]) => return Ok(()),
+            // Nobody reads it any more.
+            Ok([false, true]) => bail!("mote has ended"),
+            // A signal.
+            Ok([false, false]) => {}
+            Err(error) => return Err(error).context("wait until there is work"),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
 use crate::client;
-use crate::common::{Started, TestBox, eventually, eventually_nothing, executable, seq};
+use crate::common::{Started, TestBox, eventually, eventually_nothing, executable, mote, seq};
 use crate::passt::{accept, assert_frames_pass, small_box};
 use crate::processes::{has_vcpu, is_frozen, own_memory_kib, processes_with, virtiofsd_of};
 
@@ -81,6 +81,17 @@ fn motes_own_virtiofsd_killed_at_its_start_is_named() {
     let ran = started.wait();
     ran.assert_not_started(&[&root, "ended (signal: 9 (SIGKILL))"]);
     assert_eq!(ran.outcome["kind"], "not-started");
+}
+
+#[test]
+fn motes_own_virtiofsd_ends_if_mote_did_before_there_was_work() {
+    // As mote starts it: a socket, what says that there is work, and a standard error, which nobody reads any more.
+    let script = r#"mkfifo "$1"; exec 3</dev/null 4<>"$1" 2> >(:); exec -a virtiofsd "$0" off 65536 / read-write"#;
+    let test = TestBox::busybox();
+    let mut command = Command::new("timeout");
+    command.args(["60", "bash", "-c", script]).arg(mote()).arg(test.path("out/work"));
+    let status = command.status().expect("runs");
+    assert_eq!(status.code(), Some(1), "{status}");
 }
 
 #[test]
