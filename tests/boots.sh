@@ -13,10 +13,10 @@ cd "$(dirname "$0")/.."
 
 # The modules that take long, the longest first; a comma joins several to one group. All modules that are
 # not named here are one more group, the first, so a new module runs without being entered anywhere.
-long=(tsi:: requests::,egress::,bad_input:: attestation:: ports:: oci:: hostile::
-    faults::host::,faults::ends::,faults::callers:: guest::,commands:: published_udp::,logs:: inits::,switch:: passt::,oci_passt::
-    datagrams:: outcomes::,shares::,sockets:: lifecycle::,entrypoint:: containers::,features:: faults::back_ends::
-    oci_rootless::,oci_systemd:: limits:: exec::,terminal::)
+long=(tsi:: requests::,egress::,bad_input:: attestation:: ports:: oci::,containers::,features:: hostile::
+    lifecycle::,entrypoint::,faults::back_ends:: faults::host::,faults::ends::,faults::callers:: guest::,commands::
+    logs::,published_udp::,exec::,terminal:: inits::,switch:: passt::,oci_passt:: datagrams:: outcomes::,shares::,sockets::
+    oci_rootless::,oci_systemd:: limits::)
 # Of middling length.
 cold=(cold=features::,shares::,memory::)
 
