@@ -424,27 +424,49 @@ static struct memory {
     uint64_t processes, threads, rss, pss, anonymous, ram_rss, ram_pss, page_tables;
 } memory;
 
-/* Adds what a process has. A mapping of 64 MiB and more that it can use is taken for the guest's RAM. */
+/* Mappings that are one behind the other. */
+struct mappings {
+    uint64_t end, rss, pss, anonymous;
+};
+
+static void add_mappings(const struct mappings *of, bool ram)
+{
+    *(ram ? &memory.ram_rss : &memory.rss) += of->rss;
+    *(ram ? &memory.ram_pss : &memory.pss) += of->pss;
+    memory.anonymous += ram ? 0 : of->anonymous;
+}
+
+/* Adds what a process has. A mapping of 64 MiB and more that it can use is taken for the guest's RAM, with those of files right
+ * before it that it can write to: where RAM starts, mote has text of the guest's kernel from a file. */
 static void add_process(pid_t pid)
 {
     char path[64], line[1024];
     snprintf(path, sizeof path, "/proc/%d/smaps", pid);
     FILE *file = fopen(path, "r");
-    bool any = false, ram = false;
+    struct mappings of = {0};
+    bool any = false, ram = false, can_be_ram = false;
     while (file && fgets(line, sizeof line, file)) {
-        unsigned long long start, end, kib;
+        unsigned long long start, end, inode, kib;
         char permissions[8];
-        if (sscanf(line, "%llx-%llx %7s", &start, &end, permissions) == 3) {
-            ram = end - start >= 64u << 20 && permissions[0] == 'r';
+        if (sscanf(line, "%llx-%llx %7s %*s %*s %llu", &start, &end, permissions, &inode) == 4) {
+            bool is_ram = end - start >= 64u << 20 && permissions[0] == 'r';
+            if (!can_be_ram || start != of.end || ram) {
+                add_mappings(&of, ram);
+                of = (struct mappings){0};
+            }
+            ram = is_ram;
+            can_be_ram = inode && permissions[1] == 'w';
+            of.end = end;
             any = true;
         } else if (sscanf(line, "Rss: %llu", &kib) == 1) {
-            *(ram ? &memory.ram_rss : &memory.rss) += kib;
+            of.rss += kib;
         } else if (sscanf(line, "Pss: %llu", &kib) == 1) {
-            *(ram ? &memory.ram_pss : &memory.pss) += kib;
-        } else if (sscanf(line, "Anonymous: %llu", &kib) == 1 && !ram) {
-            memory.anonymous += kib;
+            of.pss += kib;
+        } else if (sscanf(line, "Anonymous: %llu", &kib) == 1) {
+            of.anonymous += kib;
         }
     }
+    add_mappings(&of, ram);
     if (file)
         fclose(file);
     if (!any)
