@@ -324,7 +324,7 @@ impl Drop for MemoryCgroup {
 fn a_box_beyond_memory_max_ends_and_leaves_nothing() {
     // Too little for mote's start; and less than the spec grants, of which the guest makes use.
     for (max_mib, script) in [
-        (24, "exit 0"),
+        (12, "exit 0"),
         (160, "echo ready; dd if=/dev/zero of=/dev/shm/all bs=1M count=200; exit 0"),
     ] {
         let cgroup = MemoryCgroup::new(max_mib);
