@@ -150,7 +150,7 @@ pub fn put_cold_text(ram: &GuestRam, text: ColdText) -> Result<()> {
 
 fn map_text(ram: &GuestRam, start: GuestAddress, part: &FilePart) -> Result<()> {
     let ((file, offset), len) = (part.place(), part.len() as usize);
-    let place = ram.get_slice(start, len)?;
+    let place = ram.get_slice(start, len).context("find the place of the guest kernel's text")?;
     let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
     // SAFETY: `get_slice` has checked that these bytes are of one region, which stays mapped until the process ends, and so
     // does what takes their place. Nobody uses them yet.

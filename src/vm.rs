@@ -403,15 +403,17 @@ fn connect_shares(
     stop: &File,
     ram: &GuestRam,
 ) -> Result<Vec<Fs>> {
-    let pids: Vec<u32> = backends.iter().map(Virtiofsd::pid).collect();
-    let shares = plan.shares.iter().zip(backends);
     if plan.virtiofsd.is_none() {
+        let shares = plan.shares.iter().zip(backends);
         let connected = shares.zip(connections).map(|((share, backend), connection)| {
-            let asked = backend.asked().map(EventFd::try_clone).transpose()?;
+            let asked = backend.asked().map(EventFd::try_clone).transpose();
+            let asked = asked.context("duplicate an eventfd")?;
             Fs::new(&share.tag, connection, ram, asked)
         });
         return connected.collect();
     }
+    let pids: Vec<u32> = backends.iter().map(Virtiofsd::pid).collect();
+    let shares = plan.shares.iter().zip(backends);
     virtiofsd::talk_in_time(connections, &pids, stop, |connections| {
         let connected = shares.zip(connections).map(|((share, backend), connection)| {
             let negotiated = Fs::negotiate(&share.tag, connection, ram);
