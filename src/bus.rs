@@ -2,12 +2,15 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use mote_agent::mailbox::DOOR;
 use vm_superio::SerialState;
 
 use crate::console::KernelConsole;
 use crate::layout;
-use crate::virtio::mmio::{MmioDevice, Registers};
+use crate::virtio::mmio::{self, MmioDevice, Registers};
 
+/// How far there are places for devices, most of which a box has not.
+const PLACES: u64 = (DOOR as u64 + 1) * layout::MMIO_PAGE;
 const SERIAL: u16 = 0x3f8;
 const SERIAL_END: u16 = 0x3ff;
 /// Keyboard controller command and status port.
@@ -83,8 +86,12 @@ impl Bus {
     }
 
     /// A load from an address without memory behind it: register pages are memory, so there is no
-    /// device here.
-    pub fn mmio_read(&self, _address: u64, data: &mut [u8]) {
+    /// device here, but perhaps the place of one that other boxes from the same template have.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
+        if let Some(offset) = address.checked_sub(layout::MMIO).filter(|offset| *offset < PLACES) {
+            let value = mmio::placeholder_register(offset % layout::MMIO_PAGE).to_le_bytes();
+            data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
+        }
     }
 }

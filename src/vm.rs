@@ -37,7 +37,7 @@ use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
 use crate::virtio::fs::Fs;
 use crate::virtio::main_loop::{DeviceEvent, Forwarder, MainLoopDevice};
-use crate::virtio::mmio::{self, LateDevice, MmioDevice};
+use crate::virtio::mmio::{LateDevice, MmioDevice};
 use crate::virtio::net::Net;
 use crate::virtio::net::filter::FrameFilter;
 use crate::virtio::net::passt::{self, Connection, Reconnect};
@@ -204,9 +204,7 @@ impl Vm {
             janitor.kill_at_end(backend.processes())?;
         }
         timeline.mark("backends_connected");
-        let page_count = if resumed.is_some() { template::PAGES } else { device_count };
-        let pages = RegisterPages::new(&vm, free_slot, page_count)?;
-        (device_count..page_count).for_each(|index| mmio::hold_place(&pages.page(index)));
+        let pages = RegisterPages::new(&vm, free_slot, device_count)?;
         let mut transports = front_ends
             .into_iter()
             .enumerate()

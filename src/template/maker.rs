@@ -42,7 +42,7 @@ use crate::layout;
 use crate::memory::{ColdText, GuestRam, RegisterPages};
 use crate::plan::{self, Image};
 use crate::sys::{self, Interest};
-use crate::virtio::mmio::{self, MmioDevice};
+use crate::virtio::mmio::MmioDevice;
 
 /// The name under which mote is a maker.
 pub const NAME: &str = "mote-template";
@@ -251,14 +251,14 @@ impl TemplateVm {
         };
         let entry = guest.load(&ram)?;
         vcpu::prepare_boot(first, &cpuid, &ram, entry)?;
-        // Without the door: reading there is an exit.
-        let register_pages = RegisterPages::new(&fd, free_slot, DOOR)?;
-        let devices = devices().into_iter().enumerate().map(|(index, device)| {
+        // Not for the door and the other places: reading there is an exit.
+        let devices = devices();
+        let register_pages = RegisterPages::new(&fd, free_slot, devices.len())?;
+        let devices = devices.into_iter().enumerate().map(|(index, device)| {
             let page = register_pages.page(index);
             MmioDevice::attach(Box::new(device), index, page, &fd, &ram)
         });
         let devices = devices.collect::<Result<Vec<_>>>().context("attach the virtio devices")?;
-        (devices.len()..DOOR).for_each(|index| mmio::hold_place(&register_pages.page(index)));
         let irq =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("make an eventfd")?;
         fd.register_irqfd(&irq, layout::SERIAL_IRQ).context("connect the serial port")?;
@@ -342,19 +342,13 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, progress: &Progress) -> Result<()> {
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
             Ok(VcpuExit::MmioRead(address, data)) => {
-                match address.checked_sub(layout::device_page(DOOR)) {
-                    Some(offset) if offset < layout::MMIO_PAGE => {
-                        let value = mmio::placeholder_register(offset).to_le_bytes();
-                        data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
-                        let looks = &progress.looks_at_door;
-                        // The first time is the driver's at boot, the second the agent's.
-                        if offset == u64::from(VIRTIO_MMIO_MAGIC_VALUE)
-                            && looks.fetch_add(1, Ordering::AcqRel) == 1
-                        {
-                            return Ok(());
-                        }
-                    }
-                    _ => bus.mmio_read(address, data),
+                bus.mmio_read(address, data);
+                let looks = &progress.looks_at_door;
+                // The first time is the driver's at boot, the second the agent's.
+                if address == layout::device_page(DOOR) + u64::from(VIRTIO_MMIO_MAGIC_VALUE)
+                    && looks.fetch_add(1, Ordering::AcqRel) == 1
+                {
+                    return Ok(());
                 }
             }
             Ok(VcpuExit::Intr) => {}

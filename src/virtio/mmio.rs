@@ -198,8 +198,9 @@ impl MmioDevice {
             .map(|queue| device.take_kick(queue).map_or_else(eventfd, Ok))
             .collect::<Result<_>>()?;
         let state = State::new(device.queue_sizes())?;
-        show_id(&page, if device.is_late() { PLACEHOLDER } else { device.id() });
         let set = |register: u32, value| page.set(register.into(), value);
+        ID_REGISTERS.into_iter().for_each(|(register, value)| set(register, value));
+        set(VIRTIO_MMIO_DEVICE_ID, if device.is_late() { PLACEHOLDER } else { device.id() });
         set(VIRTIO_MMIO_SHM_LEN_LOW, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY);
         set(VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INT_VRING);
@@ -405,19 +406,7 @@ impl MmioDevice {
     }
 }
 
-/// Makes a page one behind which there is nothing yet (4.2.2: device id 0, which a driver leaves alone).
-pub fn hold_place(page: &RegisterPage) {
-    show_id(page, PLACEHOLDER);
-}
-
-fn show_id(page: &RegisterPage, device_id: u32) {
-    for (register, value) in ID_REGISTERS {
-        page.set(register.into(), value);
-    }
-    page.set(VIRTIO_MMIO_DEVICE_ID.into(), device_id);
-}
-
-/// What a driver reads from a page behind which there is nothing, of pages that are no memory.
+/// What a driver reads where there is no device (4.2.2: its id is 0, and the driver leaves it alone).
 pub fn placeholder_register(offset: u64) -> u32 {
     let at = |(register, _): &&(u32, u32)| u64::from(*register) == offset;
     ID_REGISTERS.iter().find(at).map_or(0, |(_, value)| *value)
