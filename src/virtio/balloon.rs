@@ -57,6 +57,7 @@ impl MainLoopDevice for Balloon {
             queue_sizes: &QUEUE_SIZES,
             config: CONFIG.to_vec(),
             late: true,
+            busy: false,
         }
     }
 

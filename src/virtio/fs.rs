@@ -29,7 +29,14 @@ const FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
 /// What the driver reads of the device of a share with this tag, whose back-end has everything.
 pub fn properties(tag: &str) -> Properties {
     let (id, queue_sizes) = (VIRTIO_ID_FS, &QUEUE_SIZES);
-    Properties { id, features: FEATURES, queue_sizes, config: config_space(tag), late: false }
+    Properties {
+        id,
+        features: FEATURES,
+        queue_sizes,
+        config: config_space(tag),
+        late: false,
+        busy: true,
+    }
 }
 
 /// One share's front-end.

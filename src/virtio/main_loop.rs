@@ -34,6 +34,8 @@ pub struct Properties {
     pub config: Vec<u8>,
     /// Whether the driver is to find it only after the start: [`VirtioDevice::is_late`].
     pub late: bool,
+    /// Whether it has much to do with its driver: [`VirtioDevice::is_busy`].
+    pub busy: bool,
 }
 
 /// A device at work, in the main loop. All calls come from the main loop's thread, and none may wait.
@@ -168,6 +170,10 @@ impl VirtioDevice for Forwarder {
         self.properties.late
     }
 
+    fn is_busy(&self) -> bool {
+        self.properties.busy
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<()> {
         // Sending fails, here and below, only when the main loop has ended, and with it the box: the
         // box's outcome is then known already.
@@ -194,8 +200,14 @@ mod tests {
 
     fn forwarder() -> (Forwarder, Receiver<DeviceEvent>) {
         let (events, receiver) = event_channel(1).expect("a channel");
-        let properties =
-            Properties { id: 0, features: 0, queue_sizes: &[1], config: Vec::new(), late: false };
+        let properties = Properties {
+            id: 0,
+            features: 0,
+            queue_sizes: &[1],
+            config: Vec::new(),
+            late: false,
+            busy: true,
+        };
         (Forwarder { device: DEVICE, properties, events }, receiver)
     }
 

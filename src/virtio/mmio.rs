@@ -174,10 +174,13 @@ impl MmioDevice {
         ram: &GuestRam,
     ) -> Result<Self> {
         let mmio = Self::new(device, page, ram)?;
-        let base = layout::device_page(index);
-        let register = |offset: u32| IoEventAddress::Mmio(base + u64::from(offset));
         vm.register_irqfd(&mmio.interrupt, layout::device_irq(index))
             .context("connect the interrupt")?;
+        if !mmio.device.is_busy() {
+            return Ok(mmio);
+        }
+        let base = layout::device_page(index);
+        let register = |offset: u32| IoEventAddress::Mmio(base + u64::from(offset));
         for (queue, kick) in mmio.kicks.iter().enumerate() {
             vm.register_ioevent(kick, &register(VIRTIO_MMIO_QUEUE_NOTIFY), queue as u32)
                 .context("connect a queue's notification")?;
@@ -315,6 +318,13 @@ impl MmioDevice {
                 set_half(&mut self.state.driver_features, self.state.driver_features_sel, value);
             }
             VIRTIO_MMIO_QUEUE_SEL => self.state.queue_sel = value as usize,
+            VIRTIO_MMIO_QUEUE_NOTIFY => {
+                if let Some(kick) = self.kicks.get(value as usize) {
+                    // Fails only if it is readable anyway.
+                    let _ = kick.write(1);
+                }
+                return;
+            }
             VIRTIO_MMIO_STATUS if value == 0 => self.reset(),
             VIRTIO_MMIO_STATUS => self.set_status(value),
             VIRTIO_MMIO_INTERRUPT_ACK if value & VIRTIO_MMIO_INT_CONFIG != 0 => {
@@ -529,6 +539,16 @@ mod tests {
         assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
         assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
         assert_eq!(driver.log(), ["activate 0x100000001", "reset"]);
+    }
+
+    #[test]
+    fn a_notification_that_comes_as_a_store_wakes_the_device() {
+        let mut driver = Driver::new();
+        // There is no such queue.
+        driver.write(VIRTIO_MMIO_QUEUE_NOTIFY, 1);
+        assert!(driver.device.kicks[0].read().is_err());
+        driver.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        assert_eq!(driver.device.kicks[0].read().expect("it was written"), 1);
     }
 
     #[test]

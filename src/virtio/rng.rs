@@ -46,6 +46,7 @@ impl MainLoopDevice for Rng {
             queue_sizes: &QUEUE_SIZES,
             config: Vec::new(),
             late: false,
+            busy: false,
         }
     }
 

@@ -279,6 +279,7 @@ impl MainLoopDevice for Net {
             queue_sizes: &QUEUE_SIZES,
             config: config_space(self.mac),
             late: false,
+            busy: true,
         }
     }
 

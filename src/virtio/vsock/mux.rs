@@ -616,6 +616,7 @@ pub fn properties() -> Properties {
         queue_sizes: &QUEUE_SIZES,
         config: GUEST_CID.to_le_bytes().to_vec(),
         late: false,
+        busy: true,
     }
 }
 
