@@ -38,6 +38,7 @@ use crate::sys;
 use crate::sys::capabilities;
 use crate::sys::confine::{self, Namespaces, Resource};
 use crate::sys::directory::Directory;
+use crate::sys::process;
 pub use seccomp::{NetworkAccess, ThreadKind};
 
 /// By what mote is kept from the host's files, depending on what this host permits.
@@ -81,16 +82,19 @@ impl Isolation {
         Isolation::ALL.into_iter().find(|isolation| isolation.word() == word)
     }
 
-    /// Finds out what the host permits, by trying it in a child process.
+    /// Finds out what the host permits, by trying it in a child process. But for a network namespace: to make one and have
+    /// it taken down again costs more than all else that mote does before a guest runs, and whoever may make the others
+    /// may make one, if the host has any.
     pub fn of_host(network: NetworkAccess) -> Isolation {
+        let has_network = confine::has_network_namespaces();
         let permitted = |isolation: Isolation| {
-            confine::succeeds_in_child(|| isolation.enter_namespaces(network))
+            has_network && process::succeeds_in_child(|| isolation.enter_namespaces(0))
         };
         if capabilities::is_administrator() && permitted(Isolation::Namespaces) {
             Isolation::Namespaces
         } else if permitted(Isolation::UserNamespaces) {
             Isolation::UserNamespaces
-        } else if confine::succeeds_in_child(|| {
+        } else if process::succeeds_in_child(|| {
             let status = restrict_by_landlock(network).map_err(io::Error::other)?;
             if status == RulesetStatus::NotEnforced {
                 Err(io::ErrorKind::Unsupported.into())
@@ -114,10 +118,9 @@ impl Isolation {
         }
     }
 
-    fn enter_namespaces(self, network: NetworkAccess) -> io::Result<()> {
+    /// Enters new namespaces, a `network` one among them or none, with an empty root.
+    fn enter_namespaces(self, network: Namespaces) -> io::Result<()> {
         let Some(user) = self.user_namespace() else { return Ok(()) };
-        // Sockets that are open already stay in the host's network: published ports, passt.
-        let network = if network.connects || network.stays { 0 } else { libc::CLONE_NEWNET };
         let others = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         confine::unshare(user | network | others)?;
         confine::enter_empty_root()
@@ -203,9 +206,12 @@ impl Sandbox {
     }
 
     fn enter_namespaces(&self) -> io::Result<()> {
+        // Sockets that are open already stay in the host's network: published ports, passt.
+        let stays = self.network.connects || self.network.stays;
+        let network = if stays { 0 } else { libc::CLONE_NEWNET };
         let deadline = Instant::now() + THREAD_END_LIMIT;
         loop {
-            match self.isolation.enter_namespaces(self.network) {
+            match self.isolation.enter_namespaces(network) {
                 Err(error)
                     if error.raw_os_error() == Some(libc::EINVAL) && Instant::now() < deadline =>
                 {
@@ -360,7 +366,7 @@ mod tests {
         std::fs::create_dir_all(dir.join("logs")).expect("directory");
         let open = |path| Directory::open(path, Links::Any).expect("directory");
         let (logs, other) = (open(&dir.join("logs")), open(&dir));
-        let holds = confine::succeeds_in_child(|| {
+        let holds = process::succeeds_in_child(|| {
             let status = restrict_to(Some((&logs, logs_accesses())), NetworkAccess::NONE)
                 .map_err(io::Error::other)?;
             logs.create_new("new")?;

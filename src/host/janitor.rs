@@ -392,7 +392,7 @@ fn serve(mote: &Mote, duties: &Duties<'_>, leftovers: &mut Leftovers) {
         let Ok(len @ 1..) = (&mote.requests).read(&mut bytes) else { return };
         // In a process of its own. The last one to close a connection closes the descriptors that a passt
         // under an attacker's control may have sent over it; that may take long, but not at a process's end.
-        sys::confine::succeeds_in_child(|| {
+        sys::process::succeeds_in_child(|| {
             if duties.publishes {
                 publisher::answer(&mote.line, &bytes[..len])
             } else {

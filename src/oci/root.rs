@@ -293,7 +293,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::sys::{capabilities, confine};
+    use crate::sys::{capabilities, confine, process};
 
     /// A root file system, a directory of the host's beside it, and a place to assemble.
     struct Scratch(PathBuf);
@@ -373,7 +373,7 @@ mod tests {
         if !capabilities::is_administrator() {
             return println!("skipped: needs CAP_SYS_ADMIN");
         }
-        let done = confine::succeeds_in_child(|| {
+        let done = process::succeeds_in_child(|| {
             confine::unshare(libc::CLONE_NEWNS)?;
             confine::detach_mounts()?;
             work().map_err(|error| {

@@ -9,6 +9,7 @@ use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::ptr;
 
 use super::{capabilities, check, owned};
@@ -369,23 +370,8 @@ pub fn replace_stdin(file: &impl AsRawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether `work` succeeds in a child process: for finding out what is permitted.
-pub fn succeeds_in_child(work: impl FnOnce() -> io::Result<()>) -> bool {
-    let mut status = 0;
-    // SAFETY: as for `process::start_detached`: the child is a copy of this thread, does `work` and
-    // ends without running anything else; the status pointer is to a local.
-    unsafe {
-        match libc::fork() {
-            0 => libc::_exit(if work().is_ok() { 0 } else { 1 }),
-            pid if pid > 0 => loop {
-                if libc::waitpid(pid, &mut status, 0) == pid {
-                    return status == 0;
-                }
-                if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                    return false;
-                }
-            },
-            _ => false,
-        }
-    }
+/// Whether this host has network namespaces, and permits more than none of them (namespaces(7)).
+pub fn has_network_namespaces() -> bool {
+    let most = fs::read_to_string("/proc/sys/user/max_net_namespaces");
+    Path::new("/proc/self/ns/net").exists() && most.map_or(true, |most| most.trim() != "0")
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -82,40 +82,73 @@ pub fn start_again(
 ) -> io::Result<(u32, OwnedFd)> {
     let nothing = File::options().read(true).write(true).open("/dev/null")?;
     let user = confine::Identity::own();
-    let mut file: RawFd = -1;
-    let flags = namespaces | libc::CLONE_PIDFD | libc::SIGCHLD;
-    // SAFETY: the child is a copy of this process, which has one thread; on its copy nothing else runs until it has
-    // executed the program or ended. `file` takes the descriptor that CLONE_PIDFD makes.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut file, 0, 0) };
-    let pid = check(pid as libc::c_int)?;
-    if pid > 0 {
-        return Ok((pid as u32, owned(file)));
-    }
-    // From here on this is the child. Its descriptors are above the standard streams', which std has seen to.
-    let error = (|| {
-        if namespaces & libc::CLONE_NEWUSER != 0 {
-            user.map()?;
-            capabilities::keep_through_exec(capabilities)?;
+    // Its descriptors are above the standard streams', which std has seen to.
+    start_in_own_memory(namespaces, || {
+        let error = (|| {
+            if namespaces & libc::CLONE_NEWUSER != 0 {
+                user.map()?;
+                capabilities::keep_through_exec(capabilities)?;
+            }
+            for (from, to) in [(nothing.as_fd(), 0), (nothing.as_fd(), 1), (stderr, 2)] {
+                // SAFETY: plain system call on an open descriptor; nothing owns the standard streams.
+                check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
+            }
+            hand_all_on(inherited)?;
+            let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).collect();
+            pointers.push(ptr::null());
+            let environment = [ENVIRONMENT.as_ptr(), ptr::null()];
+            let program = c"/proc/self/exe".as_ptr();
+            // SAFETY: both lists are of NUL-terminated strings and end with a null pointer, and outlive the call.
+            check(unsafe { libc::execve(program, pointers.as_ptr(), environment.as_ptr()) })
+        })();
+        if let Err(error) = error {
+            let text = format!("start mote's own file again, /proc/self/exe: {error}\n");
+            // SAFETY: plain system call on a buffer of this length.
+            unsafe { libc::write(stderr.as_raw_fd(), text.as_ptr().cast(), text.len()) };
         }
-        for (from, to) in [(nothing.as_fd(), 0), (nothing.as_fd(), 1), (stderr, 2)] {
-            // SAFETY: plain system call on an open descriptor; nothing owns the standard streams.
-            check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
-        }
-        hand_all_on(inherited)?;
-        let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).collect();
-        pointers.push(ptr::null());
-        let environment = [ENVIRONMENT.as_ptr(), ptr::null()];
-        let program = c"/proc/self/exe".as_ptr();
-        // SAFETY: both lists are of NUL-terminated strings and end with a null pointer, and outlive the call.
-        check(unsafe { libc::execve(program, pointers.as_ptr(), environment.as_ptr()) })
-    })();
-    if let Err(error) = error {
-        let text = format!("start mote's own file again, /proc/self/exe: {error}\n");
-        // SAFETY: plain system call on a buffer of this length.
-        unsafe { libc::write(stderr.as_raw_fd(), text.as_ptr().cast(), text.len()) };
+        1
+    })
+}
+
+/// Room for what a child of [`start_in_own_memory`] does, of which it touches little: so much that it is memory of its own
+/// (mallopt(3), `M_MMAP_THRESHOLD`), and what is allocated next begins as zeros, untouched.
+const CHILD_STACK: usize = 256 << 10;
+
+/// Starts a child in new `namespaces` beside its parent's, which does `work` in this process's own memory while this thread
+/// waits, as vfork(2) has it: until the child executes a program, or ends with the code that `work` returns. To copy the
+/// memory would cost ten times as much, now and whenever a page that both have is written. The child has descriptors and a
+/// working directory of its own. Returns its number and a [`process_file`].
+///
+/// # Errors
+/// Those of clone(2).
+fn start_in_own_memory<F: FnOnce() -> libc::c_int>(
+    namespaces: Namespaces,
+    work: F,
+) -> io::Result<(u32, OwnedFd)> {
+    extern "C" fn run<F: FnOnce() -> libc::c_int>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it is the caller's `Some(work)`, which waits for the end of this call and does not look at it.
+        let work = unsafe { &mut *work.cast::<Option<F>>() };
+        work.take().map_or(1, |work| work())
     }
-    // SAFETY: plain system call. Nothing of this copy of the process is to run.
-    unsafe { libc::_exit(1) }
+    let mut stack = Vec::<MaybeUninit<u128>>::with_capacity(CHILD_STACK / size_of::<u128>());
+    let (mut work, mut file): (_, RawFd) = (Some(work), -1);
+    let flags = namespaces | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    // SAFETY: the stack is the child's alone, and large enough. While the child uses this thread's memory, its
+    // thread-local variables among it, this thread does not run; others may, and find each lock held by who holds it. No
+    // handler of a signal that somebody could send runs in the child: mote has none. `file` takes the descriptor that
+    // CLONE_PIDFD makes.
+    let pid = unsafe {
+        let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
+        libc::clone(run::<F>, top.cast(), flags, (&raw mut work).cast(), &raw mut file)
+    };
+    Ok((check(pid)? as u32, owned(file)))
+}
+
+/// Whether `work` succeeds in a child process: for finding out what is permitted.
+pub fn succeeds_in_child(work: impl FnOnce() -> io::Result<()>) -> bool {
+    start_in_own_memory(0, || if work().is_ok() { 0 } else { 1 })
+        .and_then(|(child, _)| wait(child))
+        .is_ok_and(|status| status.success())
 }
 
 /// Gives a descriptor the number [`INHERITED_FD`], and has it stay open on exec. Async-signal-safe.
