@@ -198,8 +198,8 @@ pub fn copy_beside(namespaces: Namespaces) -> io::Result<Option<u32>> {
     Ok((pid > 0).then_some(pid as u32))
 }
 
-/// Leaves this process two of the descriptors that it was started with: the one at this place among them as
-/// [`INHERITED_FD`], and the next as its standard error. Everything else but the standard streams is closed.
+/// Leaves this process three of the descriptors that it was started with: the one at this place among them and the next
+/// from [`INHERITED_FD`] on, and the third as its standard error. Everything else but the standard streams is closed.
 ///
 /// Must be called when nothing owns a descriptor.
 ///
@@ -209,9 +209,10 @@ pub fn keep_inherited(place: usize) -> io::Result<()> {
     let first = INHERITED_FD + place as RawFd;
     // SAFETY: plain system calls; by this function's contract nothing owns what is closed.
     unsafe {
-        check(libc::dup2(first + 1, libc::STDERR_FILENO))?;
+        check(libc::dup2(first + 2, libc::STDERR_FILENO))?;
         check(libc::dup2(first, INHERITED_FD))?;
-        let (from, to) = (INHERITED_FD as libc::c_uint + 1, libc::c_uint::MAX);
+        check(libc::dup2(first + 1, INHERITED_FD + 1))?;
+        let (from, to) = (INHERITED_FD as libc::c_uint + 2, libc::c_uint::MAX);
         check(libc::syscall(libc::SYS_close_range, from, to, 0) as libc::c_int)?;
     }
     Ok(())

@@ -72,6 +72,31 @@ struct Started {
     ended: OwnedFd,
 }
 
+/// Starts mote's own, each with what is readable once it has been asked for something.
+fn start_own(
+    tasks: &[Task<'_>],
+    listeners: &[BorrowedFd<'_>],
+) -> Result<Vec<(Started, Option<EventFd>)>> {
+    let guest_goes_first = !sys::process::has_several_cpus();
+    let asked = tasks.iter().map(|_| {
+        let asked = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        if !guest_goes_first {
+            asked.write(1)?;
+        }
+        Ok(asked)
+    });
+    let asked = asked.collect::<io::Result<Vec<_>>>().context("make an eventfd")?;
+    let namespaces = tasks.first().and_then(|task| task.isolation.user_namespace());
+    let started = if tasks.len() > 1 && namespaces.is_some() {
+        server::start_several(tasks, listeners, &asked)?
+    } else {
+        let each = tasks.iter().zip(listeners).zip(&asked);
+        let each = each.map(|((task, listener), asked)| server::start(task, *listener, asked));
+        each.collect::<Result<_>>()?
+    };
+    Ok(started.into_iter().zip(asked.into_iter().map(Some)).collect())
+}
+
 /// A running virtiofsd. It is killed when the thread that started it ends, and when this is dropped.
 #[derive(Debug)]
 pub struct Virtiofsd {
@@ -122,23 +147,7 @@ impl Virtiofsd {
             sockets.context("create the vhost-user sockets")?.into_iter().unzip();
         let listeners: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
         let started: Vec<(Started, Option<EventFd>)> = match named {
-            None if tasks.len() > 1 && isolation.user_namespace().is_some() => {
-                let several = server::start_several(&tasks, &listeners);
-                let several = several.context("start virtiofsd")?.into_iter();
-                several.map(|started| (started, None)).collect()
-            }
-            None => {
-                let guest_goes_first = !sys::process::has_several_cpus();
-                let each = tasks.iter().zip(&listeners).map(|(task, listener)| {
-                    let asked = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-                    if !guest_goes_first {
-                        asked.write(1)?;
-                    }
-                    let started = server::start(task, *listener, &asked)?;
-                    Ok((started, Some(asked)))
-                });
-                each.collect::<Result<_>>().context("start virtiofsd")?
-            }
+            None => start_own(&tasks, &listeners).context("start virtiofsd")?,
             Some(program) => {
                 let each = tasks
                     .iter()

@@ -1,11 +1,12 @@
 //! mote's own virtiofsd: mote's file, executed again under that name, which is `main`'s second way to go. Its arguments
-//! are what all shares have in common, and then two for each share. With one share it serves it, and gets ready when it is
-//! asked for something; with several it becomes a process for each, since most of a start is the same for all: the
-//! program's own, the network namespace, the filter.
+//! are what all shares have in common, and then two for each share. It gets ready to serve one when it is asked for
+//! something. With several it becomes a process for each first, since most of a start is the same for all: the program's
+//! own, the network namespace, the filter.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -26,8 +27,16 @@ pub const NAME: &str = "virtiofsd";
 /// open that the guest knows.
 const DESCRIPTORS: u16 = 4096;
 
+/// How many descriptors of each share's the starter is started with: the listening socket, the event that it is asked for,
+/// and the pipe for errors. The process for one share has the first two there, and the third as its standard error.
+const OF_EACH: usize = 3;
+const ASKED: usize = 1;
+
 /// What it writes to its standard error when it can serve, before any words.
 pub(super) const READY: u8 = 0;
+
+/// Length of a process number, as the starter tells it.
+const NUMBER_LEN: usize = size_of::<u32>();
 
 const READ_ONLY: &str = "read-only";
 const READ_WRITE: &str = "read-write";
@@ -48,23 +57,24 @@ pub(super) fn start(task: &Task<'_>, listener: BorrowedFd<'_>, asked: &EventFd) 
     Ok(Started { pid, stderr: OwnedFd::from(stderr).into(), ended })
 }
 
-/// Starts one for each task, with its listening socket, by one process that becomes them. All have the same isolation,
-/// which has namespaces.
+/// Starts one for each task, with its listening socket, by one process that becomes them. Each does nothing for its share
+/// before its `asked` is readable. All have the same isolation, which has namespaces.
 ///
 /// # Errors
 /// The host permits no such process, or no pipe, or refuses a step that it had permitted when the plan was made.
 pub(super) fn start_several(
     tasks: &[Task<'_>],
     listeners: &[BorrowedFd<'_>],
+    asked: &[EventFd],
 ) -> Result<Vec<Started>> {
     let [first, ..] = tasks else { return Ok(Vec::new()) };
     let pipes = tasks.iter().map(|_| std::io::pipe()).collect::<std::io::Result<Vec<_>>>();
     let (stderrs, theirs): (Vec<_>, Vec<_>) = pipes.context("make a pipe")?.into_iter().unzip();
     let (report, reporting) = std::io::pipe().context("make a pipe")?;
     // As `become_several` takes them over.
-    let pairs = listeners.iter().zip(&theirs);
-    let pairs = pairs.flat_map(|(socket, pipe)| [socket as &dyn AsRawFd, pipe]);
-    let inherited: Vec<_> = pairs.chain([&reporting as &dyn AsRawFd]).collect();
+    let of_each = listeners.iter().zip(asked).zip(&theirs);
+    let of_each = of_each.flat_map(|((socket, asked), pipe)| [socket as &dyn AsRawFd, asked, pipe]);
+    let inherited: Vec<_> = of_each.chain([&reporting as &dyn AsRawFd]).collect();
     let stderr = theirs.first().context("there is a share")?.as_fd();
     let writable = tasks.iter().find(|task| !task.read_only).unwrap_or(first);
     let (starter, ended) = sys::process::start_again(
@@ -103,15 +113,11 @@ pub(super) fn start_several(
 
 /// The numbers of the processes that the starter has become.
 fn read_numbers(report: &mut File, starter: u32, count: usize) -> Result<Vec<u32>> {
-    let mut numbers = Vec::new();
-    for _ in 0..count {
-        let in_time = wait_in_time([Interest::read(&*report)], &[starter])?;
-        ensure!(in_time == [true], "virtiofsd took too long to start");
-        let mut number = [0; 4];
-        report.read_exact(&mut number).context("virtiofsd did not start")?;
-        numbers.push(u32::from_ne_bytes(number));
-    }
-    Ok(numbers)
+    let in_time = wait_in_time([Interest::read(&*report)], &[starter])?;
+    ensure!(in_time == [true], "virtiofsd took too long to start");
+    let mut bytes = vec![0; count * NUMBER_LEN];
+    report.read_exact(&mut bytes).context("virtiofsd did not start")?;
+    Ok(bytes.as_chunks().0.iter().map(|number| u32::from_ne_bytes(*number)).collect())
 }
 
 /// The arguments for these tasks, which have isolation and limit in common.
@@ -151,7 +157,7 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
     match &shares[..] {
         [(directory, read_only)] => {
-            wait_until_asked()?;
+            wait_until_asked(0)?;
             let confined =
                 virtiofsd::confine_virtiofsd(isolation, directory, *read_only, open_files)?;
             serve_share(confined, *read_only)
@@ -160,11 +166,13 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     }
 }
 
-/// Waits until there is work, or mote is gone: it may have ended before this process was to end with it.
-fn wait_until_asked() -> Result<()> {
-    let (asked, stderr) = (sys::process::inherited_file(1), std::io::stderr());
+/// Waits until there is work for the share at this place, or mote is gone: it may have ended before this process was to
+/// end with it.
+fn wait_until_asked(place: usize) -> Result<()> {
+    let asked = ManuallyDrop::new(sys::process::inherited_file(OF_EACH * place + ASKED));
+    let stderr = std::io::stderr();
     loop {
-        match sys::poll([Interest::read(&asked), Interest::read(&stderr)], None) {
+        match sys::poll([Interest::read(&*asked), Interest::read(&stderr)], None) {
             Ok([true, _]) => return Ok(()),
             // Nobody reads it any more.
             Ok([false, true]) => bail!("mote has ended"),
@@ -178,15 +186,18 @@ fn wait_until_asked() -> Result<()> {
 /// Becomes a process for each share, and tells mote their numbers.
 fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, bool)]) -> Result<()> {
     let open_files = virtiofsd::confine_starter(isolation, open_files)?;
-    // For each share the listening socket and the pipe for errors; then the pipe for the numbers.
-    let mut report = sys::process::inherited_file(2 * shares.len());
-    for (index, (directory, read_only)) in shares.iter().enumerate() {
+    // Behind what is each share's.
+    let mut report = sys::process::inherited_file(OF_EACH * shares.len());
+    let mut numbers = Vec::with_capacity(NUMBER_LEN * shares.len());
+    for (place, (directory, read_only)) in shares.iter().enumerate() {
         match sys::process::copy_beside(libc::CLONE_NEWPID).context("make a process for a share")? {
-            Some(number) => report.write_all(&number.to_ne_bytes()).context("tell mote")?,
+            Some(number) => numbers.extend_from_slice(&number.to_ne_bytes()),
             None => {
                 // It is the starter's, whose descriptors are closed next.
                 std::mem::forget(report);
-                sys::process::keep_inherited(2 * index).context("keep what is this share's")?;
+                // First: whatever a copy touches of the starter's memory costs a start, and many a share is never used.
+                wait_until_asked(place)?;
+                sys::process::keep_inherited(OF_EACH * place).context("keep what is its own")?;
                 sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
                 show_as(isolation, open_files, directory, *read_only);
                 let confined = virtiofsd::confine_copy(directory, *read_only, open_files)?;
@@ -194,7 +205,8 @@ fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, boo
             }
         }
     }
-    Ok(())
+    // At once, and so whole.
+    report.write_all(&numbers).context("tell mote")
 }
 
 /// Makes the command line that of a virtiofsd for this share alone.
