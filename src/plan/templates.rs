@@ -45,7 +45,8 @@ pub fn plan(environment: &Environment, guests: &[PathBuf], report: &mut Report) 
     if environment.virtiofsd.is_some() {
         return Templates::Off("MOTE_VIRTIOFSD names another virtiofsd".into());
     }
-    if let Some(guests) = guests.iter().find(|guests| real(&directory).starts_with(guests)) {
+    let place = real(&directory);
+    if let Some(guests) = guests.iter().find(|guests| place.starts_with(guests)) {
         let (directory, guests) = (directory.display(), guests.display());
         report.warn(
             VARIABLE,
