@@ -242,6 +242,8 @@ impl OutputStream {
     /// of the stream is dropped.
     pub fn copy(self) {
         let OutputStream { name, mut from, mut to, first_output, done } = self;
+        // No buffer before there is something: most programs leave one of the streams alone.
+        let _ = sys::poll([Interest::read(&from)], None);
         let mut buffer = vec![0; 64 * 1024];
         let mut failed = false;
         loop {
