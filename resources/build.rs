@@ -3,8 +3,9 @@
 //! and is stripped of pages that hold nothing; the initramfs holds the agent, and an archive of its own the
 //! attestation server, each built here as its own static program; the filters are compiled from `seccomp/*.json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
@@ -111,7 +112,8 @@ fn compile_filters(sources: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     let programs = filters.iter().map(|(name, filter)| Ok((&**name, searching_program(filter)?)));
     let programs: Result<Vec<_>, Box<dyn Error>> = programs.collect();
     for (name, program) in programs?.into_iter().chain([("virtiofsd-started", started)]) {
-        let bytes: Vec<u8> = program
+        let bytes: Vec<u8> = shortened(&program)
+            .map_err(|error| format!("seccomp filter {name}: {error}"))?
             .iter()
             .flat_map(|i| {
                 let [c0, c1] = i.code.to_le_bytes();
@@ -137,7 +139,7 @@ struct Leaf {
 /// of it then, so it is short.
 fn searching_program(filter: &Value) -> Result<BpfProgram, Box<dyn Error>> {
     let Compiled { head, leaves, verdicts } = compiled(filter)?;
-    Ok([head, search(&leaves, &verdicts)?].concat())
+    Ok([head, search(&leaves, 0..CALLS, &verdicts)?].concat())
 }
 
 /// A filter for a thread that has the one of `for_all` and `before` together. It permits everything but the calls of
@@ -215,22 +217,26 @@ fn compiled(filter: &Value) -> Result<Compiled, Box<dyn Error>> {
     Ok(Compiled { head, leaves, verdicts })
 }
 
-/// Most calls that share their verdicts: conditional jumps are short.
-const SHARING: usize = 64;
-
-/// The tree for these calls, of which there is at least one.
-fn search(leaves: &[Leaf], verdicts: &[sock_filter]) -> Result<BpfProgram, Box<dyn Error>> {
-    if leaves.len() <= SHARING && leaves.iter().all(|leaf| leaf.body.is_empty()) {
-        return Ok([&choice(leaves, 0)?, verdicts].concat());
-    }
+/// The tree for these calls, of which there is at least one, among all these `numbers`, which it halves: most are those of
+/// calls that are refused.
+fn search(
+    leaves: &[Leaf],
+    numbers: Range<u32>,
+    verdicts: &[sock_filter],
+) -> Result<BpfProgram, Box<dyn Error>> {
     if let [Leaf { number, body }] = leaves {
+        let body = if body.is_empty() { verdicts } else { body };
         let last = u8::try_from(body.len() - 1)?;
         let mut leaf = vec![jump(JUMP_IF_EQUAL, *number, 0, last)];
         leaf.extend_from_slice(body);
         return Ok(leaf);
     }
-    let (low, high) = leaves.split_at(leaves.len() / 2);
-    halves(search(low, verdicts)?, high[0].number, search(high, verdicts)?)
+    let middle = numbers.start.midpoint(numbers.end);
+    let in_low = leaves.partition_point(|leaf| leaf.number < middle);
+    let (low, high) = leaves.split_at(in_low.clamp(1, leaves.len() - 1));
+    let from = high[0].number;
+    let low_code = search(low, numbers.start..from, verdicts)?;
+    halves(low_code, from, search(high, from..numbers.end, verdicts)?)
 }
 
 /// One program for numbers below a number, and one for those from it on.
@@ -251,26 +257,120 @@ fn halves(
     Ok(code)
 }
 
-/// The tree for calls that are allowed whatever their arguments are, `before` so many instructions before the verdicts.
-fn choice(leaves: &[Leaf], before: usize) -> Result<BpfProgram, Box<dyn Error>> {
-    if let [Leaf { number, .. }] = leaves {
-        return Ok(vec![jump(
-            JUMP_IF_EQUAL,
-            *number,
-            u8::try_from(before)?,
-            u8::try_from(before + 1)?,
-        )]);
+/// The same program with each instruction that ends in the same way, verdicts above all, only once: the kernel translates
+/// each at every start, and walks them for each number that there is.
+fn shortened(program: &[sock_filter]) -> Result<BpfProgram, Box<dyn Error>> {
+    // What differs, last ones first: an instruction, and where it goes on, if it holds and if it does not.
+    type Step = (u16, u32, Option<usize>, Option<usize>);
+    let mut steps = Vec::<Step>::new();
+    let mut step_of = vec![0; program.len()];
+    for (at, i) in program.iter().enumerate().rev() {
+        let to = |skipped: u32| step_of.get(at + 1 + skipped as usize).copied();
+        let step = match i.code {
+            RETURN => (i.code, i.k, None, None),
+            JUMP => {
+                step_of[at] = to(i.k).ok_or("it jumps out of itself")?;
+                continue;
+            }
+            code if code & CLASS == JUMP => {
+                let (holds, else_) = (to(i.jt.into()), to(i.jf.into()));
+                if holds == else_ {
+                    step_of[at] = holds.ok_or("it jumps out of itself")?;
+                    continue;
+                }
+                (code, i.k, holds, else_)
+            }
+            code => (code, i.k, to(0), None),
+        };
+        step_of[at] = steps.iter().position(|known| *known == step).unwrap_or(steps.len());
+        if step_of[at] == steps.len() {
+            steps.push(step);
+        }
     }
-    let (low, high) = leaves.split_at(leaves.len() / 2);
-    let high_code = choice(high, before)?;
-    let low_code = choice(low, before + high_code.len())?;
-    let mut code = vec![jump(JUMP_IF_AT_LEAST, high[0].number, u8::try_from(low_code.len())?, 0)];
-    code.extend(low_code);
-    code.extend(high_code);
-    Ok(code)
+
+    // Those that are reached, from the last to the first: each can go on with what is behind it.
+    let mut reached = BTreeSet::new();
+    let mut found = vec![step_of[0]];
+    while let Some(step) = found.pop() {
+        if reached.insert(step) {
+            found.extend([steps[step].2, steps[step].3].into_iter().flatten());
+        }
+    }
+    let mut reversed = BpfProgram::new();
+    let mut places = vec![0; steps.len()];
+    for index in reached {
+        let (code, k, holds, else_) = steps[index];
+        // How far it can go by itself: conditional jumps are short, and one more jump may be put in between.
+        let far = if else_.is_some() { usize::from(u8::MAX) - 1 } else { 0 };
+        let mut next = Vec::new();
+        for step in [holds, else_].into_iter().flatten() {
+            let distance = reversed.len() - 1 - places[step];
+            if distance > far {
+                reversed.push(jump(JUMP, u32::try_from(distance)?, 0, 0));
+                next.push(reversed.len() - 1);
+            } else {
+                next.push(places[step]);
+            }
+        }
+        let skipped = |place: &usize| u8::try_from(reversed.len() - 1 - place);
+        let (jt, jf) = match &next[..] {
+            [holds, else_] => (skipped(holds)?, skipped(else_)?),
+            _ => (0, 0),
+        };
+        reversed.push(jump(code, k, jt, jf));
+        places[index] = reversed.len() - 1;
+    }
+    reversed.reverse();
+    for number in 0..2 * CALLS {
+        for argument in [0, 1, 2, 3, 4, 14, 16, 0x406, 0x4000, 0x10_1000, 1 << 32, u64::MAX] {
+            let data = [AUDIT_ARCH_X86_64, number];
+            if verdict(program, data, argument) != verdict(&reversed, data, argument) {
+                return Err(format!("call {number} is not decided as it was").into());
+            }
+        }
+    }
+    Ok(reversed)
+}
+
+/// How many system calls x86_64 has, about (arch/x86/entry/syscalls/syscall_64.tbl).
+const CALLS: u32 = 470;
+
+/// What a filter decides about a call, all of whose arguments are the same (linux/seccomp.h, `struct seccomp_data`).
+fn verdict(
+    program: &[sock_filter],
+    [architecture, number]: [u32; 2],
+    argument: u64,
+) -> Option<u32> {
+    let (mut at, mut accumulator) = (0, 0);
+    loop {
+        let i = program.get(at)?;
+        let skipped = |holds: bool| usize::from(if holds { i.jt } else { i.jf });
+        at += 1;
+        match i.code {
+            LOAD => {
+                accumulator = match i.k {
+                    0 => number,
+                    4 => architecture,
+                    offset if offset % 8 == 0 => argument as u32,
+                    _ => (argument >> 32) as u32,
+                }
+            }
+            AND => accumulator &= i.k,
+            JUMP => at += i.k as usize,
+            JUMP_IF_EQUAL => at += skipped(accumulator == i.k),
+            JUMP_IF_ABOVE => at += skipped(accumulator > i.k),
+            JUMP_IF_AT_LEAST => at += skipped(accumulator >= i.k),
+            RETURN => return Some(i.k),
+            _ => return None,
+        }
+    }
 }
 
 /// Of linux/bpf_common.h and linux/audit.h.
+const CLASS: u16 = 0x07;
+const LOAD: u16 = 0x20;
+const AND: u16 = 0x54;
+const JUMP_IF_ABOVE: u16 = 0x25;
 const JUMP: u16 = 0x05;
 const RETURN: u16 = 0x06;
 const JUMP_IF_EQUAL: u16 = 0x15;
