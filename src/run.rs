@@ -19,7 +19,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use mote_agent::protocol::{self, Decoder, EntrypointEnd, FromGuest, FromHost, Mark};
 
 use crate::confine::Sandbox;
-use crate::host::virtiofsd::{READY_LIMIT, Virtiofsd};
+use crate::host::virtiofsd::Virtiofsd;
 use crate::kvm::vcpu::Exit;
 use crate::log;
 use crate::outcome::{Outcome, Record};
@@ -128,7 +128,6 @@ pub fn run(
         clock: sys::wall_clock_file(CLOCK_INTERVAL).context("watch the wall clock")?,
         decoder: Decoder::default(),
         guest_clock: None,
-        backends_due: None,
         late_due: None,
         streams_done: 0,
         stop: None,
@@ -178,9 +177,8 @@ struct MainLoop<'a> {
     decoder: Decoder,
     /// None before the agent's hello.
     guest_clock: Option<GuestClock>,
-    /// When all back-ends must be ready, if they have been asked for something and are not.
-    backends_due: Option<Instant>,
-    /// When the guest is told of late devices; `None` before the entrypoint's start, and afterwards.
+    /// When the guest is told of late devices, and back-ends that nobody has asked for anything get ready; `None` before the
+    /// entrypoint's start, and afterwards.
     late_due: Option<Instant>,
     streams_done: u64,
     stop: Option<StopRequest>,
@@ -274,7 +272,8 @@ impl MainLoop<'_> {
         let devices = self.served.devices.iter().filter_map(MainLoopDevice::next_deadline);
         let deadlines =
             self.stop.as_ref().map(StopRequest::limit).into_iter().chain(limit).chain(devices);
-        let deadlines = deadlines.chain(self.late_due).chain(self.backends_due);
+        let deadlines = deadlines.chain(self.late_due);
+        let deadlines = deadlines.chain(self.served.backends.iter().filter_map(Virtiofsd::due));
         let Some(next) = deadlines.min() else { return -1 };
         // Rounded up: waking early would only mean waking again.
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
@@ -302,15 +301,14 @@ impl MainLoop<'_> {
                 ops,
             );
         }
-        if self.backends_due.is_some_and(|due| now >= due) {
-            self.backends_due = None;
-            if let Some(late) = self.served.backends.iter_mut().find(|one| !one.is_ready()) {
-                let end = late.describe_end();
-                self.fail(Outcome::NotStarted(anyhow::Error::msg(end)));
-            }
+        let mut backends = self.served.backends.iter_mut();
+        if let Some(late) = backends.find_map(|one| one.is_late(now).then_some(one)) {
+            let end = late.describe_end();
+            self.fail(Outcome::NotStarted(anyhow::Error::msg(end)));
         }
         if self.late_due.is_some_and(|due| now >= due) {
             self.late_due = None;
+            self.served.backends.iter().for_each(Virtiofsd::ask);
             for device in mem::take(&mut self.served.late) {
                 device.appear();
                 self.send(FromHost::DeviceIsThere { index: device.index });
@@ -618,16 +616,11 @@ impl MainLoop<'_> {
 
     /// The guest has asked a back-end for something, or is about to: now it must get ready.
     fn on_backend_asked(&mut self, index: usize, ops: &mut EventOps<'_>) {
+        let Some(backend) = self.served.backends.get_mut(index) else { return };
+        backend.expect();
         // The requests that follow are the back-end's alone.
-        if let Some(asked) = self.served.backends.get(index).and_then(Virtiofsd::asked) {
+        if let Some(asked) = backend.asked() {
             let _ = ops.remove(Events::empty(asked));
-        }
-        self.expect_backends();
-    }
-
-    fn expect_backends(&mut self) {
-        if !self.served.backends.iter().all(Virtiofsd::is_ready) {
-            self.backends_due.get_or_insert(Instant::now() + READY_LIMIT);
         }
     }
 }
@@ -669,9 +662,6 @@ impl MutEventSubscriber for MainLoop<'_> {
                 let token = Token::BackendAsked(index as u32);
                 registered = registered.and_then(|()| Ok(watch(ops, asked.as_raw_fd(), token)?));
             }
-        }
-        if self.served.backends.iter().any(|backend| backend.asked().is_none()) {
-            self.expect_backends();
         }
         if let Err(error) = registered {
             self.fail(Outcome::NotStarted(error.context("set up the main loop")));

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::mem::{MaybeUninit, size_of, zeroed};
+use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -14,6 +14,8 @@ use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::ptr;
 use std::time::{Duration, Instant};
+
+use vm_memory::MmapRegion;
 
 use super::capabilities::{self, Capabilities};
 use super::confine::{self, Namespaces};
@@ -110,8 +112,7 @@ pub fn start_again(
     })
 }
 
-/// Room for what a child of [`start_in_own_memory`] does, of which it touches little: so much that it is memory of its own
-/// (mallopt(3), `M_MMAP_THRESHOLD`), and what is allocated next begins as zeros, untouched.
+/// Room for what a child of [`start_in_own_memory`] does, of which it touches little.
 const CHILD_STACK: usize = 256 << 10;
 
 /// Starts a child in new `namespaces` beside its parent's, which does `work` in this process's own memory while this thread
@@ -130,15 +131,16 @@ fn start_in_own_memory<F: FnOnce() -> libc::c_int>(
         let work = unsafe { &mut *work.cast::<Option<F>>() };
         work.take().map_or(1, |work| work())
     }
-    let mut stack = Vec::<MaybeUninit<u128>>::with_capacity(CHILD_STACK / size_of::<u128>());
+    // A mapping of its own: what the heap has never touched is still all zeros.
+    let stack = MmapRegion::<()>::new(CHILD_STACK).map_err(io::Error::other)?;
     let (mut work, mut file): (_, RawFd) = (Some(work), -1);
     let flags = namespaces | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
     // SAFETY: the stack is the child's alone, and large enough. While the child uses this thread's memory, its
-    // thread-local variables among it, this thread does not run; others may, and find each lock held by who holds it. No
-    // handler of a signal that somebody could send runs in the child: mote has none. `file` takes the descriptor that
-    // CLONE_PIDFD makes.
+    // thread-local variables among it, this thread does not run; others may, and find each lock held by who holds it. The
+    // only handlers of signals (`sys::fatal`) end the process they run in. `file` takes the descriptor that CLONE_PIDFD
+    // makes.
     let pid = unsafe {
-        let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
+        let top = stack.as_ptr().add(CHILD_STACK);
         libc::clone(run::<F>, top.cast(), flags, (&raw mut work).cast(), &raw mut file)
     };
     Ok((check(pid)? as u32, owned(file)))

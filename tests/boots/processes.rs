@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::common::eventually;
+
 /// Sends a signal.
 pub fn kill(pid: u32, signal: i32) {
     let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
@@ -75,6 +77,18 @@ pub fn virtiofsd_of(path: &Path) -> Vec<u32> {
             })
         })
         .collect()
+}
+
+/// The number of the one virtiofsd that serves a directory, once it can: on a single CPU it gets ready when the guest asks
+/// for something, or a moment after the entrypoint's start, and is confined then.
+pub fn ready_virtiofsd_of(path: &Path) -> u32 {
+    let threads = |pid| fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    let ready = || match virtiofsd_of(path)[..] {
+        [pid] if threads(pid) > 1 => Some(pid),
+        _ => None,
+    };
+    eventually(&format!("a virtiofsd serves {}", path.display()), || ready().is_some());
+    ready().expect("it does not end")
 }
 
 /// Memory of a process's own, in KiB: guest memory is shared memory and does not count. A process that

@@ -11,7 +11,9 @@ use serde_json::json;
 
 use crate::client;
 use crate::common::{Finished, Started, TestBox, eventually, executable, mote};
-use crate::processes::{children_of, descriptors_of, name_of, processes_with, virtiofsd_of};
+use crate::processes::{
+    children_of, descriptors_of, name_of, processes_with, ready_virtiofsd_of, virtiofsd_of,
+};
 use crate::traced;
 
 /// A box of two vCPUs that has said `ready`.
@@ -109,7 +111,7 @@ fn virtiofsd_sees_its_share_and_nothing_else() {
     for (path, read_only, capabilities) in
         [(test.path("root"), false, "00000000800000db"), (data.clone(), true, "0000000000000002")]
     {
-        let [pid] = virtiofsd_of(&path)[..] else { panic!("one process per share") };
+        let pid = ready_virtiofsd_of(&path);
         let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
         for line in ["Seccomp:\t2", "NoNewPrivs:\t1", &format!("CapEff:\t{capabilities}")] {
             assert!(status.contains(&format!("\n{line}\n")), "no {line} in {status}");
@@ -162,7 +164,7 @@ fn several_virtiofsd_are_apart_from_one_another() {
         let (mut namespaces, mut open) = (BTreeSet::new(), BTreeSet::new());
         for name in ["root", "first", "second"] {
             let path = test.path(name);
-            let [pid] = virtiofsd_of(&path)[..] else { panic!("one process for {name}") };
+            let pid = ready_virtiofsd_of(&path);
             let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
             for line in ["Name:\tvirtiofsd", "Seccomp:\t2", "NoNewPrivs:\t1"] {
                 assert!(status.contains(&format!("{line}\n")), "no {line} in {status}");
@@ -201,7 +203,7 @@ fn a_virtiofsd_cannot_do_what_started_it() {
     ] {
         let test = with_shares();
         let started = test.ready();
-        let [pid] = virtiofsd_of(&test.path("first"))[..] else { panic!("one process") };
+        let pid = ready_virtiofsd_of(&test.path("first"));
         traced::call(pid as i32, number, arguments);
         let ran = started.wait();
         assert_eq!(ran.code, 124, "{call}: {}", ran.stderr);

@@ -210,6 +210,25 @@ fn a_share_that_disappears_gives_errors_and_nothing_hangs() {
 }
 
 #[test]
+fn a_share_is_what_it_was_when_the_box_started() {
+    let test = TestBox::busybox();
+    let outer = share(&test, "outer", false, "outer");
+    for (directory, contents) in [("out/outer/inner", "inner"), ("out/secret", "secret")] {
+        fs::create_dir(test.path(directory)).expect("directory");
+        fs::write(test.path(directory).join("file"), contents).expect("file");
+    }
+    let inner = test.path("out/outer/inner");
+    let shares = json!([outer, {"tag": "inner", "host_path": inner, "read_only": true}]);
+    let volumes = json!([["BOX_VOL_0", "outer:/outer"], ["BOX_VOL_1", "inner:/in:ro"]]);
+    // Before anything has looked into the inner one.
+    let script = "mv /outer/inner /outer/moved && ln -s ../secret /outer/inner && cat /in/file";
+    let test = test.with("fs_mounts", shares).with_entrypoint("env", volumes).shell(script);
+    let ran = test.run();
+    assert_eq!((ran.code, ran.console.as_str()), (0, "inner"), "{}", ran.stderr);
+    assert!(test.path("out/outer/moved/file").exists(), "the guest has moved it");
+}
+
+#[test]
 fn trusted_attributes_are_roots_alone_and_the_host_believes_none() {
     let test = TestBox::debian();
     let script = r#"

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use mote_agent::instance::ROOT_TAG;
@@ -34,7 +34,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const ANSWER_LIMITS_AT_WORK: u32 = 12;
 
 /// How long mote's own may take to get ready while the guest runs.
-pub const READY_LIMIT: Duration = ANSWER_LIMIT.saturating_mul(ANSWER_LIMITS_AT_WORK);
+const READY_LIMIT: Duration = ANSWER_LIMIT.saturating_mul(ANSWER_LIMITS_AT_WORK);
 
 /// Least bytes of memory that each file costs a Linux guest (an inode of FUSE and a directory entry).
 /// virtiofsd keeps every file open that the guest knows. The guest's memory limits how many those can be;
@@ -114,6 +114,8 @@ pub struct Virtiofsd {
     is_ready: bool,
     /// Readable when there is work for it, of one that gets ready only then.
     asked: Option<EventFd>,
+    /// When it must be ready, if it is to be and has not been late.
+    due: Option<Instant>,
 }
 
 impl Virtiofsd {
@@ -160,7 +162,17 @@ impl Virtiofsd {
             let Started { pid, stderr, ended } = started;
             sys::set_nonblocking(&stderr).context("prepare virtiofsd's standard error")?;
             let (share, said, is_ready) = (describe(share), Vec::new(), false);
-            Ok(Virtiofsd { pid, ended, server: None, share, stderr, said, is_ready, asked })
+            Ok(Virtiofsd {
+                pid,
+                ended,
+                server: None,
+                share,
+                stderr,
+                said,
+                is_ready,
+                asked,
+                due: None,
+            })
         });
         let daemons = daemons.collect::<Result<Vec<_>>>()?;
         Ok(daemons.into_iter().zip(connections).collect())
@@ -203,9 +215,28 @@ impl Virtiofsd {
         self.asked.as_ref()
     }
 
-    /// Whether it has said that it can serve: mote's own says so.
-    pub fn is_ready(&self) -> bool {
-        self.is_ready
+    /// Has it get ready if it waits for work, although there is none: not every share is used, and what mote has told a
+    /// virtiofsd is open for it meanwhile, which counts for all boxes of a user together (unix(7), `ETOOMANYREFS`).
+    pub fn ask(&self) {
+        if let Some(asked) = self.asked.as_ref().filter(|_| !self.is_ready) {
+            // Fails only if it is readable anyway.
+            let _ = asked.write(1);
+        }
+    }
+
+    /// Notes that it has been asked for something, and has so much time to get ready.
+    pub fn expect(&mut self) {
+        self.due = Some(Instant::now() + READY_LIMIT);
+    }
+
+    /// When it must be ready, if it is not and has been asked to be.
+    pub fn due(&self) -> Option<Instant> {
+        self.due.filter(|_| !self.is_ready)
+    }
+
+    /// Whether it should have been ready. Says so once.
+    pub fn is_late(&mut self, now: Instant) -> bool {
+        self.due().is_some_and(|due| now >= due) && self.due.take().is_some()
     }
 
     /// A descriptor that is readable when virtiofsd has ended.

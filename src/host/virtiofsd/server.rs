@@ -157,13 +157,21 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
     match &shares[..] {
         [(directory, read_only)] => {
+            hold_share(directory)?;
             wait_until_asked(0)?;
-            let confined =
-                virtiofsd::confine_virtiofsd(isolation, directory, *read_only, open_files)?;
+            let held = Path::new(".");
+            let confined = virtiofsd::confine_virtiofsd(isolation, held, *read_only, open_files)?;
             serve_share(confined, *read_only)
         }
         _ => become_several(isolation, open_files, &shares),
     }
+}
+
+/// Makes a share's directory the working directory, and so the share, whatever has its path when it is used: a guest may
+/// have it in another of its shares, and put a link in its place.
+fn hold_share(directory: &Path) -> Result<()> {
+    std::env::set_current_dir(directory)
+        .with_context(|| format!("open the share {}", directory.display()))
 }
 
 /// Waits until there is work for the share at this place, or mote is gone: it may have ended before this process was to
@@ -190,17 +198,18 @@ fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, boo
     let mut report = sys::process::inherited_file(OF_EACH * shares.len());
     let mut numbers = Vec::with_capacity(NUMBER_LEN * shares.len());
     for (place, (directory, read_only)) in shares.iter().enumerate() {
+        // The copy begins there.
+        hold_share(directory)?;
         match sys::process::copy_beside(libc::CLONE_NEWPID).context("make a process for a share")? {
             Some(number) => numbers.extend_from_slice(&number.to_ne_bytes()),
             None => {
-                // It is the starter's, whose descriptors are closed next.
-                std::mem::forget(report);
+                drop(report);
                 // First: whatever a copy touches of the starter's memory costs a start, and many a share is never used.
                 wait_until_asked(place)?;
                 sys::process::keep_inherited(OF_EACH * place).context("keep what is its own")?;
                 sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
                 show_as(isolation, open_files, directory, *read_only);
-                let confined = virtiofsd::confine_copy(directory, *read_only, open_files)?;
+                let confined = virtiofsd::confine_copy(Path::new("."), *read_only, open_files)?;
                 return serve_share(confined, *read_only);
             }
         }
