@@ -44,7 +44,7 @@ pub use file::Template;
 pub use key::Key;
 pub use shape::Shape;
 
-/// How many register pages a VM has that starts from a template: the door is the last.
+/// How many places for devices a VM has that starts from a template: the door is the last.
 pub const PAGES: usize = DOOR + 1;
 
 /// The devices that are in every template, with drivers that have started them, in the order of their addresses. Those that

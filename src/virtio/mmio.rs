@@ -2,8 +2,8 @@
 //!
 //! Reads never come here. The guest reads the device's register page directly (a read-only memory
 //! slot), so this side keeps the page up to date on every write that changes what a read returns.
-//! Writes arrive as exits, except for the two that happen at run time: QueueNotify is an ioeventfd per
-//! queue, and InterruptACK of "used buffer" is an ioeventfd that nobody reads. So InterruptStatus always
+//! Writes arrive as exits, except for the two that happen at run time, of a device that is busy: QueueNotify is an ioeventfd
+//! per queue, and InterruptACK of "used buffer" is an ioeventfd that nobody reads. InterruptStatus always
 //! says "used buffer": the driver looks at its rings on every interrupt. Devices whose back-end raises
 //! the interrupt need that, and for the others it does no harm.
 //!
