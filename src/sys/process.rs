@@ -69,7 +69,8 @@ const ENVIRONMENT: &CStr = c"RUST_MIN_STACK=1048576";
 /// Executes this program again as a child with these arguments, of which the first is its name, in new `namespaces`
 /// beside its parent's. It finds `inherited` from [`INHERITED_FD`] on, has `stderr` as its standard error, and the other
 /// standard streams are empty; of its parent's environment it has nothing. In a new user namespace its user and group do not change, and it
-/// has these `capabilities` there, a bit for each. Returns its number and a [`process_file`].
+/// has these `capabilities` there, a bit for each. It begins in `directory`, if there is one, which is found before this
+/// returns. Returns its number and a [`process_file`].
 ///
 /// Must be called while there is one thread.
 ///
@@ -81,12 +82,20 @@ pub fn start_again(
     stderr: BorrowedFd<'_>,
     namespaces: Namespaces,
     capabilities: Capabilities,
+    directory: Option<&CStr>,
 ) -> io::Result<(u32, OwnedFd)> {
     let nothing = File::options().read(true).write(true).open("/dev/null")?;
     let user = confine::Identity::own();
     // Its descriptors are above the standard streams', which std has seen to.
     start_in_own_memory(namespaces, || {
         let error = (|| {
+            if let Some(directory) = directory {
+                // SAFETY: plain system call on a NUL-terminated string that outlives it.
+                check(unsafe { libc::chdir(directory.as_ptr()) }).map_err(|error| {
+                    let directory = directory.to_string_lossy();
+                    io::Error::new(error.kind(), format!("enter {directory}: {error}"))
+                })?;
+            }
             if namespaces & libc::CLONE_NEWUSER != 0 {
                 user.map()?;
                 capabilities::keep_through_exec(capabilities)?;

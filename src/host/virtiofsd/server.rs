@@ -52,8 +52,16 @@ pub(super) fn start(task: &Task<'_>, listener: BorrowedFd<'_>, asked: &EventFd) 
     let capabilities = virtiofsd::capabilities(task.read_only);
     let theirs = theirs.as_fd();
     let inherited: [&dyn AsRawFd; 2] = [&listener, asked];
-    let (pid, ended) =
-        sys::process::start_again(&arguments, &inherited, theirs, namespaces, capabilities)?;
+    // Before the guest runs: see `hold_share`.
+    let held = CString::new(task.directory.as_os_str().as_bytes())?;
+    let (pid, ended) = sys::process::start_again(
+        &arguments,
+        &inherited,
+        theirs,
+        namespaces,
+        capabilities,
+        Some(&held),
+    )?;
     Ok(Started { pid, stderr: OwnedFd::from(stderr).into(), ended })
 }
 
@@ -83,6 +91,7 @@ pub(super) fn start_several(
         stderr,
         first.isolation.user_namespace().unwrap_or(0),
         virtiofsd::capabilities(writable.read_only),
+        None,
     )?;
     drop(reporting);
     let numbers = read_numbers(&mut OwnedFd::from(report).into(), starter, tasks.len());
@@ -156,16 +165,18 @@ fn serve(arguments: &[OsString]) -> Result<()> {
     // Who stops all processes of a box at once, as systemd does with a scope, must not take its files away first.
     sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
     match &shares[..] {
-        [(directory, read_only)] => {
-            hold_share(directory)?;
+        [(_, read_only)] => {
             wait_until_asked(0)?;
-            let held = Path::new(".");
-            let confined = virtiofsd::confine_virtiofsd(isolation, held, *read_only, open_files)?;
+            let confined =
+                virtiofsd::confine_virtiofsd(isolation, HELD.as_ref(), *read_only, open_files)?;
             serve_share(confined, *read_only)
         }
         _ => become_several(isolation, open_files, &shares),
     }
 }
+
+/// What [`hold_share`] has made the share.
+const HELD: &str = ".";
 
 /// Makes a share's directory the working directory, and so the share, whatever has its path when it is used: a guest may
 /// have it in another of its shares, and put a link in its place.
@@ -209,7 +220,7 @@ fn become_several(isolation: Isolation, open_files: u64, shares: &[(PathBuf, boo
                 sys::process::keep_inherited(OF_EACH * place).context("keep what is its own")?;
                 sys::process::become_helper(&sys::STOP_SIGNALS).context("become mote's helper")?;
                 show_as(isolation, open_files, directory, *read_only);
-                let confined = virtiofsd::confine_copy(Path::new("."), *read_only, open_files)?;
+                let confined = virtiofsd::confine_copy(HELD.as_ref(), *read_only, open_files)?;
                 return serve_share(confined, *read_only);
             }
         }
