@@ -28,6 +28,8 @@
 //! - [`prepare`]: everything else before the entrypoint
 //! - [`supervisor`]: everything after
 
+#![cfg_attr(not(test), no_main)]
+
 mod attest;
 mod cgroup;
 mod command;
@@ -58,6 +60,7 @@ mod transfer;
 mod tsi;
 mod user;
 
+use std::ffi::{c_char, c_int};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -77,7 +80,11 @@ use crate::sys::{Interest, net};
 /// How long the host may take to answer the first connections.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-fn main() {
+/// The program, in place of Rust's own ([`sys::start`] says why).
+#[allow(unsafe_code, reason = "the C library calls it by this name")]
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main(_count: c_int, _arguments: *const *const c_char) -> c_int {
+    sys::start();
     if let Err(reason) = run() {
         // Only reached when the host cannot be told: the console is what is left.
         eprintln!("mote-agent: {reason}");

@@ -292,7 +292,7 @@ unsafe fn child(
     // SAFETY: system calls on descriptors and strings that the caller keeps alive; the sets and
     // limits passed by pointer live on this stack.
     unsafe {
-        // Rust ignores SIGPIPE and child_signal blocks SIGCHLD; programs expect the defaults.
+        // sys::start ignores SIGPIPE and child_signal blocks SIGCHLD; programs expect the defaults.
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let mut none: libc::sigset_t = zeroed();
         libc::sigemptyset(&mut none);

@@ -38,6 +38,7 @@ use crate::sys;
 use crate::sys::capabilities;
 use crate::sys::confine::{self, Namespaces, Resource};
 use crate::sys::directory::Directory;
+use crate::sys::fatal::HandlerStack;
 use crate::sys::process;
 pub use seccomp::{NetworkAccess, ThreadKind};
 
@@ -254,9 +255,11 @@ impl Sandbox {
         work: impl FnOnce() + Send + 'static,
     ) -> Result<()> {
         let started = thread::Builder::new().name(name.clone()).stack_size(STACK_LEN);
+        let handler_stack = HandlerStack::new();
         started
             .spawn(move || {
-                let confined = self.confine(&thread_name(), kind);
+                let confined = (handler_stack.take().context("set a stack for signals"))
+                    .and_then(|()| self.confine(&thread_name(), kind));
                 let goes_on = confined.is_ok();
                 // If nobody receives it, the caller has given up the VM.
                 if ready.send(confined).is_ok() && goes_on {

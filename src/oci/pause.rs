@@ -5,8 +5,6 @@
 //! signal to end. It is in the pod's network namespace, by which the pod's boxes and its engine find it
 //! (`/proc/PID/ns/net`).
 
-use std::process::ExitCode;
-
 use anyhow::{Context, Result};
 
 use crate::sys::{capabilities, confine};
@@ -18,13 +16,13 @@ pub const NAME: &str = "mote-pause";
 /// The signals that end it.
 const SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
 
-/// Waits for the end.
-pub fn main() -> ExitCode {
+/// Waits for the end, and returns the exit code.
+pub fn main() -> u8 {
     match wait() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             log::error(&format!("{error:#}"));
-            ExitCode::FAILURE
+            1
         }
     }
 }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "part of the module that talks to libc")]
 
 use std::io;
-use std::mem::zeroed;
+use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::OnceLock;
@@ -28,8 +28,7 @@ pub type FatalHandler = fn(Fatal) -> !;
 
 static FATAL_HANDLER: OnceLock<FatalHandler> = OnceLock::new();
 
-/// Makes fatal signals call `handler`. Must be called once, before the first seccomp filter: std's own
-/// handlers make system calls that the filters refuse.
+/// Makes fatal signals call `handler`. Must be called once, before there are other threads.
 ///
 /// # Errors
 /// Those of sigaction(2).
@@ -41,12 +40,46 @@ pub fn on_fatal(handler: FatalHandler) -> io::Result<()> {
         unsafe {
             let mut action: libc::sigaction = zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
-            // On the stack that std has set up for this: the thread's own may have overflowed.
+            // The thread's own stack may have overflowed: see `HandlerStack`.
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             check(libc::sigaction(signal, &action, ptr::null_mut()))?;
         }
     }
     Ok(())
+}
+
+/// A stack for a thread's handlers of fatal signals. Without one, a thread whose own stack has overflowed ends the process
+/// by SIGSEGV, without a word.
+#[derive(Debug)]
+pub struct HandlerStack(Box<[MaybeUninit<u8>]>);
+
+impl HandlerStack {
+    /// What a CPU's state takes when a signal comes is up to 11 KiB (AMX; Documentation/arch/x86/elf_auxvec.rst), and the
+    /// handler formats a line.
+    const LEN: usize = 64 << 10;
+
+    /// Memory that nobody touches before the stack is needed.
+    pub fn new() -> HandlerStack {
+        HandlerStack(Box::new_uninit_slice(HandlerStack::LEN))
+    }
+
+    /// Has the calling thread use it, for as long as the process lives.
+    ///
+    /// # Errors
+    /// Those of sigaltstack(2).
+    pub fn take(self) -> io::Result<()> {
+        let memory = Box::leak(self.0);
+        let stack =
+            libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: memory.len() };
+        // SAFETY: the memory is leaked, is as long as is said, and nobody else knows of it.
+        check(unsafe { libc::sigaltstack(&stack, ptr::null_mut()) }).map(drop)
+    }
+}
+
+impl Default for HandlerStack {
+    fn default() -> HandlerStack {
+        HandlerStack::new()
+    }
 }
 
 /// `si_code` of a SIGSYS from seccomp (sigaction(2)).
@@ -107,4 +140,29 @@ pub fn wait(time: Duration) {
 pub fn exit_now(code: libc::c_int) -> ! {
     // SAFETY: plain system call.
     unsafe { libc::_exit(code) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::process;
+    use std::hint::black_box;
+
+    fn deeper(depth: u64) -> u64 {
+        let frame = black_box([depth; 128]);
+        if depth == u64::MAX { 0 } else { frame[0] ^ deeper(depth + 1) }
+    }
+
+    #[test]
+    fn an_overflown_stack_calls_the_handler() {
+        // SAFETY: the child only sets handlers, and ends in one.
+        let pid = check(unsafe { libc::fork() }).expect("a child");
+        if pid == 0 {
+            let set = on_fatal(|fatal| exit_now(if fatal == Fatal::BadAddress { 42 } else { 1 }))
+                .and_then(|()| HandlerStack::new().take());
+            exit_now(if set.is_ok() { deeper(0) as libc::c_int } else { 2 });
+        }
+        let status = process::wait(pid as u32).expect("its end");
+        assert_eq!(status.code(), Some(42), "{status}");
+    }
 }

@@ -25,6 +25,7 @@ pub mod holes;
 pub mod mounts;
 pub mod process;
 pub mod routes;
+pub mod runtime;
 pub mod socket;
 pub mod stat;
 pub mod tee;

@@ -13,7 +13,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -96,19 +96,19 @@ fn parse(arguments: &[OsString]) -> Option<(Shape, PathBuf)> {
     Some((shape, directory.into()))
 }
 
-/// Makes the template that the arguments behind the name tell of, in the background.
-pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+/// Makes the template that the arguments behind the name tell of, in the background, and returns the exit code.
+pub fn main(arguments: impl Iterator<Item = OsString>) -> u8 {
     let arguments: Vec<_> = arguments.collect();
     let Some((shape, directory)) = parse(&arguments) else {
         eprintln!("mote starts this itself, to make a template, under the name {NAME}");
-        return ExitCode::FAILURE;
+        return 1;
     };
     sys::process::name(c"mote-template");
     sys::process::yield_to_others();
     // What it says, `mote template` says again: nobody reads it here.
     match make(&shape, &directory) {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+        Ok(_) => 0,
+        Err(_) => 1,
     }
 }
 

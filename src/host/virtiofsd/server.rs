@@ -10,7 +10,6 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use vmm_sys_util::eventfd::EventFd;
@@ -145,15 +144,15 @@ fn access(read_only: bool) -> &'static str {
     if read_only { READ_ONLY } else { READ_WRITE }
 }
 
-/// Serves the shares that the arguments behind the name tell of, until mote ends. mote reads what goes to stderr.
-pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+/// Serves the shares that the arguments behind the name tell of, until mote ends, and returns the exit code. mote reads what goes to stderr.
+pub fn main(arguments: impl Iterator<Item = OsString>) -> u8 {
     let arguments: Vec<_> = arguments.collect();
     match serve(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             // Nobody reads it if mote is gone.
             let _ = writeln!(std::io::stderr(), "{error:#}");
-            ExitCode::FAILURE
+            1
         }
     }
 }
