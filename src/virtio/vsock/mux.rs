@@ -46,6 +46,10 @@ const MAX_FLOWS_FOR_CLIENTS: usize = MAX_FLOWS / 2;
 /// 260 with datagrams, rather than a GiB. Data towards a guest that has no room for it costs at most some 75 MiB, or 200 MiB if
 /// it is the largest datagrams.
 const LARGE_BUFFERS: usize = 256;
+/// Of the buffer for a packet in work: longer than any, since the C library maps what is as long as this, and no page of it
+/// is there before a packet needs it.
+const WORK_LEN: usize = 128 * 1024;
+const _: () = assert!(WORK_LEN >= MAX_PACKET);
 /// See [`LARGE_BUFFERS`]. Four of the packets that Linux sends.
 const SMALL_BUFFER_LEN: usize = 16 * 1024;
 /// See [`LARGE_BUFFERS`]. A datagram is sent once it is whole, however large.
@@ -117,7 +121,7 @@ impl Mux {
             listeners: Listeners::new(listeners),
             clients: Clients::default(),
             guest_ready: false,
-            buffer: vec![0; MAX_PACKET],
+            buffer: vec![0; WORK_LEN],
         }
     }
 
