@@ -1,10 +1,11 @@
 //! A template's file: a header, the head, and the pages.
 //!
 //! ```text
-//! 0   magic, version, length of the head, checksums of the head and of the pages, length of the pages
+//! 0   magic, version, length of the head, checksums of the head and of pages and words, length of pages and words
 //! 64  the head: everything but memory ([`Head`], encoded by postcard)
 //!     zeros up to a page
 //!     the pages, one extent behind the other
+//!     the words of pages that have few: the address of each, and what is there
 //! ```
 //!
 //! What is read is checked before it is used: lengths and addresses whoever wrote the file, and checksums because disks,
@@ -12,23 +13,23 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use mote_agent::mailbox;
 use serde::{Deserialize, Serialize};
 use vm_superio::SerialState;
 
-use super::memory::{self, Extent, Kept, PAGE_LEN};
+use super::memory::{self, Extent, Kept, PAGE_LEN, Word};
 use crate::kvm::state::MachineState;
-use crate::layout;
+use crate::layout::{self, RamRange};
 use crate::memory::{Checksum, GuestRam};
 use crate::virtio::mmio::Registers;
 
 const MAGIC: [u8; 8] = *b"mote-tpl";
 /// Counts the changes of the format.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HEADER_LEN: usize = 64;
 /// Longest head: a vCPU's state is about 8 KiB, and an extent at most 20 bytes.
 const MAX_HEAD: usize = 16 << 20;
@@ -98,10 +99,12 @@ impl From<Serial> for SerialState {
 #[derive(Debug)]
 pub struct Template {
     pub(super) head: Head,
-    /// The checksum of the pages.
+    /// The checksum of pages and words.
     sum: u64,
     file: File,
     pages_start: u64,
+    /// Those of pages that have few, as they are in the file, at checked addresses.
+    words: Vec<u8>,
     len: u64,
     /// Whether its pages had that checksum when it was last written to or later.
     is_checked: bool,
@@ -115,16 +118,16 @@ impl Template {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn write(head: &Head, ram: &GuestRam, mut file: &File) -> Result<()> {
+    pub fn write(head: &Head, words: &[Word], ram: &GuestRam, mut file: &File) -> Result<()> {
         let bytes = postcard::to_allocvec(head).context("encode the state")?;
         ensure!(bytes.len() <= MAX_HEAD, "the state is too long: {} bytes", bytes.len());
         let pages_start = pages_start(bytes.len());
         file.seek(SeekFrom::Start(pages_start as u64)).context("find the place for the pages")?;
         let mut to = BufWriter::with_capacity(1 << 20, file);
-        let sum = memory::write(ram, &head.extents, &mut to)?;
+        let sum = memory::write(ram, &head.extents, words, &mut to)?;
         to.flush().context("write the pages")?;
-        let pages: u64 = head.extents.iter().map(|extent| extent.len).sum();
-        let start = [header_of(&bytes, sum, pages), bytes].concat();
+        let len = head.pages_len() + (words.len() * Word::LEN) as u64;
+        let start = [header_of(&bytes, sum, len), bytes].concat();
         file.seek(SeekFrom::Start(0))
             .and_then(|_| file.write_all(&start))
             .context("write the state")
@@ -146,21 +149,32 @@ impl Template {
             version == VERSION,
             "it has version {version} of the format, and this is {VERSION}"
         );
-        let (head_sum, sum, pages) = (number(2), number(3), number(4));
+        let (head_sum, sum, rest) = (number(2), number(3), number(4));
         ensure!(header[40..].iter().all(|byte| *byte == 0), "its header is damaged");
         ensure!((1..=MAX_HEAD).contains(&head_len), "its state has {head_len} bytes");
         let pages_start = pages_start(head_len);
         ensure!(
-            len.checked_sub(pages_start as u64) == Some(pages),
-            "it has {len} bytes, and should have {pages} behind {pages_start}"
+            len.checked_sub(pages_start as u64) == Some(rest),
+            "it has {len} bytes, and should have {rest} behind {pages_start}"
         );
         let mut bytes = vec![0; head_len];
         file.read_exact(&mut bytes).context("read its state")?;
         ensure!(checksum(&bytes) == head_sum, "its state is damaged");
         let head: Head = postcard::from_bytes(&bytes).context("decode its state")?;
-        head.check(memory_bytes, pages)?;
-        let pages_start = pages_start as u64;
-        Ok(Template { head, sum, file, pages_start, len, is_checked: false })
+        let ranges = layout::ram_ranges(memory_bytes);
+        head.check(&ranges)?;
+        let (pages_start, pages) = (pages_start as u64, head.pages_len());
+        let most = memory_bytes / PAGE_LEN * (Word::FEW * Word::LEN) as u64;
+        let words = match rest.checked_sub(pages) {
+            Some(words) if words.is_multiple_of(Word::LEN as u64) && words <= most => words,
+            _ => bail!("its extents have {pages} bytes, and there are {rest}"),
+        };
+        let mut words = vec![0; words as usize];
+        file.read_exact_at(&mut words, pages_start + pages).context("read its words")?;
+        let is_right = |at: u64| at.is_multiple_of(8) && is_ram(&ranges, at, 8);
+        let all_right = Word::all(&words).all(|word| is_right(word.address));
+        ensure!(all_right, "a word is in the wrong place");
+        Ok(Template { head, sum, file, pages_start, words, len, is_checked: false })
     }
 
     /// Which file it is and when it was changed: its device, inode and length, and two of its times, of which nobody can set
@@ -206,14 +220,15 @@ impl Template {
     /// They cannot be read, or are damaged.
     pub fn fill(&self, ram: &GuestRam) -> Result<()> {
         let expected = (!self.is_checked).then_some(self.sum);
-        memory::fill(ram, &self.head.extents, self.pages()?, expected)
+        memory::fill(ram, &self.head.extents, &self.words, self.pages()?, expected)
     }
 
     /// Where it has something in the guest's RAM: addresses and lengths.
     #[cfg(any(test, fuzzing))]
     pub fn places(&self) -> impl Iterator<Item = (u64, u64)> {
         let extents = self.head.extents.iter().map(|extent| (extent.start, extent.len));
-        extents.chain(self.head.mailbox.iter().map(|page| (*page, PAGE_LEN)))
+        let words = Word::all(&self.words).map(|word| (word.address, 8));
+        extents.chain(words).chain(self.head.mailbox.iter().map(|page| (*page, PAGE_LEN)))
     }
 
     /// The file, where its pages start.
@@ -229,54 +244,56 @@ impl Template {
 }
 
 impl Head {
-    /// What is kept of a VM.
+    /// What is kept of a VM, but for its words.
     pub fn new(
         key: Vec<u8>,
         machine: MachineState,
         serial: SerialState,
         devices: Vec<Registers>,
-        kept: Kept,
+        kept: &Kept,
     ) -> Head {
-        let Kept { extents, mailbox } = kept;
+        let (extents, mailbox) = (kept.extents.clone(), kept.mailbox.clone());
         Head { key, machine, serial: serial.into(), devices, mailbox, extents }
     }
 
+    fn pages_len(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
     /// Checks every address. Those of the devices' queues need RAM: see [`crate::virtio::mmio::MmioDevice::check`].
-    fn check(&self, memory_bytes: u64, pages: u64) -> Result<()> {
-        let is_ram = |start: u64, len: u64| {
-            layout::ram_ranges(memory_bytes).iter().any(|range| {
-                start >= range.start
-                    && start.checked_add(len).is_some_and(|end| end <= range.start + range.len)
-            })
-        };
+    fn check(&self, ranges: &[RamRange]) -> Result<()> {
         let mut last = 0;
-        let mut sum = 0u64;
         for &Extent { start, len } in &self.extents {
             ensure!(start % PAGE_LEN == 0 && len % PAGE_LEN == 0 && len > 0, "an extent is odd");
-            ensure!(start >= last && is_ram(start, len), "an extent is in the wrong place");
+            ensure!(start >= last && is_ram(ranges, start, len), "an extent is in the wrong place");
             last = start + len;
-            sum += len;
         }
-        ensure!(sum == pages, "its extents have {sum} bytes, and there are {pages}");
         ensure!(
             self.mailbox.len() == mailbox::PAGES,
             "its mailbox has {} pages",
             self.mailbox.len()
         );
-        let is_page = |&at: &u64| at % PAGE_LEN == 0 && is_ram(at, PAGE_LEN);
+        let is_page = |&at: &u64| at % PAGE_LEN == 0 && is_ram(ranges, at, PAGE_LEN);
         ensure!(self.mailbox.iter().all(is_page), "its mailbox is in the wrong place");
         Ok(())
     }
 }
 
-fn header_of(head: &[u8], sum: u64, pages: u64) -> Vec<u8> {
+fn is_ram(ranges: &[RamRange], start: u64, len: u64) -> bool {
+    ranges.iter().any(|range| {
+        let end = start.checked_add(len);
+        start >= range.start && end.is_some_and(|end| end <= range.start + range.len)
+    })
+}
+
+fn header_of(head: &[u8], sum: u64, rest: u64) -> Vec<u8> {
     let mut header = Vec::with_capacity(HEADER_LEN);
     header.extend(MAGIC);
     header.extend(VERSION.to_le_bytes());
     header.extend((head.len() as u32).to_le_bytes());
     header.extend(checksum(head).to_le_bytes());
     header.extend(sum.to_le_bytes());
-    header.extend(pages.to_le_bytes());
+    header.extend(rest.to_le_bytes());
     header.resize(HEADER_LEN, 0);
     header
 }
@@ -301,7 +318,6 @@ fn checksum(bytes: &[u8]) -> u64 {
 mod tests {
     use super::*;
     use crate::sys;
-    use std::os::unix::fs::FileExt;
     use vm_memory::{Bytes, GuestAddress};
 
     const RAM: u64 = 4 << 20;
@@ -310,11 +326,14 @@ mod tests {
         crate::memory::create_ram(RAM).expect("RAM")
     }
 
-    /// A template with two extents, and its RAM.
+    /// A template with two extents and a page of few words, and its RAM.
     fn written() -> (File, GuestRam) {
         let ram = ram();
         for (at, byte) in [(0x3000, 1), (0x4000, 2), (0x10_0000, 3)] {
             ram.write_slice(&[byte; 100], GuestAddress(at)).expect("written");
+        }
+        for at in [0x5000, 0x5ff8] {
+            ram.write_obj(at, GuestAddress(at)).expect("written");
         }
         for number in 0..mailbox::PAGES {
             let mut page = [0; mailbox::PAGE_LEN];
@@ -325,10 +344,12 @@ mod tests {
         let kept = memory::look_through(&ram, &[]).expect("looked through");
         let extent = |start, pages| Extent { start, len: pages * PAGE_LEN };
         assert_eq!(kept.extents, [extent(0x3000, 2), extent(0x10_0000, 1)]);
+        let word = |at| Word { address: at, value: at };
+        assert_eq!(kept.words, [word(0x5000), word(0x5ff8)]);
         let serial = SerialState { interrupt_enable: 5, in_buffer: vec![7], ..Default::default() };
-        let head = Head::new(b"key".into(), MachineState::blank(2), serial, Vec::new(), kept);
+        let head = Head::new(b"key".into(), MachineState::blank(2), serial, Vec::new(), &kept);
         let file = sys::sealed_memory_file(64 << 20).expect("a file");
-        Template::write(&head, &ram, &file).expect("written");
+        Template::write(&head, &kept.words, &ram, &file).expect("written");
         (copy(&file, 64 << 20), ram)
     }
 
@@ -422,23 +443,23 @@ mod tests {
         };
         assert!(told(&bytes, 2 << 20).contains("mailbox is in the wrong place"));
         bytes[8] = VERSION as u8 + 1;
-        assert_eq!(told(&bytes, RAM), "it has version 2 of the format, and this is 1");
+        assert_eq!(told(&bytes, RAM), "it has version 3 of the format, and this is 2");
         assert_eq!(told(b"#!/bin/sh\n", RAM), "read its header");
         assert_eq!(told(&[b'x'; 100], RAM), "it does not start as one");
     }
 
     #[test]
     fn addresses_outside_of_ram_are_refused() {
-        let pages = 2 * PAGE_LEN;
+        let ranges = layout::ram_ranges(RAM);
         let whole = || Head {
             key: Vec::new(),
             machine: MachineState::blank(1),
             serial: SerialState::default().into(),
             devices: Vec::new(),
             mailbox: (0..mailbox::PAGES as u64).map(|page| page * PAGE_LEN).collect(),
-            extents: vec![Extent { start: 0x10_0000, len: pages }],
+            extents: vec![Extent { start: 0x10_0000, len: 2 * PAGE_LEN }],
         };
-        whole().check(RAM, pages).expect("whole");
+        whole().check(&ranges).expect("whole");
         type Spoil = fn(&mut Head);
         let spoil: [(&str, Spoil); 8] = [
             ("not a page", |head| head.extents[0].start += 1),
@@ -453,9 +474,27 @@ mod tests {
         for (what, spoil) in spoil {
             let mut head = whole();
             spoil(&mut head);
-            let pages = head.extents.iter().map(|extent| extent.len).sum();
-            assert!(head.check(RAM, pages).is_err(), "{what}");
+            assert!(head.check(&ranges).is_err(), "{what}");
         }
-        assert!(whole().check(RAM, pages + 1).is_err());
+        let head = postcard::to_allocvec(&whole()).expect("encoded");
+        let read = |rest: &[u8]| {
+            let mut bytes = [&header(&head, rest), &head[..]].concat();
+            bytes.resize(pages_start(head.len()), 0);
+            bytes.extend(rest);
+            Template::read(of_bytes(&bytes), RAM).map(drop)
+        };
+        let pages = vec![1; 2 * PAGE_LEN as usize];
+        let word = |at: u64| [&pages[..], &at.to_le_bytes(), &[1; 8]].concat();
+        read(&pages).expect("no words");
+        read(&word(RAM - 8)).expect("a word at RAM's end");
+        for (what, rest) in [
+            ("word behind RAM", &word(RAM)[..]),
+            ("word between words", &word(4)),
+            ("half a word", &word(0)[..pages.len() + 8]),
+            ("too few pages", &pages[1..]),
+            ("too many words", &[&pages[..], &vec![0; (RAM / 32) as usize + Word::LEN]].concat()),
+        ] {
+            assert!(read(rest).is_err(), "{what}");
+        }
     }
 }

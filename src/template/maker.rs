@@ -200,8 +200,8 @@ fn write(shape: &Shape, key: &[u8], file: &File) -> Result<()> {
     let machine = MachineState::read(&vm.kvm, &vm.fd, &vcpus, &vm.cpuid)?;
     let kept = pages::look_through(&vm.ram, plan::cold_text())?;
     let (serial, registers) = vm.bus.registers();
-    let head = Head::new(key.to_vec(), machine, serial, registers, kept);
-    Template::write(&head, &vm.ram, file)
+    let head = Head::new(key.to_vec(), machine, serial, registers, &kept);
+    Template::write(&head, &kept.words, &vm.ram, file)
 }
 
 /// A VM that is to become a template.

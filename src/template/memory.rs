@@ -30,11 +30,40 @@ pub struct Extent {
     pub len: u64,
 }
 
+/// A word that is not zero, of a page that has few of them: such pages are not copied but written to, since the guest's
+/// kernel has hundreds with no more than an object's link to the next, and each copy costs as much as a thousand instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Word {
+    /// Guest address, a multiple of the word's length.
+    pub address: u64,
+    /// What is there.
+    pub value: u64,
+}
+
+impl Word {
+    /// Length of one in a template's file: address and value, little-endian.
+    pub const LEN: usize = 16;
+    /// How many words are few.
+    pub const FEW: usize = 8;
+
+    fn to_bytes(self) -> [u8; Word::LEN] {
+        (u128::from(self.value) << 64 | u128::from(self.address)).to_le_bytes()
+    }
+
+    /// Those that [`write()`] has written.
+    pub fn all(bytes: &[u8]) -> impl Iterator<Item = Word> {
+        let both = bytes.as_chunks().0.iter().map(|bytes| u128::from_le_bytes(*bytes));
+        both.map(|both| Word { address: both as u64, value: (both >> 64) as u64 })
+    }
+}
+
 /// What there is to keep of a guest's RAM.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Kept {
-    /// The pages that are not all zeros, in the order of their addresses.
+    /// The pages that have more than a few words in them, in the order of their addresses.
     pub extents: Vec<Extent>,
+    /// The words of the others.
+    pub words: Vec<Word>,
     /// The addresses of the mailbox's pages, which are not among them.
     pub mailbox: Vec<u64>,
 }
@@ -69,8 +98,16 @@ pub fn look_through(ram: &GuestRam, cold_text: &[u8]) -> Result<Kept> {
                 if let Some(number) = mailbox::number(&page) {
                     ensure!(mailbox[number].is_none(), "there are two mailboxes");
                     mailbox[number] = Some(address);
-                } else if page.iter().any(|byte| *byte != 0) {
-                    addresses.push(address);
+                } else {
+                    match few_words(address, &page) {
+                        // Cold text is not all zeros before it is written to.
+                        Some(words)
+                            if words.is_empty() || !layout::COLD_TEXT.contains(&address) =>
+                        {
+                            kept.words.extend(words);
+                        }
+                        _ => addresses.push(address),
+                    }
                 }
             }
             from = data.end;
@@ -82,6 +119,17 @@ pub fn look_through(ram: &GuestRam, cold_text: &[u8]) -> Result<Kept> {
     Ok(Kept { mailbox, ..kept })
 }
 
+/// The words that are not zero, if there are few.
+fn few_words(address: u64, page: &[u8]) -> Option<Vec<Word>> {
+    let (values, _) = page.as_chunks::<8>();
+    let addresses = (address..).step_by(8);
+    let words = addresses.zip(values.iter().map(|value| u64::from_le_bytes(*value)));
+    let words = words.filter(|(_, value)| *value != 0);
+    let few: Vec<_> =
+        words.take(Word::FEW + 1).map(|(address, value)| Word { address, value }).collect();
+    (few.len() <= Word::FEW).then_some(few)
+}
+
 impl Kept {
     fn add(&mut self, address: u64) {
         match self.extents.last_mut() {
@@ -91,11 +139,16 @@ impl Kept {
     }
 }
 
-/// Writes the pages, one extent behind the other, and returns their checksum.
+/// Writes the pages, one extent behind the other, and the words, and returns the checksum of all.
 ///
 /// # Errors
 /// The writer fails.
-pub fn write(ram: &GuestRam, extents: &[Extent], mut to: impl Write) -> Result<u64> {
+pub fn write(
+    ram: &GuestRam,
+    extents: &[Extent],
+    words: &[Word],
+    mut to: impl Write,
+) -> Result<u64> {
     let mut sum = Checksum::default();
     let mut page = [0; PAGE_LEN as usize];
     let addresses = |extent: &Extent| {
@@ -107,20 +160,41 @@ pub fn write(ram: &GuestRam, extents: &[Extent], mut to: impl Write) -> Result<u
         sum.add(&page);
         to.write_all(&page).context("write a page")?;
     }
+    let words = words.iter().flat_map(|word| word.to_bytes()).collect::<Vec<_>>();
+    sum.add(&words);
+    to.write_all(&words).context("write the words")?;
     Ok(sum.value())
 }
 
-/// Fills new RAM with the pages that follow in the file. The extents have their places in it.
+/// Fills new RAM with the pages that follow in the file, and with the words that follow them there. Extents and words have
+/// their places in it.
 ///
 /// # Errors
-/// The file cannot be read, or the pages do not have the checksum that is expected.
+/// The file cannot be read, or pages and words do not have the checksum that is expected.
 pub fn fill(
     ram: &GuestRam,
     extents: &[Extent],
-    mut file: &File,
+    words: &[u8],
+    file: &File,
     expected: Option<u64>,
 ) -> Result<()> {
-    let Some(expected) = expected else { return fill_by_halves(ram, extents, file) };
+    match expected {
+        Some(sum) => fill_with_sum(ram, extents, words, file, sum)?,
+        None => fill_by_halves(ram, extents, file)?,
+    }
+    for Word { address, value } in Word::all(words) {
+        ram.write_obj(value, GuestAddress(address)).context("write a word")?;
+    }
+    Ok(())
+}
+
+fn fill_with_sum(
+    ram: &GuestRam,
+    extents: &[Extent],
+    words: &[u8],
+    mut file: &File,
+    expected: u64,
+) -> Result<()> {
     let mut sum = Checksum::default();
     for extent in extents {
         for at in (extent.start..extent.start + extent.len).step_by(PART_LEN) {
@@ -131,6 +205,7 @@ pub fn fill(
             sum.add_ram(ram, GuestAddress(at), len)?;
         }
     }
+    sum.add(words);
     ensure!(sum.value() == expected, "its pages are not those that were written");
     Ok(())
 }
@@ -211,7 +286,8 @@ mod tests {
         ram.write_obj(1u8, GuestAddress(0x1000)).expect("written");
         let kept = look_through(&ram, text).expect("looked through");
         let page = |start| Extent { start, len: PAGE_LEN };
-        assert_eq!(kept.extents, [page(0x1000), page(patched)]);
+        assert_eq!(kept.extents, [page(patched)]);
+        assert_eq!(kept.words, [Word { address: 0x1000, value: 1 }]);
     }
 
     #[test]
