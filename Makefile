@@ -10,6 +10,7 @@
 # make bench-streams   published ports and commands side by side with QEMU microvm and vhost-vsock, into the README
 # make bench-net   the network side by side with QEMU microvm on passt
 # make used-functions   find out again which functions of the guest's kernel boxes run (resources/kernel/used-functions)
+# make start-order   find out again which of mote's own functions starts use (resources/start-order)
 # make soak    boxes with random faults (BOOTS=100 SEED=1 PARALLEL=2, further options in ARGS)
 # make soak-flood   ten minutes of vsock flood, and 1,000 commands: does mote's memory stay flat?
 #              (ARGS='SECONDS COMMANDS' instead)
@@ -25,7 +26,7 @@
 TARGET := x86_64-unknown-linux-gnu
 WITH_KVM := $(CURDIR)/tests/lab/with-kvm.sh
 
-.PHONY: build test demo bench bench-fs bench-density bench-streams bench-net used-functions soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
+.PHONY: build test demo bench bench-fs bench-density bench-streams bench-net used-functions start-order soak soak-flood lab tools check unit manual boots fuzz sanitize miri deny \
 	reproducible install uninstall deb deb-test clean
 
 build:
@@ -97,8 +98,9 @@ BENCH_OF_bench-fs := files
 BENCH_OF_bench-density := density
 BENCH_OF_bench-streams := streams
 BENCH_OF_used-functions := functions
+BENCH_OF_start-order := order
 
-bench-fs bench-density bench-streams used-functions: build tools-bench
+bench-fs bench-density bench-streams used-functions start-order: build tools-bench
 	MOTE_BENCH_KERNEL="$$(resources/kernel.sh)" MOTE_BENCH_VIRTIOFSD="$$(resources/tools.sh virtiofsd)" \
 		tests/bench/$(BENCH_OF_$@).py $(ARGS)
 

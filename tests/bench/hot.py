@@ -155,11 +155,11 @@ def profile(lab, stage, case, program, table):
     return "\n\n".join(parts)
 
 
-def program_with_symbols(root):
+def program_with_symbols(root, *linker_arguments):
     """mote, built once more with its symbols, which the release has not."""
     if "MOTE_BENCH_UNSTRIPPED" in os.environ:
         return pathlib.Path(os.environ["MOTE_BENCH_UNSTRIPPED"])
     target = root / "target/profile"
-    subprocess.run(["cargo", "build", "--locked", "--release", "--config", 'profile.release.strip="none"', "--target-dir", target],
-                   cwd=root, check=True)
+    subprocess.run(["cargo", "rustc", "--bin", "mote", "--locked", "--release", "--config", 'profile.release.strip="none"', "--target-dir", target,
+                    "--", *(f"-Clink-arg={argument}" for argument in linker_arguments)], cwd=root, check=True)
     return next(target.glob("*/release/mote"))
