@@ -2,6 +2,7 @@
 //! filters of [`seccomp`](../src/confine/seccomp.rs). The kernel comes from `kernel.sh` (cached per machine)
 //! and is stripped of pages that hold nothing; the initramfs holds the agent, and an archive of its own the
 //! attestation server, each built here as its own static program; the filters are compiled from `seccomp/*.json`.
+//! And it says how mote itself is linked: what starts use of its text together (`start-order`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;

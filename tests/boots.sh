@@ -2,7 +2,7 @@
 # The boot tests: the release binary driven with real specs, on this machine or in the lab.
 #   boots.sh             all of them
 #   boots.sh GROUP…      the tests whose names contain this; a comma joins several names to one group, and after
-#                        "cold=" their boxes start from no template
+#                        "cold=" their boxes start from no template, after "template=" all from one that is made first
 # Else boxes start from templates as they do at their users': the first of each shape boots, and the next ones start from
 # what is made meanwhile. That a boot does the same is shown by the tests of what the agent and the kernel do until the
 # entrypoint runs, once more and cold.
@@ -46,8 +46,11 @@ fi
 
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/lab/with-kvm.sh
 group() {
-    case $1 in cold=*) export MOTE_TEMPLATES=off ;; esac
-    local names=${1#cold=}
+    case $1 in
+    cold=*) export MOTE_TEMPLATES=off ;;
+    template=*) export MOTE_TEST_TEMPLATES_FIRST=1 ;;
+    esac
+    local names=${1#*=}
     cargo test --locked --test boots -- ${names//,/ }
 }
 if "$MOTE" probe >/dev/null 2>&1; then

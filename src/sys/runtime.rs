@@ -9,7 +9,7 @@ use super::check;
 /// What Rust's runtime does first in a program, where a `main` of the program's own takes its place: standard streams that
 /// are closed are opened, so that no other file gets their numbers, and writing to a pipe that nobody reads is an error
 /// and not the process's end. The runtime also reads /proc/self/maps, to tell overflown stacks by their addresses, which
-/// [`super::fatal`] does without, and which was a hundredth of a box's start.
+/// [`super::fatal`] does without, and which was a fiftieth of a box's start.
 ///
 /// # Errors
 /// Those of opening `/dev/null`.

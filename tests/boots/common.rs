@@ -226,6 +226,14 @@ impl TestBox {
         command
     }
 
+    /// Where all tests run from templates (`tests/boots.sh`), makes this box's first. Which boxes have none, and why, is for the
+    /// tests of templates to see.
+    fn make_template(&self) {
+        if templates_come_first() {
+            let _ = self.command_of("template").output().expect("mote runs");
+        }
+    }
+
     pub fn path(&self, relative: &str) -> PathBuf {
         self.dir.join(relative)
     }
@@ -233,6 +241,7 @@ impl TestBox {
     /// The command that runs the box. It ends at a deadline, its reports go to `out`, and its TMPDIR
     /// shows whether it leaves temporary files.
     pub fn command(&self) -> Command {
+        self.make_template();
         let mut command = Command::new("timeout");
         command
             .args(["--foreground", "--signal=KILL", DEADLINE_S])
@@ -258,6 +267,7 @@ impl TestBox {
 
     /// The same with these words in front, which must exec mote.
     pub fn mote_within(&self, words: &[&str]) -> Command {
+        self.make_template();
         let mut command = Command::new(words.first().map_or_else(mote, PathBuf::from));
         if let [_, words @ ..] = words {
             command.args(words).arg(mote());
@@ -351,6 +361,10 @@ impl Drop for TestBox {
     }
 }
 
+fn templates_come_first() -> bool {
+    std::env::var_os("MOTE_TEST_TEMPLATES_FIRST").is_some()
+}
+
 /// Where a box leaves what can be seen of it.
 #[derive(Clone)]
 struct Traces {
@@ -365,6 +379,8 @@ impl Traces {
             String::from_utf8_lossy(&bytes).into_owned()
         };
         let json = |name: &str| serde_json::from_str(&text(name)).unwrap_or(Value::Null);
+        let booted = json("out/timeline.json")["template"] == "there is none; it is being made";
+        assert!(!(booted && templates_come_first()), "the template was not made first");
         Finished {
             code: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

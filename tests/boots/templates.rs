@@ -183,11 +183,12 @@ fn what_is_not_a_whole_template_of_this_users_is_not_used() {
     let flip = |at: usize| move |bytes: &mut Vec<u8>| bytes[at] ^= 4;
     let middle = whole.len() / 2;
     type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
-    let damage: [(&str, Change<'_>); 7] = [
+    let damage: [(&str, Change<'_>); 8] = [
         ("does not start as one", &flip(0)),
-        ("has version 5 of the format", &flip(8)),
+        ("of the format, and this is", &flip(8)),
         ("state is damaged", &flip(200)),
         ("not those that were written", &flip(middle)),
+        ("not those that were written", &flip(whole.len() - 1)),
         ("read its header", &|bytes| bytes.clear()),
         ("bytes, and should have", &|bytes| bytes.truncate(5000)),
         ("bytes, and should have", &|bytes| bytes.push(0)),
