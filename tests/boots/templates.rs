@@ -185,7 +185,7 @@ fn what_is_not_a_whole_template_of_this_users_is_not_used() {
     type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
     let damage: [(&str, Change<'_>); 8] = [
         ("does not start as one", &flip(0)),
-        ("of the format, and this is", &flip(8)),
+        ("has version 6 of the format", &flip(8)),
         ("state is damaged", &flip(200)),
         ("not those that were written", &flip(middle)),
         ("not those that were written", &flip(whole.len() - 1)),

@@ -37,8 +37,8 @@ pub(crate) fn owned(fd: RawFd) -> OwnedFd {
 }
 
 /// What Rust's runtime does first in a program, as far as it matters here: writing to a pipe that nobody reads is an error and
-/// not the agent's end. The runtime also reads /proc/self/maps, to say where a stack has overflown, which costs each start
-/// as much as mounting its root.
+/// not the agent's end. The runtime also reads and parses /proc/self/maps, to say where a stack has overflown: each start would
+/// wait for that twice.
 pub fn start() {
     // SAFETY: plain system call, with no handler.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
