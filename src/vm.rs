@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use mote_agent::protocol::{CONTROL_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 use vmm_sys_util::eventfd::EventFd;
@@ -357,18 +357,18 @@ fn ready_to_run(
     }) {
         Err(why) => why,
         Ok(found) => {
-            match found.restore(&machine, &instance, more) {
-                Ok(resumed) => {
+            let why = match found.restore(&machine, &instance, more) {
+                Ok(resumed) if !plan.debug => {
                     timeline.template = Some("used".into());
                     timeline.mark("template_restored");
                     return Ok((machine, Some(resumed)));
                 }
-                Err(why) => {
-                    // What has been written stays in neither VM nor RAM.
-                    machine = empty()?;
-                    why
-                }
-            }
+                Ok(_) => anyhow!(template::WHY_DEBUG_BOOTS),
+                Err(why) => why,
+            };
+            // What has been written stays in neither VM nor RAM.
+            machine = empty()?;
+            why
         }
     };
     let why = format!("{why:#}");

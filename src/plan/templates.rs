@@ -36,9 +36,6 @@ pub fn plan(environment: &Environment, guests: &[PathBuf], report: &mut Report) 
             None => return Templates::Off("neither XDG_CACHE_HOME nor HOME says where".into()),
         },
     };
-    if environment.debug {
-        return Templates::Off("MOTE_DEBUG has the kernel print all its messages".into());
-    }
     if environment.kernel.is_some() || environment.initramfs.is_some() {
         return Templates::Off("MOTE_KERNEL or MOTE_INITRAMFS names others than mote's own".into());
     }

@@ -164,6 +164,17 @@ pub fn create(path: &Path, links: Links, contents: Contents) -> io::Result<File>
     Ok(File::from(owned(check(fd)?)))
 }
 
+/// Finds out whether this user may make files in a directory.
+///
+/// # Errors
+/// Those of access(2), EROFS among them.
+pub fn may_write(directory: &Path) -> io::Result<()> {
+    let path = CString::new(directory.as_os_str().as_bytes())?;
+    // SAFETY: the string outlives the call.
+    check(unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) })?;
+    Ok(())
+}
+
 /// Reads a regular file below a directory that somebody else has filled, at most `limit` bytes: links lead to where
 /// they do with that directory as the root, and nothing else is opened.
 ///

@@ -14,7 +14,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::file::{STAMP_LEN, Template};
 use super::key;
@@ -42,17 +42,6 @@ pub struct Cache {
     path: PathBuf,
 }
 
-/// What there is for a key.
-#[derive(Debug)]
-pub enum Found {
-    /// A template.
-    Whole(Box<Template>),
-    /// None: it can be made.
-    Nothing,
-    /// None, and it is not to be made now: this is why.
-    Unusable(anyhow::Error),
-}
-
 impl Cache {
     /// Opens the directory; `None` if there is none.
     ///
@@ -62,7 +51,11 @@ impl Cache {
         let directory = match Directory::open_listed(path) {
             Ok(directory) => directory,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("open {}", path.display())),
+            Err(error) => {
+                let place = path.display();
+                let what = || format!("open {place}, which must be a directory and no link to one");
+                return Err(error).with_context(what);
+            }
         };
         let metadata = directory.metadata().context("look at the cache's directory")?;
         let place = path.display();
@@ -85,41 +78,38 @@ impl Cache {
         Cache::open(path)?.with_context(|| format!("{} has vanished", path.display()))
     }
 
-    /// Looks for a template with this key. One that is damaged is removed.
-    pub fn find(&self, key: &[u8], memory_bytes: u64) -> Found {
+    /// Looks for a template with this key; `None` if there is none, and it may be made.
+    ///
+    /// # Errors
+    /// There is one that cannot be used, which is removed if it is damaged; or making it is of no use now.
+    pub fn find(&self, key: &[u8], memory_bytes: u64) -> Result<Option<Template>> {
         let name = key::name(key);
         let file = match self.directory.read(&format!("{name}.{WHOLE}")) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return if self.has_failed(&name) {
-                    Found::Unusable(anyhow!(
-                        "making it or starting from it has failed within the last hour; `mote template` says why"
-                    ))
-                } else {
-                    Found::Nothing
-                };
+                ensure!(
+                    !self.has_failed(&name),
+                    "making it or starting from it has failed within the last hour; `mote template` says why"
+                );
+                return Ok(None);
             }
-            Err(error) => return Found::Unusable(anyhow!("open {name}.{WHOLE}: {error}")),
+            Err(error) => bail!("open {name}.{WHOLE}: {error}"),
         };
         let usable = is_own(&file).and_then(|()| Template::read(file, memory_bytes));
-        match usable {
-            Ok(mut template) if template.key() == key => {
-                if self.is_checked(&name, &template) {
-                    template.believe();
-                }
-                Found::Whole(Box::new(template))
-            }
-            Ok(_) => Found::Unusable(anyhow!("{name}.{WHOLE} is for another key")),
-            Err(error) => {
-                let _ = self.directory.remove(&format!("{name}.{WHOLE}"));
-                Found::Unusable(error.context(format!("{name}.{WHOLE} was removed")))
-            }
+        let mut template = usable.map_err(|error| {
+            let _ = self.directory.remove(&format!("{name}.{WHOLE}"));
+            error.context(format!("{name}.{WHOLE} was removed"))
+        })?;
+        ensure!(template.key() == key, "{name}.{WHOLE} is for another key");
+        if self.is_checked(&name, &template) {
+            template.believe();
         }
+        Ok(Some(template))
     }
 
     /// Where the template with this key is, and how long, if there is one that can be used.
     pub fn whole(&self, key: &[u8], memory_bytes: u64) -> Option<(PathBuf, u64)> {
-        let Found::Whole(template) = self.find(key, memory_bytes) else { return None };
+        let template = self.find(key, memory_bytes).ok()??;
         Some((self.path.join(format!("{}.{WHOLE}", key::name(key))), template.file_len()))
     }
 
@@ -219,9 +209,12 @@ impl Cache {
             }
         }
         for name in self.directory.names().unwrap_or_default() {
+            // It stays locked until it is removed, or somebody could begin to write to it.
+            let mut locked = None;
             let is_left_over = if name.ends_with(&format!(".{NEW}")) {
-                let file = self.directory.write(&name);
-                file.is_ok_and(|file| file.try_lock().is_ok() && self.is(&name, &file))
+                let file = self.directory.write_there(&name).ok();
+                locked = file.filter(|file| file.try_lock().is_ok() && self.is(&name, file));
+                locked.is_some()
             } else if name.ends_with(&format!(".{CHECKED}")) {
                 self.directory.read(&with_suffix(&name, WHOLE)).is_err()
             } else {
@@ -230,8 +223,26 @@ impl Cache {
             if is_left_over {
                 let _ = self.directory.remove(&name);
             }
+            drop(locked);
         }
     }
+}
+
+/// Finds out whether templates can be put into this directory, or into the one that is made here.
+///
+/// # Errors
+/// This user may not write there, or the file system is read-only.
+pub fn takes_templates(path: &Path) -> Result<()> {
+    for place in path.ancestors() {
+        match sys::may_write(place) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            may => {
+                let why = || format!("templates cannot be written to {}", path.display());
+                return may.with_context(why);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A template that is being made.
@@ -251,11 +262,13 @@ impl Begun<'_> {
     /// Gives the file, which is complete, its name, and makes room for it. Returns where it is.
     ///
     /// # Errors
-    /// The directory does not let it.
+    /// The directory does not let it, or somebody has removed the file.
     pub fn publish(self) -> Result<PathBuf> {
         let Begun { cache, name, file } = self;
-        let whole = format!("{name}.{WHOLE}");
-        cache.directory.rename(&format!("{name}.{NEW}"), &whole).context("name the template")?;
+        let (new, whole) = (format!("{name}.{NEW}"), format!("{name}.{WHOLE}"));
+        // Else what is there now is another process's, and not complete.
+        ensure!(cache.is(&new, &file), "{new} was removed while it was being written");
+        cache.directory.rename(&new, &whole).context("name the template")?;
         let _ = cache.directory.remove(&format!("{name}.{FAILED}"));
         // Still locked: nobody begins another meanwhile.
         cache.sweep();
@@ -265,7 +278,10 @@ impl Begun<'_> {
 
     /// Removes what there is of it.
     pub fn abandon(self) {
-        let _ = self.cache.directory.remove(&format!("{}.{NEW}", self.name));
+        let new = format!("{}.{NEW}", self.name);
+        if self.cache.is(&new, &self.file) {
+            let _ = self.cache.directory.remove(&new);
+        }
     }
 }
 
@@ -286,7 +302,10 @@ fn is_own(file: &File) -> Result<()> {
 /// What is in a user's cache, for `mote probe`.
 pub fn describe(path: &Path) -> String {
     match Cache::open(path) {
-        Ok(None) => format!("none yet in {}", path.display()),
+        Ok(None) => match takes_templates(path) {
+            Ok(()) => format!("none yet in {}", path.display()),
+            Err(error) => format!("none are used: {error:#}"),
+        },
         Ok(Some(cache)) => {
             let templates = cache.templates();
             let bytes: u64 = templates.iter().map(|(_, len, _)| len).sum();
@@ -347,13 +366,29 @@ mod tests {
         let cache = Cache::create(&place.0).expect("made");
         let begun = cache.begin(b"key").expect("no error").expect("nobody is at it");
         assert!(cache.begin(b"key").expect("no error").is_none());
-        assert!(matches!(cache.find(b"key", 0), Found::Nothing));
+        assert!(cache.find(b"key", 0).expect("no error").is_none());
         begun.publish().expect("named");
         let [name] = &place.names()[..] else { panic!("{:?}", place.names()) };
         assert!(name.ends_with(".template"));
         // It is empty, which is no template.
-        assert!(matches!(cache.find(b"key", 0), Found::Unusable(_)));
+        assert!(cache.find(b"key", 0).is_err());
         assert_eq!(place.names(), [""; 0]);
+    }
+
+    #[test]
+    fn what_another_has_begun_is_not_published() {
+        let place = Place::new("cache-replaced");
+        let cache = Cache::create(&place.0).expect("made");
+        let begun = || cache.begin(b"key").expect("no error").expect("nobody is at it");
+        let first = begun();
+        let [new] = &place.names()[..] else { panic!("{:?}", place.names()) };
+        fs::remove_file(place.0.join(new)).expect("removed");
+        let second = begun();
+        let error = first.publish().expect_err("it is gone").to_string();
+        assert!(error.contains("was removed while it was being written"), "{error}");
+        assert_eq!(place.names(), [new.as_str()]);
+        second.publish().expect("named");
+        assert!(place.names()[0].ends_with(".template"));
     }
 
     #[test]
@@ -382,6 +417,6 @@ mod tests {
         assert_eq!(place.names().len(), 2);
         cache.failed(b"key");
         assert_eq!(place.names().len(), 1);
-        assert!(matches!(cache.find(b"key", 0), Found::Unusable(_)));
+        assert!(cache.find(b"key", 0).is_err());
     }
 }

@@ -17,7 +17,7 @@ use crate::kvm::state;
 use crate::sys;
 
 /// A template's key.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Key {
     format: u32,
     /// mote itself, with the kernel and the initramfs in it.
@@ -103,4 +103,52 @@ fn features(kvm: &Kvm) -> Result<Vec<(u32, u64)>> {
     // Those behind one that this CPU does not have are left out, on every start alike.
     let read = kvm.get_msrs(&mut msrs).context("read what KVM says of the CPU")?;
     Ok(msrs.as_slice().iter().take(read).map(|msr| (msr.index, msr.data)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_has_changed_is_another_key() {
+        let program = Identity::of(Path::new("/proc/self/exe")).expect("it is there");
+        let leaf = kvm_cpuid_entry2 { function: 1, ecx: 1 << 26, ..Default::default() };
+        let host = ["Linux", "6.1.0", "#1 SMP"].map(String::from);
+        let key = Key {
+            format: file::VERSION,
+            program,
+            vcpus: 2,
+            memory_bytes: 256 << 20,
+            attests: false,
+            cpuid: vec![leaf],
+            features: vec![(0x8b, 1)],
+            tsc_khz: 2_400_000,
+            host,
+        };
+        type Change = fn(&mut Key);
+        let changes: [Change; 14] = [
+            |key| key.format += 1,
+            |key| key.program.device += 1,
+            |key| key.program.inode += 1,
+            |key| key.program.len += 1,
+            |key| key.program.changed.1 += 1,
+            |key| key.program.modified.0 += 1,
+            |key| key.vcpus += 1,
+            |key| key.memory_bytes += 1 << 20,
+            |key| key.attests = true,
+            |key| key.cpuid[0].ecx = 0,
+            |key| key.cpuid.clear(),
+            |key| key.features[0].1 += 1,
+            |key| key.tsc_khz += 1,
+            |key| key.host[1].push_str("-57"),
+        ];
+        let encoded = key.encode().expect("encoded");
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut other = key.clone();
+            change(&mut other);
+            let other = other.encode().expect("encoded");
+            assert_ne!(other, encoded, "change {number}");
+            assert_ne!(name(&other), name(&encoded), "change {number}");
+        }
+    }
 }

@@ -20,6 +20,7 @@ pub mod maker;
 pub mod memory;
 pub mod shape;
 
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -100,7 +101,7 @@ pub struct Resumed {
 /// A template for a box, and where it is from.
 #[derive(Debug)]
 pub struct Found {
-    template: Box<Template>,
+    template: Template,
     cache: Cache,
     key: Vec<u8>,
 }
@@ -112,18 +113,28 @@ pub fn describe(plan: &Plan) -> String {
         Templates::In(directory) => directory,
     };
     let shape = Shape::of(plan);
-    let looked = maker::key_of(&shape).and_then(|key| match Cache::open(directory)? {
-        Some(cache) => Ok(cache.find(&key, shape.memory_bytes)),
-        None => Ok(cache::Found::Nothing),
-    });
+    let looked = maker::key_of(&shape).and_then(|key| look(directory, &key, shape.memory_bytes));
     let directory = directory.display();
     match looked {
-        Ok(cache::Found::Whole(template)) => {
-            format!("in {directory}, {} KiB", template.file_len() >> 10)
-        }
-        Ok(cache::Found::Nothing) => format!("none in {directory} yet: the first start makes it"),
-        Ok(cache::Found::Unusable(why)) | Err(why) => format!("none: {why:#}"),
+        _ if plan.debug => format!("none: {WHY_DEBUG_BOOTS}"),
+        Ok(Some((template, _))) => format!("in {directory}, {} KiB", template.file_len() >> 10),
+        Ok(None) => format!("none in {directory} yet: the first start makes it"),
+        Err(why) => format!("none: {why:#}"),
     }
+}
+
+/// Why a box boots, although its template could be used, if its kernel is to print all its messages.
+pub const WHY_DEBUG_BOOTS: &str = "MOTE_DEBUG has the kernel print all its messages";
+
+/// Looks for a template in this directory; `None` if there is none yet, and it can be made.
+fn look(directory: &Path, key: &[u8], memory_bytes: u64) -> Result<Option<(Template, Cache)>> {
+    if let Some(cache) = Cache::open(directory)?
+        && let Some(template) = cache.find(key, memory_bytes)?
+    {
+        return Ok(Some((template, cache)));
+    }
+    cache::takes_templates(directory)?;
+    Ok(None)
 }
 
 /// Looks for this box's template, whose VM has this vCPU as its first. If there is none that could be made, calls `make`.
@@ -143,16 +154,11 @@ pub fn find(
     };
     let shape = Shape::of(plan);
     let key = Key::new(&shape, kvm, vcpu, cpuid)?.encode()?;
-    let cache = Cache::open(directory)?;
-    let found = cache.map(|cache| (cache.find(&key, shape.memory_bytes), cache));
-    match found {
-        Some((cache::Found::Whole(template), cache)) => Ok(Found { template, cache, key }),
-        Some((cache::Found::Unusable(why), _)) => Err(why),
-        Some((cache::Found::Nothing, _)) | None => {
-            make().context("there is none")?;
-            bail!("there is none; it is being made")
-        }
-    }
+    let Some((template, cache)) = look(directory, &key, shape.memory_bytes)? else {
+        make().context("there is none")?;
+        bail!("there is none; it is being made")
+    };
+    Ok(Found { template, cache, key })
 }
 
 impl Found {

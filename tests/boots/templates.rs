@@ -206,6 +206,21 @@ fn what_is_not_a_whole_template_of_this_users_is_not_used() {
         }
     }
 
+    let debugged = templates.busybox("echo fine; exit 7").with_variable("MOTE_DEBUG", "1");
+    let says = |why: &str| {
+        let ran = debugged.run();
+        assert_eq!(ran.code, 7, "{}", ran.stderr);
+        assert!(
+            ran.stderr.contains(&format!("mote: no template is used: {why}")),
+            "{}",
+            ran.stderr
+        );
+    };
+    with(&|_| ());
+    says("MOTE_DEBUG has the kernel print all its messages");
+    with(&flip(middle));
+    says("start from the template: its pages are not those that were written");
+
     let mode = |path: &Path, mode| {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("mode");
     };
@@ -273,8 +288,14 @@ fn a_cache_that_takes_no_template_is_no_harm() {
     assert!(templates.files("new").is_empty() && templates.files("template").is_empty());
     assert_boots(&test, "has failed within the last hour");
     mount("ro,mode=700");
-    assert_boots(&test, "there is none");
-    assert_boots(&test, "there is none");
+    let read_only = "cannot be written to";
+    assert_boots(&test, read_only);
+    let made = test.command_of("check").output().expect("mote runs");
+    assert!(String::from_utf8_lossy(&made.stdout).contains(read_only), "{made:?}");
+    let below = templates.0.join("not/there");
+    let below =
+        TestBox::busybox().shell("echo fine; exit 7").with_variable("MOTE_TEMPLATES", below);
+    assert_boots(&below, read_only);
     let off = TestBox::busybox().shell("echo fine; exit 7").with_variable("MOTE_TEMPLATES", "off");
     assert_boots(&off, "MOTE_TEMPLATES is off");
 }
@@ -322,22 +343,32 @@ fn a_maker_that_is_killed_leaves_nothing_that_is_used() {
 }
 
 #[test]
-fn another_mote_makes_its_own() {
+fn another_mote_and_another_host_make_their_own() {
     let templates = Templates::new();
     let test = templates.busybox("echo fine; exit 7");
-    templates.make(&test);
+    let first = templates.make(&test);
     let copy = test.path("out/mote");
     fs::copy(mote(), &copy).expect("copied");
-    let mut command = Command::new(&copy);
-    command
-        .arg("--config")
-        .arg(test.spec.to_string())
-        .arg("--timeline")
-        .arg(test.path("out/timeline.json"))
-        .env("MOTE_TEMPLATES", &templates.0);
-    let ran = test.run_by(&mut command);
-    assert_eq!((ran.code, template_of(&ran)), (7, "there is none; it is being made"));
-    eventually("the other's is made", || templates.files("template").len() == 2);
+    // Its kernel says that it is another.
+    let mut on_another_host = Command::new("setarch");
+    on_another_host.arg("--uname-2.6").arg(mote());
+    for (count, mut command) in [(2, Command::new(&copy)), (3, on_another_host)] {
+        command
+            .arg("--config")
+            .arg(test.spec.to_string())
+            .arg("--timeline")
+            .arg(test.path("out/timeline.json"))
+            .env("MOTE_TEMPLATES", &templates.0);
+        let ran = test.run_by(&mut command);
+        assert_eq!((ran.code, template_of(&ran)), (7, "there is none; it is being made"));
+        eventually("the other's is made", || templates.files("template").len() == count);
+    }
+    // A name says nothing: the whole key is in the file.
+    let others = templates.files("template").into_iter().filter(|file| *file != first);
+    for other in others.collect::<Vec<_>>() {
+        fs::rename(other, &first).expect("renamed");
+        assert_boots(&test, "is for another key");
+    }
 }
 
 #[test]
