@@ -28,7 +28,8 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 MOTE = os.environ.get("MOTE", str(HERE.parent / "target/release/mote"))
 CGROUPS = pathlib.Path("/sys/fs/cgroup/a3s-box")
-# Boxes start from templates but for the first of each shape; with `off` they all boot.
+# Boxes start from templates but for the first of each shape, and whoever comes after it was removed; with `off` they all
+# boot.
 TEMPLATES = os.environ.get("MOTE_TEMPLATES", "/dev/shm/mote-soak-templates")
 # Far beyond any boot.
 BOOT_LIMIT_S = 120
@@ -106,7 +107,8 @@ class Box:
         allowed = fault(self)
         started = time.monotonic()
         mote = subprocess.Popen(
-            [MOTE, "--config", json.dumps(self.spec), "--outcome", str(self.dir / "outcome.json")],
+            [MOTE, "--config", json.dumps(self.spec), "--outcome", str(self.dir / "outcome.json"),
+             "--timeline", str(self.dir / "timeline.json")],
             stdin=subprocess.DEVNULL, env=self.environment, **self.streams)
         if not isinstance(self.streams["stderr"], int):
             self.streams["stderr"].close()
@@ -129,10 +131,11 @@ class Box:
             helper.wait()
         left = eventually_none(self.left)
         stderr = (self.dir / "stderr").read_text(errors="replace")
-        outcome = self.outcome()
+        outcome = self.written("outcome.json")
         wrong = code not in allowed or not self.agrees(code, outcome)
         result = {
             "seed": self.seed, "boot": self.number, "fault": fault.__name__, "code": code, "kind": outcome.get("kind"),
+            "template": self.written("timeline.json").get("template"),
             "seconds": round(time.monotonic() - started, 2), "wrong": wrong, "left": left,
         }
         if wrong:
@@ -143,9 +146,10 @@ class Box:
         shutil.rmtree(self.dir)
         return result
 
-    def outcome(self):
+    def written(self, name):
+        """What mote has written to this file; a mote that was killed has written nothing."""
         try:
-            return json.loads((self.dir / "outcome.json").read_text())
+            return json.loads((self.dir / name).read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
@@ -156,7 +160,7 @@ class Box:
             return ""
 
     def agrees(self, code, outcome):
-        """Whether the outcome file says the same; a mote that was killed has written none."""
+        """Whether the outcome file says the same, or nothing."""
         return outcome.get("exit_code") == code if code != "hung" and code >= 0 else not outcome
 
     def left(self):
@@ -261,6 +265,16 @@ def virtiofsd_killed(box):
     return {124, 125}
 
 
+def maker_killed(box):
+    code = box.code()
+    box.script(f"sleep 1; exit {code}")
+    if TEMPLATES != "off":
+        shutil.rmtree(TEMPLATES, ignore_errors=True)
+    # The makers of other boxes, too.
+    box.at(box.moment(), lambda _: subprocess.run(["pkill", "-KILL", "-x", "mote-template"]))
+    return {code}
+
+
 def client_killed(box):
     code = box.code()
     box.script(f"sleep 1; exit {code}")
@@ -326,7 +340,7 @@ def two_signals(box):
 
 FAULTS = [
     none, entrypoint_killed, stopped(signal.SIGTERM), stopped(signal.SIGINT), sigkill, paused,
-    virtiofsd_killed, client_killed, output_closed, guest_panics, bad_spec, two_signals,
+    virtiofsd_killed, maker_killed, client_killed, output_closed, guest_panics, bad_spec, two_signals,
 ]
 
 
@@ -432,7 +446,8 @@ def summary(results):
     left = [result for result in results if result["left"]]
     for result in wrong + [result for result in left if result not in wrong]:
         print(json.dumps(result))
-    print(f"{len(boots)} boots: {len(wrong)} wrong exit codes, {len(left)} leftovers")
+    used = sum(result.get("template") == "used" for result in boots.values())
+    print(f"{len(boots)} boots: {len(wrong)} wrong exit codes, {len(left)} leftovers; {used} have told that they started from a template")
     return bool(boots) and not wrong and not left
 
 
