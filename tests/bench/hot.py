@@ -15,7 +15,8 @@ from collections import Counter
 from vmms import Machine, Run, mote
 
 HERE = pathlib.Path(__file__).resolve().parent
-PHASES = [("vmrun", "until the first `KVM_RUN`"), ("2", "from there until the entrypoint runs"), ("4", "from there until nothing is left")]
+PHASES = [("vmrun", "until the first `KVM_RUN`"), ("init", "from there until `init`"), ("2", "from there until the entrypoint runs"),
+          ("4", "from there until nothing is left")]
 LONGEST = 24
 KERNEL = 0xffff800000000000
 

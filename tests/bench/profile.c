@@ -4,7 +4,8 @@
  * Debian packages no qemu-plugin.h. What is used of it is declared below, as version 4 of the API has it (QEMU 9.2 to 10.0).
  *
  * The lab's guest marks where it is by CPUID (guest.h), and so does measure.c when it starts a VMM: with index 0 all counts
- * begin anew, and with any other they are written to a file, OUT.INDEX. The first VMRUN after index 0 writes OUT.vmrun.
+ * begin anew, and with any other they are written to a file, OUT.INDEX. The first VMRUN after index 0 writes OUT.vmrun, and
+ * OUT.init is written when its guest, once in its kernel, comes to the first program.
  * A file has a line for each block of code: "SPACE ADDRESS INSTRUCTIONS", SPACE being "guest", for code between VMRUN and
  * the exit, or the page tables' address.
  *
@@ -77,6 +78,7 @@ EXPORTED int qemu_plugin_version = 4;
 
 #define BUCKETS (1u << 18)
 #define PAGE_TABLES 0x000ffffffffff000ull
+#define KERNEL 0xffff800000000000ull
 
 /* An address space: the guest's, or one of the lab's, by CR3. */
 struct space {
@@ -100,7 +102,7 @@ static struct space guest, first_space, *spaces = &first_space, *current = &firs
                                         *before_guest = &first_space;
 static struct block *blocks[BUCKETS];
 static uint64_t after_vmrun;
-static bool vmrun_seen = true;
+static bool vmrun_seen = true, kernel_seen, program_seen = true;
 static const char *out = "profile";
 /* The guest's stores: a byte for each 16. */
 static uint64_t stores_start, stores_end;
@@ -158,7 +160,7 @@ static void start_counting(void)
                 count->executions = 0;
     if (stored)
         memset(stored, 0, (stores_end - stores_start) / 16);
-    vmrun_seen = false;
+    vmrun_seen = kernel_seen = program_seen = false;
 }
 
 static void on_store(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t address, void *userdata)
@@ -175,6 +177,13 @@ static void on_block(unsigned vcpu, void *userdata)
     /* An exit of the guest goes on behind the VMRUN that entered it. */
     if (current == &guest && block->address == after_vmrun)
         current = before_guest;
+    /* A kernel's first code runs at low addresses, too. */
+    if (current == &guest && !program_seen) {
+        program_seen = kernel_seen && block->address < KERNEL;
+        kernel_seen |= block->address >= KERNEL;
+        if (program_seen)
+            write_counts("init");
+    }
     struct count *count = block->counts;
     while (count && count->space != current)
         count = count->next;
