@@ -27,9 +27,12 @@ fn all_of_it_is_free_from_the_start_and_can_be_had_at_once() {
             mib,
             vcpus,
             &format!(
-                "before=$(mib MemFree) available=$(mib MemAvailable)
+                "before=$(mib MemFree) available=$(mib MemAvailable) total=$(mib MemTotal)
                 dd if=/dev/zero of=/dev/null bs={most}M count=1 iflag=fullblock 2>/dev/null || echo failed
-                echo $before $available $(mib MemFree) $(mib MemTotal)"
+                # A processor keeps up to an eighth of what it frees for itself. What is being given back to the host is not
+                # free, either, for a moment.
+                until after=$(mib MemFree) && [ $after -gt $((before - total / 8 - 48)) ]; do :; done
+                echo $before $available $after $total"
             ),
         );
         let what = format!("{mib} MiB, {vcpus} vCPUs: {} {}", ran.console, ran.stderr);
@@ -37,8 +40,7 @@ fn all_of_it_is_free_from_the_start_and_can_be_had_at_once() {
             ran.console.split_whitespace().map(|word| word.parse().expect(&what)).collect();
         let [before, available, after, total] = numbers[..] else { panic!("{what}") };
         assert!(before > total - 48 && available > total - 128, "{what}");
-        // A processor keeps up to an eighth of what it frees for itself, for a while.
-        assert!(after + total / 8 + 48 > before && after < before + 48, "{what}");
+        assert!(after < before + 48, "{what}");
     }
 }
 
@@ -65,15 +67,15 @@ fn a_limit_of_a_cgroups_in_the_box_holds() {
     let ran = with_memory(
         4096,
         1,
-        "cd /sys/fs/cgroup && mkdir all small && echo 0 >all/cgroup.procs
-        until echo +memory >cgroup.subtree_control; do :; done 2>/dev/null
+        "exec 2>/dev/null; cd /sys/fs/cgroup && mkdir all small && echo 0 >all/cgroup.procs
+        until echo +memory >cgroup.subtree_control; do :; done
         echo 64M >small/memory.max
-        (echo 0 >small/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=80M count=1) >/dev/null 2>&1
+        (echo 0 >small/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=80M count=1)
         echo $?
-        (echo 0 >small/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=40M count=1) 2>/dev/null
+        (echo 0 >small/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=40M count=1)
         echo $? $(awk '$1 == \"oom_kill\" { print $2 }' small/memory.events)",
     );
-    // After the kernel's message, and the shell's.
+    // After the kernel's message.
     assert!(ran.console.ends_with("\n137\n0 1\n"), "{} {}", ran.console, ran.stderr);
 }
 
