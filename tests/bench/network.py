@@ -178,8 +178,15 @@ def own_memory_kib(pid):
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
+def cpu_time_s(pid):
+    """What a process and those that it has started have used; a vCPU's time is its guest's, too."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = [child for task in pathlib.Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_time_s, children))
+
+
 def run(name, command, helpers):
-    """Runs a guest to its end; what its client said, and the memory of the VMM and its helpers around the download."""
+    """Runs a guest to its end; what its client said, and the memory and CPU time of the VMM and its helpers around the download."""
     values, said = {}, []
     if not shutil.which(command[0]):
         raise Missing(f"there is no {command[0]}; run 'make build'")
@@ -195,8 +202,9 @@ def run(name, command, helpers):
             print(f"bench-net: {name}: {line}", end="", file=sys.stderr, flush=True)
             values |= json.loads(line)
             if "before" in line or "after" in line:
-                now = sum(own_memory_kib(p.pid) for p in (process, *helpers))
-                values["host_after" if "after" in line else "host_before"] = now
+                moment = "after" if "after" in line else "before"
+                values[f"host_{moment}"] = sum(own_memory_kib(p.pid) for p in (process, *helpers))
+                values[f"cpu_{moment}"] = sum(cpu_time_s(p.pid) for p in (process, *helpers))
         process.wait()
     finally:
         limit.cancel()
@@ -264,12 +272,14 @@ def report(results):
     base = results["QEMU microvm + passt"]
     faster = lambda key: lambda row: row[key] / base[key]
     shorter = lambda key: lambda row: base[key] / row[key]
+    cpu_s = lambda row: row["cpu_after"] - row["cpu_before"]
     metrics = {
         "iperf3, to the guest": faster("download"),
         "iperf3, from the guest": faster("upload"),
         "one connection after another": shorter("sequential"),
         f"{CONNECTIONS} connections at once": shorter("concurrent"),
         f"{DOWNLOAD_MIB} MiB with sha256": faster("transfer"),
+        "CPU time of it": lambda row: cpu_s(base) / cpu_s(row),
     }
     print(f"{'times QEMU, more is better':32}" + "".join(f"{name:>24}" for name in results))
     for metric, ratio in metrics.items():
@@ -278,6 +288,7 @@ def report(results):
         ("host memory over it, KiB", "host_before", "host_after"), ("guest memory over it, KiB", "after", "before"),
     ):
         print(f"{metric:32}" + "".join(f"{row[after] - row[before]:+24}" for row in results.values()))
+    print(f"{'CPU time per GiB of it, s':32}" + "".join(f"{cpu_s(row) * 1024 / DOWNLOAD_MIB:24.1f}" for row in results.values()))
 
 
 def main(work):

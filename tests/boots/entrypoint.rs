@@ -89,8 +89,9 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 #[test]
 fn a_terminal_follows_that_of_mote() {
+    // A signal that comes just before the shell waits for a line is noticed when it waits no more.
     let script = "trap 'echo size $(stty size)' WINCH; trap 'echo interrupted; exit 6' INT; \
-         echo size $(stty size); while :; do read line && echo line $line; done";
+         echo size $(stty size); while :; do read -t 1 line && echo line $line; done";
     let test = TestBox::streaming(script)
         .with_entrypoint("stdin", json!(true))
         .with_entrypoint("terminal", json!(true));
