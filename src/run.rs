@@ -367,7 +367,7 @@ impl MainLoop<'_> {
 
     fn on_continued(&mut self) {
         while sys::next_signal(&self.signals.continued).is_some() {}
-        self.send_clock();
+        self.check_clock();
     }
 
     fn on_stop_signals(&mut self) {
@@ -409,12 +409,17 @@ impl MainLoop<'_> {
         }
     }
 
-    fn send_clock(&mut self) {
-        // An agent that has not said hello gets the time when it does.
-        if self.guest_clock.is_some()
-            && let Ok(since_1970) = SystemTime::now().duration_since(UNIX_EPOCH)
-        {
-            self.send(FromHost::Clock { realtime_ns: since_1970.as_nanos() as u64 });
+    /// Has the guest's wall clock corrected. An agent that has not said hello gets the time when it does.
+    fn check_clock(&mut self) {
+        if self.guest_clock.is_some() {
+            self.send(FromHost::ReadClock);
+        }
+    }
+
+    /// Tells the time to a guest whose monotonic clock has just read `guest_ns`.
+    fn send_clock(&mut self, guest_ns: u64) {
+        if let Ok(since_1970) = SystemTime::now().duration_since(UNIX_EPOCH) {
+            self.send(FromHost::Clock { realtime_ns: since_1970.as_nanos() as u64, guest_ns });
         }
     }
 
@@ -424,7 +429,7 @@ impl MainLoop<'_> {
             // The same call worked at the start, so it works now.
             let _ = sys::set_wall_clock_file(&self.clock, CLOCK_INTERVAL);
         }
-        self.send_clock();
+        self.check_clock();
     }
 
     fn send(&mut self, message: FromHost) {
@@ -558,7 +563,7 @@ impl MainLoop<'_> {
                     return;
                 }
                 self.guest_clock.get_or_insert(GuestClock::new(now_ns));
-                self.send_clock();
+                self.send_clock(now_ns);
                 // It may have changed since the plan was made.
                 self.send_size();
                 if let Some(StopRequest { signal, .. }) = self.stop {
@@ -585,6 +590,7 @@ impl MainLoop<'_> {
                     self.timeline.mark_at(name, clock.to_host(at_ns));
                 }
             }
+            FromGuest::ClockReads { now_ns } => self.send_clock(now_ns),
             FromGuest::Listens(listens) => {
                 let Served { publisher: Some(publisher), devices, .. } = &mut self.served else {
                     return;

@@ -31,7 +31,7 @@ use crate::plan::{Network, Networking, Output, PasstSocket, Plan};
 use crate::policy::Policy;
 use crate::policy::filter::Filter;
 use crate::policy::refusals::SharedRefusals;
-use crate::template::{self, Resumed};
+use crate::template::{self, LetterClock, Resumed};
 use crate::timeline::{ExitCounts, Timeline};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::devices::Devices;
@@ -51,8 +51,8 @@ use crate::{boot, kvm, layout, log, sys};
 pub struct Vm {
     fd: VmFd,
     vcpus: Vec<VcpuFd>,
-    /// Whether it starts with the kernel's first instruction, and not where a template ends.
-    boots: bool,
+    /// Where the guest is told the time, if it starts from a template; else it boots.
+    letter_clock: Option<LetterClock>,
     outputs: Vec<OutputStream>,
     input: Option<InputStream>,
     bus: Arc<Bus>,
@@ -220,21 +220,20 @@ impl Vm {
         vm.register_irqfd(&serial_irq, layout::SERIAL_IRQ).context("connect the serial port")?;
         let panic = PanicMessage::default();
         let log = KernelLog::new(sinks.kernel, Arc::clone(&panic));
-        let boots = resumed.is_none();
-        let serial = match resumed {
-            None => console::kernel_console(serial_irq, log),
-            Some(Resumed { serial, devices }) => {
+        let (serial, letter_clock) = match resumed {
+            None => (console::kernel_console(serial_irq, log), None),
+            Some(Resumed { serial, devices, clock }) => {
                 for (transport, registers) in transports.iter_mut().zip(&devices) {
                     transport.resume(registers).context("go on with a virtio device")?;
                 }
-                console::resumed_console(serial_irq, log, &serial)?
+                (console::resumed_console(serial_irq, log, &serial)?, Some(clock))
             }
         };
         let bus = Arc::new(Bus::new(serial, transports));
 
         // Each vCPU stops once.
         let (exit_sender, exits) = event_channel(plan.vcpus.into())?;
-        let vm = Vm { fd: vm, vcpus, boots, outputs, input, bus, exits: exit_sender };
+        let vm = Vm { fd: vm, vcpus, letter_clock, outputs, input, bus, exits: exit_sender };
         let served = Served {
             devices,
             control,
@@ -272,13 +271,14 @@ impl Vm {
         if let Some(input) = self.input {
             sandbox.spawn("stdin".into(), ThreadKind::Input, ready.clone(), || input.copy())?;
         }
+        let boots = self.letter_clock.is_none();
         let (result, tested) = mpsc::channel();
         let mut gates = Vec::new();
         for (index, vcpu) in self.vcpus.into_iter().enumerate() {
             let (gate, opened) = mpsc::channel();
             gates.push(gate);
             let start = match index {
-                0 if self.boots => Start::Boot { result: result.clone() },
+                0 if boots => Start::Boot { result: result.clone() },
                 _ => Start::Run,
             };
             let index = index as u8;
@@ -291,9 +291,10 @@ impl Vm {
         // Ends when every thread has sent its result.
         confined.iter().collect::<Result<()>>()?;
         sandbox.confine_main()?;
+        self.letter_clock.map_or(Ok(()), |clock| clock.set())?;
         for (index, gate) in gates.iter().enumerate() {
             gate.send(()).ok().with_context(|| format!("vCPU {index} has ended"))?;
-            if index == 0 && self.boots {
+            if index == 0 && boots {
                 self_test::wait(&tested)?;
             }
         }

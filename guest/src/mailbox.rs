@@ -17,6 +17,9 @@ pub const PART_START: usize = 24;
 /// How many bytes of a letter a page has room for.
 pub const PART_LEN: usize = PAGE_LEN - PART_START;
 
+/// Where in the first page the letter's wall clock is: the VMM writes it last, just before the guest runs.
+pub const REALTIME_AT: usize = PART_START + 4;
+
 /// How many bytes of randomness a guest gets from its host.
 pub const SEED_LEN: usize = 64;
 
@@ -118,6 +121,7 @@ mod tests {
             page[PART_START..PART_START + part.len()].copy_from_slice(part);
             assert_eq!(number(page), None);
         }
+        assert!(pages[REALTIME_AT..].starts_with(&letter.realtime_ns.to_le_bytes()));
         Letter::read(&pages)
     }
 

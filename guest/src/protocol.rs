@@ -11,7 +11,7 @@ use crate::frame::{self, TooLong};
 
 /// Version of this protocol. Host and agent are shipped in one binary; a mismatch means that
 /// `MOTE_INITRAMFS` names an archive of another build.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// Host port of the control channel ("mote" in ASCII, plus an index).
 pub const CONTROL_PORT: u32 = 0x6d6f_7465;
@@ -47,6 +47,7 @@ mod from_guest {
     pub const SIGNALED: u8 = 4;
     pub const NOT_STARTED: u8 = 5;
     pub const LISTENS: u8 = 6;
+    pub const CLOCK_READS: u8 = 7;
 }
 
 /// Types of messages from the host.
@@ -56,6 +57,7 @@ mod from_host {
     pub const DEVICE_IS_THERE: u8 = 3;
     pub const SIGNAL: u8 = 4;
     pub const RESIZE: u8 = 5;
+    pub const READ_CLOCK: u8 = 6;
 }
 
 /// A point in the guest's start that the timeline records.
@@ -103,7 +105,7 @@ pub enum EntrypointEnd {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromGuest {
     /// First message: the version, and the guest's monotonic clock as it was sent, so that the
-    /// host can place the marks in its own time.
+    /// host can place the marks in its own time, and answer with the wall clock.
     Hello {
         /// [`VERSION`] of the agent.
         version: u32,
@@ -119,6 +121,11 @@ pub enum FromGuest {
     },
     /// A TCP socket of the box listens, or does not any more: of boxes whose listeners are published.
     Listens(Listens),
+    /// What is the time?
+    ClockReads {
+        /// Guest monotonic clock now, in nanoseconds.
+        now_ns: u64,
+    },
     /// The entrypoint is over, all its output has been sent and all files are synced.
     Ended(EntrypointEnd),
 }
@@ -131,10 +138,14 @@ pub enum FromHost {
         /// Signal number.
         signal: u8,
     },
-    /// The time is this: the VM may have stood still, or the host's clock was set.
+    /// Ask for the time: the VM may have stood still, or the host's clock was set.
+    ReadClock,
+    /// The time, at once after the guest has said what its clock reads.
     Clock {
         /// Host wall clock, in nanoseconds since 1970.
         realtime_ns: u64,
+        /// What the guest has said: the message is no older than since then.
+        guest_ns: u64,
     },
     /// Where the kernel has found a placeholder at its start there is a device now: have its driver look again.
     DeviceIsThere {
@@ -195,6 +206,10 @@ impl FromGuest {
                 payload.extend(listens.encode());
                 from_guest::LISTENS
             }
+            FromGuest::ClockReads { now_ns } => {
+                payload.extend(now_ns.to_be_bytes());
+                from_guest::CLOCK_READS
+            }
             FromGuest::Ended(EntrypointEnd::Exited(code)) => {
                 payload.push(*code);
                 from_guest::EXITED
@@ -237,6 +252,10 @@ impl FromGuest {
                 let bytes = payload.try_into().map_err(|_| length)?;
                 Listens::decode(bytes).map(FromGuest::Listens).ok_or(Malformed::Value)
             }
+            from_guest::CLOCK_READS => {
+                let now_ns = payload.try_into().map_err(|_| length)?;
+                Ok(FromGuest::ClockReads { now_ns: u64::from_be_bytes(now_ns) })
+            }
             from_guest::EXITED | from_guest::SIGNALED => {
                 let [value] = payload.try_into().map_err(|_| length)?;
                 Ok(FromGuest::Ended(match kind {
@@ -265,8 +284,10 @@ impl FromHost {
     pub fn encode(&self) -> Vec<u8> {
         match self {
             FromHost::Stop { signal } => frame::encode(from_host::STOP, &[*signal]),
-            FromHost::Clock { realtime_ns } => {
-                frame::encode(from_host::CLOCK, &realtime_ns.to_be_bytes())
+            FromHost::ReadClock => frame::encode(from_host::READ_CLOCK, &[]),
+            FromHost::Clock { realtime_ns, guest_ns } => {
+                let times = [realtime_ns.to_be_bytes(), guest_ns.to_be_bytes()];
+                frame::encode(from_host::CLOCK, times.as_flattened())
             }
             FromHost::DeviceIsThere { index } => {
                 frame::encode(from_host::DEVICE_IS_THERE, &[*index])
@@ -282,9 +303,13 @@ impl FromHost {
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
         match (kind, payload) {
             (from_host::STOP, [signal]) => Ok(FromHost::Stop { signal: *signal }),
-            (from_host::CLOCK, bytes) if bytes.len() == 8 => {
-                let bytes = bytes.try_into().map_err(|_| Malformed::Value)?;
-                Ok(FromHost::Clock { realtime_ns: u64::from_be_bytes(bytes) })
+            (from_host::READ_CLOCK, []) => Ok(FromHost::ReadClock),
+            (from_host::CLOCK, bytes) if bytes.len() == 16 => {
+                let time = |bytes: &[u8]| bytes.try_into().map_err(|_| Malformed::Value);
+                Ok(FromHost::Clock {
+                    realtime_ns: u64::from_be_bytes(time(&bytes[..8])?),
+                    guest_ns: u64::from_be_bytes(time(&bytes[8..])?),
+                })
             }
             (from_host::DEVICE_IS_THERE, [index]) => Ok(FromHost::DeviceIsThere { index: *index }),
             (from_host::SIGNAL, [signal]) => Ok(FromHost::Signal { signal: *signal }),
@@ -292,7 +317,7 @@ impl FromHost {
                 cols: u16::from_be_bytes([*a, *b]),
                 rows: u16::from_be_bytes([*c, *d]),
             }),
-            (from_host::STOP..=from_host::RESIZE, _) => {
+            (from_host::STOP..=from_host::READ_CLOCK, _) => {
                 Err(Malformed::Length(payload.len() as u32))
             }
             _ => Err(Malformed::Type(kind)),
@@ -352,6 +377,7 @@ mod tests {
     fn samples() -> Vec<FromGuest> {
         vec![
             FromGuest::Hello { version: VERSION, now_ns: u64::MAX },
+            FromGuest::ClockReads { now_ns: 1 << 40 },
             FromGuest::Reached { mark: Mark::RootMounted, at_ns: 7 },
             FromGuest::Listens(Listens {
                 address: "[::1]:80".parse().expect("an address"),
@@ -380,7 +406,8 @@ mod tests {
         let mut decoder = Decoder::default();
         for message in [
             FromHost::Stop { signal: 15 },
-            FromHost::Clock { realtime_ns: 1 << 60 },
+            FromHost::ReadClock,
+            FromHost::Clock { realtime_ns: 1 << 60, guest_ns: 7 },
             FromHost::DeviceIsThere { index: 39 },
             FromHost::Signal { signal: 64 },
             FromHost::Resize { cols: 258, rows: 3 },

@@ -29,8 +29,11 @@ const REAP_LIMIT: Duration = Duration::from_millis(500);
 /// The same for the process that carries connections, which gives up earlier when the host takes
 /// nothing. Together with [`GRACE`] it stays below the host's patience.
 const CONNECTIONS_LIMIT: Duration = Duration::from_millis(2_500);
-/// Difference from the host's wall clock that is left alone.
-const CLOCK_TOLERANCE_NS: u64 = 20_000_000;
+/// Difference from the host's wall clock that is left alone, and how long the host's answer may be under way. Together they
+/// are how far the clock may be off.
+const CLOCK_TOLERANCE_NS: u64 = 10_000_000;
+/// How often the host is asked for the time until an answer is that quick.
+const CLOCK_QUESTIONS: u32 = 8;
 
 /// What looks after a box whose entrypoint has been started.
 pub struct Supervisor<'a> {
@@ -44,6 +47,8 @@ pub struct Supervisor<'a> {
     phase: Phase,
     /// When the box gets the files of all cgroup controllers, unless it has them before.
     controllers_due: Instant,
+    /// How often the host may still be asked for the time.
+    clock_questions: u32,
 }
 
 /// The entrypoint's streams.
@@ -94,6 +99,7 @@ impl<'a> Supervisor<'a> {
             tsi: tsi.as_mut(),
             phase: Phase::Running,
             controllers_due: Instant::now() + CONTROLLERS_DELAY,
+            clock_questions: CLOCK_QUESTIONS,
         }
     }
 
@@ -204,6 +210,14 @@ impl<'a> Supervisor<'a> {
         self.server.child_ended(child, self.context.cgroup);
     }
 
+    /// Asks the host for the time, unless it was asked often enough: on a busy machine no answer comes at once.
+    fn ask_for_time(&mut self) {
+        if let Some(left) = self.clock_questions.checked_sub(1) {
+            self.clock_questions = left;
+            self.control.send(&FromGuest::ClockReads { now_ns: sys::monotonic_ns() });
+        }
+    }
+
     /// Does what the host has asked for; `false` if it is lost.
     fn heed_host(&mut self) -> bool {
         loop {
@@ -214,7 +228,20 @@ impl<'a> Supervisor<'a> {
                         self.phase = Phase::Stopping { kill_at: Instant::now() + GRACE };
                     }
                 }
-                Received::Message(FromHost::Clock { realtime_ns }) => correct_clock(realtime_ns),
+                Received::Message(FromHost::ReadClock) => {
+                    self.clock_questions = CLOCK_QUESTIONS;
+                    self.ask_for_time();
+                }
+                Received::Message(FromHost::Clock { realtime_ns, guest_ns }) => {
+                    let age_ns = sys::monotonic_ns().saturating_sub(guest_ns);
+                    if let Some(right_ns) = corrected(sys::realtime_ns(), realtime_ns, age_ns) {
+                        // PID 1 may set the clock, and the host's time is valid.
+                        let _ = sys::set_realtime(right_ns);
+                    }
+                    if age_ns > CLOCK_TOLERANCE_NS {
+                        self.ask_for_time();
+                    }
+                }
                 Received::Message(FromHost::Signal { signal }) => {
                     if let Phase::Running | Phase::Stopping { .. } = self.phase {
                         sys::signal(self.context.entrypoint, i32::from(signal));
@@ -313,16 +340,38 @@ fn kill_box(cgroup: &BoxCgroup) {
     }
 }
 
-/// Steps the wall clock to the host's, unless the difference is no more than the message's way here.
-fn correct_clock(realtime_ns: u64) {
-    if sys::realtime_ns().abs_diff(realtime_ns) > CLOCK_TOLERANCE_NS {
-        // PID 1 may set the clock, and the host's time is valid.
-        let _ = sys::set_realtime(realtime_ns);
-    }
+/// What a wall clock is to be set to that reads `own_ns`, when the host's has read `realtime_ns` within the last `age_ns`:
+/// nothing, if it may be right. The message has waited for this agent, rather than for the host, which answers at once.
+fn corrected(own_ns: u64, realtime_ns: u64, age_ns: u64) -> Option<u64> {
+    let latest_ns = realtime_ns.saturating_add(age_ns);
+    let from_ns = realtime_ns.saturating_sub(CLOCK_TOLERANCE_NS);
+    let may_be_right = (from_ns..=latest_ns.saturating_add(CLOCK_TOLERANCE_NS)).contains(&own_ns);
+    (!may_be_right).then_some(latest_ns)
 }
 
 /// Empties the child-signal descriptor; which children ended is `reap`'s to say.
 fn drain(mut children: &File) {
     let mut buffer = [0; 128];
     while matches!(children.read(&mut buffer), Ok(read) if read > 0) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_may_be_right_is_left_alone() {
+        const MS: u64 = 1_000_000;
+        let host = 1_000_000 * MS;
+        // However long the message has waited: the clock went on meanwhile.
+        for age in [0, 5 * MS, 3_000 * MS] {
+            for own in [host - 10 * MS, host, host + age / 2, host + age, host + age + 10 * MS] {
+                assert_eq!(corrected(own, host, age), None);
+            }
+            for own in [0, host - 11 * MS, host + age + 11 * MS] {
+                assert_eq!(corrected(own, host, age), Some(host + age));
+            }
+        }
+        assert_eq!(corrected(0, u64::MAX, u64::MAX), Some(u64::MAX));
+    }
 }

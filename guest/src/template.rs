@@ -93,13 +93,16 @@ fn become_box() -> Result<Ready, String> {
     clear_free_memory();
     // The VMM stops the VM in this call. There is no device: the call fails, in every VM that goes on from here.
     let _ = bind(mailbox::DOOR);
+    let woken_ns = sys::monotonic_ns();
     let letter = Letter::read(mailbox.bytes());
     mailbox.wipe();
     let Letter { realtime_ns, seed, devices: (first, count), instance } =
         letter.ok_or("there is no letter in the mailbox")?;
     sys::mailbox::add_entropy(&seed)
         .map_err(|e| format!("give the kernel the host's randomness: {e}"))?;
-    sys::set_realtime(realtime_ns).map_err(|e| format!("set the wall clock: {e}"))?;
+    let awake_ns = sys::monotonic_ns().saturating_sub(woken_ns);
+    sys::set_realtime(realtime_ns.saturating_add(awake_ns))
+        .map_err(|e| format!("set the wall clock: {e}"))?;
     for number in first..first.saturating_add(count) {
         bind(number.into()).map_err(|e| format!("start virtio device {number}: {e}"))?;
     }

@@ -27,7 +27,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd};
 use mote_agent::instance::ROOT_TAG;
-use mote_agent::mailbox::{DOOR, Letter, PART_START, SEED_LEN};
+use mote_agent::mailbox::{DOOR, Letter, PART_START, REALTIME_AT, SEED_LEN};
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::SerialState;
 
@@ -96,6 +96,27 @@ pub struct Resumed {
     pub serial: SerialState,
     /// The registers of the devices that are in every template.
     pub devices: Vec<Registers>,
+    /// Without the time yet.
+    pub clock: LetterClock,
+}
+
+/// Where the letter's wall clock is in the guest's memory.
+#[derive(Debug)]
+pub struct LetterClock {
+    ram: GuestRam,
+    at: GuestAddress,
+}
+
+impl LetterClock {
+    /// Writes the time there. What is done before the guest runs takes longer than the guest, which would be slow by that.
+    ///
+    /// # Errors
+    /// It is not in RAM.
+    pub fn set(&self) -> Result<()> {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let realtime_ns = since_1970.as_nanos() as u64;
+        self.ram.write_slice(&realtime_ns.to_le_bytes(), self.at).context("write the time")
+    }
 }
 
 /// A template for a box, and where it is from.
@@ -188,23 +209,28 @@ impl Template {
             MmioDevice::check(device, registers, ram)
                 .with_context(|| format!("virtio device {}", device.id()))?;
         }
-        self.deliver(ram, instance.to_vec(), (devices.len() as u16, more as u16))?;
+        let clock = self.deliver(ram, instance.to_vec(), (devices.len() as u16, more as u16))?;
         self.head.machine.write(vm, vcpus)?;
-        Ok(Resumed { serial: self.head.serial.clone().into(), devices: self.head.devices.clone() })
+        let (serial, devices) = (self.head.serial.clone().into(), self.head.devices.clone());
+        Ok(Resumed { serial, devices, clock })
     }
 
-    fn deliver(&self, ram: &GuestRam, instance: Vec<u8>, devices: (u16, u16)) -> Result<()> {
+    fn deliver(
+        &self,
+        ram: &GuestRam,
+        instance: Vec<u8>,
+        devices: (u16, u16),
+    ) -> Result<LetterClock> {
         let mut seed = [0; SEED_LEN];
         sys::fill_random(&mut seed).context("get randomness for the guest")?;
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let realtime_ns = since_1970.as_nanos() as u64;
-        let letter = Letter { realtime_ns, seed, devices, instance };
+        let letter = Letter { realtime_ns: 0, seed, devices, instance };
         let parts =
             letter.parts().context("the box's configuration is too long for its mailbox")?;
         for (part, page) in parts.iter().zip(&self.head.mailbox) {
             ram.write_slice(part, GuestAddress(page + PART_START as u64))
                 .context("write into the mailbox")?;
         }
-        Ok(())
+        let first = self.head.mailbox.first().context("it has no mailbox")?;
+        Ok(LetterClock { ram: ram.clone(), at: GuestAddress(first + REALTIME_AT as u64) })
     }
 }

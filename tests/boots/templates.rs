@@ -1,12 +1,15 @@
 //! Starting from a template: a box is not to be told from one that has booted, and whatever is wrong with a template is a
 //! cold boot.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
@@ -109,6 +112,51 @@ fn boxes_of_one_template_share_nothing_that_is_to_be_ones_own() {
         // Else it is a complaint of the kernel's.
         let at: u64 = at.parse().expect(at);
         assert!((before..=now_s()).contains(&at), "{at} is not in {before}..={}", now_s());
+    }
+}
+
+#[test]
+fn clocks_are_right_to_20_ms_whatever_a_start_takes() {
+    const TOLERANCE: Duration = Duration::from_millis(20);
+    let templates = Templates::new();
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    for (place, told) in [(templates.0.as_path(), "used"), (Path::new("off"), "is off")] {
+        let test = TestBox::debian()
+            .python("import time\nwhile input(): print(time.time_ns())", &[])
+            .with_entrypoint("stdin", json!(true))
+            .without_console_file()
+            .with_variable("MOTE_TEMPLATES", place);
+        if told == "used" {
+            templates.make(&test);
+        }
+        let mut mote = test
+            .command()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("mote runs");
+        let (mut ask, answers) = (mote.stdin.take().unwrap(), mote.stdout.take().unwrap());
+        let mut answers = BufReader::new(answers).lines();
+        // How far it is off at least, and how long the answer took, of which that is known no better.
+        let look = RefCell::new(|| {
+            let before = now();
+            ask.write_all(b"time?\n").expect("asked");
+            let time = answers.next().expect("a line").expect("read").parse().expect("a number");
+            let (time, after) = (Duration::from_nanos(time), now());
+            (before.saturating_sub(time).max(time.saturating_sub(after)), after - before)
+        });
+        eventually("the clock is right, and that is seen", || {
+            let (off, took) = look.borrow_mut()();
+            off <= TOLERANCE && took <= TOLERANCE
+        });
+        let (off, _) = look.borrow_mut()();
+        assert!(off <= TOLERANCE, "off by {off:?} or more");
+        drop(ask);
+        // The program ends by an error: there is no more input.
+        let ran = test.finished(mote.wait_with_output().expect("mote ends"));
+        assert_eq!(ran.code, 1, "{}", ran.stderr);
+        assert!(template_of(&ran).contains(told), "{}", template_of(&ran));
     }
 }
 
