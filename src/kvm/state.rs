@@ -144,11 +144,12 @@ impl MachineState {
     }
 }
 
-/// How far apart two reads of the counter may be that count as one moment, in milliseconds. The guest's kernel takes its
-/// counter for unstable if its clock differs by some 60.
-const MOMENT_MS: u64 = 1;
+/// How many moments a millisecond has: two reads of the counter in one are 0.2 ms apart at most. The guest's kernel takes its
+/// counter for unstable if its clock differs by 0.5 ms (kernel/time/clocksource.c, `uncertainty_margin`), to which the
+/// VM that is read and the one that is written both add.
+const MOMENTS_PER_MS: u64 = 5;
 /// How often to try for one, on a host where others run meanwhile.
-const MOMENT_ATTEMPTS: usize = 20;
+const MOMENT_ATTEMPTS: usize = 50;
 
 /// Does something with the VM's clock at the moment of a read of the counter, whose value and rate it gets. It is done again if the
 /// host has taken this thread's processor away meanwhile.
@@ -157,7 +158,7 @@ fn at_one_moment<T>(
     mut with_clock: impl FnMut(u64, u32) -> Result<T>,
 ) -> Result<(u64, T)> {
     let khz = vcpu.get_tsc_khz().context("read the rate of the time stamp counter")?;
-    let most = u64::from(khz).saturating_mul(MOMENT_MS);
+    let most = u64::from(khz) / MOMENTS_PER_MS;
     let mut attempt = 1;
     loop {
         let before = tsc(vcpu)?;
