@@ -37,6 +37,8 @@ BOOT_LIMIT_S = 120
 STOP_LIMIT_S = 8
 # How long the leftovers of a killed mote may take to go.
 LEFTOVER_LIMIT_S = 20
+# A template is made when nothing else runs, and nobody waits for it.
+MAKER_LIMIT_S = 300
 # Faults hit a box between its first instruction and well after its boot: every other one early in it.
 EARLY_S = 0.8
 MOMENT_S = 5
@@ -193,8 +195,8 @@ def processes_of(directory):
     return found
 
 
-def eventually_none(left):
-    deadline = time.monotonic() + LEFTOVER_LIMIT_S
+def eventually_none(left, limit_s=LEFTOVER_LIMIT_S):
+    deadline = time.monotonic() + limit_s
     while (found := left()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return found
@@ -389,6 +391,7 @@ def run_here(numbers, seed, parallel, report):
                 some = numbers[start:start + ROUND]
                 for future in [pool.submit(boot, number) for number in some]:
                     future.result()
+                eventually_none(lambda: subprocess.run(["pgrep", "-x", "mote-template"], capture_output=True).stdout, MAKER_LIMIT_S)
                 left = eventually_none(lambda: sorted(shared_state() - before))
                 if left:
                     report({"boots": some, "left": left})
