@@ -133,11 +133,13 @@ pub fn describe(plan: &Plan) -> String {
         Templates::Off(why) => return format!("none: {why}"),
         Templates::In(directory) => directory,
     };
+    if plan.debug {
+        return format!("none: {WHY_DEBUG_BOOTS}");
+    }
     let shape = Shape::of(plan);
     let looked = maker::key_of(&shape).and_then(|key| look(directory, &key, shape.memory_bytes));
     let directory = directory.display();
     match looked {
-        _ if plan.debug => format!("none: {WHY_DEBUG_BOOTS}"),
         Ok(Some((template, _))) => format!("in {directory}, {} KiB", template.file_len() >> 10),
         Ok(None) => format!("none in {directory} yet: the first start makes it"),
         Err(why) => format!("none: {why:#}"),
