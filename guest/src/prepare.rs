@@ -27,7 +27,7 @@ pub struct Prepared {
     pub cgroup: BoxCgroup,
     /// The exec and terminal servers, which listen.
     pub server: Server,
-    /// The process that carries connections, if the box needs it.
+    /// What carries connections, if the box needs it.
     pub tsi: Option<Tsi>,
     /// The attestation server, if the box has one.
     pub attest: Option<Attest>,
@@ -59,12 +59,10 @@ pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     }
     // The routes of what starts next go through it.
     net::interface_up("lo").map_err(|e| format!("bring up the loopback interface: {e}"))?;
-    // Beside everything that follows.
     let Instance { syn_retries, published, .. } = instance;
     let (networking, datagrams) = (instance.networking.clone(), instance.datagrams.clone());
     let needs = Needs { networking, datagrams, syn_retries, published };
-    let mut tsi = Tsi::start(needs, cgroup.directory(), &resolv_conf, ready.programs)
-        .map_err(|e| format!("start the process that carries connections: {e}"))?;
+    let mut tsi = Tsi::set_up(needs, cgroup.directory(), &resolv_conf, ready.programs)?;
     mount::of_the_spec(&instance, sources)?;
     sys::set_hostname(&instance.hostname)
         .map_err(|e| format!("set the host name '{}': {e}", instance.hostname))?;
@@ -82,7 +80,7 @@ pub fn prepare(ready: Ready) -> Result<Prepared, String> {
     let children = sys::child_signal().map_err(|e| format!("watch for ended processes: {e}"))?;
     let server = Server::listen()?;
     if let Some(tsi) = &mut tsi {
-        tsi.wait_until_ready()?;
+        tsi.begin()?;
     }
     let servers_ready_ns = sys::monotonic_ns();
     Ok(Prepared {

@@ -130,7 +130,7 @@ impl<'a> Supervisor<'a> {
             }
             self.note_start();
             while !self.control.is_behind()
-                && let Some(listens) = self.tsi.as_mut().and_then(|tsi| tsi.next_listens())
+                && let Some(listens) = self.tsi.as_ref().and_then(|tsi| tsi.next_listens())
             {
                 self.control.send(&FromGuest::Listens(listens));
             }
@@ -297,11 +297,14 @@ impl<'a> Supervisor<'a> {
         let clients = interests.len();
         interests.extend(attest.and_then(Attest::interest));
         let of_attest = clients..interests.len();
+        let tsi = self.tsi.as_ref();
+        interests.extend(tsi.filter(|_| serving).into_iter().flat_map(|tsi| tsi.interests()));
+        let of_tsi = of_attest.end..interests.len();
         interests.push(Interest::read(self.children.as_fd()));
         interests.extend(self.control.interests());
         interests.extend(self.context.held.map(Held::interest));
-        let tsi = self.tsi.as_ref().filter(|_| !self.control.is_behind());
-        interests.extend(tsi.and_then(|tsi| tsi.interest()));
+        let tsi = tsi.filter(|_| !self.control.is_behind());
+        interests.extend(tsi.and_then(|tsi| tsi.listens_interest()));
         interests.extend(self.streams.outputs.iter().filter_map(Pump::interest));
         interests.extend(self.streams.input.iter().filter_map(Pump::interest));
         // A failing poll would make the agent spin, but every descriptor is open, so it cannot fail.
@@ -311,6 +314,9 @@ impl<'a> Supervisor<'a> {
         }
         if let Some(attest) = attest {
             attest.serve(ready[of_attest].contains(&true));
+        }
+        if let Some(tsi) = self.tsi.as_mut().filter(|_| ready[of_tsi].contains(&true)) {
+            tsi.serve();
         }
     }
 }

@@ -13,9 +13,9 @@ const AGENTS: &str = "for p in /proc/[0-9]*; do
     read name <$p/comm && case $name in mote-*) echo $name ${p#/proc/} $(cat $p/oom_score_adj);; esac
 done 2>/dev/null";
 
-/// The process id of the one that carries connections.
+/// The process id of the one that carries connections, which is there from the first socket on.
 fn network(test: &TestBox) -> String {
-    let agents = shell(test, AGENTS);
+    let agents = shell(test, &format!("nc 127.0.0.1 9 </dev/null 2>/dev/null; {AGENTS}"));
     let line = agents.lines().find(|line| line.starts_with("mote-network ")).expect("there");
     line.split(' ').nth(1).expect("three words").to_owned()
 }
@@ -28,7 +28,10 @@ fn the_agents_processes_are_the_last_to_be_killed_and_no_others() {
         let test = TestBox::busybox()
             .with("user", json!(user))
             .without_console_file()
-            .shell(&format!("{TRY}; echo ready; exec sleep 10000"));
+            // A box's first socket is what it has the process for.
+            .shell(&format!(
+                "{TRY}; nc 127.0.0.1 9 </dev/null 2>/dev/null; echo ready; exec sleep 10000"
+            ));
         let pty = test.path("sock/pty.sock");
         let test = test.with("pty_socket_path", json!(pty));
         let mut started = test.start();

@@ -94,6 +94,18 @@ fn an_entrypoint_without_privileges_connects() {
 }
 
 #[test]
+fn the_first_sockets_of_a_box_are_carried_like_all_others() {
+    // What carries them is started with the first, which waits for it, and so do those that are asked for meanwhile.
+    let (network, _server) = web();
+    let script = "grep -qx mote-network /proc/[0-9]*/comm 2>/dev/null && echo early
+        for i in 1 2 3 4; do curl -sS --max-time 60 http://198.51.100.1/first & done; wait
+        exec grep -hx mote-network /proc/[0-9]*/comm 2>/dev/null";
+    let ran = TestBox::debian().inside(&network).shell(script).run();
+    let expected = format!("{}mote-network", "hello /first".repeat(4));
+    assert_eq!(ran.console.replace('\n', ""), expected, "{}", ran.stderr);
+}
+
+#[test]
 fn a_program_that_makes_its_own_system_calls_connects() {
     let network = Network::new();
     let _servers = network.outside.serve(SERVERS);

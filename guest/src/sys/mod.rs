@@ -379,6 +379,11 @@ impl<'a> Interest<'a> {
         Interest { fd, events: libc::POLLIN }
     }
 
+    /// The file's content has changed since the last time (proc_sysctl.c's poll).
+    pub fn news(fd: BorrowedFd<'a>) -> Self {
+        Interest { fd, events: libc::POLLPRI }
+    }
+
     /// Writable, or refused.
     pub fn write(fd: BorrowedFd<'a>) -> Self {
         Interest { fd, events: libc::POLLOUT }

@@ -7,9 +7,11 @@
 //!   server of the box ◀── connect() ──────────────────┴── vsock ◀── client of a published port
 //! ```
 //!
-//! This file sets all that up and looks after the process that serves the flows. Each module uses only
-//! those above it:
+//! This file sets all that up and looks after the process that serves the flows, and which is started when somebody wants
+//! the first of them: most of it is the programs' way into the kernel, and not every box has a use for it. Each module uses
+//! only those above it:
 //!
+//! - [`demand`]: whether a program of the box wants a socket
 //! - [`destinations`]: what is carried, by addresses
 //! - [`program`]: what redirects applications, and knows where they want to go
 //! - [`loaded`]: how that comes into the kernel
@@ -18,6 +20,7 @@
 //! - [`relay`]: serves all flows
 
 mod datagrams;
+mod demand;
 mod destinations;
 mod loaded;
 mod packet;
@@ -34,6 +37,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use mote_agent::flow::{LISTENS_LEN, Listens, mapped};
 use mote_agent::instance::{Networking, Prefix, PublishedPorts};
 
+use self::demand::Demand;
 use self::destinations::{FLOW_NET6, FLOW_NET6_LEN, OWN_IP4};
 use self::loaded::Extent;
 pub use self::loaded::Loaded;
@@ -67,13 +71,16 @@ const OWN_IP6: Ipv6Addr = Ipv6Addr::new(0xfd54, 0x5349, 0, 0, 0x8000, 0, 0, 1);
 /// What the process says when it is ready.
 const READY: &[u8] = b"ready";
 
-/// The process that carries the box's connections.
-#[derive(Debug)]
+/// What carries the box's connections: a process, once it is there.
 pub struct Tsi {
     needs: Needs,
     cgroup: OwnedFd,
     resolvers: Vec<Ipv6Addr>,
     sockets: Sockets,
+    /// What has been loaded for the process, until that is there.
+    loaded: Option<Loaded>,
+    /// As long as the process is not ready.
+    demand: Option<Demand>,
     process: Option<Process>,
 }
 
@@ -85,19 +92,21 @@ struct Process {
     /// Where it tells how its set-up went: [`READY`], or the reason why it failed. Behind that, which sockets listen. It does
     /// not wait.
     outcome: File,
-    /// Whether the first has been read.
-    is_ready: bool,
+    /// Whether that has been read.
+    has_told: bool,
 }
 
 impl Process {
-    /// Reads how its set-up went, if it has said so.
-    fn read_outcome(&mut self) -> Result<(), String> {
+    /// Reads how its set-up went: whether it is ready, which it may not have said yet.
+    fn read_outcome(&mut self) -> Result<bool, String> {
         let mut said = [0; READY.len()];
-        match self.outcome.read(&mut said) {
-            Ok(len) if said[..len] == *READY => {
-                self.is_ready = true;
-                Ok(())
-            }
+        let read = match self.outcome.read(&mut said) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            read => read,
+        };
+        self.has_told = true;
+        match read {
+            Ok(len) if said[..len] == *READY => Ok(true),
             Ok(0) => Err("the process that carries the box's connections was killed".into()),
             Ok(len) => {
                 let mut text = said[..len].to_vec();
@@ -105,37 +114,60 @@ impl Process {
                 let _ = self.outcome.read_to_end(&mut text);
                 Err(String::from_utf8_lossy(&text).into_owned())
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(e) => Err(format!("wait for the process that carries connections: {e}")),
         }
     }
 }
 
 impl Tsi {
-    /// Starts the process, if the box needs it, and does not wait for it. `cgroup` is the box's,
-    /// `resolv_conf` what its resolver reads, `loaded` what has been loaded for it.
+    /// Has everything but the process ready, if the box needs it. `cgroup` is the box's, `resolv_conf` what its resolver
+    /// reads, `loaded` what has been loaded for it.
     ///
     /// # Errors
-    /// If the process cannot be created. How its own set-up went, [`Tsi::wait_until_ready`] tells.
-    pub fn start(
+    /// A text that says what could not be done, and why.
+    pub fn set_up(
         needs: Needs,
         cgroup: BorrowedFd<'_>,
         resolv_conf: &str,
         loaded: Option<Loaded>,
-    ) -> io::Result<Option<Self>> {
+    ) -> Result<Option<Self>, String> {
         if !needs.is_outgoing() && !needs.published.any {
             return Ok(None);
         }
-        let cgroup = cgroup.try_clone_to_owned()?;
+        let failed = |what: &'static str| {
+            move |e: io::Error| format!("set up the box's connections: {what}: {e}")
+        };
+        set_up_network(&needs)?;
+        let cgroup = cgroup.try_clone_to_owned().map_err(failed("copy a descriptor"))?;
         let resolvers = loopback_resolvers(resolv_conf);
-        let sockets = Sockets::open(needs.is_outgoing(), needs.published.any)?;
-        let mut tsi = Tsi { needs, cgroup, resolvers, sockets, process: None };
-        tsi.start_process(loaded)?;
-        Ok(Some(tsi))
+        let sockets = Sockets::open(needs.is_outgoing(), needs.published.any)
+            .map_err(failed("open the listeners"))?;
+        let (demand, process) = (None, None);
+        Ok(Some(Tsi { needs, cgroup, resolvers, sockets, loaded, demand, process }))
     }
 
-    fn start_process(&mut self, loaded: Option<Loaded>) -> io::Result<()> {
+    /// From here on what the box sends is carried: its first socket waits for the process, or, in a kernel that cannot have
+    /// it wait, this does.
+    ///
+    /// # Errors
+    /// A text that says what could not be done, and why.
+    pub fn begin(&mut self) -> Result<(), String> {
+        self.demand = Demand::hold()
+            .map_err(|e| format!("have the box's sockets wait for what carries them: {e}"))?;
+        if self.demand.is_none() {
+            self.start_process()?;
+            self.wait_until_ready()?;
+        }
+        Ok(())
+    }
+
+    fn start_process(&mut self) -> Result<(), String> {
+        self.fork().map_err(|e| format!("start the process that carries connections: {e}"))
+    }
+
+    fn fork(&mut self) -> io::Result<()> {
         const NAME: &CStr = c"mote-network";
+        let loaded = self.loaded.take();
         let Tsi { needs, cgroup, resolvers, sockets, .. } = &*self;
         let (end, lifeline) = sys::pipe()?;
         let (outcome, outcome_end) = sys::input_pipe()?;
@@ -149,39 +181,73 @@ impl Tsi {
             serve(needs, cgroup.as_fd(), resolvers, sockets, &loaded, &end, &outcome_end);
         })?;
         let (lifeline, outcome) = (Some(lifeline), File::from(outcome));
-        self.process = Some(Process { pid, lifeline, outcome, is_ready: false });
+        self.process = Some(Process { pid, lifeline, outcome, has_told: false });
         Ok(())
     }
 
-    /// Waits until connections are carried. Nothing of the box may run before.
-    ///
-    /// # Errors
-    /// If the process could not set itself up, or was killed.
-    pub fn wait_until_ready(&mut self) -> Result<(), String> {
+    /// Waits until connections are carried.
+    fn wait_until_ready(&mut self) -> Result<(), String> {
         let Some(process) = &mut self.process else { return Ok(()) };
         let waited = sys::poll(&[Interest::read(process.outcome.as_fd())], None);
         waited.map_err(|e| format!("wait for the process that carries connections: {e}"))?;
-        process.read_outcome()
+        process.read_outcome().map(drop)
+    }
+
+    /// [`Tsi::serve`] is to be called when one of these is ready: as long as there is no process, the host or a program that
+    /// wants one; then its outcome.
+    pub fn interests(&self) -> impl Iterator<Item = Interest<'_>> {
+        let demand = self.demand.iter().filter(|_| self.process.is_none());
+        let wanted = demand.flat_map(|demand| {
+            let clients = self.sockets.clients().map(Interest::read);
+            std::iter::once(demand.interest()).chain(clients)
+        });
+        let starting = self.process.iter().filter(|process| !process.has_told);
+        wanted.chain(starting.map(|process| Interest::read(process.outcome.as_fd())))
+    }
+
+    /// Starts the process, or takes note of how its set-up went.
+    pub fn serve(&mut self) {
+        let told = match &mut self.process {
+            Some(process) => process.read_outcome(),
+            None => self.start_process().map(|()| false),
+        };
+        match told {
+            Ok(true) => self.let_sockets_be(),
+            Ok(false) => {}
+            Err(reason) => self.give_up(&reason),
+        }
+    }
+
+    /// Whoever waits for a socket gets it. Without a process it leads nowhere, which the console says.
+    fn let_sockets_be(&mut self) {
+        if let Some(Err(error)) = self.demand.take().map(Demand::release) {
+            eprintln!("mote-agent: let the box have sockets: {error}");
+        }
+    }
+
+    /// There is no process, or will be none, unless the one that there was has been killed.
+    fn give_up(&mut self, reason: &str) {
+        eprintln!("mote-agent: {reason}");
+        if self.process.is_none() {
+            self.let_sockets_be();
+        }
     }
 
     /// Ready when [`Tsi::next_listens`] has something to say.
-    pub fn interest(&self) -> Option<Interest<'_>> {
-        let process = self.process.as_ref().filter(|_| self.needs.published.listeners);
-        process.map(|process| Interest::read(process.outcome.as_fd()))
+    pub fn listens_interest(&self) -> Option<Interest<'_>> {
+        self.told_of_listens().map(|process| Interest::read(process.outcome.as_fd()))
+    }
+
+    fn told_of_listens(&self) -> Option<&Process> {
+        self.process.as_ref().filter(|process| process.has_told && self.needs.published.listeners)
     }
 
     /// Which socket listens, or does not any more, if there is news.
-    pub fn next_listens(&mut self) -> Option<Listens> {
-        let process = self.process.as_mut().filter(|_| self.needs.published.listeners)?;
-        if !process.is_ready
-            && let Err(error) = process.read_outcome()
-        {
-            // One that was started in the place of another. Its end is told by its parent, PID 1.
-            eprintln!("mote-agent: {error}");
-        }
+    pub fn next_listens(&self) -> Option<Listens> {
+        let mut outcome = &self.told_of_listens()?.outcome;
         let mut bytes = [0; LISTENS_LEN];
         // Each is written as a whole.
-        match process.outcome.read(&mut bytes) {
+        match outcome.read(&mut bytes) {
             Ok(LISTENS_LEN) => Listens::decode(&bytes),
             _ => None,
         }
@@ -190,12 +256,14 @@ impl Tsi {
     /// Takes note of a child's end, which may be the process's. If it was killed, which the box's root
     /// may do, another is started; its connections are lost.
     pub fn child_ended(&mut self, child: Reaped) {
-        if let Some(ended) = self.process.take_if(|process| process.pid == child.pid)
-            && ended.lifeline.is_some()
-            && matches!(child.status, ExitStatus::Signaled(_))
-            && let Err(error) = self.start_process(None)
-        {
-            eprintln!("mote-agent: start the process that carries connections: {error}");
+        let ended = self.process.take_if(|process| process.pid == child.pid);
+        if ended.is_none_or(|process| process.lifeline.is_none()) {
+            return;
+        }
+        if !matches!(child.status, ExitStatus::Signaled(_)) {
+            self.let_sockets_be();
+        } else if let Err(reason) = self.start_process() {
+            self.give_up(&reason);
         }
     }
 
@@ -239,15 +307,23 @@ fn serve(
     }
 }
 
-/// Sets everything up, and returns what the process works with.
-fn set_up(
-    needs: &Needs,
-    cgroup: BorrowedFd<'_>,
-    resolvers: &[Ipv6Addr],
-    sockets: &Sockets,
-    loaded: &Option<Loaded>,
-) -> Result<(Programs, Sockets), String> {
-    let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+/// The box's addresses beside loopback's, and those among them that it shares with others.
+fn addresses(networking: &Networking) -> (Vec<IpAddr>, Option<&[IpAddr]>) {
+    match networking {
+        Networking::Own(interface) => (vec![interface.address.into()], None),
+        Networking::Hosts { shared, .. } => {
+            let own = [OWN_IP4.into(), OWN_IP6.into()].into_iter();
+            (own.chain(shared.iter().flatten().copied()).collect(), shared.as_deref())
+        }
+        Networking::None => (Vec::new(), None),
+    }
+}
+
+/// Gives the guest the addresses and routes of what is carried.
+fn set_up_network(needs: &Needs) -> Result<(), String> {
+    let failed = |what: &'static str| {
+        move |e: io::Error| format!("set up the box's connections: {what}: {e}")
+    };
     let add_route = |net, len, source| {
         net::add_local_route(net, len, "lo", source).map_err(failed("add a route"))
     };
@@ -256,15 +332,7 @@ fn set_up(
         // Where a server answers from that listens on all addresses: where it was sent to.
         add_route(CLIENT_NET6, CLIENT_NET6_LEN, Some(Ipv6Addr::LOCALHOST))?;
     }
-    let (own, shared) = match &needs.networking {
-        Networking::Own(interface) => (vec![interface.address.into()], None),
-        Networking::Hosts { shared, .. } => {
-            let own = [OWN_IP4.into(), OWN_IP6.into()].into_iter();
-            (own.chain(shared.iter().flatten().copied()).collect(), shared.as_deref())
-        }
-        Networking::None => (Vec::new(), None),
-    };
-    for ip in shared.into_iter().flatten() {
+    for ip in addresses(&needs.networking).1.into_iter().flatten() {
         // So that servers can be bound to them.
         net::add_address(*ip, "lo").map_err(failed("add an address of the shared network"))?;
     }
@@ -279,7 +347,20 @@ fn set_up(
     if let Some(retries) = needs.syn_retries {
         set_syn_retries(retries).map_err(failed("set tcp_syn_retries"))?;
     }
+    Ok(())
+}
+
+/// Sets everything up, and returns what the process works with.
+fn set_up(
+    needs: &Needs,
+    cgroup: BorrowedFd<'_>,
+    resolvers: &[Ipv6Addr],
+    sockets: &Sockets,
+    loaded: &Option<Loaded>,
+) -> Result<(Programs, Sockets), String> {
+    let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     let sockets = sockets.try_clone().map_err(failed("copy the listeners"))?;
+    let (own, shared) = addresses(&needs.networking);
     let extent = Extent {
         outgoing: needs.is_outgoing(),
         answers: needs.published.udp,

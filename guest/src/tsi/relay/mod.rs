@@ -75,6 +75,11 @@ impl Sockets {
             .chain(self.published.iter().map(AsFd::as_fd))
     }
 
+    /// Ready when the host has a client of a published port, if there are any.
+    pub fn clients(&self) -> Option<BorrowedFd<'_>> {
+        self.published.as_ref().map(AsFd::as_fd)
+    }
+
     /// The same sockets, on descriptors of their own.
     ///
     /// # Errors
