@@ -565,10 +565,9 @@ fn attest_archive_of(program: &[u8]) -> Vec<u8> {
 }
 
 fn initramfs_of(agent: &[u8]) -> Vec<u8> {
-    let mut archive = cpio::Archive::new();
+    let mut archive = cpio::Archive::of_file("init", 0o755, agent);
     archive.directory("dev", 0o755);
     // The kernel opens it as the agent's standard streams, before anything is mounted.
     archive.character_device("dev/console", 0o600, (5, 1));
-    archive.file("init", 0o755, agent);
     archive.finish()
 }

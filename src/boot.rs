@@ -148,6 +148,8 @@ fn command_line(guest: &Guest<'_>) -> Result<Cmdline> {
         "dummy.numdummies=0",
         "rdinit=/init",
     ] {
+        // A root whose files may be what is loaded as the initramfs: see cpio::Archive::of_file.
+        "rootfstype=ramfs",
         line.insert_str(word)?;
     }
     // Errors and panics are always printed, everything else on request: each console byte is an

@@ -11,6 +11,10 @@ pub struct Archive {
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
+/// A page of the guest's.
+const PAGE_LEN: usize = 4096;
+/// Length of an entry's fields, which its name follows.
+const HEADER_LEN: usize = 110;
 
 impl Archive {
     /// An empty archive.
@@ -26,6 +30,17 @@ impl Archive {
     /// Adds a file.
     pub fn file(&mut self, name: &str, mode: u32, contents: &[u8]) {
         self.entry(name, REGULAR | mode, (0, 0), contents);
+    }
+
+    /// Begins the archive with a file whose contents begin at a page: if the archive does, too, mote's guest kernel takes
+    /// pages of it for the file, instead of copying them (resources/kernel/packed-memory.patch).
+    pub fn of_file(name: &str, mode: u32, contents: &[u8]) -> Self {
+        // What is behind a name's end belongs to it in the archive only.
+        let mut padded = name.to_owned();
+        padded.extend(std::iter::repeat_n('\0', PAGE_LEN - HEADER_LEN - 1 - name.len()));
+        let mut archive = Self::new();
+        archive.entry(&padded, REGULAR | mode, (0, 0), contents);
+        archive
     }
 
     /// Adds a character device node (major, minor).
@@ -81,7 +96,8 @@ mod tests {
 
     #[test]
     fn cpio_lists_what_was_added() {
-        let mut archive = Archive::new();
+        let mut archive = Archive::of_file("whole", 0o755, b"begins at a page");
+        assert!(archive.bytes[PAGE_LEN..].starts_with(b"begins"));
         archive.directory("dev", 0o755);
         archive.character_device("dev/console", 0o600, (5, 1));
         archive.file("init", 0o755, b"#!/bin/sh\n");
@@ -97,8 +113,9 @@ mod tests {
         let listing = String::from_utf8(output.stdout).expect("text");
         let lines: Vec<&str> = listing.lines().collect();
         assert!(output.status.success());
-        assert!(lines[0].starts_with("drwxr-xr-x") && lines[0].ends_with(" dev"), "{listing}");
-        assert!(lines[1].starts_with("crw-------") && lines[1].contains("5,   1"), "{listing}");
-        assert!(lines[2].starts_with("-rwxr-xr-x") && lines[2].contains(" 10 "), "{listing}");
+        assert!(lines[0].starts_with("-rwxr-xr-x") && lines[0].ends_with(" whole"), "{listing}");
+        assert!(lines[1].starts_with("drwxr-xr-x") && lines[1].ends_with(" dev"), "{listing}");
+        assert!(lines[2].starts_with("crw-------") && lines[2].contains("5,   1"), "{listing}");
+        assert!(lines[3].starts_with("-rwxr-xr-x") && lines[3].contains(" 10 "), "{listing}");
     }
 }
