@@ -4,6 +4,8 @@
 //! Direct 64-bit boot (Documentation/arch/x86/boot.rst): no firmware, no decompressor, and
 //! boot_params can carry a seed for the random number generator.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, anyhow, bail};
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -67,7 +69,7 @@ impl Guest<'_> {
         let initramfs = load_initramfs(self, ram, kernel.kernel_end)?;
         write_page_tables(ram).context("write the boot page tables")?;
         write_command_line(self, ram)?;
-        write_mp_table(ram, self.vcpus).context("write the MP table")?;
+        write_mp_table(ram, self.vcpus, self.devices).context("write the MP table")?;
         write_boot_params(self, ram, initramfs)?;
         Ok(kernel.kernel_load.0)
     }
@@ -146,10 +148,10 @@ fn command_line(guest: &Guest<'_>) -> Result<Cmdline> {
         "rcupdate.rcu_expedited=1",
         // Else the driver makes an interface; the guest has only `lo` and what the spec asks for.
         "dummy.numdummies=0",
-        "rdinit=/init",
-    ] {
         // A root whose files may be what is loaded as the initramfs: see cpio::Archive::of_file.
         "rootfstype=ramfs",
+        "rdinit=/init",
+    ] {
         line.insert_str(word)?;
     }
     // Errors and panics are always printed, everything else on request: each console byte is an
@@ -227,8 +229,9 @@ fn write_rng_seed(ram: &GuestRam) -> Result<u64> {
 }
 
 /// The MP table (MultiProcessor Specification 1.4): without ACPI the only way to tell Linux of its
-/// CPUs and interrupt pins.
-fn write_mp_table(ram: &GuestRam, vcpus: u8) -> Result<()> {
+/// CPUs and interrupt pins: of those that somebody uses, and the first, at which it looks for a timer. Each is set up by a dozen
+/// exits, and those that are not there are left alone.
+fn write_mp_table(ram: &GuestRam, vcpus: u8, devices: usize) -> Result<()> {
     const SPEC_REVISION: u8 = 4;
     const APIC_VERSION: u8 = 0x14;
     const ENABLED: u8 = 1;
@@ -259,7 +262,9 @@ fn write_mp_table(ram: &GuestRam, vcpus: u8) -> Result<()> {
     let mut io_apic = vec![ENTRY_IO_APIC, io_apic_id, APIC_VERSION, ENABLED];
     io_apic.extend(layout::IO_APIC.to_le_bytes());
     entries.push(io_apic);
-    for pin in 0..layout::IRQ_PINS {
+    let used: BTreeSet<u32> =
+        [0, layout::SERIAL_IRQ].into_iter().chain((0..devices).map(layout::device_irq)).collect();
+    for pin in used.into_iter().map(|pin| pin as u8) {
         // Flags 0: polarity and trigger are those of the bus; ISA is edge-triggered, active high.
         entries.push(vec![ENTRY_IO_INTERRUPT, TYPE_INT, 0, 0, 0, pin, io_apic_id, pin]);
     }
@@ -309,7 +314,7 @@ mod tests {
     fn mp_table_sums_to_zero_and_lists_every_cpu() {
         for vcpus in [1, 2, layout::MAX_VCPUS] {
             let ram = ram();
-            write_mp_table(&ram, vcpus).expect("fits");
+            write_mp_table(&ram, vcpus, 40).expect("fits");
             let length: u16 = ram.read_obj(GuestAddress(layout::MP_TABLE + 4)).expect("length");
             let mut table = vec![0; usize::from(length)];
             ram.read_slice(&mut table, GuestAddress(layout::MP_TABLE)).expect("table");
