@@ -27,6 +27,7 @@ ls -l / /dev; ps; id; stat /tmp; cat /proc/meminfo /proc/self/maps /proc/self/st
 dd if=/dev/zero of=/tmp/zeros bs=64k count=64; cp /tmp/zeros /share/zeros; cat /share/zeros | gzip | gunzip | md5sum
 mkdir -p /share/a/b; tar -c -f /share/a/t.tar /tmp/bin; tar -t -f /share/a/t.tar | sort | uniq | wc -l; mv /share/a/t.tar /share/a/b/u.tar
 ln -s b /share/a/c; ln /share/a/b/u.tar /share/a/v; chmod 600 /share/a/v; touch /share/a/v; readlink /share/a/c; rm -rf /share/a
+mkdir /tmp/ram; mount -t tmpfs ram /tmp/ram; cp /busybox /tmp/ram/sh; /tmp/ram/sh -c "dd if=/dev/zero of=/tmp/ram/zeros bs=64k count=400; md5sum /tmp/ram/zeros"; umount /tmp/ram; nproc
 mkfifo /tmp/fifo; (echo through >/tmp/fifo) & timeout 1 cat /tmp/fifo; wait
 (timeout 1 nc -l -p 99 >/dev/null) & sleep 0.1; echo there | timeout 1 nc 127.0.0.1 99; wait; timeout 1 nc 198.51.100.1 9 </dev/null
 sleep 100 & kill $!; wait; timeout 0.1 sleep 1; sh -c 'trap true USR1; kill -USR1 $$; ulimit -n 100'
