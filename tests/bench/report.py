@@ -16,6 +16,7 @@ from vmms import ROWS, Machine
 RUNS = "resources/bench/start.json"
 PLAIN = Machine()
 IDLE = Machine(idle=True)
+SOCKET = Machine(socket=True)
 
 
 def absent(asked, there):
@@ -170,7 +171,10 @@ def mote_line(results, unit):
         return ""
     template = by_shares(results, "mote-template")
     from_template = f", and from a template after {template}" if template else ""
-    return (f"By the number of shares, mote's entrypoint runs after {by_shares(results, 'mote')} {unit}{from_template}. "
+    sockets = [(results.median(row, "entrypoint", SOCKET), after) for row, after in (("mote", ""), ("mote-template", "from a template "))]
+    socket = ", and ".join(f"{after}after {number(value)}" for value, after in sockets if value is not None)
+    return (f"By the number of shares, mote's entrypoint runs after {by_shares(results, 'mote')} {unit}{from_template}. One whose first "
+            f"deed is to open a socket for TCP has it {socket}. "
             f"The first `mote exec`, started together with the box, has its answer after {number(answered)} {unit}.")
 
 

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def label(self):
-        return f"{self.row}@{self.machine.memory_mib}@{self.machine.vcpus}@{self.machine.shares}{'@network' * self.machine.network}"
+        return f"{self.row}@{self.machine.memory_mib}@{self.machine.vcpus}@{self.machine.shares}{'@network' * self.machine.network}{'@socket' * self.machine.socket}"
 
     def command(self, stage):
         row = ROWS[self.row]
@@ -91,10 +91,10 @@ def plan(rows, rounds, sweep_rounds):
     parallel = [Case(name, Machine(vcpus=vcpus)) for vcpus in VCPUS if vcpus != 1 for name in swept]
     answers = []
     if "mote" in rows:
-        sweep += [Case("mote", Machine(shares=shares)) for shares in SHARES if shares != 1]
+        sweep += [Case("mote", Machine(shares=shares)) for shares in SHARES if shares != 1] + [Case("mote", report.SOCKET)]
         answers = [Case("mote", idle, "exec")]
     if "mote-template" in rows:
-        sweep += [Case("mote-template", machine) for machine in MANY]
+        sweep += [Case("mote-template", machine) for machine in (*MANY, report.SOCKET)]
     once = [Case(name, plain, "exits") for name in rows] + [Case(name, idle, "memory") for name in rows]
     return compared + compared * rounds + (sweep + answers) * (sweep_rounds + 1) + parallel * (sweep_rounds + 2) + once
 

@@ -30,6 +30,8 @@ class Machine:
     idle: bool = False
     # An interface on passt, which only mote's rows have.
     network: bool = False
+    # The entrypoint opens a socket before it says that it runs, in mote's rows.
+    socket: bool = False
 
     def command_line(self, reset, *more):
         words = [COMMAND_LINE, reset, *more]
@@ -78,7 +80,7 @@ def mote_spec(stage, machine):
     return {
         "box_id": "bench", "vcpus": machine.vcpus, "memory_mib": machine.memory_mib, "rootfs_path": stage.path("root"),
         "exec_socket_path": stage.path("exec.sock"), "fs_mounts": shares, "workdir": "/", "network": network,
-        "entrypoint": {"executable": "/entrypoint", "args": ["stay"] if machine.idle else [], "env": []},
+        "entrypoint": {"executable": "/entrypoint", "args": ["stay"] * machine.idle + ["socket"] * machine.socket, "env": []},
     }
 
 
@@ -93,7 +95,7 @@ def passt(stage):
 
 def mote(stage, machine, **environment):
     spec = mote_spec(stage, machine)
-    name = f"mote-{machine.memory_mib}-{machine.vcpus}-{machine.shares}{'-idle' * machine.idle}{'-network' * machine.network}.json"
+    name = f"mote-{machine.memory_mib}-{machine.vcpus}-{machine.shares}{'-idle' * machine.idle}{'-network' * machine.network}{'-socket' * machine.socket}.json"
     environment = {"MOTE_TEMPLATES": "off"} | environment
     return Run([stage.path("bin/mote"), "--config-file", stage.write(name, spec)], environment,
                prepare=passt(stage) if machine.network else [])
