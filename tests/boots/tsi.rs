@@ -405,9 +405,13 @@ fn who_kills_all_processes_keeps_the_network() {
     let (network, _server) = web();
     let test = TestBox::debian()
         .inside(&network)
-        .shell("kill -9 -1; curl -sS --max-time 60 http://198.51.100.1/survivor; echo; echo ready; exec sleep 10000")
+        .shell(
+            "curl -sS --max-time 60 http://198.51.100.1/before; echo; kill -9 -1
+            curl -sS --max-time 60 http://198.51.100.1/survivor; echo; echo ready; exec sleep 10000",
+        )
         .without_console_file();
     let mut started = test.start();
+    started.wait_for_line("hello /before");
     started.wait_for_line("hello /survivor");
     started.wait_for_line("ready");
     assert_eq!(shell(&test, "curl -sS --max-time 60 http://198.51.100.1/later"), "hello /later");

@@ -152,12 +152,17 @@ impl Tsi {
     /// # Errors
     /// A text that says what could not be done, and why.
     pub fn begin(&mut self) -> Result<(), String> {
-        self.demand = Demand::hold()
-            .map_err(|e| format!("have the box's sockets wait for what carries them: {e}"))?;
+        self.hold_sockets()?;
         if self.demand.is_none() {
             self.start_process()?;
             self.wait_until_ready()?;
         }
+        Ok(())
+    }
+
+    fn hold_sockets(&mut self) -> Result<(), String> {
+        self.demand = Demand::hold()
+            .map_err(|e| format!("have the box's sockets wait for what carries them: {e}"))?;
         Ok(())
     }
 
@@ -262,7 +267,10 @@ impl Tsi {
         }
         if !matches!(child.status, ExitStatus::Signaled(_)) {
             self.let_sockets_be();
-        } else if let Err(reason) = self.start_process() {
+            return;
+        }
+        // The next ones wait for the new process as the first one did.
+        if let Err(reason) = self.hold_sockets().and_then(|()| self.start_process()) {
             self.give_up(&reason);
         }
     }
