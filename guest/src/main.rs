@@ -104,20 +104,21 @@ fn run() -> Result<(), String> {
         ("standard error", &stderr),
     ])?;
 
-    let mut control = Control::new(control);
-    control.send(&FromGuest::Hello { version: VERSION, now_ns: sys::monotonic_ns() });
-    control.send(&FromGuest::Reached { mark: Mark::AgentStarted, at_ns: started_ns });
-
     let started = prepared
         .map_err(|reason| EntrypointEnd::NotStarted { code: SETUP_FAILED, reason })
         .and_then(|prepared| Ok((start_entrypoint(&prepared)?, prepared)));
+    let entrypoint_started_ns = sys::monotonic_ns();
+    // Now that nobody waits for the entrypoint: each message has the host work on it.
+    let mut control = Control::new(control);
+    control.send(&FromGuest::Hello { version: VERSION, now_ns: sys::monotonic_ns() });
+    control.send(&FromGuest::Reached { mark: Mark::AgentStarted, at_ns: started_ns });
     let (end, outputs) = match started {
         Ok((entrypoint, mut prepared)) => {
             let marks = [
                 (Mark::RootMounted, prepared.root_mounted_ns),
                 (Mark::ServersReady, prepared.servers_ready_ns),
             ];
-            let started = (Mark::EntrypointStarted, sys::monotonic_ns());
+            let started = (Mark::EntrypointStarted, entrypoint_started_ns);
             let started = entrypoint.held.is_none().then_some(started);
             for (mark, at_ns) in marks.into_iter().chain(started) {
                 control.send(&FromGuest::Reached { mark, at_ns });

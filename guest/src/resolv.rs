@@ -1,6 +1,6 @@
 //! `/etc/resolv.conf`.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -65,12 +65,14 @@ impl<'a> NameServers<'a> {
     }
 }
 
-/// The image's file. One that cannot be read is empty.
+/// The image's file. One that cannot be read is empty. Many images have an empty one, or none, which is known without opening it.
 fn read(path: &Path) -> String {
     let mut text = Vec::new();
-    // An image may have a pipe here, and nobody who writes to it.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let _ = file.and_then(|file| file.take(MAX_LEN).read_to_end(&mut text));
+    if fs::metadata(path).is_ok_and(|file| file.len() > 0) {
+        // An image may have a pipe here, and nobody who writes to it.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let _ = file.and_then(|file| file.take(MAX_LEN).read_to_end(&mut text));
+    }
     String::from_utf8_lossy(&text).into_owned()
 }
 
