@@ -609,7 +609,7 @@ impl MainLoop<'_> {
         // The descriptor stays readable, so it is not watched any more.
         let _ = ops.remove(Events::empty(&backend.ended()));
         let end = backend.describe_end();
-        // What the agent has said before: it says hello when the file systems are mounted.
+        // What the agent has said before: it says hello when it has started the entrypoint.
         self.read_control(ops);
         let outcome = if self.guest_clock.is_some() {
             Outcome::BackendDied(end)

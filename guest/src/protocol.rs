@@ -104,8 +104,8 @@ pub enum EntrypointEnd {
 /// Guest to host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromGuest {
-    /// First message: the version, and the guest's monotonic clock as it was sent, so that the
-    /// host can place the marks in its own time, and answer with the wall clock.
+    /// First message, once the entrypoint has been started, or cannot be: the version, and the guest's monotonic clock as it
+    /// was sent, so that the host can place the marks in its own time, and answer with the wall clock.
     Hello {
         /// [`VERSION`] of the agent.
         version: u32,
