@@ -229,8 +229,8 @@ fn write_rng_seed(ram: &GuestRam) -> Result<u64> {
 }
 
 /// The MP table (MultiProcessor Specification 1.4): without ACPI the only way to tell Linux of its
-/// CPUs and interrupt pins: of those that somebody uses, and the first, at which it looks for a timer. Each is set up by a dozen
-/// exits, and those that are not there are left alone.
+/// CPUs and interrupt pins: of those that somebody uses, and the first, at which it looks for a timer. The kernel sets up
+/// each that it finds here.
 fn write_mp_table(ram: &GuestRam, vcpus: u8, devices: usize) -> Result<()> {
     const SPEC_REVISION: u8 = 4;
     const APIC_VERSION: u8 = 0x14;

@@ -11,22 +11,28 @@ use crate::sys::Interest;
 /// The sysctl that has sockets wait, and whose file tells of it.
 const PATH: &str = "/proc/sys/net/core/inet_on_demand";
 
-/// Has the box's sockets wait until this is released.
+/// That file, open since before the box's programs could put anything in its place.
 #[derive(Debug)]
 pub struct Demand(File);
 
 impl Demand {
-    /// Has them wait from now on; `None` if this kernel cannot, as one of the user's own.
+    /// Opens it; `None` if this kernel cannot have sockets wait, as one of the user's own.
+    ///
+    /// # Errors
+    /// If it is there and cannot be opened.
+    pub fn open() -> io::Result<Option<Self>> {
+        match OpenOptions::new().read(true).write(true).open(PATH) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            opened => opened.map(|file| Some(Demand(file))),
+        }
+    }
+
+    /// Has the box's sockets wait from now on.
     ///
     /// # Errors
     /// If the kernel does not take the word for it.
-    pub fn hold() -> io::Result<Option<Self>> {
-        let file = match OpenOptions::new().read(true).write(true).open(PATH) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            opened => opened?,
-        };
-        file.write_all_at(b"1", 0)?;
-        Ok(Some(Demand(file)))
+    pub fn hold(&self) -> io::Result<()> {
+        self.say(b"1")
     }
 
     /// Ready once, in one call of poll(2), when a socket begins to wait.
@@ -38,8 +44,12 @@ impl Demand {
     ///
     /// # Errors
     /// If the kernel does not take the word for it.
-    pub fn release(self) -> io::Result<()> {
+    pub fn release(&self) -> io::Result<()> {
+        self.say(b"0")
+    }
+
+    fn say(&self, word: &[u8]) -> io::Result<()> {
         // Elsewhere than at its beginning a sysctl takes no word (sysctl_writes_strict).
-        self.0.write_all_at(b"0", 0)
+        self.0.write_all_at(word, 0)
     }
 }

@@ -79,7 +79,7 @@ pub struct Tsi {
     sockets: Sockets,
     /// What has been loaded for the process, until that is there.
     loaded: Option<Loaded>,
-    /// As long as the process is not ready.
+    /// Has sockets wait while the process is not ready; `None` in a kernel that cannot, and once the process is given up.
     demand: Option<Demand>,
     process: Option<Process>,
 }
@@ -134,9 +134,6 @@ impl Tsi {
         if !needs.is_outgoing() && !needs.published.any {
             return Ok(None);
         }
-        let failed = |what: &'static str| {
-            move |e: io::Error| format!("set up the box's connections: {what}: {e}")
-        };
         set_up_network(&needs)?;
         let cgroup = cgroup.try_clone_to_owned().map_err(failed("copy a descriptor"))?;
         let resolvers = loopback_resolvers(resolv_conf);
@@ -152,6 +149,8 @@ impl Tsi {
     /// # Errors
     /// A text that says what could not be done, and why.
     pub fn begin(&mut self) -> Result<(), String> {
+        self.demand =
+            Demand::open().map_err(|e| format!("watch for the box's first socket: {e}"))?;
         self.hold_sockets()?;
         if self.demand.is_none() {
             self.start_process()?;
@@ -160,10 +159,11 @@ impl Tsi {
         Ok(())
     }
 
-    fn hold_sockets(&mut self) -> Result<(), String> {
-        self.demand = Demand::hold()
-            .map_err(|e| format!("have the box's sockets wait for what carries them: {e}"))?;
-        Ok(())
+    fn hold_sockets(&self) -> Result<(), String> {
+        self.demand
+            .as_ref()
+            .map_or(Ok(()), Demand::hold)
+            .map_err(|e| format!("have the box's sockets wait for what carries them: {e}"))
     }
 
     fn start_process(&mut self) -> Result<(), String> {
@@ -224,17 +224,23 @@ impl Tsi {
     }
 
     /// Whoever waits for a socket gets it. Without a process it leads nowhere, which the console says.
-    fn let_sockets_be(&mut self) {
-        if let Some(Err(error)) = self.demand.take().map(Demand::release) {
+    fn let_sockets_be(&self) {
+        if let Some(Err(error)) = self.demand.as_ref().map(Demand::release) {
             eprintln!("mote-agent: let the box have sockets: {error}");
         }
+    }
+
+    /// There is no process, and will be none.
+    fn do_without(&mut self) {
+        self.let_sockets_be();
+        self.demand = None;
     }
 
     /// There is no process, or will be none, unless the one that there was has been killed.
     fn give_up(&mut self, reason: &str) {
         eprintln!("mote-agent: {reason}");
         if self.process.is_none() {
-            self.let_sockets_be();
+            self.do_without();
         }
     }
 
@@ -266,7 +272,7 @@ impl Tsi {
             return;
         }
         if !matches!(child.status, ExitStatus::Signaled(_)) {
-            self.let_sockets_be();
+            self.do_without();
             return;
         }
         // The next ones wait for the new process as the first one did.
@@ -327,11 +333,13 @@ fn addresses(networking: &Networking) -> (Vec<IpAddr>, Option<&[IpAddr]>) {
     }
 }
 
+/// What could not be set up, and why.
+fn failed(what: &'static str) -> impl Fn(io::Error) -> String {
+    move |e| format!("set up the box's connections: {what}: {e}")
+}
+
 /// Gives the guest the addresses and routes of what is carried.
 fn set_up_network(needs: &Needs) -> Result<(), String> {
-    let failed = |what: &'static str| {
-        move |e: io::Error| format!("set up the box's connections: {what}: {e}")
-    };
     let add_route = |net, len, source| {
         net::add_local_route(net, len, "lo", source).map_err(failed("add a route"))
     };
